@@ -20,7 +20,7 @@ from config import ModelArgs, agree, load_config
 from errors import UserError
 from model import PAGE_SIZE, Batch, Numerics, Transformer
 from parallel import SOLO, Group, environment
-from sampling import Draft, Logprob, SamplingParams, logprob, propose, released_params, verify
+from sampling import Ask, Draft, Logprob, SamplingParams, logprob, propose, released_params, verify
 from scheduler import Chunk, Job, Scheduler
 from tokenizer import TextStream, Tokenizer
 
@@ -364,19 +364,34 @@ class Engine:
         logits = self.model.logits(hidden[[row for _, rows in spans for row in rows]])
         wire = torch.zeros(len(spans), 2 + 1 + self.mtp, dtype=torch.int64)  # verdict, number of tokens, tokens
         if self.tp.rank == 0:
+            sampling = [chunk for chunk, _ in spans]
+            verified = self._verify(sampling, logits)
             parts = logits.split([len(rows) for _, rows in spans])
-            for i, ((chunk, _), rows) in enumerate(zip(spans, parts, strict=True)):
-                tokens, finish = self._decide(chunk, rows)
+            for i, found in enumerate(zip(sampling, verified, parts, strict=True)):
+                tokens, finish = self._decide(*found)
                 wire[i, : 2 + len(tokens)] = torch.tensor([_FINISH.index(finish), len(tokens), *tokens])
         return [(row[2 : 2 + row[1]], _FINISH[row[0]]) for row in self.tp.broadcast(wire).tolist()]
 
-    def _decide(self, chunk: Chunk, logits: torch.Tensor) -> tuple[list[int], FinishReason | None]:
+    def _verify(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> list[list[int] | None]:
+        """Rank 0: what each chunk's request is to say next, from its rows of logits, all of them at once."""
+        asks = []
+        for chunk in chunks:
+            request, n = self._live[chunk.job.id], len(chunk.drafts)
+            draft = Draft(request.draft.tokens[:n], request.draft.q[:n])
+            asks.append(self._ask(chunk.job, draft))
+            request.draft = Draft()
+        return verify(logits, asks)
+
+    def _ask(self, job: Job, draft: Draft) -> Ask:
+        request = self._live[job.id]
+        return Ask(request.params, request.noise, job.tokens, len(request.prompt), draft)
+
+    def _decide(
+        self, chunk: Chunk, tokens: list[int] | None, logits: torch.Tensor
+    ) -> tuple[list[int], FinishReason | None]:
         """Rank 0: the tokens a request gets, up to the first that ends it, and whether one does."""
         job, request = chunk.job, self._live[chunk.job.id]
-        params, draft = request.params, request.draft
-        draft.tokens, draft.q = draft.tokens[: len(chunk.drafts)], draft.q[: len(chunk.drafts)]
-        tokens = verify(logits, params, request.noise, job.tokens, len(request.prompt), draft)
-        request.draft = Draft()
+        params = request.params
         request.new_text = ""
         if not request.tokens:
             request.n_reused = min(job.n_reused, len(request.prompt))
@@ -495,10 +510,9 @@ class Engine:
         """Rank 0's next draft for each job, on every rank."""
         wire = torch.zeros(len(jobs), dtype=torch.int64)
         if self.tp.rank == 0:
-            for i, (job, row) in enumerate(zip(jobs, logits, strict=True)):
-                request = self._live[job.id]
-                propose(row, request.params, request.noise, job.tokens, len(request.prompt), request.draft)
-                wire[i] = request.draft.tokens[-1]
+            asks = [self._ask(job, self._live[job.id].draft) for job in jobs]
+            propose(logits, asks)
+            wire = torch.tensor([ask.draft.tokens[-1] for ask in asks])
         return self.tp.broadcast(wire).tolist()
 
     # ----------------------------------------------------------------------------------------------------------------

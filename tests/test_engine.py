@@ -308,10 +308,10 @@ def logits_of_mixes(model, deterministic, mixes, seed):
         )  # fmt: skip
         decide = engine._decide
 
-        def record(chunk, logits, engine=engine, decide=decide):
+        def record(chunk, verified, logits, engine=engine, decide=decide):
             request = engine._live[chunk.job.id]
             at = len(request.tokens)
-            tokens, finish = decide(chunk, logits)
+            tokens, finish = decide(chunk, verified, logits)
             for i in range(len(tokens)):
                 places = seen.setdefault(request.id, [set() for _ in range(12)])
                 places[at + i].add(logits[i].numpy().tobytes())
