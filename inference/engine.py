@@ -18,6 +18,7 @@ import weights
 from cache import PagePool
 from config import ModelArgs, agree, load_config
 from errors import UserError
+from graphs import Capture, Forward, Graphs, Place, cuda_capture
 from model import PAGE_SIZE, Batch, Numerics, Transformer
 from parallel import SOLO, Group, environment
 from sampling import Ask, Draft, Logprob, SamplingParams, logprob, propose, released_params, verify
@@ -115,6 +116,8 @@ class Engine:
         mtp: int = 0,
         reuse: bool = True,
         deterministic: bool = False,
+        graphs: bool | Capture | None = None,
+        progress: bool = False,
     ):
         """`model` loaded and prepared; the tokenizer is needed on rank 0 only. All ranks give the same numbers.
 
@@ -125,6 +128,8 @@ class Engine:
         mtp             tokens the MTP module drafts a step, 0 to 4
         reuse           whether requests share the cached beginnings of their prompts
         deterministic   bitwise the same logits for a request in any company (batch-invariant mode)
+        graphs          whether decode and draft steps are recorded as CUDA graphs; by default where there is a GPU
+        progress        whether rank 0 shows a bar while it records them
         """
         self.model, self.tokenizer, self.tp = model, tokenizer, model.tp
         if not 0 <= mtp <= 4:
@@ -148,10 +153,16 @@ class Engine:
                                 f"memory holds {n_pages}; ask for at most {holds}")  # fmt: skip
             wanted = holds
         self.max_model_len = wanted
-        self.cache = model.new_cache(n_pages)
+        if graphs is None:
+            graphs = model.device.type == "cuda"
+        self.cache = model.new_cache(n_pages + bool(graphs))  # one page more takes what fills a graph's batch up
         pool = PagePool(n_pages, PAGE_SIZE, lookahead=int(mtp > 0))
         budget = max(max_num_batched_tokens, max_num_seqs * (1 + mtp))
         self.scheduler = Scheduler(pool, max_num_seqs, budget, mtp, reuse)
+        self._step_graphs: Graphs | None = None
+        self._draft_graphs: list[Graphs] = []
+        if graphs:
+            self._record(cuda_capture() if graphs is True else graphs, progress and self.tp.rank == 0)
         self.stats = Stats(drafted=[0] * mtp, accepted=[0] * mtp)
         self.default_params = SamplingParams()  # of requests that bring none
         self.closed = False
@@ -214,7 +225,7 @@ class Engine:
                 raise UserError(f"this host would compute {mine}, rank 0 {first}: give --gemm, and check --ckpt-path")
 
         tp.together(same)
-        engine = cls(model, tokenizer, **limits)  # type: ignore[arg-type]
+        engine = cls(model, tokenizer, progress=progress, **limits)  # type: ignore[arg-type]
         if tp.rank == 0:
             engine.default_params = released_params(Path(ckpt_path))
         return engine
@@ -334,8 +345,10 @@ class Engine:
         return advanced
 
     def _run(self, chunks: list[Chunk]) -> list[Request]:
-        places = [(c.tokens, c.start, list(c.job.pages)) for c in chunks]
-        hidden = self.model(Batch.pack(places, self.model.device), self.cache)
+        places: list[Place] = [(c.tokens, c.start, list(c.job.pages)) for c in chunks]
+        hidden = self._step_graphs.run(places) if self._step_graphs else None
+        if hidden is None:
+            hidden = self.model(Batch.pack(places, self.model.device), self.cache)
         self._score_prompts(chunks, hidden)
         sampling = [c for c in chunks if c.samples]
         decided = dict(zip(sampling, self._sample(chunks, hidden), strict=True))
@@ -478,13 +491,13 @@ class Engine:
     # Drafts (every rank)
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _draft(self, chunks: list[Chunk], places: list, hidden: torch.Tensor, going_on: list[Job]) -> None:
+    def _draft(self, chunks: list[Chunk], places: list[Place], hidden: torch.Tensor, going_on: list[Job]) -> None:
         """The MTP module sees every token the main model has cached, each with the one after it, and proposes up to
         `mtp` tokens to each job that goes on: its own state and proposal are its next input.
         """
-        packed: list[tuple[list[int], int, list[int]]] = []
+        packed: list[Place] = []
         rows: list[int] = []
-        ends: dict[Job, tuple[int, int, list[int]]] = {}  # its last row, the position after it, its pages
+        ends: dict[Job, tuple[int, int, Sequence[int]]] = {}  # its last row, the position after it, its pages
         at = 0
         for chunk, (tokens, start, pages) in zip(chunks, places, strict=True):
             followers = chunk.job.tokens[start + 1 : chunk.job.n_cached + 1]
@@ -495,16 +508,24 @@ class Engine:
             at += len(tokens)
         if not packed:
             return
-        states = self.model.draft(Batch.pack(packed, self.model.device), hidden[rows], self.cache)
+        states = self._drafted(packed, hidden[rows])
         if not going_on:
             return
         states = states[[ends[job][0] for job in going_on]]
         for k in range(self.mtp):
             if k:
-                step = [([job.drafts[-1]], ends[job][1] + k - 1, ends[job][2]) for job in going_on]
-                states = self.model.draft(Batch.pack(step, self.model.device), states, self.cache)
+                step: list[Place] = [([job.drafts[-1]], ends[job][1] + k - 1, ends[job][2]) for job in going_on]
+                states = self._drafted(step, states)
             for job, token in zip(going_on, self._propose(going_on, self.model.logits(states)), strict=True):
                 job.drafts.append(token)
+
+    def _drafted(self, places: list[Place], hidden: torch.Tensor) -> torch.Tensor:
+        """The MTP module on hidden states (T, H) and the tokens that follow them, from a graph where one fits."""
+        for graphs in self._draft_graphs:
+            states = graphs.run(places, hidden)
+            if states is not None:
+                return states
+        return self.model.draft(Batch.pack(places, self.model.device), hidden, self.cache)
 
     def _propose(self, jobs: list[Job], logits: torch.Tensor) -> list[int]:
         """Rank 0's next draft for each job, on every rank."""
@@ -514,6 +535,24 @@ class Engine:
             propose(logits, asks)
             wire = torch.tensor([ask.draft.tokens[-1] for ask in asks])
         return self.tp.broadcast(wire).tolist()
+
+    def _record(self, capture: Capture, progress: bool) -> None:
+        """Records the forwards of decoding: the step itself, and the MTP module on a step's tokens and on its own."""
+        model, most = self.model, self.scheduler.max_num_seqs
+        n_pages = -(-(self.max_model_len + self.mtp) // PAGE_SIZE)
+        hidden = torch.zeros(most * (1 + self.mtp), model.args.dim, dtype=model.num.dtype, device=model.device)
+
+        def record(width: int, forward: Forward, what: str) -> Graphs:
+            return Graphs(
+                forward, most=most, width=width, hidden=hidden, n_pages=n_pages, spare=self.cache.shape[1] - 1,
+                capture=capture, progress=f"recording {what}" if progress else "",
+            )  # fmt: skip
+
+        with ops.batch_invariant(self.deterministic):
+            self._step_graphs = record(1 + self.mtp, lambda batch, _: model(batch, self.cache), "decode steps")
+            for width in sorted({1, 1 + self.mtp} if self.mtp > 1 else {1 + self.mtp} if self.mtp else ()):
+                drafts = record(width, lambda batch, h: model.draft(batch, h, self.cache), "drafts")
+                self._draft_graphs.append(drafts)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Ranks

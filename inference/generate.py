@@ -83,6 +83,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--mtp", type=int, default=0, metavar="K",
         help="tokens the MTP module drafts a step, 0 to 4; greedy answers stay the same (default: 0)")  # fmt: skip
     add("--deterministic", action="store_true", help="bitwise the same logits for a prompt in any company; slower")
+    add("--eager", action="store_true", help="no CUDA graphs: starts sooner, decodes slower")
     add("--stats", action="store_true", help="say at the end what the cache and the drafts were worth")
     add("--threads", type=positive, metavar="N", help="CPU threads a rank (default: the cores over the host's ranks)")
     add("--timeout", type=seconds, default=TIMEOUT, metavar="S",
@@ -546,6 +547,7 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
         kv_cache_gib=options.kv_cache_gib,
         mtp=options.mtp,
         deterministic=options.deterministic,
+        graphs=False if options.eager else None,
     )
     if tp.rank > 0:
         engine.serve()
@@ -572,7 +574,7 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
 def agree_on_flags(options: argparse.Namespace, device: "torch.device", tp: "Group") -> None:
     """Ranks that were started differently would wait for each other, or compute different things, without a word."""
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gib", "kv_cache_dtype", "mtp",
-             "deterministic", "dtype", "gemm", "raw")  # fmt: skip
+             "deterministic", "eager", "dtype", "gemm", "raw")  # fmt: skip
     mine = {"device": device.type, **{name: getattr(options, name) for name in names}}
     first = json.loads(bytes(tp.broadcast_ints(list(json.dumps(mine).encode()))))
 

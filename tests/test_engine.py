@@ -291,6 +291,53 @@ def test_mtp_is_refused_where_there_is_none(tmp_path):
         Engine(model, None, n_pages=4, mtp=5)
 
 
+# --- recorded steps --------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands in for CUDA's capture: "replays" by running again what was recorded, on whatever its buffers then hold."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, run):
+        self.recorded += 1
+        run()  # as a capture would
+
+        def replay():
+            self.replayed += 1
+            return run()
+
+        return replay
+
+
+@pytest.mark.parametrize("mtp, temperature", [(0, 0.0), (1, 0.0), (3, 0.0), (2, 0.9)])
+def test_recorded_steps_change_no_answer(model, mtp, temperature):
+    """Batches filled up with tokens that are not there, over scattered pages, with chunked prompts, shared beginnings
+    and preemption between: the tokens are those of steps that were not recorded, and the drafts as good."""
+    wanted = [*prompts(9), *prompts(3)]
+    params = SamplingParams(temperature=temperature, max_new_tokens=25, seed=2)
+    how = dict(n_pages=11, max_model_len=256, max_num_seqs=5, max_num_batched_tokens=48, mtp=mtp)
+    recorder = Recorder()
+    recording, plain = Engine(model, None, graphs=recorder, **how), Engine(model, None, **how)
+    assert [r.tokens for r in recording.generate(wanted, params)] == [r.tokens for r in plain.generate(wanted, params)]
+    assert recording.stats.accepted == plain.stats.accepted
+    assert recorder.recorded == 5 * (1 if mtp == 0 else 2 if mtp == 1 else 3)  # batches of 1, 2, 3, 4 and 5
+    assert recorder.replayed > plain.stats.steps / 2
+    recording.scheduler.check_integrity()
+
+
+def test_recorded_steps_leave_other_pages_alone(model):
+    """What fills a batch up is written to the spare page only."""
+    engine = Engine(model, None, n_pages=4, max_model_len=100, max_num_seqs=4, mtp=1, graphs=Recorder())
+    engine.cache[:, :4] = 7.0
+    a, b = engine.add([1, 2, 3], GREEDY), engine.add([4, 5], GREEDY)
+    while engine.busy:
+        engine.step()
+    written = (engine.cache != 7.0).any(dim=-1).any(dim=0).sum(dim=-1).tolist()  # tokens of each page
+    assert written[:4] == [len(r.prompt) + len(r.tokens) - 1 for r in (a, b)] + [0, 0]
+
+
 # --- batch-invariant mode --------------------------------------------------------------------------------------------
 
 
