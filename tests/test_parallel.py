@@ -15,7 +15,7 @@ from errors import UserError
 from families import FAMILIES, V3
 from model import Batch, Transformer
 from oracle import hidden_states, ours, random_checkpoint, relative_error, tokens
-from parallel import SOLO, Group, environment
+from parallel import ONE_SHOT_BYTES, SOLO, Group, OneShot, environment
 
 
 class Ranks:
@@ -137,6 +137,35 @@ def test_ordered_sums_do_not_depend_on_their_size(tmp_path):
     out = [p.communicate(timeout=120)[0] for p in ranks]
     unordered, ordered = map(int, out[0].split())
     assert ordered == 1 < unordered
+
+
+class StandIn(OneShot):
+    """A one-shot sum of two equal ranks, without GPUs."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return x.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "n, ordered, taken", [(8, False, True), (7, False, False), (8, True, False), (ONE_SHOT_BYTES // 2 + 8, False, False)]
+)
+def test_small_sums_take_one_shot(monkeypatch, n, ordered, taken):
+    """In bfloat16: whole 16-byte pieces up to the limit; others, and ordered sums, go the long way."""
+    long_way = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group: long_way.append(x))
+    group = Group(0, 2, one_shot=(one := StandIn()), ordered=ordered)
+    x = torch.ones(n, dtype=torch.bfloat16)
+    assert group.all_reduce(x) is x
+    assert one.calls == taken == (x[0] == 2) and len(long_way) == (not taken)
+
+
+def test_one_shot_is_left_out_where_it_is_not_offered():
+    """A group that is none, or no GPU: None, and NCCL goes on."""
+    assert OneShot.offered(Group(0, 2), torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
