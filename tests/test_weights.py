@@ -1,5 +1,6 @@
 """The table of tensors, what a checkpoint may look like, and loading each rank's part of it."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -74,10 +75,12 @@ def our_name(hf: str, n_layers: int) -> str:
     return upstream_name(hf)
 
 
-def part(name: str, tensor: torch.Tensor, rank: int, ranks: int, n_experts: int) -> torch.Tensor | None:
+def part(
+    name: str, tensor: torch.Tensor, rank: int, ranks: int, n_experts: int, experts: str = "whole"
+) -> torch.Tensor | None:
     """A rank's share of a tensor, by upstream's name: rows, columns, whole experts, or all of it."""
     layer = name.split(".")
-    if ".experts." in name:
+    if ".experts." in name and experts == "whole":
         each = n_experts // ranks
         return tensor if int(layer[layer.index("experts") + 1]) // each == rank else None
     kind = layer[-2]
@@ -88,13 +91,16 @@ def part(name: str, tensor: torch.Tensor, rank: int, ranks: int, n_experts: int)
     return tensor
 
 
-def in_memory(source: Path | dict[str, torch.Tensor], rank: int, ranks: int, config: dict) -> dict[str, torch.Tensor]:
-    """What a rank's parameters must be, from a Hugging Face directory or its tensors: experts stacked."""
+def in_memory(
+    source: Path | dict[str, torch.Tensor], rank: int, ranks: int, config: dict, experts: str = "whole"
+) -> dict[str, torch.Tensor]:
+    """What a rank's parameters must be, from a Hugging Face directory or its tensors: experts stacked, and projections
+    of one input one below the other."""
     found: dict[str, torch.Tensor] = {}
     stacks: dict[str, dict[int, torch.Tensor]] = {}
     for hf, tensor in (whole(source) if isinstance(source, Path) else source).items():
         name = our_name(hf, config["num_hidden_layers"])
-        if (mine := part(name, tensor, rank, ranks, config["n_routed_experts"])) is None:
+        if (mine := part(name, tensor, rank, ranks, config["n_routed_experts"], experts)) is None:
             continue
         before, expert, after = name.partition(".experts.")
         if expert:
@@ -102,7 +108,25 @@ def in_memory(source: Path | dict[str, torch.Tensor], rank: int, ranks: int, con
             stacks.setdefault(f"{before}.experts.{rest}", {})[int(number)] = mine
         elif name not in ("mtp.0.embed.weight", "mtp.0.head.weight"):  # the model shares the main ones
             found[name] = mine
-    return found | {name: torch.stack([stack[e] for e in sorted(stack)]) for name, stack in stacks.items()}
+    found |= {name: torch.stack([stack[e] for e in sorted(stack)]) for name, stack in stacks.items()}
+    for name in list(found):
+        for first, second, together in (("w1", "w3", "w13"), ("wq", "wkv_a", "wqkv_a"), ("wq_a", "wkv_a", "wqkv_a")):
+            before, at, leaf = name.partition(f".{first}.")
+            if at:
+                pair = found.pop(name), found.pop(f"{before}.{second}.{leaf}")
+                found[f"{before}.{together}.{leaf}"] = one_below_the_other(*pair)
+    return found
+
+
+def one_below_the_other(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Two projections (…, rows, in) as one: FP8 ones begin at whole blocks, with zeros between, and if they are of one
+    width the second ends where its last block does."""
+    if a.dtype == torch.float8_e4m3fn:
+        last = -b.shape[-2] % 128 if a.shape == b.shape else 0
+        a, b = (t.view(torch.uint8) for t in (a, b))
+        a, b = torch.nn.functional.pad(a, (0, 0, 0, -a.shape[-2] % 128)), torch.nn.functional.pad(b, (0, 0, 0, last))
+        return torch.cat((a, b), dim=-2).view(torch.float8_e4m3fn)
+    return torch.cat((a, b), dim=-2)
 
 
 def write_upstream(folder: Path, target: Path, ranks: int, config: dict) -> None:
@@ -119,8 +143,9 @@ def write_upstream(folder: Path, target: Path, ranks: int, config: dict) -> None
 
 
 def build(checkpoint: Checkpoint, num: Numerics, group: Group = SOLO, args: ModelArgs | None = None) -> Transformer:
-    """A model whose every value is wrong until it is loaded."""
+    """A model whose every value is wrong until it is loaded. Files made for ranks decide how the experts lie."""
     args = args or checkpoint.args
+    num = dataclasses.replace(num, experts=checkpoint.experts(group.size) or num.experts)
     model = Transformer(args, num, group, mtp=bool(args.n_mtp_layers) and checkpoint.has_mtp)
     for p in model.parameters():
         p.data.view(torch.uint8).fill_(0x55)
@@ -192,7 +217,8 @@ def test_table_names_every_tensor_of_every_family(family, fp8, tmp_path):
         ({}, 3, "n_heads 128 does not divide by 3 ranks (it works with 1, 2, 4, 8, 16)"),
         ({"vocab_size": 129281}, 2, "vocab_size 129281 does not divide by 2 ranks (it works with 1)"),
         ({"intermediate_size": 18436}, 8, "inter_dim 18436 does not divide by 8 ranks (it works with 1)"),
-        ({"n_routed_experts": 264}, 16, "n_routed_experts 264 does not divide by 16 ranks (it works with 1, 2, 4, 8)"),
+        ({"n_routed_experts": 264}, 16, "n_routed_experts 264 does not divide by 16 ranks (it works with 1, 2, 4, 8)"
+                                     "; --experts split does"),
         ({"moe_intermediate_size": 2052}, 8,
          "the shared experts' width 2052 does not divide by 8 ranks (it works with 1)"),
         ({}, 32, "ffn.w1 has 18432 rows, which 32 ranks cannot share in whole 128-wide FP8 blocks "
@@ -304,7 +330,7 @@ def test_tied_embeddings(tmp_path):
     convert(tmp_path / "hf", tmp_path / "converted", 2)
     for folder in (tmp_path / "hf", tmp_path / "converted"):
         found = loaded(folder, Numerics(), Group(1, 2))
-        assert_same(found, in_memory(tmp_path / "hf", 1, 2, config))
+        assert_same(found, in_memory(tmp_path / "hf", 1, 2, config, "split" if folder.name == "converted" else "whole"))
         assert "head.weight" not in found  # it is the embedding's own parameter
 
 
@@ -631,7 +657,7 @@ def test_a_file_marked_for_another_rank(source, tmp_path):
     convert(source, tmp_path / "c", 2)
     file = tmp_path / "c" / "model0-mp2.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"rank":"0"', b'"rank":"1"'))
-    message = "model0-mp2.safetensors: its metadata does not mark it as rank 0 of 2: found {'format': "
+    message = "model0-mp2.safetensors: its metadata does not mark it as rank 0 of 2, whole experts: found {'format': "
     assert refusal(tmp_path / "c", FP8, Group(0, 2)).startswith(message)
 
 
