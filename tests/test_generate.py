@@ -573,6 +573,7 @@ def test_one_rank_s_mistake_is_everyone_s(tiny: Path, copy: Path, tmp_path: Path
     damaged, why = missing_shard(copy)
     cases = [
         ([], ["--max-num-seqs", "0"], "rank 1: argument --max-num-seqs: 0 is not at least 1 (--help lists the flags)"),
+        ([], ["--experts", "split"], "rank 1: --experts split (rank 0: auto): start every host with the same flags"),
         ([], ["--max-num-seqs", "4"], "rank 1: --max-num-seqs 4 (rank 0: 8): start every host with the same flags"),
         ([], ["--ckpt-path", damaged], f"rank 1: {why}"),
         (["--input-file", "/none"], ["--input-file", "/none"], "/none: No such file or directory"),
