@@ -218,7 +218,7 @@ def check_ranks(args: ModelArgs, ranks: int, fp8: bool, experts: ExpertLayout = 
     if found := problem(ranks, experts):
         fits = ", ".join(str(n) for n in range(1, args.n_heads + 1) if not problem(n, experts))
         other: ExpertLayout = "whole" if experts == "split" else "split"
-        way_out = "" if problem(ranks, other) else f"; --experts {other} does"
+        way_out = "" if problem(ranks, other) else f"; --experts {other} works"
         raise UserError(f"{found} (it works with {fits}){way_out}")
 
 
