@@ -135,8 +135,13 @@ def project_float32(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return _by_rows(lambda rows: reference.project_float32(rows, w), x)
 
 
-def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, computed in float32 and rounded once. See reference.silu_mul."""
+def silu_mul(gate_up: torch.Tensor, inter: int) -> torch.Tensor:
+    """SwiGLU's product silu(gate) * up, computed in float32 and rounded once: (T, inter). See reference.silu_mul.
+
+    gate_up (T, 2 I') holds gate in the first `inter` columns of its first half, up in those of its second.
+    """
+    half = gate_up.shape[-1] // 2
+    gate, up = gate_up[..., :inter], gate_up[..., half : half + inter]
     if _side.get() == "auto" and not gate.is_cuda:
         return cpu.silu_mul(gate, up)
     return reference.silu_mul(gate, up)
@@ -150,17 +155,28 @@ def route(
 
 
 def experts(
-    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, first: int, w1: Weight, w2: Weight, w3: Weight
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    first: int,
+    w13: Weight,
+    w2: Weight,
+    inter: int,
+    shared: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The weighted sum of the SwiGLU experts this rank holds, numbered from `first`: float32 (T, H).
+    """The weighted sum of the SwiGLU experts this rank holds, numbered from `first`, and of what `shared` gives (T, H).
 
-    x (T, H), weights (T, K) float32, ids (T, K); w1, w3 stacked (E_local, I, H), w2 (E_local, H, I).
+    x (T, H), weights (T, K) float32, ids (T, K); w13 stacked (E_local, 2 I', H), each expert's gate and up as silu_mul
+    wants them, w2 (E_local, H, inter). Summed in float32, rounded once to x's dtype: (T, H).
     """
 
     def run(e: int, rows: torch.Tensor) -> torch.Tensor:
-        return linear(silu_mul(linear(rows, w1.expert(e)), linear(rows, w3.expert(e))), w2.expert(e))
+        return linear(silu_mul(linear(rows, w13.expert(e)), inter), w2.expert(e))
 
-    return reference.experts(x, weights, ids, first, len(w1.data), run)
+    y = reference.experts(x, weights, ids, first, len(w13.data), run)
+    if shared is not None:
+        y += shared()
+    return y.to(x.dtype)
 
 
 def pack_latents(latent: torch.Tensor, c: int) -> torch.Tensor:
