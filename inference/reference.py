@@ -118,12 +118,17 @@ def norm(
 ) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
     """RMSNorm of x (T, H) + delta (T, H) and that sum itself, the next residual; without delta x is the sum.
 
-    The sum is rounded to x's dtype, its x / rms(x) * weight computed in float32 and rounded once to x's dtype. If fp8
-    names the scales that is quantised, and with `keep` also kept as it was.
+    The sum is rounded to x's dtype, then normed. If fp8 names the scales, the norm is quantised as it was rounded, and
+    with `keep` also kept.
     """
     total = x if delta is None else x + delta
-    y = F.rms_norm(total.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    y = rms_norm(total, weight, eps)
     return quantised(y, fp8, keep) if fp8 else y, total
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last dimension, in float32, rounded once to x's dtype."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
 def to_fnuz(w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -342,7 +347,7 @@ def latent_write(
     cos and sin are (T, R/2) float32; slots (T,), of which negative ones are written nowhere; latents
     (n_pages, page, C + R) in c_kv's dtype, or rows of bytes as pack_latents makes them. V2 equations 9, 14 and 15.
     """
-    latent = torch.cat((norm(c_kv, weight, eps)[0], rotary(k_pe, cos, sin)), dim=-1)  # (T, C + R)
+    latent = torch.cat((rms_norm(c_kv, weight, eps), rotary(k_pe, cos, sin)), dim=-1)  # (T, C + R)
     if latents.dtype == torch.uint8:
         latent = pack_latents(latent, c_kv.shape[1])
     kept = slots >= 0
