@@ -188,7 +188,7 @@ def route(
 
 
 def experts(
-    x: torch.Tensor,
+    x: torch.Tensor | Quantised,
     weights: torch.Tensor,
     ids: torch.Tensor,
     first: int,
@@ -202,6 +202,9 @@ def experts(
     x (T, H), weights (T, K) float32, ids (T, K); w13 stacked (E_local, 2 I', H), each expert's gate and up as silu_mul
     wants them, w2 (E_local, H, inter). Summed in float32, rounded once to x's dtype: (T, H).
     """
+    if isinstance(x, Quantised):
+        assert x.x is not None
+        x = x.x
 
     def run(e: int, rows: torch.Tensor) -> torch.Tensor:
         return linear(silu_mul(linear(rows, w13.expert(e)), inter), w2.expert(e))
@@ -210,11 +213,6 @@ def experts(
     if shared is not None:
         y += shared()
     return y.to(x.dtype)
-
-
-def pack_latents(latent: torch.Tensor, c: int) -> torch.Tensor:
-    """Latents (T, C + R) as bytes with the first c values in FP8. See reference.pack_latents."""
-    return reference.pack_latents(latent, c)
 
 
 def latent_write(
