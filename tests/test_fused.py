@@ -1,5 +1,7 @@
 """The fused ops as the model sees them: a quantised input, and each fusion against the ops it is composed of."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,10 @@ import torch.nn.functional as F
 import cpu
 import ops
 import reference
+from checkpoints import fp8_sizes
+from families import FAMILIES, V3
+from model import Numerics
+from oracle import hidden_states, ours, random_checkpoint, relative_error, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +92,26 @@ def test_latent_write_is_a_norm_two_rotations_and_a_copy(packed: bool) -> None:
     expected = torch.zeros_like(latents)
     expected[1, 6], expected[0, 3], expected[0, 0] = latent[0], latent[2], latent[3]
     assert torch.equal(latents, expected)
+
+
+@pytest.mark.parametrize(
+    "config, num",
+    [
+        (V3, Numerics(torch.float32)),
+        (FAMILIES["v2-lite"], Numerics(torch.float32, fp8_latents=True)),
+        (V3 | dict(fp8_sizes(1), quantization_config={"scale_fmt": "ue8m0"}), Numerics(torch.float32, "fp8", "ue8m0")),
+    ],
+    ids=["V3", "V2-Lite, FP8 latents", "V3 in W8A8"],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter: the models are on the CPU")
+def test_a_model_by_the_kernels(config: dict, num: Numerics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call the model makes, with its own strides and columns."""
+    pytest.importorskip("triton")
+    import kernel_fused
+
+    model = ours(random_checkpoint(tmp_path / "c", config, fp8=num.gemm is not None), num)
+    ids = tokens(8, model.args.vocab_size)
+    expected = hidden_states(model, ids, [7, 1])
+    for name in ("norm", "silu_mul", "latent_write"):
+        monkeypatch.setattr(ops, name, getattr(kernel_fused, name))
+    assert relative_error(hidden_states(model, ids, [7, 1]), expected) < 1e-5
