@@ -23,7 +23,7 @@ import ops
 from config import BLOCK_SIZE, ModelArgs
 from ops import Gemm, Weight
 from parallel import SOLO, ExpertLayout, Group
-from reference import Routing, packed_latent_bytes, rotary
+from reference import Quantised, Routing, Scales, packed_latent_bytes
 
 PAGE_SIZE = 64  # tokens a page of the latent cache holds
 INNER_NORM_EPS = 1e-6  # of q_norm and kv_norm in the released code, whatever rms_norm_eps says
@@ -93,8 +93,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = _parameter(dim, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+    def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+        """Of x (T, H), or of x + delta."""
+        y, _ = ops.norm(x, self.weight, self.eps, delta)
+        assert isinstance(y, torch.Tensor)
+        return y
+
+    def add(
+        self, x: torch.Tensor, delta: torch.Tensor | None, fp8: Scales | None, keep: bool = False
+    ) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
+        """Of x + delta, in the form the linear with this `fp8` takes (`keep`: and in x's dtype), and x + delta."""
+        return ops.norm(x, self.weight, self.eps, delta, fp8, keep)
 
 
 class Linear(nn.Module):
@@ -137,7 +146,12 @@ class Linear(nn.Module):
     def w(self) -> Weight:
         return Weight(self.weight, self.scale, self.gemm, self.scale_fmt)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def fp8(self) -> Scales | None:
+        """The scales this projection wants its input quantised with, if at all."""
+        return self.w.fp8
+
+    def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
         return ops.linear(x, self.w)
 
     def split(self, y: torch.Tensor) -> list[torch.Tensor]:
@@ -186,7 +200,7 @@ class MLA(nn.Module):
 
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group):
         super().__init__()
-        self.args, self.tp, self.dtype, self.fp8_latents = args, tp, num.dtype, num.fp8_latents
+        self.args, self.tp, self.dtype = args, tp, num.dtype
         self.n_heads = tp.split(args.n_heads, "n_heads")
         # W^DQ with W^DKV and W^KR (V3 equations 1, 3 and 6); without a query latent W^Q takes W^DQ's place
         if args.q_lora_rank:
@@ -209,20 +223,18 @@ class MLA(nn.Module):
         del self.wkv_b
 
     def forward(
-        self, x: torch.Tensor, batch: Batch, latents: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self, x: torch.Tensor | Quantised, batch: Batch, latents: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """x (T, H), latents (n_pages, PAGE_SIZE, C + R), written at batch.slots and then read; returns (T, H)."""
         args = self.args
         q, kv = self.wqkv_a.split(self.wqkv_a(x))  # one product for the paper's two: (T, Q), (T, C + R)
         if args.q_lora_rank:
-            q = self.wq_b(self.q_norm(q))
+            q = self.wq_b(self.q_norm.add(q, None, self.wq_b.fp8)[0])
         q_nope, q_pe = q.unflatten(-1, (self.n_heads, -1)).split([args.qk_nope_head_dim, args.qk_rope_head_dim], dim=-1)
         c_kv, k_pe = kv.split([args.kv_lora_rank, args.qk_rope_head_dim], dim=-1)
-        latent = torch.cat((self.kv_norm(c_kv), rotary(k_pe, cos, sin)), dim=-1)  # (T, C + R)
-        if self.fp8_latents:
-            latent = ops.pack_latents(latent, args.kv_lora_rank)
-        latents.flatten(0, 1).index_copy_(0, batch.slots, latent)
-        o = ops.mla(q_nope, rotary(q_pe, cos, sin), latents, batch, self.w_uk, self.w_uv, args.softmax_scale)
+        norm = self.kv_norm
+        q_pe = ops.latent_write(c_kv, k_pe, norm.weight, norm.eps, cos, sin, q_pe, batch.slots, latents)
+        o = ops.mla(q_nope, q_pe, latents, batch, self.w_uk, self.w_uv, args.softmax_scale)
         return self.tp.all_reduce(self.wo(o.flatten(1)))  # (T, N, dv) -> (T, H)
 
 
@@ -235,8 +247,12 @@ class MLP(nn.Module):
         self.w13 = Linear(dim, {"w1": self.inner, "w3": self.inner}, num)  # gate and up, one product for two
         self.w2 = Linear(self.inner, dim, num)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(ops.silu_mul(self.w13(x), self.inner))
+    @property
+    def fp8(self) -> Scales | None:
+        return self.w13.fp8
+
+    def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
+        return self.w2(ops.silu_mul(self.w13(x), self.inner, self.w2.fp8))
 
 
 class Gate(nn.Module):
@@ -277,7 +293,7 @@ class Experts(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | Quantised,
         weights: torch.Tensor,
         ids: torch.Tensor,
         shared: Callable[[], torch.Tensor] | None = None,
@@ -297,9 +313,14 @@ class MoE(nn.Module):
             width = args.n_shared_experts * args.moe_inter_dim
             self.shared_experts = MLP(args.dim, width, num, tp, "the shared experts' width")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def fp8(self) -> Scales | None:
+        return self.experts.w13.fp8
+
+    def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
+        """x (T, H), which the router needs as it was even where the experts take it Quantised."""
         shared = None if self.shared_experts is None else partial(self.shared_experts, x)
-        return self.experts(x, *self.gate(x), shared)
+        return self.experts(x, *self.gate(x.x if isinstance(x, Quantised) else x), shared)
 
 
 class Block(nn.Module):
@@ -314,10 +335,19 @@ class Block(nn.Module):
         self.ffn = MLP(args.dim, args.inter_dim, num, tp, "inter_dim") if dense else MoE(args, num, tp)
 
     def forward(
-        self, x: torch.Tensor, batch: Batch, latents: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        x = x + self.attn(self.attn_norm(x), batch, latents, cos, sin)
-        return x + self.tp.all_reduce(self.ffn(self.ffn_norm(x)))
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        batch: Batch,
+        latents: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream x (T, H) and what is yet to be added to it, before and behind this layer: every addition
+        is left to the norm that comes next, which is then one op with it."""
+        y, x = self.attn_norm.add(x, delta, self.attn.wqkv_a.fp8)
+        y, x = self.ffn_norm.add(x, self.attn(y, batch, latents, cos, sin), self.ffn.fp8, keep=True)
+        return x, self.tp.all_reduce(self.ffn(y))
 
 
 class MTP(Block):
@@ -398,10 +428,10 @@ class Transformer(nn.Module):
     def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
         """Hidden states (T, H) after the final norm; writes the tokens' latents into the cache."""
         cos, sin = self.angles(batch.positions)
-        x = self.embed(batch.tokens)
+        x, delta = self.embed(batch.tokens), None
         for layer, latents in zip(self.layers, cache, strict=False):
-            x = layer(x, batch, latents, cos, sin)
-        return self.norm(x)
+            x, delta = layer(x, delta, batch, latents, cos, sin)
+        return self.norm(x, delta)
 
     @torch.inference_mode()
     def draft(self, batch: Batch, hidden: torch.Tensor, cache: torch.Tensor, k: int = 0) -> torch.Tensor:
@@ -413,7 +443,7 @@ class Transformer(nn.Module):
         assert isinstance(module, MTP)
         cos, sin = self.angles(batch.positions)
         x = module.combine(self.embed(batch.tokens), hidden)
-        return module.norm(module(x, batch, cache[len(self.layers) + k], cos, sin))
+        return module.norm(*module(x, None, batch, cache[len(self.layers) + k], cos, sin))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import cpu
 import reference
+from reference import Quantised, Scales
 
 if TYPE_CHECKING:
     from model import Batch
@@ -29,6 +30,13 @@ class Weight(NamedTuple):
     scale: torch.Tensor | None = None
     gemm: Gemm = "bf16"
     scale_fmt: str | None = None
+
+    @property
+    def fp8(self) -> Scales | None:
+        """The format of the scales with which this weight's input is quantised (W8A8); None: it takes plain input."""
+        if self.scale is None or self.gemm != "fp8":
+            return None
+        return "ue8m0" if self.scale_fmt == "ue8m0" else "float32"
 
     def expert(self, e: int) -> "Weight":
         """Expert e's own weight, a view."""
@@ -63,14 +71,15 @@ def batch_invariant(on: bool = True) -> Iterator[None]:
         _invariant.reset(token)
 
 
-def _by_rows(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """product(x) for x (T, …), in blocks of rows if the mode asks for it."""
+def _by_rows(product: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """product(*inputs) for inputs (T, …), in blocks of rows if the mode asks for it."""
     if not _invariant.get():
-        return product(x)
-    n = len(x)
+        return product(*inputs)
+    n = len(inputs[0])
     if n % ROW_BLOCK:
-        x = torch.cat((x, x.new_zeros(ROW_BLOCK - n % ROW_BLOCK, *x.shape[1:])))
-    return torch.cat([product(block) for block in x.split(ROW_BLOCK)])[:n]
+        inputs = tuple(torch.cat((x, x.new_zeros(ROW_BLOCK - n % ROW_BLOCK, *x.shape[1:]))) for x in inputs)
+    blocks = zip(*(x.split(ROW_BLOCK) for x in inputs), strict=True)
+    return torch.cat([product(*block) for block in blocks])[:n]
 
 
 def _fast(x: torch.Tensor) -> bool:
@@ -102,12 +111,16 @@ def weight_dequant(w: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
     return reference.weight_dequant(w, scale, dtype)
 
 
-def linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
+def linear(x: torch.Tensor | Quantised, w: Weight) -> torch.Tensor:
     """x (T, K) times w (N, K) transposed, in x's dtype.
 
     Without a scale w holds plain weights. With one it is e4m3, and `gemm` "fp8" quantises x too (W8A8, what the model
-    was trained with) where "bf16" widens the weights inside the product (W8A16).
+    was trained with), unless it comes Quantised, where "bf16" widens the weights inside the product (W8A16).
     """
+    if isinstance(x, Quantised):
+        assert w.fp8, "quantised activations by a weight that takes plain ones"
+        dtype = x.dtype
+        return _by_rows(lambda q, s: _fp8_gemm(q, s, w, dtype), x.q, x.s)
     return _by_rows(lambda rows: _linear(rows, w), x)
 
 
@@ -115,17 +128,21 @@ def _linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
     if w.scale is None:
         return cpu.linear(x, w.data) if cpu.is_packed(w.data) else F.linear(x, w.data)
     if w.gemm == "fp8":
-        q, s = act_quant(x, w.scale_fmt)
-        if _fast(x):
-            import kernel
-
-            return kernel.fp8_gemm(q, s, w.data, w.scale, x.dtype)
-        return reference.fp8_gemm(q, s, w.data, w.scale, x.dtype)
+        return _fp8_gemm(*act_quant(x, w.scale_fmt), w, x.dtype)
     if _fast(x):
         import kernel
 
         return kernel.w8a16_gemm(x, w.data, w.scale, x.dtype)
     return reference.w8a16_gemm(x, w.data, w.scale, x.dtype)
+
+
+def _fp8_gemm(q: torch.Tensor, s: torch.Tensor, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+    assert w.scale is not None
+    if _fast(q):
+        import kernel
+
+        return kernel.fp8_gemm(q, s, w.data, w.scale, dtype)
+    return reference.fp8_gemm(q, s, w.data, w.scale, dtype)
 
 
 def project_float32(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -135,16 +152,32 @@ def project_float32(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return _by_rows(lambda rows: reference.project_float32(rows, w), x)
 
 
-def silu_mul(gate_up: torch.Tensor, inter: int) -> torch.Tensor:
-    """SwiGLU's product silu(gate) * up, computed in float32 and rounded once: (T, inter). See reference.silu_mul.
+def norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    delta: torch.Tensor | None = None,
+    fp8: Scales | None = None,
+    keep: bool = True,
+) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
+    """RMSNorm of x (T, H) + delta, quantised if the weight behind it has a `fp8`, and the sum. See reference.norm."""
+    if _fast(x):
+        import kernel_fused
 
-    gate_up (T, 2 I') holds gate in the first `inter` columns of its first half, up in those of its second.
+        return kernel_fused.norm(x, weight, eps, delta, fp8, keep)
+    return reference.norm(x, weight, eps, delta, fp8, keep)
+
+
+def silu_mul(gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
+    """silu(gate) * up of stacked gate_up (T, 2 I') to (T, inter), quantised if the weight behind it has a `fp8`.
+
+    See reference.silu_mul.
     """
-    half = gate_up.shape[-1] // 2
-    gate, up = gate_up[..., :inter], gate_up[..., half : half + inter]
-    if _side.get() == "auto" and not gate.is_cuda:
-        return cpu.silu_mul(gate, up)
-    return reference.silu_mul(gate, up)
+    if _fast(gate_up):
+        import kernel_fused
+
+        return kernel_fused.silu_mul(gate_up, inter, fp8)
+    return (cpu if _side.get() == "auto" else reference).silu_mul(gate_up, inter, fp8)
 
 
 def route(
@@ -155,7 +188,7 @@ def route(
 
 
 def experts(
-    x: torch.Tensor,
+    x: torch.Tensor | Quantised,
     weights: torch.Tensor,
     ids: torch.Tensor,
     first: int,
@@ -169,6 +202,9 @@ def experts(
     x (T, H), weights (T, K) float32, ids (T, K); w13 stacked (E_local, 2 I', H), each expert's gate and up as silu_mul
     wants them, w2 (E_local, H, inter). Summed in float32, rounded once to x's dtype: (T, H).
     """
+    if isinstance(x, Quantised):
+        assert x.x is not None
+        x = x.x
 
     def run(e: int, rows: torch.Tensor) -> torch.Tensor:
         return linear(silu_mul(linear(rows, w13.expert(e)), inter), w2.expert(e))
@@ -179,9 +215,23 @@ def experts(
     return y.to(x.dtype)
 
 
-def pack_latents(latent: torch.Tensor, c: int) -> torch.Tensor:
-    """Latents (T, C + R) as bytes with the first c values in FP8. See reference.pack_latents."""
-    return reference.pack_latents(latent, c)
+def latent_write(
+    c_kv: torch.Tensor,
+    k_pe: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_pe: torch.Tensor,
+    slots: torch.Tensor,
+    latents: torch.Tensor,
+) -> torch.Tensor:
+    """Norms c_kv, rotates k_pe and writes both at their slots; returns q_pe rotated. See reference.latent_write."""
+    if _fast(c_kv):
+        import kernel_fused
+
+        return kernel_fused.latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
+    return reference.latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
 
 
 def mla(

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 import kernel
+from compile_kernels import configurations
 
 Report = dict[str, Any]
 
@@ -33,7 +34,7 @@ TENSOR_CORE = {
 }
 
 CONFIGURATIONS = [  # to save time, Ada's, which hardly differ from their neighbours', wait for `make trust`
-    pytest.param(c, id=c.name, marks=pytest.mark.trust if c.target == "sm_89" else ()) for c in kernel.configurations()
+    pytest.param(c, id=c.name, marks=pytest.mark.trust if c.target == "sm_89" else ()) for c in configurations()
 ]
 
 
@@ -67,7 +68,7 @@ def test_fits_and_uses_the_tensor_core(c: kernel.Configuration, compiled: Callab
 
 
 def test_names_are_distinct() -> None:
-    names = [c.name for c in kernel.configurations()]
+    names = [c.name for c in configurations()]
     assert len(names) == len(set(names))
 
 
