@@ -171,8 +171,8 @@ PAGES = 5  # of 64 slots; the first and the last belong to somebody else
 
 def latent_inputs(t: int, c: int, rope: int, heads: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     angle = 6 * torch.rand(t, rope // 2)
-    slots = 64 + torch.randperm(3 * 64)[:t]
-    slots[1::3] = -1
+    slots = 65 + torch.randperm(3 * 64 - 2)[:t]
+    slots[0:1], slots[2:3], slots[1::3] = 64, 4 * 64 - 1, -1  # the pool's first slot, its last, and none
     return {
         "c_kv": integers(t, c).to(dtype),
         "k_pe": torch.randn(t, rope).to(dtype),
