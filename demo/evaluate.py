@@ -84,7 +84,8 @@ class OurEngine:
 
         self.params = SamplingParams(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
         self.engine = Engine.from_pretrained(
-            checkpoint, dtype=dtype, gemm=gemm, device=device, mtp=mtp, max_num_seqs=batch, kv_cache_dtype=kv_cache_dtype,
+            checkpoint, dtype=dtype, gemm=gemm, device=device, mtp=mtp, max_num_seqs=batch,
+            kv_cache_dtype=kv_cache_dtype,
         )  # fmt: skip
         self.drafts = self.accepted = 0
 
