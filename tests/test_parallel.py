@@ -119,7 +119,7 @@ def test_layouts_of_the_experts_in_fp8(fp8_folders, gemm):
     for (experts, size), folders in fp8_folders.items():
         for folder in folders:
             for logits in on_every_rank(size, partial(work, folder=folder, experts=experts)):
-                assert relative_error(logits, expected) < (1e-2 if gemm == "fp8" else 1e-5)
+                assert relative_error(logits, expected) < (2e-3 if gemm == "fp8" else 1e-5)
 
 
 def test_every_rank_works_on_every_split_expert():
