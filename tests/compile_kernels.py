@@ -1,12 +1,13 @@
 """Compiles kernel configurations without a GPU and prints what came out, as one JSON object.
 
     python compile_kernels.py sm_90       every configuration that a module of kernels lists for a target
-    python compile_kernels.py controls    two that must be found wanting
+    python compile_kernels.py controls    some that must be found wanting
 
 A program of its own, because Triton's interpreter, in which the other tests run, takes the place of the compiler.
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -44,8 +45,10 @@ def compile_(c: kernel.Configuration) -> Any:
 
 def report(compiled: Any) -> dict[str, Any]:
     """Registers a thread, bytes of stack (spills are there), bytes of shared memory, how often each instruction occurs,
-    and whether any of them takes subnormal numbers for zeros."""
-    found = {"shared": compiled.metadata.shared}
+    and whether any of them takes subnormal numbers for zeros; warps, and the shapes that groups of warps multiply."""
+    found = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+    products = r"warp_group_dot .*-> tensor<(\d+)x(\d+)xf32"
+    found["products"] = [(int(m), int(n)) for m, n in re.findall(products, compiled.asm["ttgir"])]
     if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
         number = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", code, re.MULTILINE)}
@@ -74,11 +77,16 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def controls() -> Iterable[kernel.Configuration]:
-    """What the tables of kernel.py avoid on sm_90: a tile too large for its threads, and 16 rows not swapped."""
-    base = next(c for c in kernel.configurations() if c.name == "fp8_gemm sm_90 16x64")
-    large = base.constexprs | {"BLOCK_M": 128, "BLOCK_N": 128, "SWAP": False, "STAGES": 3}
-    yield replace(base, name="spills", constexprs=large)
-    yield replace(base, name="not swapped", constexprs=base.constexprs | {"SWAP": False})
+    """What tiles.py avoids on sm_90: a tile too large for its threads, 16 rows not swapped, and a request for warp
+    specialisation that the compiler grants by computing everything twice, or ignores."""
+    tiles = {
+        "spills": kernel.Tile(math.inf, 128, 128, False, 4, 3),
+        "not swapped": kernel.Tile(math.inf, 16, 64, False, 4, 6),
+        "computed twice": kernel.Tile(math.inf, 64, 128, False, 4, 4, persistent=1, specialised=True),
+        "not specialised": kernel.Tile(math.inf, 128, 128, False, 8, 4, persistent=1, specialised=True),
+    }
+    for name, tile in tiles.items():
+        yield replace(kernel.gemm_configuration("fp8_gemm", "sm_90", tile), name=name)
 
 
 def configurations() -> Iterator[kernel.Configuration]:

@@ -13,12 +13,10 @@ import pytest
 
 pytest.importorskip("triton")
 import kernel
+import tiles
 from compile_kernels import configurations
 
 Report = dict[str, Any]
-
-KIB = 1024
-SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_89": 99 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
 
 # How the name of the instruction that must be there begins, and Ampere's, which may not be beside it.
 TENSOR_CORE = {
@@ -58,13 +56,27 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
 def test_fits_and_uses_the_tensor_core(c: kernel.Configuration, compiled: Callable[[str], dict[str, Report]]) -> None:
     report = compiled(c.target)[c.name]
     assert report["stack"] == 0
-    assert report["shared"] <= SHARED_LIMIT[c.target]
+    assert report["shared"] <= tiles.SHARED_LIMIT[c.target]
     assert not report["flushes"]  # widen_e4m3 counts on subnormals
     op = c.name.split()[0]
     if (op, c.target) in TENSOR_CORE:
         wanted, slow = TENSOR_CORE[op, c.target]
         assert any(name.startswith(wanted) for name in report["instructions"]), report["instructions"]
         assert slow not in report["instructions"]
+    if "SPECIALISED" in c.constexprs:
+        check_persistent(c, report)
+
+
+def check_persistent(c: kernel.Configuration, report: Report) -> None:
+    """That the tensor memory accelerator copies, and that a request for warp specialisation was granted: there are more
+    warps than asked for, registers move to those that multiply, and on Hopper their products make up one tile."""
+    assert {"UTMALDG", "UTMASTG"} <= set(report["instructions"])
+    if c.constexprs["SPECIALISED"]:
+        assert report["warps"] > c.options["num_warps"]
+        assert "USETMAXREG" in report["instructions"]
+        if c.target == "sm_90":
+            assert len(report["products"]) == 2
+            assert sum(m * n for m, n in report["products"]) == c.constexprs["BLOCK_M"] * c.constexprs["BLOCK_N"]
 
 
 def test_names_are_distinct() -> None:
@@ -77,3 +89,6 @@ def test_the_checks_above_can_fail(compiled: Callable[[str], dict[str, Report]])
     assert controls["spills"]["stack"] > 0
     assert "HMMA" in controls["not swapped"]["instructions"]
     assert "QGMMA" not in controls["not swapped"]["instructions"]
+    assert [tuple(product) for product in controls["computed twice"]["products"]] == [(64, 128), (64, 128)]
+    assert controls["not specialised"]["warps"] == 8
+    assert "USETMAXREG" not in controls["not specialised"]["instructions"]
