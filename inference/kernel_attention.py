@@ -3,8 +3,8 @@
 Two kernels, one for each phase.
 
 - `decode` is for few query rows to a sequence: the absorbed form over the paged latents. All heads, and all the query
-  tokens of a sequence, share its keys, so they are the rows of one tile. The keys are split over programs, each of which
-  leaves a normalised result with the logarithm of its weight, and `combine` adds those up.
+  tokens of a sequence, share its keys, so they are the rows of one tile. The keys are split over programs, each of
+  which leaves a normalised result with the logarithm of its weight, and a second kernel adds those up.
 - `prefill` is for many: the multi-head form. Latents are gathered from their pages and expanded to keys and values with
   plain matrix products, as many at a time as a bounded workspace holds, and a flash kernel carries on over each such
   slab from where it stopped after the one before.
@@ -67,7 +67,7 @@ def load_latents(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["P", "first", "last", "split_keys", "split_stride"])
+@triton.jit(do_not_specialize=["pages_ptr", "bounds_ptr", "P", "first", "last", "split_keys", "split_stride"])
 def decode_kernel(
     q_ptr, q_pe_ptr, latents_ptr, scales_ptr, k_pe_ptr, pages_ptr, positions_ptr, bounds_ptr, out_ptr, lse_ptr,
     P, first, last, split_keys, split_stride, scale,
@@ -125,7 +125,7 @@ def decode_kernel(
     place = split.to(tl.int64) * split_stride + index - first.to(tl.int64) * N
     total = tl.where(total == 0, 1.0, total)  # a row that saw none, whose result nobody will ask for
     tl.store(lse_ptr + place, best + tl.log2(total), mask=real)
-    out = cast(acc / tl.expand_dims(total, axis), out_ptr.dtype.element_ty)
+    out = acc * tl.expand_dims(1.0 / total, axis)
     tl.store(out_ptr + place[:, None] * C + c, out.T if SWAP else out, mask=real[:, None] & (c < C))
 
 
@@ -162,7 +162,7 @@ def combine_kernel(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["P", "slab", "n_slab"])
+@triton.jit(do_not_specialize=["pages_ptr", "lengths_ptr", "P", "slab", "n_slab"])
 def gather_kernel(
     latents_ptr, scales_ptr, k_pe_in_ptr, pages_ptr, lengths_ptr, ends_ptr, c_kv_ptr, k_pe_ptr, P, slab, n_slab,
     C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr, PAGE: tl.constexpr,
@@ -207,7 +207,8 @@ def attend(
         scores = tl.dot(q, dot_operand(k, False).T)
         scores = tl.dot(q_pe, dot_operand(k_pe, False).T, scores) * scale
         if MASKED:
-            scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+            last = tl.minimum(position, high - 1)
+            scores = tl.where(key[None, :] <= last[:, None], scores, float("-inf"))
         peak = tl.maximum(best, tl.max(scores, 1))
         shift = tl.where(peak == float("-inf"), 0.0, peak) if MASKED else peak
         p = tl.exp2(scores - shift[:, None])
@@ -219,7 +220,7 @@ def attend(
     return acc, best, total
 
 
-@triton.jit(do_not_specialize=["slab", "n_slab"])
+@triton.jit(do_not_specialize=["bounds_ptr", "lengths_ptr", "slab", "n_slab"])
 def prefill_kernel(
     q_ptr, q_pe_ptr, k_ptr, k_pe_ptr, v_ptr, positions_ptr, bounds_ptr, lengths_ptr, ends_ptr, out_ptr, state_ptr,
     lse_ptr, slab, n_slab, scale,
@@ -257,7 +258,7 @@ def prefill_kernel(
     known = token < tl.where(low > 0, stop, 0)
     acc = tl.load(state_ptr + index[:, None] * DV + e, mask=known[:, None] & (e < DV), other=0.0)
     best = tl.load(lse_ptr + index, mask=known, other=float("-inf"))
-    total = known.to(tl.float32)
+    total = tl.where(known, 1.0, 0.0)
 
     offset = offset.to(tl.int64)
     k_ptr += offset * (N * DN) + head * DN
@@ -275,7 +276,7 @@ def prefill_kernel(
     )  # fmt: skip
 
     total = tl.where(total == 0, 1.0, total)  # rows past the end
-    acc = acc / total[:, None]
+    acc *= (1.0 / total)[:, None]
     inside = real[:, None] & (e < DV)
     if high == end:
         tl.store(out_ptr + index[:, None] * DV + e, cast(acc, out_ptr.dtype.element_ty), mask=inside)
@@ -314,7 +315,7 @@ class Tile:
 # one stage, and two programs to a multiprocessor; with more than 32 rows the result's 512 columns spill on their way
 # through the registers.
 DECODE = {  # by architecture and whether latents are packed
-    ("sm_80", False): (Tile(16, 16, 32, 4, 2), Tile(32, 32, 32, 4, 2), Tile(math.inf, 64, 32, 8, 2)),
+    ("sm_80", False): (Tile(16, 16, 32, 4, 2), Tile(math.inf, 32, 32, 4, 2)),
     ("sm_80", True): (Tile(math.inf, 16, 32, 8, 2),),
     ("sm_89", False): (Tile(16, 16, 32, 4, 2), Tile(math.inf, 32, 32, 4, 2)),
     ("sm_89", True): (Tile(math.inf, 16, 32, 8, 2),),
@@ -427,10 +428,8 @@ def decode(
     assert split_keys % page == 0
     n_splits = triton.cdiv(extent.longest_kv, split_keys)
     out = torch.empty(n_tokens, n_heads, c, dtype=q.dtype, device=q.device)
-    at_once = n_tokens if n_splits == 1 else max(1, min(n_tokens, SPLIT_BYTES // (n_splits * n_heads * c * 4)))
-    partial = out
-    if n_splits > 1:
-        partial = torch.empty(n_splits, at_once, n_heads, c, dtype=torch.float32, device=q.device)
+    at_once = max(1, min(n_tokens, SPLIT_BYTES // (n_splits * n_heads * c * 4)))
+    partial = torch.empty(n_splits, at_once, n_heads, c, dtype=torch.float32, device=q.device)
     lse = torch.empty(n_splits, at_once, n_heads, dtype=torch.float32, device=q.device)
     for first in range(0, n_tokens, at_once):
         last = min(first + at_once, n_tokens)
@@ -438,13 +437,13 @@ def decode(
         decode_kernel[(tiles, extent.n, n_splits)](
             q, q_pe.contiguous(), *_pool(latents, c), batch.pages, batch.positions, batch.cu_seqlens_q, partial, lse,
             batch.pages.stride(0), first, last, split_keys, at_once * n_heads, scale * LOG2_E,
-            N=n_heads, C=c, R=r, C_PAD=_pad(c), R_PAD=_pad(r), PAGE=page, SWAP=tile.swap, **tile.constexprs(), **tile.options(),
+            N=n_heads, C=c, R=r, C_PAD=_pad(c), R_PAD=_pad(r), PAGE=page, SWAP=tile.swap,
+            **tile.constexprs(), **tile.options(),
         )  # fmt: skip
-        if n_splits > 1:
-            combine_kernel[((last - first) * n_heads, triton.cdiv(c, COLUMNS))](
-                partial, lse, batch.positions, out, first, split_keys, at_once * n_heads,
-                N=n_heads, C=c, COLUMNS=COLUMNS, SPLITS=SPLITS, num_warps=1,
-            )  # fmt: skip
+        combine_kernel[((last - first) * n_heads, triton.cdiv(c, COLUMNS))](
+            partial, lse, batch.positions, out, first, split_keys, at_once * n_heads,
+            N=n_heads, C=c, COLUMNS=COLUMNS, SPLITS=SPLITS, num_warps=1,
+        )  # fmt: skip
     return out
 
 
@@ -499,8 +498,8 @@ def prefill(
 
 
 def _pool(latents: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """A layer's latents (n_pages, page, width) as load_latents takes them: compressed values, scales if they are packed,
-    rotary keys."""
+    """A layer's latents (n_pages, page, width) as load_latents takes them: compressed values, scales if packed, rotary
+    keys."""
     flat = latents.view(-1)
     if latents.dtype != torch.uint8:
         return flat, None, flat[c:]
@@ -516,8 +515,7 @@ def _pool(latents: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor | N
 
 
 def configurations() -> Iterator[Configuration]:
-    """Every kernel as it is compiled for V3's dimensions, with all heads and with those of one rank of eight. Of the
-    two types that decode's output can have, the one that is combined, but for each table's last tile."""
+    """Every kernel as it is compiled for V3's dimensions, with all heads and with those of one rank of eight."""
     dims = {"C": 512, "R": 64, "C_PAD": 512, "R_PAD": 64, "PAGE": 64}
     heads = {"DN": 128, "R": 64, "DV": 128, "DN_PAD": 128, "R_PAD": 64, "DV_PAD": 128}
     queries = {"q_ptr": "*bf16", "q_pe_ptr": "*bf16", "positions_ptr": "*i64", "bounds_ptr": "*i32", "scale": "fp32"}
@@ -528,15 +526,16 @@ def configurations() -> Iterator[Configuration]:
         pool |= {"pages_ptr": "*i32", "P": "i32"}
         none = {} if packed else {"scales_ptr": None}
         kind = f"{target} {'fp8' if packed else 'bf16'}"
-        launches = [(n, tile, "fp32") for n in (16, 128) for tile in tiles if tile.up_to >= n]
-        for n_heads, tile, out in [*launches, (128, tiles[-1], "bf16")]:
+        for n_heads, tile in itertools.product((16, 128), tiles):
+            if tile.up_to < n_heads:
+                continue
             yield Configuration(
-                f"decode {kind} {n_heads} heads {tile.rows}x{tile.keys} to {out}",
+                f"decode {kind} {n_heads} heads {tile.rows}x{tile.keys}",
                 decode_kernel,
                 target,
                 queries
                 | pool
-                | {"k_pe_ptr": "*bf16", "out_ptr": f"*{out}", "lse_ptr": "*fp32"}
+                | {"k_pe_ptr": "*bf16", "out_ptr": "*fp32", "lse_ptr": "*fp32"}
                 | dict.fromkeys(("first", "last", "split_keys", "split_stride"), "i32"),
                 none | dims | {"N": n_heads, "SWAP": tile.swap} | tile.constexprs(),
                 tile.options(),
