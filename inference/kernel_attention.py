@@ -470,14 +470,15 @@ def prefill(
     """The sequences of batch.many in the multi-head form, into their rows of out (T, N, dv)."""
     extent, skip = batch.many, batch.few.n
     (n_heads, dn, c), dv, r = w_uk.shape, w_uv.shape[1], q_pe.shape[-1]
-    page, like = latents.shape[1], {"dtype": q_nope.dtype, "device": q_nope.device}
+    page = latents.shape[1]
+    assert page % GATHERED == 0
     tile = tile or _tile(PREFILL[architecture(q_nope.device)], extent.longest_q)
     per_key = (n_heads * (dn + dv) + c + r) * q_nope.itemsize
     n_slab = min(max(page, SLAB_BYTES // per_key), extent.total_kv)
     lengths, pages, bounds = batch.kv_lens[skip:], batch.pages[skip:], batch.cu_seqlens_q[skip:]
     ends = lengths.cumsum(0, dtype=torch.int32)
-    c_kv, k_pe = torch.empty(n_slab, c, **like), torch.empty(n_slab, r, **like)
-    k, v = torch.empty(n_slab, n_heads * dn, **like), torch.empty(n_slab, n_heads * dv, **like)
+    widths = c, r, n_heads * dn, n_heads * dv
+    c_kv, k_pe, k, v = (torch.empty(n_slab, w, dtype=q_nope.dtype, device=q_nope.device) for w in widths)
     carried = n_slab < extent.total_kv
     state = torch.empty(out.shape if carried else 0, dtype=torch.float32, device=out.device)
     lse = torch.empty(out.shape[:2] if carried else 0, dtype=torch.float32, device=out.device)
