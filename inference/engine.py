@@ -19,7 +19,7 @@ from cache import PagePool
 from config import ModelArgs, agree, load_config
 from errors import UserError
 from graphs import Capture, Forward, Graphs, Place, cuda_capture
-from model import PAGE_SIZE, Batch, Numerics, Transformer
+from model import FEW_ROWS, PAGE_SIZE, Batch, Numerics, Transformer
 from parallel import SOLO, Group, environment
 from sampling import Ask, Draft, Logprob, SamplingParams, logprob, propose, released_params, verify
 from scheduler import Chunk, Job, Scheduler
@@ -353,6 +353,7 @@ class Engine:
         return advanced
 
     def _run(self, chunks: list[Chunk]) -> list[Request]:
+        chunks = sorted(chunks, key=lambda c: len(c.tokens) > FEW_ROWS)  # as Batch.pack wants them
         places: list[Place] = [(c.tokens, c.start, list(c.job.pages)) for c in chunks]
         hidden = self._step_graphs.run(places) if self._step_graphs else None
         if hidden is None:

@@ -1,7 +1,7 @@
 """Compiles kernel configurations without a GPU and prints what came out, as one JSON object.
 
-    python compile_kernels.py sm_90       every configuration that a module of kernels lists for a target
-    python compile_kernels.py controls    some that must be found wanting
+    python compile_kernels.py sm_90 [NAME…]    what the modules of kernels list for a target, or those of it named
+    python compile_kernels.py controls         some that must be found wanting
 
 A program of its own, because Triton's interpreter, in which the other tests run, takes the place of the compiler.
 """
@@ -24,9 +24,10 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference"))
 import kernel
+import kernel_attention
 import kernel_fused
 
-MODULES = (kernel, kernel_fused)
+MODULES = (kernel, kernel_fused, kernel_attention)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -45,7 +46,8 @@ def compile_(c: kernel.Configuration) -> Any:
 
 def report(compiled: Any) -> dict[str, Any]:
     """Registers a thread, bytes of stack (spills are there), bytes of shared memory, how often each instruction occurs,
-    and whether any of them takes subnormal numbers for zeros; warps, and the shapes that groups of warps multiply."""
+    and whether a product or a cast takes subnormal numbers for zeros; warps, and the shapes that groups of warps
+    multiply."""
     found = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
     products = r"warp_group_dot .*-> tensor<(\d+)x(\d+)xf32"
     found["products"] = [(int(m), int(n)) for m, n in re.findall(products, compiled.asm["ttgir"])]
@@ -65,7 +67,7 @@ def report(compiled: Any) -> dict[str, Any]:
     number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
     found["registers"] = number["REG"]
     found["stack"] = number["STACK"] + number["LOCAL"]
-    found["flushes"] = ".ftz" in compiled.asm["ptx"]
+    found["flushes"] = bool(re.search(r"\b(mul|cvt)\S*\.ftz", compiled.asm["ptx"]))  # exponentials may
     found["instructions"] = Counter(
         re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", code, re.MULTILINE)
     )
@@ -95,10 +97,11 @@ def configurations() -> Iterator[kernel.Configuration]:
         yield from module.configurations()
 
 
-def main(target: str) -> None:
-    chosen = controls() if target == "controls" else (c for c in configurations() if c.target == target)
+def main(target: str, *names: str) -> None:
+    listed = controls() if target == "controls" else (c for c in configurations() if c.target == target)
+    chosen = (c for c in listed if not names or c.name in names)
     json.dump({c.name: report(compile_(c)) for c in chosen}, sys.stdout)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
