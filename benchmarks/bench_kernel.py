@@ -355,9 +355,7 @@ def norm_case(m: int, h: int, clock: Clock) -> Case:
 
     def by(side: str) -> Callable[[], Run]:
         def build() -> Run:
-            ops = ours_by_name("ops")
-
-            norm = ops.norm if side == "ops" else reference.norm
+            norm = ours_by_name(side).norm
             return lambda i: norm(data.xs[i], data.weight, 1e-6, data.deltas[i], "float32", keep=False)[0]
 
         return build
@@ -409,9 +407,7 @@ def silu_case(m: int, inter: int, clock: Clock) -> Case:
 
     def by(side: str) -> Callable[[], Run]:
         def build() -> Run:
-            ops = ours_by_name("ops")
-
-            silu_mul = ops.silu_mul if side == "ops" else reference.silu_mul
+            silu_mul = ours_by_name(side).silu_mul
             return lambda i: silu_mul(data.xs[i], inter, "float32")
 
         return build
@@ -451,9 +447,7 @@ def latent_case(m: int, heads: int, clock: Clock, c: int = 512, rope: int = 64) 
         pool = torch.zeros(pages, PAGE, c + rope, dtype=torch.bfloat16, device=device)
 
         def build() -> Run:
-            ops = ours_by_name("ops")
-
-            write = (ops if side == "fused" else reference).latent_write
+            write = ours_by_name("ops" if side == "fused" else "reference").latent_write
             cos, sin = angles.cos(), angles.sin()
             parts = [kv.split([c, rope], dim=-1) for kv in kvs]
             return lambda i: write(*parts[i], weight, 1e-6, cos, sin, queries[i], slots[i], pool)
@@ -604,10 +598,8 @@ def prefill_case(heads: int, length: int, clock: Clock) -> Case:
 
     def ours(side: str) -> Callable[[], Run]:
         def build() -> Run:
-            ops = ours_by_name("ops")
             batch_type = ours_by_name("model").Batch
-
-            mla = ops.mla if side == "ops" else reference.mla
+            mla = ours_by_name(side).mla
             batch = batch_type.pack([([0] * length, 0, list(range(len(latents))))], device)
             return lambda _: mla(q_nope, q_pe, latents, batch, w_uk, w_uv, SCALE)
 
