@@ -14,7 +14,8 @@ repository's kernels, experts and attention, which run from an ignored folder in
     git clone https://github.com/deepseek-ai/DeepSeek-V3 .peers/DeepSeek-V3
 
 Its FP8 product tunes itself at the first M it meets. Here it is tuned twice, at the first M up to 128 and at the first
-beyond, which is kinder to it than its own model is.
+beyond, which is kinder to it than its own model is. It compiles 36 kernels for a shape, which takes minutes: --shape
+takes one shape at a time, --only leaves contestants out, and --quick has the fewest shapes that say something.
 """
 
 import argparse
@@ -45,6 +46,13 @@ PAGE = 64
 V3_RULE = reference.Routing(8, "sigmoid", "noaux_tc", 8, 4, True, 2.5)
 Rows = list[dict[str, Any]]
 QUANTISED = 2e-2  # where something is rounded to FP8 on the way: a bit's difference before it can move it by an eighth
+
+
+def sizes(
+    options: argparse.Namespace, asked: list[int] | None, smoke: list[int], quick: list[int], full: list[int]
+) -> list[int]:
+    """Which of a list the options want."""
+    return asked or (smoke if options.smoke else quick if options.quick else full)
 
 
 def ours_by_name(module: str) -> Any:
@@ -103,7 +111,7 @@ class Dense:
 
 def dense(options: argparse.Namespace, clock: Clock) -> Iterator[Iterable[Case]]:
     shapes = options.shape or ([(192, 320)] if options.smoke else SHAPES)
-    tokens = options.tokens or ([1, 5] if options.smoke else [2**i for i in range(15)])
+    tokens = sizes(options, options.tokens, [1, 5], [1, 64, 128, 4096], [2**i for i in range(15)])
     for n, k in shapes:
         sets = cold_sets(n * k, clock)
         yield (dense_case(m, n, k, sets, clock.device) for m in tokens)
@@ -197,6 +205,8 @@ class Experts:
         )  # fmt: skip
         self.xs = [normal(draw, m, h) for _ in range(sets)]
         self.ids = [torch.rand(m, total, generator=draw, device=device).topk(top).indices for _ in range(sets)]
+        if not (self.ids[0] < local).any():
+            self.ids[0][0, 0] = 0  # there has to be something to compare
         self.weights = [torch.rand(m, top, generator=draw, device=device) + 0.5 for _ in range(sets)]
 
     def touched(self) -> float:
@@ -210,7 +220,7 @@ class Experts:
 
     def compared(self) -> list[int]:
         """The tokens of set 0 that are compared with float64: some of those that have an expert here."""
-        here = (self.ids[0] < len(self.w13)).any(dim=1).nonzero().flatten().tolist() or [0]
+        here = (self.ids[0] < len(self.w13)).any(dim=1).nonzero().flatten().tolist()
         return here[:: max(1, len(here) // 4)][:4] + here[-1:]
 
     def exact(self, rows: list[int], quantise: bool) -> torch.Tensor:
@@ -234,10 +244,10 @@ def moe(options: argparse.Namespace, clock: Clock) -> Iterator[Iterable[Case]]:
     layouts = {"split": (7168, 256, 256, 256, 8), "whole": (7168, 2048, 32, 256, 8)}
     if options.smoke:
         layouts = {"split": (256, 64, 8, 8, 2), "whole": (256, 128, 4, 8, 2)}
-    tokens = options.tokens or ([1, 5] if options.smoke else [2**i for i in range(13)])
-    for layout, sizes in layouts.items():
+    tokens = sizes(options, options.tokens, [1, 5], [1, 32, 128, 4096], [2**i for i in range(13)])
+    for layout, widths in layouts.items():
         if not options.layout or layout in options.layout:
-            yield (moe_case(m, layout, *sizes, clock) for m in tokens)
+            yield (moe_case(m, layout, *widths, clock) for m in tokens)
 
 
 def moe_case(m: int, layout: str, h: int, inter: int, local: int, total: int, top: int, clock: Clock) -> Case:
@@ -303,7 +313,7 @@ def moe_case(m: int, layout: str, h: int, inter: int, local: int, total: int, to
 
 def router(options: argparse.Namespace, clock: Clock) -> Iterator[Iterable[Case]]:
     h = 256 if options.smoke else 7168
-    tokens = options.tokens or ([1, 5] if options.smoke else [1, 8, 32, 128, 512, 2048, 8192])
+    tokens = sizes(options, options.tokens, [1, 5], [1, 128], [1, 8, 32, 128, 512, 2048, 8192])
     yield (router_case(m, h, clock) for m in tokens)
 
 
@@ -341,7 +351,7 @@ def router_case(m: int, h: int, clock: Clock, experts: int = 256) -> Case:
 
 
 def fused(options: argparse.Namespace, clock: Clock) -> Iterator[Iterable[Case]]:
-    tokens = options.tokens or ([1, 5] if options.smoke else [1, 8, 32, 128, 1024, 4096, 16384])
+    tokens = sizes(options, options.tokens, [1, 5], [1, 128, 4096], [1, 8, 32, 128, 1024, 4096, 16384])
     h, inters, heads = (256, [192], 2) if options.smoke else (7168, [256, 2304], 16)
     yield (norm_case(m, h, clock) for m in tokens)
     for inter in inters:
@@ -506,9 +516,9 @@ class Cached:
 
 
 def decode(options: argparse.Namespace, clock: Clock) -> Iterator[Iterable[Case]]:
-    heads = options.heads or ([2] if options.smoke else [16, 128])
-    batches = options.batches or ([1, 3] if options.smoke else [1, 8, 32, 128])
-    contexts = options.contexts or ([100] if options.smoke else [1024, 4096, 16384, 65536])
+    heads = sizes(options, options.heads, [2], [16, 128], [16, 128])
+    batches = sizes(options, options.batches, [1, 3], [1, 128], [1, 8, 32, 128])
+    contexts = sizes(options, options.contexts, [100], [4096, 65536], [1024, 4096, 16384, 65536])
     for n in heads:
         yield (decode_case(n, b, length, clock) for b in batches for length in contexts)
 
@@ -572,8 +582,8 @@ def decode_case(heads: int, b: int, length: int, clock: Clock) -> Case:
 
 
 def prefill(options: argparse.Namespace, clock: Clock) -> Iterator[Iterable[Case]]:
-    heads = options.heads or ([2] if options.smoke else [16])
-    lengths = options.contexts or ([80] if options.smoke else [2048, 4096, 8192, 16384, 32768])
+    heads = sizes(options, options.heads, [2], [16], [16])
+    lengths = sizes(options, options.contexts, [80], [4096, 16384], [2048, 4096, 8192, 16384, 32768])
     for n in heads:
         yield (prefill_case(n, length, clock) for length in lengths)
 
@@ -609,6 +619,7 @@ def prefill_case(heads: int, length: int, clock: Clock) -> Case:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=str(device))
+        torch.compiler.reset()  # or it would compile for any length from the second on
         attend: Any = torch.compile(flex_attention)
         return lambda _: attend(q[None], k[None], v[None], block_mask=mask, scale=SCALE)[0].transpose(0, 1)
 
@@ -680,6 +691,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants by their column's name")
     parser.add_argument("--v3", metavar="DIR", help="the V3 repository's inference folder (default: in .peers)")
     parser.add_argument("--peak", type=float, default=1979, help="dense FP8 TFLOPS; default: the H100's and H200's")
+    parser.add_argument("--quick", action="store_true", help="few shapes")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, no timing")
     parser.add_argument("--output", help="JSON file for the results")
     options = parser.parse_args()

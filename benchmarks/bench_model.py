@@ -67,10 +67,10 @@ class Theirs:
     def __init__(self, args: ModelArgs, clock: Clock):
         self.clock = clock
         config = their_config(args)
-        family = transformers.DeepseekV3ForCausalLM if args.score_func == "sigmoid" else transformers.DeepseekV2ForCausalLM
+        name = "DeepseekV3ForCausalLM" if args.score_func == "sigmoid" else "DeepseekV2ForCausalLM"
         torch.set_default_dtype(torch.bfloat16)
         with clock.device:
-            self.model = family(config).eval()
+            self.model = getattr(transformers, name)(config).eval()
         torch.set_default_dtype(torch.float32)
         fill(self.model)
 
@@ -106,8 +106,9 @@ class Ours:
         model = Transformer(checkpoint.args, Numerics(torch.bfloat16), device=clock.device, mtp=False)
         load_into(model, checkpoint, progress=False)
         self.engine = Engine(
-            model.prepare(), None, max_model_len=longest, max_num_seqs=sequences, max_num_batched_tokens=step, reuse=False
-        )
+            model.prepare(), None,
+            max_model_len=longest, max_num_seqs=sequences, max_num_batched_tokens=step, reuse=False,
+        )  # fmt: skip
 
     def answer(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], float, float]:
         params = SamplingParams(temperature=0, max_new_tokens=new, ignore_eos=True)
@@ -154,11 +155,17 @@ def compare(
     return row
 
 
-def line(row: dict[str, Any]) -> list[str]:
-    def figure(key: str, form: str) -> str:
-        return "–" if key not in row else "(none)" if row.get("no_timing") else format(row[key], form)
+def table(found: dict[str, Any]) -> str:
+    """The results, as they are saved, in Markdown."""
 
-    return [row["name"], figure("ours_tok_s", ".1f"), figure("transformers_tok_s", ".1f"), figure("ratio", ".2f")]
+    def figure(row: dict[str, Any], key: str, form: str) -> str:
+        if key not in row:
+            return "refused" if key.replace("tok_s", "refused") in row else "–"
+        return "(none)" if "no_timing" in row else format(row[key], form)
+
+    columns = [("ours_tok_s", ".1f"), ("transformers_tok_s", ".1f"), ("ratio", ".2f")]
+    lines = [[row["name"], *(figure(row, *column) for column in columns)] for row in found["rows"]]
+    return report.table([found["model"], "this engine, tok/s", "transformers, tok/s", "ratio"], lines)
 
 
 def main() -> int:
@@ -205,9 +212,8 @@ def main() -> int:
         found["rows"].append(row)
         print(row if clock.timing else f"{name}: (no timing)", flush=True)
         report.save(options.output, found)
-    lines = [line(row) for row in found["rows"]]
-    print("\n" + report.table([options.model, "ours, tok/s", "transformers, tok/s", "ratio"], lines))
-    summary = {"benchmark": "model", "model": options.model, "rows": len(lines)}
+    print("\n" + table(found))
+    summary = {"benchmark": "model", "model": options.model, "rows": len(found["rows"])}
     print(json.dumps(summary | ({} if clock.timing else {"no_timing": True})))
     return 0
 

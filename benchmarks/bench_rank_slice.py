@@ -33,7 +33,7 @@ import report
 from config import ModelArgs, load_config
 from model import PAGE_SIZE, Batch, Gate, Numerics, Transformer
 from parallel import Group
-from timing import NO_TIMING, Clock, GpuClock, Peer, Refused, Timed, clock_for, fill, find_v3, reason
+from timing import NO_TIMING, Clock, GpuClock, Peer, Refused, Timed, asks_the_device, clock_for, fill, find_v3, reason
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -183,6 +183,7 @@ class Slice:
 
     def __init__(self, args: ModelArgs, options: argparse.Namespace, clock: Clock):
         self.options, self.clock = options, clock
+        self.draw = torch.Generator(clock.device).manual_seed(0)
         self.model = build(args, options, clock.device)
         fill(self.model)
         self.model.prepare()
@@ -204,7 +205,7 @@ class Slice:
         self.cache = self.model.new_cache(b * per)
         if self.cache.is_floating_point():
             for layer in self.cache:
-                layer.normal_()
+                layer.normal_(generator=self.draw)
         pages = torch.randperm(b * per).view(b, per).tolist()
         tokens = torch.randint(self.model.args.vocab_size, (b, new)).tolist()
         sequences = [(tokens[i], context, pages[i]) for i in range(b)]
@@ -256,6 +257,8 @@ class Slice:
     def _captured(self, step: Callable[[], Any]) -> Callable[[], Any]:
         if self.clock.device.type == "cpu":
             raise Refused("needs a GPU")
+        if asks_the_device(step):
+            raise Refused("a step waits for the device")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
@@ -307,6 +310,7 @@ def run(args: ModelArgs, options: argparse.Namespace, clock: Clock, done: Callab
     kinds += [("prefill", 1, n, 0) for n in options.prefill]
     for kind, b, context, drafts in kinds:
         row: dict[str, Any] = {"what": kind, "b": b, "context": context}
+        step: Any = None
         try:
             prefill = kind == "prefill"
             step = rank.prefilling(context) if prefill else rank.decoding(b, context, drafts)
@@ -326,7 +330,7 @@ def run(args: ModelArgs, options: argparse.Namespace, clock: Clock, done: Callab
         found["rows"].append(row)
         print(shown_row(row, clock), flush=True)
         done(found)
-        step = None  # type: ignore[assignment]  # with it go the batch and the graph
+        step = None  # with it goes its batch
         rank.cache = torch.empty(0)
         if clock.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -386,35 +390,45 @@ def run_v3(
     return said
 
 
-def tables(found: dict[str, Any], clock: Clock) -> str:
-    """The results as Markdown."""
+def table(found: dict[str, Any]) -> str:
+    """The steps as Markdown: a line each, from the results as they are saved."""
+    timing = "no_timing" not in found
     modes = ["eager", "graph", *sorted({key for row in found["rows"] for key in row if key.startswith("v3_")})]
 
     def cell(row: dict[str, Any], mode: str) -> str:
         took = row.get(mode, {})
         if "ms" not in took:
-            return "refused" if "refused" in took else "–"
-        return "(none)" if not clock.timing else f"{took['ms']:.2f}"
+            return "refused" if "refused" in took or "refused" in row else "–"
+        return f"{took['ms']:.2f}" if timing else "(none)"
 
     lines = []
     for row in found["rows"]:
         best = min((row[m]["ms"] for m in ("eager", "graph") if "ms" in row.get(m, {})), default=None)
-        of_limit = f"{100 * row['limit_ms'] / best:.0f}" if best and clock.timing else "–"
+        limits = ["–", "–"]
+        if best and timing:
+            limits = [f"{row['limit_ms']:.2f}", f"{100 * row['limit_ms'] / best:.0f}"]
         sent = row.get("collectives", {})
         lines.append([
-            row["what"], str(row["b"]), str(row["context"]), *(cell(row, mode) for mode in modes),
-            f"{row['limit_ms']:.2f}" if clock.timing and "limit_ms" in row else "–", of_limit,
+            row["what"], str(row["b"]), str(row["context"]), *(cell(row, mode) for mode in modes), *limits,
             str(sent.get("all_reduces", "–")), f"{sent.get('bytes', 0) / 1e6:.2f}", f"{sent.get('modelled_ms', 0):.2f}",
         ])  # fmt: skip
-    names = [f"{mode} ms".replace("_", " ") for mode in modes]
+    names = [f"{mode} ms".replace("v3_", "V3 repository, ") for mode in modes]
     header = ["step", "B", "context", *names, "limit ms", "% of limit", "sums", "MB sent", "wire ms (modelled)"]
-    text = report.table(header, lines)
+    return report.table(header, lines)
+
+
+def breakdowns(found: dict[str, Any], longest: int = 20) -> str:
+    """What each profiled step runs, the longest first, as Markdown."""
+    text = []
     for name, kernels in found["kernels"].items():
-        rows = [[k["kernel"][:70], f"{k['launches']:.0f}", f"{k['ms']:.3f}" if "ms" in k else "(none)",
-                 f"{100 * k['share']:.1f}" if "share" in k else "(none)"] for k in kernels[:20]]  # fmt: skip
+        rows = []
+        for k in kernels[:longest]:
+            spent = [f"{k['ms']:.3f}", f"{100 * k['share']:.1f}"] if "ms" in k else ["(none)", "(none)"]
+            rows.append([k["kernel"][:70], f"{k['launches']:.0f}", *spent])
         launches = sum(k["launches"] for k in kernels)
-        text += f"\n\n{name}: {launches:.0f} launches a step\n\n{report.table(['kernel', 'launches', 'ms', '%'], rows)}"
-    return text
+        text.append(f"{name}: {launches:.0f} launches a step\n")
+        text.append(report.table(["kernel", "launches", "ms", "%"], rows) + "\n")
+    return "\n".join(text)
 
 
 def limits(args: ModelArgs, options: argparse.Namespace) -> dict[str, Any]:
@@ -480,6 +494,13 @@ def main() -> int:
     if clock is None:
         return 2
     print(f"{clock.name}, copy {clock.copy / 1e9:.0f} GB/s\n" if clock.timing else NO_TIMING + "\n")
+    if clock.timing:
+        needed = sum(p.nbytes for p in build(args, options, "meta").parameters()) / 1e9
+        free = torch.cuda.mem_get_info(clock.device)[0] / 1e9
+        if needed > free:
+            print(f"error: a rank of {options.ranks} has {needed:.1f} GB of weights, and {free:.1f} GB are free; "
+                  "give --ranks or --layers", file=sys.stderr)  # fmt: skip
+            return 2
     about: dict[str, Any] = {"config": Path(options.config).name, "ranks": options.ranks, "layers": args.n_layers,
                              "experts": options.experts, "gemm": options.gemm,
                              "links": vars(Links(**json.loads(options.links)))}  # fmt: skip
@@ -499,7 +520,7 @@ def main() -> int:
         last["v3_repository"] = run_v3(config, options, peer, last["rows"])
         peer.close()
         done(last)
-    print("\n" + tables(last, clock))
+    print(f"\n{table(about | last)}\n\n{breakdowns(last)}")
     refused = sum("refused" in row for row in last["rows"])
     summary = {"benchmark": "rank slice", "rows": len(last["rows"]), "refused": refused}
     print(json.dumps(summary | ({} if clock.timing else {"no_timing": True})))

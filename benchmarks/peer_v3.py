@@ -36,7 +36,7 @@ def as_its_model_runs() -> Iterator[None]:
     """Its code takes types from torch's default, which its own scripts set to bfloat16."""
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.no_grad(), DEVICE:
+        with torch.no_grad():
             yield
     finally:
         torch.set_default_dtype(torch.float32)
@@ -130,7 +130,7 @@ class V3:
 
     def norm(self, m: int, h: int, sets: int) -> Built:
         data = bench_kernel.Residual(m, h, sets, DEVICE)
-        with as_its_model_runs():
+        with as_its_model_runs(), DEVICE:
             norm = self.model.RMSNorm(h)
         norm.weight.data = data.weight
         run: Run = lambda i: self.kernel.act_quant(norm(data.xs[i] + data.deltas[i]))  # noqa: E731
@@ -150,7 +150,7 @@ class V3:
             dim=h, moe_inter_dim=inter, n_routed_experts=total, n_activated_experts=top, n_shared_experts=1,
         )  # fmt: skip
         self.model.Linear.dtype = torch.float8_e4m3fn
-        with as_its_model_runs():
+        with as_its_model_runs(), DEVICE:
             moe = self.model.MoE(args)
         for e in range(local):
             expert = moe.experts[e]
@@ -180,7 +180,7 @@ class V3:
         self._ranks(1, "bf16")
         self.model.Linear.dtype = torch.bfloat16
         args = self.model.ModelArgs(dim=16, n_heads=heads, max_batch_size=1, max_seq_len=1)
-        with as_its_model_runs():
+        with as_its_model_runs(), DEVICE:
             mla = self.model.MLA(args)
         q, latent = Hands(), Hands()
         mla.wq, mla.wkv_a, mla.kv_norm, mla.wo = q, latent, nn.Identity(), nn.Identity()
@@ -210,23 +210,24 @@ class V3:
         known = self.model.ModelArgs.__dataclass_fields__
         facts = {key: value for key, value in config.items() if key in known}
         args = self.model.ModelArgs(**facts | {"max_batch_size": 1, "max_seq_len": longest})
-        with as_its_model_runs():
+        with as_its_model_runs(), DEVICE:
             self.whole = self.model.Transformer(args)
-            fill(self.whole)
+        fill(self.whole)
         used = torch.cuda.memory_allocated(DEVICE) if DEVICE.type == "cuda" else 0
         return {"parameters": sum(p.numel() for p in self.whole.parameters()), "bytes": used}
 
     def step(self, kind: str, b: int, context: int, rounds: int) -> dict[str, Any]:
         """Times one token for each of b sequences after `context` cached ones, or one prompt of `context` tokens."""
         room = context + (kind == "decode")
+        attentions = [layer.attn for layer in self.whole.layers]
+        for mla in attentions:
+            mla.kv_cache = mla.pe_cache = None  # the last case's go before this one's come
+        for mla in attentions:
+            widths = mla.kv_lora_rank, mla.qk_rope_head_dim
+            mla.kv_cache, mla.pe_cache = (torch.randn(b, room, n, dtype=torch.bfloat16, device=DEVICE) for n in widths)
+        tokens = torch.randint(self.whole.embed.vocab_size, (b, 1 if kind == "decode" else context), device=DEVICE)
+        start = context if kind == "decode" else 0
         with as_its_model_runs():
-            for layer in self.whole.layers:
-                width = layer.attn.kv_lora_rank, layer.attn.qk_rope_head_dim
-                layer.attn.kv_cache, layer.attn.pe_cache = (None, None)  # the last case's go before this one's come
-                layer.attn.kv_cache, layer.attn.pe_cache = (torch.randn(b, room, n) for n in width)
-            vocabulary = self.whole.embed.vocab_size
-            tokens = torch.randint(vocabulary, (b, 1 if kind == "decode" else context))
-            start = context if kind == "decode" else 0
             return Timed(self.clock, rounds).of(lambda: self.whole(tokens.clone(), start).argmax(-1))
 
     def _ranks(self, size: int, gemm: str) -> None:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -61,20 +62,21 @@ class GpuClock:
         self.copy = copy_bandwidth(self.device)
 
     def prepare(self, run: Run, sets: int, calls: int) -> tuple[Callable[[], float], bool]:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                for i in range(calls):
-                    run(i % sets)
-        except RuntimeError:  # it asks the device something in between: timed as it is
-            torch.cuda.synchronize()
+        def eagerly() -> None:
+            for i in range(calls):
+                run(i % sets)
 
-            def eagerly() -> None:
-                for i in range(calls):
-                    run(i % sets)
-
+        if asks_the_device(lambda: run(0)):
             return lambda: between_events(eagerly) / calls, False
-        return lambda: between_events(graph.replay) / calls, True
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            eagerly()
+
+        def seconds() -> float:
+            graph.replay()  # so that the one that counts is on the device before its turn comes
+            return between_events(graph.replay) / calls
+
+        return seconds, True
 
 
 class NoClock:
@@ -102,6 +104,21 @@ def clock_for(smoke: bool, peak_tflops: float) -> Clock | None:
     return GpuClock(peak_tflops)
 
 
+def asks_the_device(run: Callable[[], Any]) -> bool:
+    """Whether a call waits for a result on the host, and so cannot be in a CUDA graph. Found out beforehand: a capture
+    that fails leaves torch's own random numbers unusable."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as e:
+        if "synchroniz" not in str(e):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
 def between_events(run: Callable[[], Any]) -> float:
     """Seconds on the device."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -119,12 +136,15 @@ def copy_bandwidth(device: torch.device) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         target.copy_(source)
-    return 2 * source.nbytes / statistics.median(between_events(graph.replay) for _ in range(10))
+    found = 2 * source.nbytes / statistics.median(between_events(graph.replay) for _ in range(10))
+    del source, target, graph
+    torch.cuda.empty_cache()  # a peer needs room too
+    return found
 
 
 def cold_sets(nbytes: float, clock: Clock, at_most: int = 512) -> int:
-    """How many sets of inputs of that size make four L2 caches, and two at least."""
-    return max(2, min(at_most, math.ceil(4 * clock.l2 / max(nbytes, 1))))
+    """How many sets of inputs of that size make four L2 caches; two without one, so that a smoke run changes sets."""
+    return min(at_most, math.ceil(4 * clock.l2 / max(nbytes, 1))) if clock.l2 else 2
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -272,7 +292,9 @@ def shown(rows: list[dict[str, Any]], keys: Iterable[str], names: Sequence[str])
 
 def _time(row: dict[str, Any]) -> str:
     if "us" in row:
-        return "(none)" if row.get("no_timing") else f"{row['us']:.1f}"
+        if row.get("no_timing"):
+            return "(none)"
+        return f"{row['us']:.1f}" if row.get("graph", True) else f"{row['us']:.1f} eager"
     return "refused" if "refused" in row else "WRONG" if row else "–"
 
 
@@ -307,6 +329,7 @@ class Peer:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
+            self.close()
             raise Refused("its process ended") from None
         ready, _, _ = select.select([self.process.stdout], [], [], self.limit)
         line = self.process.stdout.readline() if ready else ""
@@ -322,6 +345,8 @@ class Peer:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+            with suppress(BrokenPipeError):  # a request that it did not live to read
+                self.process.communicate()
             self.process = None
 
 
