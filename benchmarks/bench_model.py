@@ -99,11 +99,11 @@ class Theirs:
 class Ours:
     name = "ours"
 
-    def __init__(self, path: Path, clock: Clock, sequences: int, longest: int, step: int):
+    def __init__(self, path: Path, args: ModelArgs, clock: Clock, sequences: int, longest: int, step: int):
         self.clock = clock
         checkpoint = Checkpoint(path)
-        assert checkpoint.args is not None
-        model = Transformer(checkpoint.args, Numerics(torch.bfloat16), device=clock.device, mtp=False)
+        assert checkpoint.args == args, f"transformers' config reads back as {checkpoint.args}"
+        model = Transformer(args, Numerics(torch.bfloat16), device=clock.device, mtp=False)
         load_into(model, checkpoint, progress=False)
         self.engine = Engine(
             model.prepare(), None,
@@ -195,7 +195,7 @@ def main() -> int:
         path = Path(options.checkpoint or scratch)
         theirs.save(path)
         longest = max(options.prompt + options.new, *options.prefill) + 1
-        ours = Ours(path, clock, max(options.batches), longest, max(options.prefill))
+        ours = Ours(path, args, clock, max(options.batches), longest, max(options.prefill))
     parameters = sum(p.numel() for p in theirs.model.parameters())
     print(f"{options.model}: {parameters:,} parameters", flush=True)
     draw = torch.Generator().manual_seed(1)
