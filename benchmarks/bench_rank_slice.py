@@ -303,7 +303,8 @@ def run(args: ModelArgs, options: argparse.Namespace, clock: Clock, done: Callab
     torch.manual_seed(0)
     rank = Slice(args, options, clock)
     found: dict[str, Any] = {"memory": rank.memory() | planned(args, options), "rows": [], "kernels": {}}
-    print(f"weights {found['memory']['weights_bytes'] / 1e9:.2f} GB on rank 0 of {options.ranks}", flush=True)
+    says = [f"{key.replace('_', ' ')} {n / 1e9:.2f} GB" for key, n in found["memory"].items() if isinstance(n, int)]
+    print(f"rank 0 of {options.ranks}: {', '.join(says)}", flush=True)
     kinds: list[tuple[str, int, int, int]] = [("decode", b, c, 0) for c in options.contexts for b in options.batches]
     if len(rank.model.mtp):
         kinds += [("decode + MTP", b, c, 1) for c in options.contexts for b in options.batches]
@@ -339,14 +340,17 @@ def run(args: ModelArgs, options: argparse.Namespace, clock: Clock, done: Callab
         done(found)
 
 
-def planned(args: ModelArgs, options: argparse.Namespace) -> dict[str, int]:
-    """What inference/memory.py expects the weights to take, if it is there."""
+def planned(args: ModelArgs, options: argparse.Namespace) -> dict[str, Any]:
+    """What inference/memory.py, where it is there, expects the weights to take; its failure stops no benchmark."""
     if importlib.util.find_spec("memory") is None:
         return {}
-    memory: Any = importlib.import_module("memory")
-    num = build(args, options, "meta").num
-    rank = memory.Rank(args, num, options.ranks, True, bool(args.n_mtp_layers), options.experts)
-    return {"planned_weights_bytes": sum(memory.weight_bytes(rank).values())}
+    try:
+        memory: Any = importlib.import_module("memory")
+        num = build(args, options, "meta").num
+        rank = memory.Rank(args, num, options.ranks, True, bool(args.n_mtp_layers), options.experts)
+        return {"planned_weights_bytes": sum(memory.weight_bytes(rank).values())}
+    except Exception as e:
+        return {"plan_refused": reason(e)}
 
 
 def shown_row(row: dict[str, Any], clock: Clock) -> str:

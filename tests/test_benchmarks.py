@@ -5,6 +5,7 @@ import inspect
 import json
 import math
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def absent() -> set[tuple[str, str]]:
 def test_a_rank_slice_runs_without_a_gpu(run: Any, tmp_path: Path) -> None:
     results, printed, code = run(bench_rank_slice, "--smoke", "--v3", str(tmp_path))
     assert code == 0 and results["no_timing"] and timing.NO_TIMING in printed
+    assert ("planned_weights_bytes" in results["memory"]) == (find_spec("memory") is not None)
     decode, drafting, prefill = results["rows"]
     assert [row["what"] for row in results["rows"]] == ["decode", "decode + MTP", "prefill"]
     for row in results["rows"]:
