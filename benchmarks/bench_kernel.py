@@ -19,6 +19,7 @@ takes one shape at a time, --only leaves contestants out, and --quick has the fe
 """
 
 import argparse
+import faulthandler
 import importlib
 import json
 import math
@@ -34,7 +35,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parent.parent / "inference"))  # behind the V3 repository's, in its process
 import reference
 import report
-from timing import NO_TIMING, Case, Clock, Contestant, Peer, Run, clock_for, cold_sets, find_v3, header, race, shown
+from timing import (
+    NO_TIMING,
+    Case,
+    Clock,
+    Contestant,
+    DeviceLost,
+    Peer,
+    Run,
+    clock_for,
+    cold_sets,
+    find_v3,
+    header,
+    race,
+    shown,
+)
 
 # (N, K): wq_a with wkv_a, wq_b, wo, dense w1 with w3, dense w2; then whole: wq_b, wkv_b, wo, an expert's w1 with w3
 SHAPES = [
@@ -661,22 +676,36 @@ BENCHES: dict[str, Callable[[argparse.Namespace, Clock], Iterator[Iterable[Case]
 def run_bench(
     name: str, options: argparse.Namespace, clock: Clock, peer: Peer | None, done: Callable[[Rows], None]
 ) -> None:
-    """Runs one bench, printing a table for each group of shapes; `done` is given each group's rows."""
+    """Runs one bench, printing a table for each group of shapes; `done` is given the rows of each case as it ends.
+
+    Raises DeviceLost. A case that takes longer than options.patience, for a kernel that hangs, ends the process.
+    """
     for group in BENCHES[name](options, clock):
         raced = []
         for case in group:
-            raced.append((list(case.keys), race(case, clock, peer, options.only)))
+            print(f"{name} {case.keys}", file=sys.stderr, flush=True)
+            if clock.timing:
+                faulthandler.dump_traceback_later(options.patience, exit=True)
+            keys = list(case.keys)
+            try:
+                rows = race(case, clock, peer, options.only)
+            except DeviceLost as e:
+                done([{"bench": name, **row} for row in e.rows])
+                raise
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+            raced += [rows] if rows else []
+            done([{"bench": name, **row} for row in rows])
             del case  # its tensors make room for the next one's
             if clock.device.type == "cuda":
                 torch.cuda.empty_cache()
-        raced = [(keys, rows) for keys, rows in raced if rows]
         if raced:
-            names = list(dict.fromkeys(r["contestant"] for _, rows in raced for r in rows))
-            lines = [shown(rows, keys, names) for keys, rows in raced]
-            print(f"{report.table(header(raced[0][0], names), lines)}\n", flush=True)
-        refusals = {f"{r['contestant']} refused: {r['refused']}" for _, rows in raced for r in rows if "refused" in r}
+            names = list(dict.fromkeys(row["contestant"] for rows in raced for row in rows))
+            lines = [shown(rows, keys, names) for rows in raced]
+            print(f"{report.table(header(keys, names), lines)}\n", flush=True)
+        refused = [row for rows in raced for row in rows if "refused" in row]
+        refusals = {f"{row['contestant']} refused: {row['refused']}" for row in refused}
         print(*sorted(refusals), sep="\n", end="\n\n" if refusals else "")
-        done([{"bench": name, **row} for _, rows in raced for row in rows])
 
 
 def main() -> int:
@@ -691,6 +720,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="contestants by their column's name")
     parser.add_argument("--v3", metavar="DIR", help="the V3 repository's inference folder (default: in .peers)")
     parser.add_argument("--peak", type=float, default=1979, help="dense FP8 TFLOPS; default: the H100's and H200's")
+    parser.add_argument("--patience", type=float, default=400, metavar="SECONDS", help="for one case, at most")
     parser.add_argument("--quick", action="store_true", help="few shapes")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, no timing")
     parser.add_argument("--output", help="JSON file for the results")
@@ -709,12 +739,15 @@ def main() -> int:
 
     def done(rows: Rows) -> None:
         found["rows"] += rows
-        report.save(options.output, found)  # after each group, so that a run that is cut short leaves what it has
+        report.save(options.output, found)  # at once, so that a run that is cut short leaves what it has
 
     try:
         for name in options.names or BENCHES:
             print(f"## {name}\n")
             run_bench(name, options, clock, peer, done)
+    except DeviceLost as e:
+        print(f"error: the device is lost, what was left is not run ({e})", file=sys.stderr)
+        return 3
     finally:
         if peer is not None:
             peer.close()

@@ -33,7 +33,21 @@ import report
 from config import ModelArgs, load_config
 from model import PAGE_SIZE, Batch, Gate, Numerics, Transformer
 from parallel import Group
-from timing import NO_TIMING, Clock, GpuClock, Peer, Refused, Timed, asks_the_device, clock_for, fill, find_v3, reason
+from timing import (
+    NO_TIMING,
+    Clock,
+    DeviceLost,
+    GpuClock,
+    Peer,
+    Refused,
+    Timed,
+    asks_the_device,
+    clock_for,
+    fill,
+    find_v3,
+    lost,
+    reason,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -329,6 +343,9 @@ def run(args: ModelArgs, options: argparse.Namespace, clock: Clock, done: Callab
         except Exception as e:  # too large for this GPU, say: the others go on
             row["refused"] = reason(e)
         found["rows"].append(row)
+        if lost(clock.device):
+            done(found)
+            raise DeviceLost(f"{kind}, B={b}, {context}: {row.get('refused')}", found["rows"])
         print(shown_row(row, clock), flush=True)
         done(found)
         step = None  # with it goes its batch
@@ -515,7 +532,11 @@ def main() -> int:
         last.update(found)
         report.save(options.output, about | found)
 
-    run(args, options, clock, done)
+    try:
+        run(args, options, clock, done)
+    except DeviceLost as e:
+        print(f"error: the device is lost, what was left is not run ({e})", file=sys.stderr)
+        return 3
     gc.collect()
     if isinstance(clock, GpuClock):
         torch.cuda.empty_cache()

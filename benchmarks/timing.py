@@ -36,6 +36,14 @@ class Refused(Exception):
     """A contestant cannot run here; the text says why."""
 
 
+class DeviceLost(Exception):
+    """A contestant left the GPU in a state in which nothing runs any more; `rows` are those of its race."""
+
+    def __init__(self, text: str, rows: list[dict[str, Any]]):
+        super().__init__(text)
+        self.rows = rows
+
+
 class Clock(Protocol):
     """Where and how things are timed."""
 
@@ -213,11 +221,28 @@ class _Remote:
         return float(self.peer.ask(do="time")["seconds"])
 
 
+def lost(device: torch.device) -> bool:
+    """Whether a kernel's failure has taken the device's context with it: then each later call fails too."""
+    if device.type == "cpu":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def race(case: Case, clock: Clock, peer: "Peer | None" = None, only: Sequence[str] = ()) -> list[dict[str, Any]]:
     """One row per contestant: its error against float64, then how fast it is, or why it did not run.
 
-    A peer that is not installed has no row; nor, with `only`, has anybody who is not named there.
+    A peer that is not installed has no row; nor, with `only`, has anybody who is not named there. Raises DeviceLost.
     """
+
+    def refuse(row: dict[str, Any], error: Exception) -> None:
+        row["refused"] = reason(error)
+        if lost(clock.device):
+            raise DeviceLost(f"{row['contestant']}: {row['refused']}", rows)
+
     rows: list[dict[str, Any]] = []
     running: list[tuple[dict[str, Any], Contestant, _Local | _Remote]] = []
     for contestant in case.contestants:
@@ -235,7 +260,7 @@ def race(case: Case, clock: Clock, peer: "Peer | None" = None, only: Sequence[st
                 row["graph"] = side.ready()
                 running.append((row, contestant, side))
         except Exception as e:  # whatever it is, the others go on
-            row["refused"] = reason(e)
+            refuse(row, e)
     times: dict[str, list[float]] = {contestant.name: [] for _, contestant, _ in running}
     for turn in range(ROUNDS + 1):
         for row, contestant, side in running:
@@ -245,7 +270,7 @@ def race(case: Case, clock: Clock, peer: "Peer | None" = None, only: Sequence[st
             try:
                 took = side.seconds()
             except Exception as e:
-                row["refused"] = reason(e)
+                refuse(row, e)
                 continue
             if turn > 0:  # the first replay also brings the graph to the device
                 taken.append(took)

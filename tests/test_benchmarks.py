@@ -169,6 +169,25 @@ def test_one_contestant_does_not_stop_the_others() -> None:
     assert [row["contestant"] for row in timing.race(case, NoClock(), only=["near"])] == ["near"]
 
 
+def test_a_lost_device_ends_the_run(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import kernel
+
+    right, calls = kernel.fp8_gemm, []
+
+    def fails_later(*args: Any) -> torch.Tensor:
+        calls.append(len(calls))
+        if len(calls) > 4:  # in the second case
+            raise RuntimeError("an illegal memory access")
+        return right(*args)
+
+    monkeypatch.setattr(kernel, "fp8_gemm", fails_later)
+    monkeypatch.setattr(timing, "lost", lambda device: True)
+    results, _, code = run(bench_kernel, "dense", "--smoke", "--v3", str(tmp_path), "--only", "fp8_gemm")
+    assert code == 3
+    first, second = results["rows"]  # what there was is saved
+    assert "us" in first and second["refused"] == "an illegal memory access"
+
+
 def test_a_wrong_kernel_fails_the_bench(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import kernel
 
