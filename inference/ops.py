@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import cpu
 import reference
+from reference import Quantised, Scales
 
 if TYPE_CHECKING:
     from model import Batch
@@ -29,6 +30,13 @@ class Weight(NamedTuple):
     scale: torch.Tensor | None = None
     gemm: Gemm = "bf16"
     scale_fmt: str | None = None
+
+    @property
+    def fp8(self) -> Scales | None:
+        """The format of the scales with which this weight's input is quantised (W8A8); None: it takes plain input."""
+        if self.scale is None or self.gemm != "fp8":
+            return None
+        return "ue8m0" if self.scale_fmt == "ue8m0" else "float32"
 
     def expert(self, e: int) -> "Weight":
         """Expert e's own weight, a view."""
@@ -63,14 +71,15 @@ def batch_invariant(on: bool = True) -> Iterator[None]:
         _invariant.reset(token)
 
 
-def _by_rows(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """product(x) for x (T, …), in blocks of rows if the mode asks for it."""
+def _by_rows(product: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """product(*inputs) for inputs (T, …), in blocks of rows if the mode asks for it."""
     if not _invariant.get():
-        return product(x)
-    n = len(x)
+        return product(*inputs)
+    n = len(inputs[0])
     if n % ROW_BLOCK:
-        x = torch.cat((x, x.new_zeros(ROW_BLOCK - n % ROW_BLOCK, *x.shape[1:])))
-    return torch.cat([product(block) for block in x.split(ROW_BLOCK)])[:n]
+        inputs = tuple(torch.cat((x, x.new_zeros(ROW_BLOCK - n % ROW_BLOCK, *x.shape[1:]))) for x in inputs)
+    blocks = zip(*(x.split(ROW_BLOCK) for x in inputs), strict=True)
+    return torch.cat([product(*block) for block in blocks])[:n]
 
 
 def _fast(x: torch.Tensor) -> bool:
@@ -102,12 +111,16 @@ def weight_dequant(w: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
     return reference.weight_dequant(w, scale, dtype)
 
 
-def linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
+def linear(x: torch.Tensor | Quantised, w: Weight) -> torch.Tensor:
     """x (T, K) times w (N, K) transposed, in x's dtype.
 
     Without a scale w holds plain weights. With one it is e4m3, and `gemm` "fp8" quantises x too (W8A8, what the model
-    was trained with) where "bf16" widens the weights inside the product (W8A16).
+    was trained with), unless it comes Quantised, where "bf16" widens the weights inside the product (W8A16).
     """
+    if isinstance(x, Quantised):
+        assert w.fp8, "quantised activations by a weight that takes plain ones"
+        dtype = x.dtype
+        return _by_rows(lambda q, s: _fp8_gemm(q, s, w, dtype), x.q, x.s)
     return _by_rows(lambda rows: _linear(rows, w), x)
 
 
@@ -115,17 +128,21 @@ def _linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
     if w.scale is None:
         return cpu.linear(x, w.data) if cpu.is_packed(w.data) else F.linear(x, w.data)
     if w.gemm == "fp8":
-        q, s = act_quant(x, w.scale_fmt)
-        if _fast(x):
-            import kernel
-
-            return kernel.fp8_gemm(q, s, w.data, w.scale, x.dtype)
-        return reference.fp8_gemm(q, s, w.data, w.scale, x.dtype)
+        return _fp8_gemm(*act_quant(x, w.scale_fmt), w, x.dtype)
     if _fast(x):
         import kernel
 
         return kernel.w8a16_gemm(x, w.data, w.scale, x.dtype)
     return reference.w8a16_gemm(x, w.data, w.scale, x.dtype)
+
+
+def _fp8_gemm(q: torch.Tensor, s: torch.Tensor, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+    assert w.scale is not None
+    if _fast(q):
+        import kernel
+
+        return kernel.fp8_gemm(q, s, w.data, w.scale, dtype)
+    return reference.fp8_gemm(q, s, w.data, w.scale, dtype)
 
 
 def project_float32(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,22 @@ if TYPE_CHECKING:
 # --------------------------------------------------------------------------------------------------------------------
 
 BLOCK = 128  # one scale covers 1 x BLOCK activations, or BLOCK x BLOCK weights
+Scales = Literal["float32", "ue8m0"]  # of quantised activations: any float32, or powers of two
+
+
+class Quantised(NamedTuple):
+    """Activations ready for a W8A8 product, as act_quant makes them."""
+
+    q: torch.Tensor  # (T, K) FP8
+    s: torch.Tensor  # (T, ceil(K/128)) float32
+    x: torch.Tensor | None = None  # (T, K) what was quantised, where somebody still needs it (the router)
+    dtype: torch.dtype = torch.bfloat16  # of what was quantised, and so of a product
+
+
+def quantised(x: torch.Tensor, fp8: Scales, keep: bool = False) -> Quantised:
+    """x (T, K) through act_quant with scales of the format `fp8`; `keep` holds on to x itself."""
+    q, s = act_quant(x, scale_fmt=None if fp8 == "float32" else fp8)
+    return Quantised(q, s, x if keep else None, x.dtype)
 
 
 def act_quant(
