@@ -152,8 +152,13 @@ def project_float32(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return _by_rows(lambda rows: reference.project_float32(rows, w), x)
 
 
-def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, computed in float32 and rounded once. See reference.silu_mul."""
+def silu_mul(gate_up: torch.Tensor, inter: int) -> torch.Tensor:
+    """SwiGLU's product silu(gate) * up, computed in float32 and rounded once: (T, inter). See reference.silu_mul.
+
+    gate_up (T, 2 I') holds gate in the first `inter` columns of its first half, up in those of its second.
+    """
+    half = gate_up.shape[-1] // 2
+    gate, up = gate_up[..., :inter], gate_up[..., half : half + inter]
     if _side.get() == "auto" and not gate.is_cuda:
         return cpu.silu_mul(gate, up)
     return reference.silu_mul(gate, up)
@@ -166,18 +171,47 @@ def route(
     return reference.route(logits, bias, rule)
 
 
-def experts(
-    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, first: int, w1: Weight, w2: Weight, w3: Weight
-) -> torch.Tensor:
-    """The weighted sum of the SwiGLU experts this rank holds, numbered from `first`: float32 (T, H).
+def router(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, rule: reference.Routing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (T, H), w (E, H), bias (E,) float32 to weights (T, K) float32 and expert ids (T, K). See reference.router."""
+    if _fast(x) and x.dtype == w.dtype:
+        import kernel_moe
 
-    x (T, H), weights (T, K) float32, ids (T, K); w1, w3 stacked (E_local, I, H), w2 (E_local, H, I).
+        return kernel_moe.router(x, w, bias, rule, _invariant.get())
+    return route(project_float32(x, w), bias, rule)
+
+
+def experts(
+    x: torch.Tensor | Quantised,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    first: int,
+    w13: Weight,
+    w2: Weight,
+    inter: int,
+    shared: Callable[[], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The weighted sum of the SwiGLU experts this rank holds, numbered from `first`, and of what `shared` gives (T, H).
+
+    x (T, H), weights (T, K) float32, ids (T, K); w13 stacked (E_local, 2 I', H), each expert's gate and up as silu_mul
+    wants them, w2 (E_local, H, inter). Summed in float32, rounded once to x's dtype: (T, H).
     """
+    if _fast(weights):
+        import kernel_moe
+
+        return kernel_moe.experts(x, weights, ids, first, w13, w2, inter, shared, _invariant.get())
+    if isinstance(x, Quantised):
+        assert x.x is not None
+        x = x.x
 
     def run(e: int, rows: torch.Tensor) -> torch.Tensor:
-        return linear(silu_mul(linear(rows, w1.expert(e)), linear(rows, w3.expert(e))), w2.expert(e))
+        return linear(silu_mul(linear(rows, w13.expert(e)), inter), w2.expert(e))
 
-    return reference.experts(x, weights, ids, first, len(w1.data), run)
+    y = reference.experts(x, weights, ids, first, len(w13.data), run)
+    if shared is not None:
+        y += shared()
+    return y.to(x.dtype)
 
 
 def pack_latents(latent: torch.Tensor, c: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Compiles kernel configurations without a GPU and prints what came out, as one JSON object.
 
-    python compile_kernels.py sm_90       every configuration that kernel.configurations() lists for a target
+    python compile_kernels.py sm_90       every configuration that a kernel file's configurations() lists for a target
     python compile_kernels.py controls    two that must be found wanting
 
 A program of its own, because Triton's interpreter, in which the other tests run, takes the place of the compiler.
@@ -23,7 +23,9 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference"))
 import kernel
+import kernel_moe
 
+MODULES = kernel, kernel_moe
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -32,7 +34,7 @@ def compile_(c: kernel.Configuration) -> Any:
     names = c.kernel.arg_names
     assert set(names) == set(c.types) | set(c.constexprs), (c.name, names)
     signature = {n: c.types.get(n, "constexpr") for n in names}
-    aligned = [n for n in c.types if c.types[n].startswith("*") or n in ("N", "K")]
+    aligned = [n for n in c.types if c.types[n].startswith("*") or n in ("N", "K", "H")]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     amd = c.target.startswith("gfx")
     target = GPUTarget("hip", c.target, 64) if amd else GPUTarget("cuda", int(c.target.removeprefix("sm_")), 32)
@@ -79,7 +81,8 @@ def controls() -> Iterable[kernel.Configuration]:
 
 
 def main(target: str) -> None:
-    chosen = controls() if target == "controls" else (c for c in kernel.configurations() if c.target == target)
+    listed = (c for module in MODULES for c in module.configurations())
+    chosen = controls() if target == "controls" else (c for c in listed if c.target == target)
     json.dump({c.name: report(compile_(c)) for c in chosen}, sys.stdout)
 
 
