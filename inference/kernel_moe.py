@@ -24,7 +24,7 @@ import triton.language as tl
 
 import kernel
 import reference
-from kernel import SCALE_BLOCK, Configuration, Tile, architecture, cast, dot_operand, tile_for
+from kernel import SCALE_BLOCK, Configuration, Tile, architecture, cast, dot_operand
 from reference import BLOCK, Quantised, Routing
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def router_kernel(
     arrive adds up its tokens' partial logits, in the order of the channels, and chooses. See reference.route.
 
     GROUPS > 1: all but the KEPT best groups of experts are left out, a group being worth its best choice, or with TOP2
-    the sum of its two best. counter (row tiles,) must be zero and is left zero.
+    the sum of its two best. counter (row tiles,) starts at zero.
     """
     SIZE: tl.constexpr = E // GROUPS
     # Experts lie in columns: a group's in a power of two of them, so that groups are rows of a reshaped tile.
@@ -103,7 +103,6 @@ def router_kernel(
     n_splits = tl.num_programs(2)
     arrived = tl.atomic_add(counter_ptr + pid_t, 1, sem="acq_rel")
     if arrived == tl.num_programs(1) * n_splits - 1:
-        tl.store(counter_ptr + pid_t, 0)
         column = tl.arange(0, COLUMNS)
         expert = column // PADDED_SIZE * SIZE + column % PADDED_SIZE
         exists = (column % PADDED_SIZE < SIZE) & (column // PADDED_SIZE < GROUPS)
@@ -197,22 +196,23 @@ ROUTER = {
         RouterTile(4, 16, 64, 28, 4, 4, 3),
         RouterTile(64, 16, 64, 14, 8, 4, 3),
         RouterTile(512, 32, 64, 4, 8, 4, 3),
-        RouterTile(math.inf, 64, 128, 1, 8, 8, 3),
+        RouterTile(math.inf, 64, 128, 1, 16, 8, 3),
     ),
     "sm_89": (
         RouterTile(4, 16, 64, 28, 4, 4, 3),
         RouterTile(64, 16, 64, 14, 8, 4, 3),
         RouterTile(512, 32, 64, 4, 8, 4, 3),
-        RouterTile(math.inf, 64, 64, 1, 8, 8, 3),
+        RouterTile(math.inf, 64, 64, 1, 16, 8, 3),
     ),
     "gfx942": (
         RouterTile(4, 16, 64, 28, 4, 4, 2),
         RouterTile(64, 16, 64, 14, 8, 4, 2),
         RouterTile(512, 32, 64, 4, 8, 4, 2),
-        RouterTile(math.inf, 64, 64, 1, 8, 8, 2),
+        RouterTile(math.inf, 64, 64, 1, 16, 8, 2),
     ),
 }
 ROUTER |= {"sm_90": ROUTER["sm_80"], "sm_100": ROUTER["sm_80"]}
+ROUTER_FLOAT32 = (RouterTile(math.inf, 16, 32, 8, 8, 4, 2),)  # for comparisons, not for speed
 
 
 def rule_constexprs(n_experts: int, rule: Routing) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def router(
     weights = torch.empty(n, rule.top_k, dtype=torch.float32, device=x.device)
     ids = torch.empty(n, rule.top_k, dtype=torch.int64, device=x.device)
     if n:
-        table = ROUTER[architecture(x.device)]
+        table = ROUTER_FLOAT32 if x.dtype == torch.float32 else ROUTER[architecture(x.device)]
         tile = table[0] if invariant else tile_for(table, n)
         chunk = tile.chunk(h)
         grid = triton.cdiv(n, tile.block_t), triton.cdiv(n_experts, tile.block_e), triton.cdiv(h, chunk * BLOCK)
@@ -458,6 +458,7 @@ PLAIN = {
         Tile(math.inf, 64, 64, False, 4, 2),
     ),
 }
+GROUP_M = 16  # row tiles whose programs run together, so that an expert's weights stay in the L2 cache
 FLOAT32 = (Tile(math.inf, 16, 32, False, 4, 2),)  # for comparisons, not for speed
 
 
@@ -500,7 +501,14 @@ def grouped_gemm(
 
 def constexprs(tile: Tile, k: int) -> dict[str, Any]:
     """A tile's, with no more stages than there are steps: an expert cut on its inner width has two of them."""
-    return tile.constexprs() | {"STAGES": max(2, min(tile.stages, triton.cdiv(k, BLOCK)))}
+    stages = max(2, min(tile.stages, triton.cdiv(k, BLOCK)))
+    sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "GROUP_M": GROUP_M}
+    return sizes | {"SWAP": tile.swap, "STAGES": stages}
+
+
+def tile_for(table: tuple[Any, ...], size: float) -> Any:
+    """The row of a table that serves so many tokens, or rows to an expert."""
+    return next(tile for tile in table if size <= tile.up_to)
 
 
 def activate(gate_up: torch.Tensor, inter: int, w2: "Weight") -> torch.Tensor | Quantised:
@@ -631,18 +639,19 @@ RULES = {  # experts and rule of the released models
 def configurations() -> Iterator[Configuration]:
     """Every kernel, as it is compiled for V3's sizes on each architecture; the router also for two models more."""
     scale, plain, index = "*fp32", "*bf16", "*i32"
-    for target in kernel.W8A16:
+    for target in PLAIN:
         for rule_name, (n_experts, rule) in RULES.items():
-            for tile in ROUTER[target]:
+            for tile, x in [(tile, plain) for tile in ROUTER[target]] + [(tile, scale) for tile in ROUTER_FLOAT32]:
                 types = {
-                    "x_ptr": plain, "w_ptr": plain, "bias_ptr": scale, "weights_ptr": scale, "ids_ptr": "*i64",
+                    "x_ptr": x, "w_ptr": x, "bias_ptr": scale, "weights_ptr": scale, "ids_ptr": "*i64",
                     "partial_ptr": scale, "counter_ptr": index, "T": "i32", "H": "i32", "route_scale": "fp32",
                 }  # fmt: skip
                 constant = {"CHUNK": tile.chunk(7168)} | rule_constexprs(n_experts, rule) | tile.constexprs()
                 if rule.score_func == "softmax":
                     del types["bias_ptr"]
                     constant["bias_ptr"] = None
-                name = f"router {target} {rule_name} {tile.block_t}x{tile.block_e}x{tile.splits}"
+                op = "router" if x == plain else "router_float32"
+                name = f"{op} {target} {rule_name} {tile.block_t}x{tile.block_e}x{tile.splits}"
                 yield Configuration(name, router_kernel, target, types, constant, {"num_warps": tile.warps})
         for chunk in SORT_CHUNKS:
             types = {"ids_ptr": "*i64", "order_ptr": index, "tiles_ptr": index}
@@ -655,13 +664,15 @@ def configurations() -> Iterator[Configuration]:
             ("w8a8", W8A8, native, native),
             ("w8a16", W8A16, plain, weights),
             ("plain", PLAIN, plain, plain),
+            ("float32", {target: FLOAT32}, scale, scale),
         ):
             for tile in tables.get(target, ()):
                 for k, share in ((7168, 8), (256, 1)):  # gate and up, and down when the inner width is split 8 ways
-                    types = {"x_ptr": x, "x_s_ptr": scale, "w_ptr": w, "w_s_ptr": scale, "out_ptr": plain}
+                    out = scale if op == "float32" else plain
+                    types = {"x_ptr": x, "x_s_ptr": scale, "w_ptr": w, "w_s_ptr": scale, "out_ptr": out}
                     types |= {"order_ptr": index, "tiles_ptr": index, "m_tiles": "i32", "N": "i32", "K": "i32"}
                     constant = constexprs(tile, k) | {"SHARE": share}
-                    for absent in {"w8a8": (), "w8a16": ("x_s_ptr",), "plain": ("x_s_ptr", "w_s_ptr")}[op]:
+                    for absent in {"w8a8": (), "w8a16": ("x_s_ptr",)}.get(op, ("x_s_ptr", "w_s_ptr")):
                         del types[absent]
                         constant[absent] = None
                     name = f"grouped_{op} {target} {tile.block_m}x{tile.block_n} K={k}"

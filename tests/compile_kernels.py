@@ -1,7 +1,7 @@
 """Compiles kernel configurations without a GPU and prints what came out, as one JSON object.
 
-    python compile_kernels.py sm_90       every configuration that a kernel file's configurations() lists for a target
-    python compile_kernels.py controls    two that must be found wanting
+    python compile_kernels.py sm_90 [NAME…]    every configuration that a module of kernels lists for a target, or those
+    python compile_kernels.py controls         two that must be found wanting
 
 A program of its own, because Triton's interpreter, in which the other tests run, takes the place of the compiler.
 """
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference"))
 import kernel
 import kernel_moe
 
-MODULES = kernel, kernel_moe
+MODULES = (kernel, kernel_moe)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def compile_(c: kernel.Configuration) -> Any:
-    """Compiles as a launch would: told that pointers, and all sizes but M, are multiples of 16."""
+    """Compiles as a launch would: told that pointers, and all sizes it may look at (not M), are multiples of 16."""
     names = c.kernel.arg_names
     assert set(names) == set(c.types) | set(c.constexprs), (c.name, names)
     signature = {n: c.types.get(n, "constexpr") for n in names}
-    aligned = [n for n in c.types if c.types[n].startswith("*") or n in ("N", "K", "H")]
+    unseen = {p.name for p in c.kernel.params if p.do_not_specialize}
+    aligned = [n for n, t in c.types.items() if t.startswith("*") or (t == "i32" and n not in unseen)]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     amd = c.target.startswith("gfx")
     target = GPUTarget("hip", c.target, 64) if amd else GPUTarget("cuda", int(c.target.removeprefix("sm_")), 32)
@@ -80,11 +81,17 @@ def controls() -> Iterable[kernel.Configuration]:
     yield replace(base, name="not swapped", constexprs=base.constexprs | {"SWAP": False})
 
 
-def main(target: str) -> None:
-    listed = (c for module in MODULES for c in module.configurations())
-    chosen = controls() if target == "controls" else (c for c in listed if c.target == target)
+def configurations() -> Iterator[kernel.Configuration]:
+    """What all modules of kernels list."""
+    for module in MODULES:
+        yield from module.configurations()
+
+
+def main(target: str, *names: str) -> None:
+    listed = controls() if target == "controls" else (c for c in configurations() if c.target == target)
+    chosen = (c for c in listed if not names or c.name in names)
     json.dump({c.name: report(compile_(c)) for c in chosen}, sys.stdout)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

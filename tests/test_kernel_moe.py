@@ -164,12 +164,11 @@ def routed(tokens: int, top_k: int, n_experts: int, kind: str = "uniform") -> to
     return scores.topk(top_k, dim=-1).indices
 
 
-@pytest.mark.parametrize("kind", ["uniform", "skewed"])
+@pytest.mark.parametrize("kind, block_m", [("uniform", 16), ("skewed", 16), ("skewed", 64)])
 @pytest.mark.parametrize("first, n_local", [(0, 20), (5, 7), (12, 8)])
-@pytest.mark.parametrize("tokens", [0, 1, 3, 17, 70, 400])
-def test_sort(tokens: int, first: int, n_local: int, kind: str) -> None:
-    ids = routed(tokens, 6, 20, kind)
-    for block_m in (16, 64):
+def test_sort(first: int, n_local: int, kind: str, block_m: int) -> None:
+    for tokens in TOKENS:
+        ids = routed(tokens, 6, 20, kind)
         order, tiles = (t.cpu() for t in kernel_moe.sort(guarded(ids), first, n_local, block_m))
         expected_order, expected_tiles = reference.sort(ids, first, n_local, block_m)
         used, here = expected_tiles[:, 0] >= 0, expected_order >= 0
@@ -274,7 +273,7 @@ def test_grouped_gemm_refuses_mistaken_shapes() -> None:
 @pytest.mark.parametrize("first, n_local", [(0, 10), (3, 4)])
 def test_combine(first: int, n_local: int, with_shared: bool) -> None:
     """More columns than a program takes. Rows and weights of experts that are not here are NaN and change nothing."""
-    for tokens in TOKENS:
+    for tokens in (0, 1, 17):
         h = kernel_moe.COMBINE_COLUMNS + 100
         ids, weights = routed(tokens, 3, 10), torch.rand(tokens, 3)
         y = torch.randn(tokens * 3, h).bfloat16()
@@ -297,7 +296,7 @@ def test_combine(first: int, n_local: int, with_shared: bool) -> None:
 
 # The layer
 
-H, INTER, N_EXPERTS, TOP_K = 320, 192, 12, 3  # two and a half, and one and a half blocks of channels
+H, INTER, N_EXPERTS, TOP_K = 192, 96, 12, 3  # one and a half blocks of channels, and three quarters
 
 
 def layer(kind: str, n_local: int = N_EXPERTS) -> tuple[Weight, Weight]:
@@ -371,14 +370,14 @@ def test_scale_format_reaches_both_products() -> None:
 def test_company_leaves_no_trace(kind: str) -> None:
     """With the tile fixed, a token's bits are its own: alone, in another order, or among others."""
     w13, w2 = layer(kind)
-    x, weights, ids = token_rows(kind, 40), torch.rand(40, TOP_K), routed(40, TOP_K, N_EXPERTS)
+    x, weights, ids = token_rows(kind, 20), torch.rand(20, TOP_K), routed(20, TOP_K, N_EXPERTS)
 
     def run(rows: torch.Tensor) -> torch.Tensor:
         parts = (guarded(t[rows]) for t in (x, weights, ids))
         return kernel_moe.experts(*parts, 0, w13, w2, INTER, invariant=True).cpu()
 
-    together = run(torch.arange(40))
-    for rows in (torch.tensor([23]), torch.randperm(40)):
+    together = run(torch.arange(20))
+    for rows in (torch.tensor([13]), torch.randperm(20)):
         assert same(run(rows), together[rows])
 
 
@@ -434,8 +433,7 @@ def test_tables_serve_every_size() -> None:
         assert bounds == sorted(set(bounds)) and bounds[-1] == math.inf
     for tables in (kernel_moe.W8A8, kernel_moe.W8A16):
         assert all(BLOCK % tile.block_n == 0 for table in tables.values() for tile in table)  # one scale to a tile
-    assert kernel_moe.W8A8.keys() == kernel.W8A8.keys()
-    assert kernel_moe.W8A16.keys() == kernel_moe.PLAIN.keys() == kernel_moe.ROUTER.keys() == kernel.W8A16.keys()
+    assert kernel_moe.W8A8.keys() < kernel_moe.W8A16.keys() == kernel_moe.PLAIN.keys() == kernel_moe.ROUTER.keys()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
@@ -459,8 +457,9 @@ def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch)
     for name in ("router_kernel", "sort_kernel", "grouped_gemm_kernel", "combine_kernel"):
         monkeypatch.setattr(kernel_moe, name, Recorder(name, getattr(kernel_moe, name).arg_names))
     for n_experts, rule in kernel_moe.RULES.values():
-        for tokens in (1, 4, 5, 64, 65, 512, 513):
-            x, w = torch.zeros(tokens, 7168).bfloat16(), torch.zeros(n_experts, 7168).bfloat16()
+        for tokens in (1, 4, 5, 64, 65, 512, 513, None):
+            dtype = torch.bfloat16 if tokens else torch.float32
+            x, w = torch.zeros(tokens or 1, 7168, dtype=dtype), torch.zeros(n_experts, 7168, dtype=dtype)
             kernel_moe.router(x, w, gate_bias(n_experts, rule) if rule.score_func == "sigmoid" else None, rule)
     for tokens, k, share in ((1, 7168, 8), (600, 7168, 8), (2000, 7168, 8), (1, 256, 1), (600, 256, 1), (2000, 256, 1)):
         ids = torch.zeros(tokens, 8, dtype=torch.int64)
@@ -469,10 +468,11 @@ def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch)
             Weight(torch.zeros(256, 1, k, dtype=E4M3), torch.zeros(256, 1, k // BLOCK), "fp8"),
             Weight(torch.zeros(256, 1, k, dtype=E4M3), torch.zeros(256, 1, k // BLOCK)),
             Weight(torch.zeros(256, 1, k, dtype=torch.bfloat16)),
+            Weight(torch.zeros(256, 1, k)),
         ):
-            tile = kernel.tile_for(kernel_moe.table_for(w, ids.device), ids.numel() // 256)
+            tile = kernel_moe.tile_for(kernel_moe.table_for(w, ids.device), ids.numel() // 256)
             order, tiles = kernel_moe.sort(ids, 0, 256, tile.block_m)
-            x = torch.zeros(rows, k, dtype=torch.bfloat16)
+            x = torch.zeros(rows, k, dtype=torch.float32 if w.data.dtype == torch.float32 else torch.bfloat16)
             if w.fp8:
                 x = Quantised(torch.zeros(rows, k, dtype=E4M3), torch.zeros(rows, k // BLOCK))
             kernel_moe.grouped_gemm(x, w, order, tiles, share, tile)
