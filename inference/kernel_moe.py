@@ -33,15 +33,6 @@ if TYPE_CHECKING:
 LEAST = tl.constexpr(-(2**31))  # below the key of every float
 
 
-@triton.jit
-def operand(tile, FP8: tl.constexpr):
-    """dot_operand, but float32 stays float32."""
-    if tile.dtype == tl.float32:
-        return tile
-    else:
-        return dot_operand(tile, FP8)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Router
 # --------------------------------------------------------------------------------------------------------------------
@@ -91,8 +82,9 @@ def router_kernel(
     acc = tl.zeros((BLOCK_E, BLOCK_T), tl.float32)
     for i in tl.range(0, CHUNK, num_stages=STAGES):
         inside = (h + i * SCALE_BLOCK < H)[None, :]
-        x = operand(tl.load(x_ptrs, mask=inside, other=0.0), False)
-        w = operand(tl.load(w_ptrs, mask=inside, other=0.0), False)
+        x, w = tl.load(x_ptrs, mask=inside, other=0.0), tl.load(w_ptrs, mask=inside, other=0.0)
+        if w.dtype != tl.float32:
+            x, w = dot_operand(x, False), dot_operand(w, False)
         acc = tl.dot(w, x.T, acc, input_precision="ieee")
         x_ptrs += SCALE_BLOCK
         w_ptrs += SCALE_BLOCK
@@ -366,8 +358,9 @@ def grouped_gemm_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.range(0, k_blocks, num_stages=STAGES):
         inside = (k < K - i * SCALE_BLOCK)[None, :]
-        x = operand(tl.load(x_ptrs, mask=inside, other=0.0), FP8)
-        w = operand(tl.load(w_ptrs, mask=inside, other=0.0), FP8)
+        x, w = tl.load(x_ptrs, mask=inside, other=0.0), tl.load(w_ptrs, mask=inside, other=0.0)
+        if w.dtype != tl.float32:
+            x, w = dot_operand(x, FP8), dot_operand(w, FP8)
         if SCALED:
             scale = tl.load(w_s_ptr + i)
             if FP8:
@@ -641,18 +634,18 @@ def configurations() -> Iterator[Configuration]:
     scale, plain, index = "*fp32", "*bf16", "*i32"
     for target in PLAIN:
         for rule_name, (n_experts, rule) in RULES.items():
-            for tile, x in [(tile, plain) for tile in ROUTER[target]] + [(tile, scale) for tile in ROUTER_FLOAT32]:
+            for cut, x in [(cut, plain) for cut in ROUTER[target]] + [(cut, scale) for cut in ROUTER_FLOAT32]:
                 types = {
                     "x_ptr": x, "w_ptr": x, "bias_ptr": scale, "weights_ptr": scale, "ids_ptr": "*i64",
                     "partial_ptr": scale, "counter_ptr": index, "T": "i32", "H": "i32", "route_scale": "fp32",
                 }  # fmt: skip
-                constant = {"CHUNK": tile.chunk(7168)} | rule_constexprs(n_experts, rule) | tile.constexprs()
+                constant = {"CHUNK": cut.chunk(7168)} | rule_constexprs(n_experts, rule) | cut.constexprs()
                 if rule.score_func == "softmax":
                     del types["bias_ptr"]
                     constant["bias_ptr"] = None
                 op = "router" if x == plain else "router_float32"
-                name = f"{op} {target} {rule_name} {tile.block_t}x{tile.block_e}x{tile.splits}"
-                yield Configuration(name, router_kernel, target, types, constant, {"num_warps": tile.warps})
+                name = f"{op} {target} {rule_name} {cut.block_t}x{cut.block_e}x{cut.splits}"
+                yield Configuration(name, router_kernel, target, types, constant, {"num_warps": cut.warps})
         for chunk in SORT_CHUNKS:
             types = {"ids_ptr": "*i64", "order_ptr": index, "tiles_ptr": index}
             types |= {"n": "i32", "first": "i32", "n_tiles": "i32", "block_m": "i32"}

@@ -41,7 +41,7 @@ TENSOR_CORE |= {(op, target): name for (known, target), name in TENSOR_CORE.item
 # but a selection for every instruction.
 SELECTED = re.compile(
     r"router sm_90 V3 (16x64x28|64x128x1)|sort sm_90 2048|combine sm_90|grouped_w8a8 .* K=7168"
-    r"|grouped_w8a16 (sm_90|sm_80) .* K=7168|grouped_plain sm_90 .* K=7168"
+    r"|grouped_(w8a16|plain) (sm_90|sm_80) (16|64)x.* K=7168"
 )
 
 
