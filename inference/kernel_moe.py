@@ -5,8 +5,8 @@ the layer. What is different from token to token, which expert gets how many row
 of row tiles; it is launched as long as it can possibly be, and programs without a tile return at once.
 
 Launches of a layer in W8A8, its input quantised beforehand: the router's counters zeroed 1, `router` 1, `sort` 1,
-`grouped_gemm` up 1, the activation 2 (see `activate`), `grouped_gemm` down 1, `combine` 1, in all 8, whatever the
-number of tokens and experts. What the shared experts launch runs beside them on a second stream.
+`grouped_gemm` up 1, kernel_fused.silu_mul 1, `grouped_gemm` down 1, `combine` 1, in all 7, whatever the number of
+tokens and experts. What the shared experts launch runs beside them on a second stream.
 
 Names: T tokens, K experts a token, E experts, H the model's width. The assignment a = t * K + k is token t's k-th
 expert.
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 import kernel
-import reference
+import kernel_fused
 from kernel import SCALE_BLOCK, Configuration, Tile, architecture, cast, dot_operand
 from reference import BLOCK, Quantised, Routing
 
@@ -504,13 +504,6 @@ def tile_for(table: tuple[Any, ...], size: float) -> Any:
     return next(tile for tile in table if size <= tile.up_to)
 
 
-def activate(gate_up: torch.Tensor, inter: int, w2: "Weight") -> torch.Tensor | Quantised:
-    """SwiGLU's product on gate_up (R, 2 I'), quantised if w2 wants it so: (R, inter). Rows without values give none."""
-    half = gate_up.shape[1] // 2
-    h = reference.silu_mul(gate_up[:, :inter], gate_up[:, half : half + inter])
-    return quantise(h, w2)
-
-
 def quantise(x: torch.Tensor, w: "Weight") -> torch.Tensor | Quantised:
     """x as w's product takes it."""
     return Quantised(*kernel.act_quant(x, scale_fmt=w.scale_fmt), dtype=x.dtype) if w.fp8 else x
@@ -587,7 +580,7 @@ def experts(
         x = x.x
     order, tiles = sort(ids, first, n_local, tile.block_m)
     gate_up = grouped_gemm(x, w13, order, tiles, ids.shape[1], tile)
-    y = grouped_gemm(activate(gate_up, inter, w2), w2, order, tiles, 1, tile)
+    y = grouped_gemm(kernel_fused.silu_mul(gate_up, inter, w2.fp8), w2, order, tiles, 1, tile)
     return combine(y, weights, ids, first, n_local, join() if join else None)
 
 

@@ -152,16 +152,34 @@ def project_float32(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return _by_rows(lambda rows: reference.project_float32(rows, w), x)
 
 
-def silu_mul(gate_up: torch.Tensor, inter: int) -> torch.Tensor:
-    """SwiGLU's product silu(gate) * up, computed in float32 and rounded once: (T, inter). See reference.silu_mul.
+def norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    delta: torch.Tensor | None = None,
+    fp8: Scales | None = None,
+    keep: bool = True,
+) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
+    """RMSNorm of x (T, H) + delta, quantised if the weight behind it has a `fp8`, and the sum. See reference.norm."""
+    if _fast(x):
+        import kernel_fused
 
-    gate_up (T, 2 I') holds gate in the first `inter` columns of its first half, up in those of its second.
+        return kernel_fused.norm(x, weight, eps, delta, fp8, keep)
+    return reference.norm(x, weight, eps, delta, fp8, keep)
+
+
+def silu_mul(gate_up: torch.Tensor, inter: int | torch.Tensor, fp8: Scales | None = None) -> torch.Tensor | Quantised:
+    """silu(gate) * up of stacked gate_up (T, 2 I') to (T, inter), quantised if the weight behind it has a `fp8`.
+
+    See reference.silu_mul. For a caller that has not stacked its projections, gate and up may also come as two.
     """
-    half = gate_up.shape[-1] // 2
-    gate, up = gate_up[..., :inter], gate_up[..., half : half + inter]
-    if _side.get() == "auto" and not gate.is_cuda:
-        return cpu.silu_mul(gate, up)
-    return reference.silu_mul(gate, up)
+    if isinstance(inter, torch.Tensor):
+        gate_up, inter = torch.cat((gate_up, inter), dim=-1), inter.shape[-1]
+    if _fast(gate_up):
+        import kernel_fused
+
+        return kernel_fused.silu_mul(gate_up, inter, fp8)
+    return (cpu if _side.get() == "auto" else reference).silu_mul(gate_up, inter, fp8)
 
 
 def route(
@@ -217,6 +235,25 @@ def experts(
 def pack_latents(latent: torch.Tensor, c: int) -> torch.Tensor:
     """Latents (T, C + R) as bytes with the first c values in FP8. See reference.pack_latents."""
     return reference.pack_latents(latent, c)
+
+
+def latent_write(
+    c_kv: torch.Tensor,
+    k_pe: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_pe: torch.Tensor,
+    slots: torch.Tensor,
+    latents: torch.Tensor,
+) -> torch.Tensor:
+    """Norms c_kv, rotates k_pe and writes both at their slots; returns q_pe rotated. See reference.latent_write."""
+    if _fast(c_kv):
+        import kernel_fused
+
+        return kernel_fused.latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
+    return reference.latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
 
 
 def mla(

@@ -108,6 +108,29 @@ def w8a16_gemm(
     return out.to(out_dtype or x.dtype)
 
 
+def norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    delta: torch.Tensor | None = None,
+    fp8: Scales | None = None,
+    keep: bool = True,
+) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
+    """RMSNorm of x (T, H) + delta (T, H) and that sum itself, the next residual; without delta x is the sum.
+
+    The sum is rounded to x's dtype, then normed. If fp8 names the scales, the norm is quantised as it was rounded, and
+    with `keep` also kept.
+    """
+    total = x if delta is None else x + delta
+    y = rms_norm(total, weight, eps)
+    return quantised(y, fp8, keep) if fp8 else y, total
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last dimension, in float32, rounded once to x's dtype."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
 def to_fnuz(w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float8_e4m3fn weights and their scales as float8_e4m3fnuz, the FP8 type of AMD's CDNA 3, without rounding.
 
@@ -190,9 +213,22 @@ def router(
     return route(project_float32(x, w), bias, rule)
 
 
-def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """SwiGLU's product, silu(gate) * up, in float32 and rounded once to gate's dtype."""
-    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+def silu_mul(gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
+    """SwiGLU's product, silu(gate) * up, in float32 and rounded once to gate_up's dtype: (T, inter), then quantised
+    if fp8 names the scales.
+
+    gate_up (T, 2 I'), of which the gate's channels are the first `inter` and up's those from I' on.
+    """
+    gate, up = halves(gate_up, inter)
+    y = (F.silu(gate.float()) * up.float()).to(gate.dtype)
+    return quantised(y, fp8) if fp8 else y
+
+
+def halves(gate_up: torch.Tensor, inter: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up, each (T, inter), views of a stacked product (T, 2 I') whose halves may end in filling."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    assert gate.shape == up.shape and inter <= gate.shape[-1], (gate_up.shape, inter)
+    return gate[..., :inter], up[..., :inter]
 
 
 def experts(
@@ -354,6 +390,31 @@ def gather(
     else:
         rows = latents[used].flatten(0, 1)[:length]
     return unpack_latents(rows, c, dtype) if rows.dtype == torch.uint8 else rows
+
+
+def latent_write(
+    c_kv: torch.Tensor,
+    k_pe: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_pe: torch.Tensor,
+    slots: torch.Tensor,
+    latents: torch.Tensor,
+) -> torch.Tensor:
+    """Writes each token's latent, its norm of c_kv (T, C) and its rotated k_pe (T, R), into the pool at its slot, and
+    returns q_pe (T, N, R) rotated.
+
+    cos and sin are (T, R/2) float32; slots (T,), of which negative ones are written nowhere; latents
+    (n_pages, page, C + R) in c_kv's dtype, or rows of bytes as pack_latents makes them. V2 equations 9, 14 and 15.
+    """
+    latent = torch.cat((rms_norm(c_kv, weight, eps), rotary(k_pe, cos, sin)), dim=-1)  # (T, C + R)
+    if latents.dtype == torch.uint8:
+        latent = pack_latents(latent, c_kv.shape[1])
+    kept = slots >= 0
+    latents.flatten(0, 1).index_copy_(0, slots[kept].long(), latent[kept])
+    return rotary(q_pe, cos, sin)
 
 
 def pack_latents(latent: torch.Tensor, c: int) -> torch.Tensor:

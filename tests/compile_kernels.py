@@ -23,9 +23,10 @@ from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference"))
 import kernel
+import kernel_fused
 import kernel_moe
 
-MODULES = (kernel, kernel_moe)
+MODULES = (kernel, kernel_fused, kernel_moe)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

@@ -115,10 +115,3 @@ def test_packed_linear(rows):
     assert len(cpu.pack(stack)) == 3
     assert relative_error(ops.linear(x, ops.Weight(cpu.pack(stack)).expert(2)), x.double() @ stack[2].double().T) < 4e-3
     assert cpu.pack(w.float()) is not None and not cpu.is_packed(cpu.pack(w.float()))
-
-
-def test_silu_mul():
-    gate, up = torch.randn(2, 50, 33).bfloat16().unbind()
-    expected = (torch.nn.functional.silu(gate.double()) * up.double()).bfloat16()
-    for side in (reference, cpu):
-        assert torch.equal(side.silu_mul(gate, up), expected)
