@@ -177,13 +177,15 @@ class Engine:
         chat: bool = False,
         thinking: bool | None = None,
         kv_cache_dtype: Literal["auto", "fp8"] = "auto",
+        experts: weights.AskedLayout = "auto",
         **limits: float | None,
     ) -> "Engine":
         """Loads a checkpoint directory: Hugging Face's layout, converted by this project, or by the V3 repository.
 
         `config` is needed only where the directory has none; `chat` refuses one without a usable chat template, or
         without the switch that `thinking` asks for; `kv_cache_dtype` "fp8" keeps latents in FP8 (see
-        reference.pack_latents); `limits` are the constructor's. Raises UserError for a bad checkpoint, a config that
+        reference.pack_latents); `experts` is how ranks share the routed experts (see weights.choose_experts); `limits`
+        are the constructor's. Raises UserError for a bad checkpoint, a config that
         contradicts it, or numerics the device cannot compute, on every rank when one rank meets it.
         """
         device = torch.device(device)
@@ -194,9 +196,15 @@ class Engine:
             checkpoint = weights.Checkpoint(ckpt_path)
             args = choose_args(checkpoint, config)
             num, says = choose_numerics(args, device, dtype, gemm)
-            num = replace(num, fp8_latents=kv_cache_dtype == "fp8")
+            layout, why = weights.choose_experts(
+                experts, args, tp.size, checkpoint.quantised, checkpoint.experts(tp.size)
+            )
+            weights.check_ranks(args, tp.size, num.gemm is not None, layout)
+            num = replace(num, fp8_latents=kv_cache_dtype == "fp8", experts=layout)
             if progress and tp.rank == 0:
                 print(says, file=sys.stderr)
+                if tp.size > 1:
+                    print(why, file=sys.stderr)
             tokenizer = Tokenizer(ckpt_path, args.vocab_size) if tp.rank == 0 else None
             if chat and tokenizer is not None:
                 tokenizer.encode_chat([{"role": "user", "content": "Hello"}], thinking=thinking)

@@ -73,6 +73,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="what to compute in")
     add("--gemm", choices=("auto", "fp8", "bf16"), default="auto",
         help="FP8 weights times FP8 (W8A8) or bf16 (W8A16) activations (default: as the GPU allows)")  # fmt: skip
+    add("--experts", choices=("auto", "whole", "split"), default="auto",
+        help="a rank has some whole, or a share of each (default: as converted, else split if that fits)")  # fmt: skip
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: a GPU if there is one")
     add("--max-model-len", type=positive, metavar="N", help="most tokens of prompt and answer (default: as fit)")
     add("--max-num-seqs", type=positive, default=8, metavar="N", help="prompts answered at a time (default: 8)")
@@ -511,6 +513,7 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
         chat=not options.raw,
         thinking=thinking,
         kv_cache_dtype=options.kv_cache_dtype,
+        experts=options.experts,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
@@ -543,7 +546,7 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
 def agree_on_flags(options: argparse.Namespace, device: "torch.device", tp: "Group") -> None:
     """Ranks that were started differently would wait for each other, or compute different things, without a word."""
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gib", "kv_cache_dtype", "mtp",
-             "deterministic", "dtype", "gemm", "raw")  # fmt: skip
+             "deterministic", "dtype", "gemm", "experts", "raw")  # fmt: skip
     mine = {"device": device.type, **{name: getattr(options, name) for name in names}}
     first = json.loads(bytes(tp.broadcast_ints(list(json.dumps(mine).encode()))))
 

@@ -10,8 +10,10 @@ Shapes in comments:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from torch import nn
 import ops
 from config import BLOCK_SIZE, ModelArgs
 from ops import Gemm, Weight
-from parallel import SOLO, Group
+from parallel import SOLO, ExpertLayout, Group
 from reference import Routing, packed_latent_bytes, rotary
 
 PAGE_SIZE = 64  # tokens a page of the latent cache holds
@@ -39,6 +41,7 @@ class Numerics:
     gemm: Gemm | None = None
     scale_fmt: str | None = None
     fp8_latents: bool = False  # the cache holds the compressed key/value in e4m3, see reference.pack_latents
+    experts: ExpertLayout = "whole"  # how ranks share the routed experts, see weights.choose_experts
 
 
 @dataclass(frozen=True)
@@ -95,20 +98,39 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A projection without bias, or `experts` of them stacked; e4m3 with 128x128 block scales where `num` keeps FP8."""
+    """A projection without bias, or `experts` of them stacked; e4m3 with 128x128 block scales where `num` keeps FP8.
+
+    Projections of the same input are one matrix product: `parts` gives their names on disk and their widths. Part i is
+    the rows from starts[i] on. FP8 parts start at whole blocks, so that each keeps its own scales; the rows between
+    are zeros. Parts of one width lie equally far apart: gate and up are the halves of their product.
+    """
 
     scale: nn.Parameter | None
 
-    def __init__(self, in_dim: int, out_dim: int, num: Numerics, experts: int | None = None, quantised: bool = True):
+    def __init__(
+        self,
+        in_dim: int,
+        out: int | dict[str, int],
+        num: Numerics,
+        experts: int | None = None,
+        quantised: bool = True,
+    ):
         super().__init__()
         stack = () if experts is None else (experts,)
+        fp8 = num.gemm is not None and quantised
         self.gemm, self.scale_fmt = num.gemm or "bf16", num.scale_fmt
-        if num.gemm and quantised:
-            blocks = math.ceil(out_dim / BLOCK_SIZE), math.ceil(in_dim / BLOCK_SIZE)
-            self.weight = _parameter(*stack, out_dim, in_dim, dtype=torch.float8_e4m3fn)
+        self.parts = {} if isinstance(out, int) else out
+        widths = [out] if isinstance(out, int) else list(out.values())
+        align = BLOCK_SIZE if fp8 and self.parts else 1
+        *starts, end = accumulate((math.ceil(n / align) * align for n in widths), initial=0)
+        self.starts: tuple[int, ...] = tuple(starts)
+        rows = end if len(set(widths)) == 1 else starts[-1] + widths[-1]
+        if fp8:
+            blocks = math.ceil(rows / BLOCK_SIZE), math.ceil(in_dim / BLOCK_SIZE)
+            self.weight = _parameter(*stack, rows, in_dim, dtype=torch.float8_e4m3fn)
             self.scale = _parameter(*stack, *blocks, dtype=torch.float32)
         else:
-            self.weight = _parameter(*stack, out_dim, in_dim, dtype=num.dtype)
+            self.weight = _parameter(*stack, rows, in_dim, dtype=num.dtype)
             self.register_parameter("scale", None)
 
     @property
@@ -117,6 +139,10 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return ops.linear(x, self.w)
+
+    def split(self, y: torch.Tensor) -> list[torch.Tensor]:
+        """Each part's columns of this projection's result."""
+        return [y[..., start : start + n] for start, n in zip(self.starts, self.parts.values(), strict=True)]
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         return self.weight if self.scale is None else ops.weight_dequant(self.weight, self.scale, dtype)
@@ -162,13 +188,14 @@ class MLA(nn.Module):
         super().__init__()
         self.args, self.tp, self.dtype, self.fp8_latents = args, tp, num.dtype, num.fp8_latents
         self.n_heads = tp.split(args.n_heads, "n_heads")
+        # W^DQ with W^DKV and W^KR (V3 equations 1, 3 and 6); without a query latent W^Q takes W^DQ's place
         if args.q_lora_rank:
-            self.wq_a = Linear(args.dim, args.q_lora_rank, num)
+            self.wqkv_a = Linear(args.dim, {"wq_a": args.q_lora_rank, "wkv_a": args.latent_dim}, num)
             self.q_norm = RMSNorm(args.q_lora_rank, INNER_NORM_EPS, num.dtype)
             self.wq_b = Linear(args.q_lora_rank, self.n_heads * args.qk_head_dim, num)
         else:
-            self.wq = Linear(args.dim, self.n_heads * args.qk_head_dim, num)
-        self.wkv_a = Linear(args.dim, args.latent_dim, num)
+            queries = self.n_heads * args.qk_head_dim
+            self.wqkv_a = Linear(args.dim, {"wq": queries, "wkv_a": args.latent_dim}, num)
         self.kv_norm = RMSNorm(args.kv_lora_rank, INNER_NORM_EPS, num.dtype)
         self.wkv_b = Linear(args.kv_lora_rank, self.n_heads * (args.qk_nope_head_dim + args.v_head_dim), num)
         self.wo = Linear(self.n_heads * args.v_head_dim, args.dim, num)
@@ -186,9 +213,11 @@ class MLA(nn.Module):
     ) -> torch.Tensor:
         """x (T, H), latents (n_pages, PAGE_SIZE, C + R), written at batch.slots and then read; returns (T, H)."""
         args = self.args
-        q = self.wq_b(self.q_norm(self.wq_a(x))) if args.q_lora_rank else self.wq(x)
+        q, kv = self.wqkv_a.split(self.wqkv_a(x))  # one product for the paper's two: (T, Q), (T, C + R)
+        if args.q_lora_rank:
+            q = self.wq_b(self.q_norm(q))
         q_nope, q_pe = q.unflatten(-1, (self.n_heads, -1)).split([args.qk_nope_head_dim, args.qk_rope_head_dim], dim=-1)
-        c_kv, k_pe = self.wkv_a(x).split([args.kv_lora_rank, args.qk_rope_head_dim], dim=-1)
+        c_kv, k_pe = kv.split([args.kv_lora_rank, args.qk_rope_head_dim], dim=-1)
         latent = torch.cat((self.kv_norm(c_kv), rotary(k_pe, cos, sin)), dim=-1)  # (T, C + R)
         if self.fp8_latents:
             latent = ops.pack_latents(latent, args.kv_lora_rank)
@@ -202,13 +231,12 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, inter_dim: int, num: Numerics, tp: Group, what: str):
         super().__init__()
-        inner = tp.split(inter_dim, what)
-        self.w1 = Linear(dim, inner, num)
-        self.w2 = Linear(inner, dim, num)
-        self.w3 = Linear(dim, inner, num)
+        self.inner = tp.split(inter_dim, what)
+        self.w13 = Linear(dim, {"w1": self.inner, "w3": self.inner}, num)  # gate and up, one product for two
+        self.w2 = Linear(self.inner, dim, num)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(ops.silu_mul(self.w1(x), self.w3(x)))
+        return self.w2(ops.silu_mul(self.w13(x), self.inner))
 
 
 class Gate(nn.Module):
@@ -232,18 +260,29 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """This rank's routed experts, whole, stacked."""
+    """This rank's routed experts, stacked: a share of them whole, or a share of the inner width of every one, so that
+    all ranks work on each token. The result is this rank's part of a sum either way.
+    """
 
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group):
         super().__init__()
-        n = tp.split(args.n_routed_experts, "n_routed_experts")
-        self.first = tp.rank * n
-        self.w1 = Linear(args.dim, args.moe_inter_dim, num, experts=n)
-        self.w2 = Linear(args.moe_inter_dim, args.dim, num, experts=n)
-        self.w3 = Linear(args.dim, args.moe_inter_dim, num, experts=n)
+        n, self.first, self.inner = args.n_routed_experts, 0, args.moe_inter_dim
+        if num.experts == "split":
+            self.inner = tp.split(args.moe_inter_dim, "moe_inter_dim")
+        else:
+            n = tp.split(args.n_routed_experts, "n_routed_experts")
+            self.first = tp.rank * n
+        self.w13 = Linear(args.dim, {"w1": self.inner, "w3": self.inner}, num, experts=n)  # gate and up
+        self.w2 = Linear(self.inner, args.dim, num, experts=n)
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return ops.experts(x, weights, ids, self.first, self.w1.w, self.w2.w, self.w3.w)  # (T, H) float32
+    def forward(
+        self,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        shared: Callable[[], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        return ops.experts(x, weights, ids, self.first, self.w13.w, self.w2.w, self.inner, shared)  # (T, H)
 
 
 class MoE(nn.Module):
@@ -259,10 +298,8 @@ class MoE(nn.Module):
             self.shared_experts = MLP(args.dim, width, num, tp, "the shared experts' width")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.experts(x, *self.gate(x))
-        if self.shared_experts is not None:
-            y += self.shared_experts(x)
-        return y.to(x.dtype)
+        shared = None if self.shared_experts is None else partial(self.shared_experts, x)
+        return self.experts(x, *self.gate(x), shared)
 
 
 class Block(nn.Module):

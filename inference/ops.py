@@ -168,13 +168,11 @@ def norm(
     return reference.norm(x, weight, eps, delta, fp8, keep)
 
 
-def silu_mul(gate_up: torch.Tensor, inter: int | torch.Tensor, fp8: Scales | None = None) -> torch.Tensor | Quantised:
+def silu_mul(gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
     """silu(gate) * up of stacked gate_up (T, 2 I') to (T, inter), quantised if the weight behind it has a `fp8`.
 
-    See reference.silu_mul. For a caller that has not stacked its projections, gate and up may also come as two.
+    See reference.silu_mul.
     """
-    if isinstance(inter, torch.Tensor):
-        gate_up, inter = torch.cat((gate_up, inter), dim=-1), inter.shape[-1]
     if _fast(gate_up):
         import kernel_fused
 

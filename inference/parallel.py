@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from errors import UserError
 
 T = TypeVar("T")
+ExpertLayout = Literal["whole", "split"]  # a rank has some experts whole, or a share of every one's inner width
 JOINING_LIMIT = 600.0  # seconds for all ranks to come up; a later one may have torch to import from a slow disk
 LOADING_LIMIT = 6 * 3600.0  # seconds that the slowest rank may load longer than the fastest
 ERROR_BYTES = 2048  # of an error's text that travel between ranks

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import reference
+from convert import convert
 from engine import Engine, choose_numerics
 from errors import UserError
 from families import V3
 from model import Batch, Numerics
 from oracle import hidden_states, ours, random_checkpoint, relative_error, theirs, tokens
+from parallel import Group
 from sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
@@ -153,6 +155,43 @@ def test_choice_of_numerics(model):
         choose_numerics(bf16, cpu, "auto", "fp8")
     with pytest.raises(UserError, match="--gemm fp8 and --dtype float32 contradict each other"):
         choose_numerics(fp8, cpu, "float32", "fp8")
+
+
+class Lonely(Group):
+    """One of several ranks that never hears of the others: enough to load its share of a model."""
+
+    def together(self, work, limit=0.0):
+        return work()
+
+    def broadcast_ints(self, values):
+        return values
+
+    def min_int(self, value):
+        return value
+
+
+@pytest.mark.parametrize("made", [None, "whole", "split"])
+def test_layout_of_the_experts(path, tmp_path, made):
+    """Split by default, as the files are if they were made for ranks, and as asked; what does not fit says what would."""
+    if made is not None:
+        convert(path, tmp_path, 2, experts=made)
+    options = {"ckpt_path": path if made is None else tmp_path, "tp": Lonely(1, 2), "n_pages": 8}
+    for asked in ("auto", "whole", "split"):
+        if made is None or asked in ("auto", made):
+            engine = Engine.from_pretrained(experts=asked, **options)
+            assert engine.model.num.experts == (asked if asked != "auto" else made or "split")
+            assert engine.model.layers[1].ffn.experts.first == (16 if engine.model.num.experts == "whole" else 0)
+        else:
+            with pytest.raises(UserError, match=f"^--experts {asked}, but the files hold {made} experts: convert again"):
+                Engine.from_pretrained(experts=asked, **options)
+
+
+def test_layout_that_does_not_fit(tmp_path):
+    path = random_checkpoint(tmp_path, V3 | {"moe_intermediate_size": 33})
+    says = r"^moe_inter_dim 33 does not divide by 2 ranks \(it works with 1\); --experts whole works$"
+    with pytest.raises(UserError, match=says):
+        Engine.from_pretrained(path, experts="split", tp=Lonely(1, 2), n_pages=8)
+    assert Engine.from_pretrained(path, tp=Lonely(1, 2), n_pages=8).model.num.experts == "whole"
 
 
 # --- page pool under pressure ----------------------------------------------------------------------------------------

@@ -523,7 +523,7 @@ def test_two_ranks_answer_as_one(engine: Engine, tiny: Path, tmp_path: Path) -> 
     prompts = prompts_file(tmp_path, "hello\nWhat is 2+2?\n" + "z" * 200 + "\nlast\n")
     output = tmp_path / "answers.jsonl"
     flags = ("--ckpt-path", tiny, "--input-file", prompts, "--output-file", output, "--temperature", 0,
-             "--max-new-tokens", 12, "--max-num-seqs", 3, *EXACT)  # fmt: skip
+             "--max-new-tokens", 12, "--max-num-seqs", 3, "--experts", "split", *EXACT)  # fmt: skip
     done = subprocess.run(
         launch.torchrun(*flags), env=launch.environment(), capture_output=True, text=True, timeout=120
     )
@@ -535,6 +535,7 @@ def test_two_ranks_answer_as_one(engine: Engine, tiny: Path, tmp_path: Path) -> 
         f"Prompt: {t}\nCompletion: {r.text}\n\n" for t, r in zip(texts, expected, strict=True)
     )
     assert done.stderr.count("numerics: ") == 1, "only rank 0 speaks"
+    assert done.stderr.count("experts: split, as asked\n") == 1
 
 
 def test_torchrun_wrong_use(tmp_path: Path) -> None:
@@ -573,6 +574,7 @@ def test_one_rank_s_mistake_is_everyone_s(tiny: Path, copy: Path, tmp_path: Path
     damaged, why = missing_shard(copy)
     cases = [
         ([], ["--max-num-seqs", "0"], "rank 1: argument --max-num-seqs: 0 is not at least 1 (--help lists the flags)"),
+        ([], ["--experts", "split"], "rank 1: --experts split (rank 0: auto): start every host with the same flags"),
         ([], ["--max-num-seqs", "4"], "rank 1: --max-num-seqs 4 (rank 0: 8): start every host with the same flags"),
         ([], ["--ckpt-path", damaged], f"rank 1: {why}"),
         (["--input-file", "/none"], ["--input-file", "/none"], "/none: No such file or directory"),
