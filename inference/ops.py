@@ -187,6 +187,17 @@ def route(
     return reference.route(logits, bias, rule)
 
 
+def router(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, rule: reference.Routing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (T, H), w (E, H), bias (E,) float32 to weights (T, K) float32 and expert ids (T, K). See reference.router."""
+    if _fast(x) and x.dtype == w.dtype:
+        import kernel_moe
+
+        return kernel_moe.router(x, w, bias, rule, _invariant.get())
+    return route(project_float32(x, w), bias, rule)
+
+
 def experts(
     x: torch.Tensor | Quantised,
     weights: torch.Tensor,
@@ -202,6 +213,10 @@ def experts(
     x (T, H), weights (T, K) float32, ids (T, K); w13 stacked (E_local, 2 I', H), each expert's gate and up as silu_mul
     wants them, w2 (E_local, H, inter). Summed in float32, rounded once to x's dtype: (T, H).
     """
+    if _fast(weights):
+        import kernel_moe
+
+        return kernel_moe.experts(x, weights, ids, first, w13, w2, inter, shared, _invariant.get())
     if isinstance(x, Quantised):
         assert x.x is not None
         x = x.x

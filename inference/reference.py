@@ -203,6 +203,16 @@ def route(logits: torch.Tensor, bias: torch.Tensor | None, rule: Routing) -> tup
     return weights * rule.route_scale, ids
 
 
+def router(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, rule: Routing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (T, H) and the router's weights (E, H) to expert weights (T, K), float32, and expert ids (T, K), int64.
+
+    The logits are float32: products of bfloat16 numbers are exact there, and are summed in it.
+    """
+    return route(project_float32(x, w), bias, rule)
+
+
 def silu_mul(gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
     """SwiGLU's product, silu(gate) * up, in float32 and rounded once to gate_up's dtype: (T, inter), then quantised
     if fp8 names the scales.
@@ -246,6 +256,58 @@ def experts(
             out.index_add_(0, rows, run(e, x[rows]).float() * w)
         start += n
     return out
+
+
+def sort(ids: torch.Tensor, first: int, n_local: int, block_m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The assignments a = t * K + k of ids (T, K), expert by expert, in order within each, and their tiles of rows.
+
+    order (T * K,) int32: the assignments of experts [first, first + n_local), the rest -1. tiles
+    (min(T * K, n_local) + T * K // block_m, 3) int32, which is always enough: a tile's local expert, its first place in
+    order, its number of rows, at most block_m; unused ones are -1.
+    """
+    flat = ids.flatten()
+    order = torch.full(flat.shape, -1, dtype=torch.int32, device=ids.device)
+    tiles = torch.full((min(len(flat), n_local) + len(flat) // block_m, 3), -1, dtype=torch.int32, device=ids.device)
+    start = used = 0
+    for e in range(n_local):
+        rows = (flat == first + e).nonzero().flatten()
+        order[start : start + len(rows)] = rows
+        for done in range(0, len(rows), block_m):
+            tiles[used] = tiles.new_tensor([e, start + done, min(len(rows) - done, block_m)])
+            used += 1
+        start += len(rows)
+    return order, tiles
+
+
+def grouped_gemm(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    tiles: torch.Tensor,
+    share: int,
+    product: Callable[[int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Row a is x[a // share] times its expert's weights, for the assignments a in order: (len(order), N), in x's dtype.
+
+    `product(e, rows)` multiplies rows by local expert e's weights. Rows of assignments that are not in order are zero.
+    """
+    out = x.new_zeros(len(order), product(0, x[:0]).shape[1])
+    for e, start, rows in tiles[tiles[:, 0] >= 0].tolist():
+        a = order[start : start + rows].long()
+        out[a] = product(e, x[a // share])
+    return out
+
+
+def combine(
+    y: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, first: int, n_local: int, shared: torch.Tensor | None
+) -> torch.Tensor:
+    """The weighted sum of the assignments' rows y (T * K, H), over the experts [first, first + n_local) alone, plus the
+    shared experts' (T, H): summed in float32 in the order of k, rounded once to y's dtype, (T, H)."""
+    out = torch.zeros(len(ids), y.shape[1], dtype=torch.float32, device=y.device)
+    local = (ids >= first) & (ids < first + n_local)  # (T, K)
+    for k in range(ids.shape[1]):
+        rows = y.unflatten(0, ids.shape)[:, k].float() * weights[:, k, None]
+        out += rows.where(local[:, k, None], 0)
+    return (out if shared is None else out + shared.float()).to(y.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------

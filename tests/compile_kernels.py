@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "inference"))
 import kernel
 import kernel_attention
 import kernel_fused
+import kernel_moe
 
-MODULES = (kernel, kernel_fused, kernel_attention)
+MODULES = (kernel, kernel_fused, kernel_moe, kernel_attention)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

@@ -4,6 +4,7 @@ import fcntl
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,9 +31,19 @@ TENSOR_CORE = {
 }
 
 
+# Of the layer of experts, a selection that has every instruction in it.
+SELECTED = re.compile(
+    r"router sm_90 V3 (16x64x28|64x128x1)|sort sm_90 2048|combine sm_90|grouped_w8a8 .* K=7168"
+    r"|grouped_(w8a16|plain) (sm_90|sm_80) (16|64)x.* K=7168"
+)
+
+
 def waits(c: kernel.Configuration) -> bool:
-    """For `make trust`, to save time: Ada's, which hardly differ from their neighbours', and attention but Hopper's."""
-    return c.target == "sm_89" or (c.kernel.__module__ == "kernel_attention" and c.target != "sm_90")
+    """Whether it is compiled by `make trust` only, to save time: for Ada, which hardly differs from its neighbours,
+    attention for others than Hopper, and of the layer of experts what is like those selected."""
+    if c.kernel.__module__ == "kernel_attention":
+        return c.target != "sm_90"
+    return c.target == "sm_89" or (c.kernel.__module__ == "kernel_moe" and not SELECTED.fullmatch(c.name))
 
 
 CONFIGURATIONS = [pytest.param(c, id=c.name, marks=pytest.mark.trust if waits(c) else ()) for c in configurations()]

@@ -33,11 +33,12 @@ SHAPES = [(100, 576), (576, 192), (260, 100), (128, 128)]  # (N, K); 576 = 4.5 b
 
 
 TAIL = 1 << 17  # elements: more than a tile's worth of rows
+POISON = -(1 << 30)  # what stands for NaN among integers
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.empty gives NaN, and a tail of NaN behind it that nobody may write, nor an interpreted kernel read."""
+    """torch.empty gives NaN (integers: POISON), and a tail of it behind that nobody may write, nor an interpreted kernel read."""
     tails: list[torch.Tensor] = []
     plain = torch.empty
 
@@ -47,7 +48,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if buffer.element_size() == 1:
             buffer.view(torch.uint8).fill_(0x7F if dtype == E4M3 else 0x80)
         else:
-            buffer.fill_(math.nan)
+            buffer.fill_(math.nan if buffer.is_floating_point() else POISON)
         tails.append(buffer[shape.numel() :])
         return buffer[: shape.numel()].view(shape)
 
@@ -55,7 +56,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if INTERPRETED:
         monkeypatch.setattr(interpreter, "_interpreter", Sentry(interpreter._interpreter, tails))
     yield
-    assert all(tail.float().isnan().all() for tail in tails)
+    assert all((tail.float().isnan() if tail.is_floating_point() else tail == POISON).all() for tail in tails)
 
 
 class Sentry:
