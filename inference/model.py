@@ -305,7 +305,7 @@ class Gate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (T, H) to weights (T, K) float32 and expert ids (T, K)."""
-        return ops.route(ops.project_float32(x, self.weight), self.bias, self.rule)
+        return ops.router(x, self.weight, self.bias, self.rule)
 
 
 class Experts(nn.Module):
