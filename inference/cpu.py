@@ -22,9 +22,9 @@ DECODE_ROWS = 16  # query rows of a sequence that still count as decoding: a tok
 class Half(NamedTuple):
     """Bfloat16 weights as FBGEMM packs them in float16: each weight is data * scale.
 
-    The scale is a power of two that moves the largest weight below 2^15. Float16 has more bits of mantissa than
-    bfloat16, so whatever is at least 2^-29 of the largest weight is held exactly, and what is smaller is off by at most
-    2^-40 of the largest. The product is summed, and given, in float32.
+    The scale is a power of two that brings the largest weight just below 2^16. Float16 has more bits of mantissa than
+    bfloat16, so whatever is at least 2^-29 of the largest weight's power of two is held exactly, and what is smaller
+    may be taken for zero, which is less than a float32 sum rounds off. The product is summed, and given, in float32.
     """
 
     data: Any
@@ -42,8 +42,8 @@ def pack_half(w: torch.Tensor, scale: torch.Tensor | None = None) -> Half:
 
 
 def _power_of_two(w: torch.Tensor) -> torch.Tensor:
-    """The scale (1,) that brings the largest of w to at least 2^14 and below 2^15."""
-    return torch.ldexp(torch.ones(1), w.abs().amax().float().frexp().exponent.reshape(1) - 15)
+    """The scale (1,) that brings the largest of w to at least 2^15 and below 2^16; bfloat16 rounds none up to that."""
+    return torch.ldexp(torch.ones(1), w.abs().amax().float().frexp().exponent.reshape(1) - 16)
 
 
 @functools.cache
