@@ -126,6 +126,13 @@ def experts(
     half = isinstance(w13[0], Half)
     if half:
         x, weights = x * w13[0].scale, weights * w2[0].scale
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    if len(x) == 1 and half:  # nothing to sort
+        for e, weight in zip((ids[0] - first).tolist(), weights[0].tolist(), strict=True):
+            if 0 <= e < len(w13):
+                middle = _swiglu(torch.ops.quantized.linear_dynamic_fp16(x, w13[e].data), inter)
+                out.add_(torch.ops.quantized.linear_dynamic_fp16(middle, w2[e].data), alpha=weight)
+        return out
     flat = ids.flatten()
     order = flat.argsort(stable=True)  # the assignments, expert by expert, tokens in order within each
     tokens = order // ids.shape[1]
@@ -147,7 +154,6 @@ def experts(
             middle = _swiglu(_product(rows[here], w13[e]), inter)
             parts.append(_product(middle.to(x.dtype), w2[e]).float().mul_(factors[here]))
         at += n
-    out = torch.zeros(x.shape, dtype=torch.float32)
     return out.index_add_(0, tokens, torch.cat(parts)) if parts else out
 
 
