@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -199,11 +200,7 @@ class Linear(nn.Module):
         if self.scale is not None:
             self.weight.data, self.scale.data = ops.prepare_fp8(self.weight.data, self.scale.data, self.gemm)
             return
-        plain = self.weight.data
-        packed = ops.prepare(plain)
-        if packed is not plain:
-            del self.weight
-            self.weight = packed
+        _replace_weight(self, ops.prepare(self.weight.data))
 
 
 class Embedding(nn.Module):
@@ -437,9 +434,10 @@ class Transformer(nn.Module):
             if isinstance(module, MLA):
                 module.prepare()
         for module in list(self.modules()):
-            if isinstance(module, Linear) and module is not self.head:
+            if isinstance(module, Gate) or module is self.head:
+                _replace_weight(module, ops.prepare_float32(module.weight.data))
+            elif isinstance(module, Linear):
                 module.prepare()
-        self.head.weight = nn.Parameter(ops.prepare_float32(self.head.weight), requires_grad=False)
         return self
 
     def new_cache(self, n_pages: int) -> torch.Tensor:
@@ -508,6 +506,13 @@ def yarn_frequencies(args: ModelArgs) -> torch.Tensor:
     width = high - low if high > low else 0.001  # beta_fast = beta_slow (Kimi-K2) makes the ramp a step
     slowed = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     return freqs / args.rope_factor * slowed + freqs * (1 - slowed)
+
+
+def _replace_weight(module: nn.Module, prepared: Any) -> None:
+    """Puts a backend's form of a loaded weight, a tensor or not, in the parameter's place."""
+    if prepared is not module.weight.data:
+        del module.weight
+        module.weight = prepared
 
 
 def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:

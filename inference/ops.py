@@ -145,8 +145,13 @@ def _fp8_gemm(q: torch.Tensor, s: torch.Tensor, w: Weight, dtype: torch.dtype) -
     return reference.fp8_gemm(q, s, w.data, w.scale, dtype)
 
 
-def project_float32(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x (rows, H) times w (V, H) transposed, float32 (rows, V): the logits. See reference.project_float32."""
+def project_float32(x: torch.Tensor, w: Any) -> torch.Tensor:
+    """x (rows, H) times w (V, H) transposed, float32 (rows, V): the logits. See reference.project_float32.
+
+    w is what `prepare_float32` made of the weight.
+    """
+    if cpu.is_packed(w):
+        return _by_rows(lambda rows: cpu.linear_float32(rows, w), x)
     if _fast(x) and x.dtype == w.dtype == torch.bfloat16:
         return _by_rows(lambda rows: torch.mm(rows, w.T, out_dtype=torch.float32), x)
     return _by_rows(lambda rows: reference.project_float32(rows, w), x)
@@ -224,7 +229,10 @@ def experts(
     def run(e: int, rows: torch.Tensor) -> torch.Tensor:
         return linear(silu_mul(linear(rows, w13.expert(e)), inter), w2.expert(e))
 
-    y = reference.experts(x, weights, ids, first, len(w13.data), run)
+    if not _invariant.get() and cpu.is_packed(w13.data[0]):
+        y = cpu.experts(x, weights, ids, first, w13.data, w2.data, inter)
+    else:
+        y = reference.experts(x, weights, ids, first, len(w13.data), run)
     if shared is not None:
         y += shared()
     return y.to(x.dtype)
@@ -278,10 +286,10 @@ def prepare(w: torch.Tensor) -> Any:
     return cpu.pack(w) if w.device.type == "cpu" and _side.get() == "auto" else w
 
 
-def prepare_float32(w: torch.Tensor) -> torch.Tensor:
-    """Called once for the weight of project_float32 after loading: a CPU, which cannot multiply bfloat16 into float32,
-    keeps it in float32, as widening it in every step takes longer than reading twice the bytes."""
-    return w.float() if w.device.type == "cpu" and _side.get() == "auto" else w
+def prepare_float32(w: torch.Tensor) -> Any:
+    """Called once for a weight of project_float32 after loading: a CPU, whose bfloat16 product rounds its result, keeps
+    a form that gives float32, as widening the weight in every step takes longer than reading it."""
+    return cpu.pack_float32(w) if w.device.type == "cpu" and _side.get() == "auto" else w
 
 
 def prepare_fp8(w: torch.Tensor, scale: torch.Tensor, gemm: Gemm) -> tuple[torch.Tensor, torch.Tensor]:

@@ -383,9 +383,9 @@ def gather(
     `c` and `dtype` say how to unpack latents that are kept in FP8.
     """
     page = latents.shape[1]
-    used = pages[: -(-length // page)].long()
-    first = int(used[0])
-    if torch.equal(used, torch.arange(first, first + len(used), device=used.device)):
+    used = pages[: -(-length // page)].tolist()
+    first = used[0]
+    if used == list(range(first, first + len(used))):
         rows = latents[first : first + len(used)].flatten(0, 1)[:length]  # neighbours: a view, nothing is copied
     else:
         rows = latents[used].flatten(0, 1)[:length]
