@@ -18,7 +18,7 @@ import weights
 from cache import PagePool
 from config import ModelArgs, agree, load_config
 from errors import UserError
-from model import PAGE_SIZE, Batch, Numerics, Transformer
+from model import FEW_ROWS, PAGE_SIZE, Batch, Numerics, Transformer
 from parallel import SOLO, Group, environment
 from sampling import Draft, Logprob, SamplingParams, logprob, propose, released_params, verify
 from scheduler import Chunk, Job, Scheduler
@@ -334,6 +334,7 @@ class Engine:
         return advanced
 
     def _run(self, chunks: list[Chunk]) -> list[Request]:
+        chunks = sorted(chunks, key=lambda c: len(c.tokens) > FEW_ROWS)  # as Batch.pack wants them
         places = [(c.tokens, c.start, list(c.job.pages)) for c in chunks]
         hidden = self.model(Batch.pack(places, self.model.device), self.cache)
         self._score_prompts(chunks, hidden)
