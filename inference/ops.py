@@ -177,7 +177,15 @@ def mla(
     w_uv: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of ragged queries over their pages: (T, N, dn) and (T, N, R) to (T, N, dv). See reference.mla."""
+    """Attention of ragged queries over their pages: (T, N, dn) and (T, N, R) to (T, N, dv). See reference.mla.
+
+    On a GPU, in bfloat16, the batch's first sequences, of few rows, are decoded and the others prefilled.
+    """
+    if _fast(q_nope) and q_nope.dtype == torch.bfloat16:
+        import kernel_attention
+
+        by_rows = _by_rows if _invariant.get() else None
+        return kernel_attention.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, by_rows)
     if _invariant.get():
         return reference.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, one_form=ROW_BLOCK)
     side = cpu if q_nope.device.type == "cpu" and _side.get() == "auto" else reference
