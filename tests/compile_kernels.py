@@ -1,11 +1,12 @@
 """Compiles kernel configurations without a GPU and prints what came out, as one JSON object.
 
-    python compile_kernels.py sm_90       every configuration that kernel.configurations() lists for a target
-    python compile_kernels.py controls    two that must be found wanting
+    python compile_kernels.py kernel sm_90    every configuration that a module's configurations() list for a target
+    python compile_kernels.py controls        two that must be found wanting
 
 A program of its own, because Triton's interpreter, in which the other tests run, takes the place of the compiler.
 """
 
+import importlib
 import json
 import re
 import subprocess
@@ -41,7 +42,7 @@ def compile_(c: kernel.Configuration) -> Any:
 
 def report(compiled: Any) -> dict[str, Any]:
     """Registers a thread, bytes of stack (spills are there), bytes of shared memory, how often each instruction occurs,
-    and whether any of them takes subnormal numbers for zeros."""
+    and whether a product or a cast takes subnormal numbers for zeros."""
     found = {"shared": compiled.metadata.shared}
     if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
@@ -59,7 +60,7 @@ def report(compiled: Any) -> dict[str, Any]:
     number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
     found["registers"] = number["REG"]
     found["stack"] = number["STACK"] + number["LOCAL"]
-    found["flushes"] = ".ftz" in compiled.asm["ptx"]
+    found["flushes"] = bool(re.search(r"\b(mul|cvt)\S*\.ftz", compiled.asm["ptx"]))  # exponentials may
     found["instructions"] = Counter(
         re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", code, re.MULTILINE)
     )
@@ -78,10 +79,10 @@ def controls() -> Iterable[kernel.Configuration]:
     yield replace(base, name="not swapped", constexprs=base.constexprs | {"SWAP": False})
 
 
-def main(target: str) -> None:
-    chosen = controls() if target == "controls" else (c for c in kernel.configurations() if c.target == target)
-    json.dump({c.name: report(compile_(c)) for c in chosen}, sys.stdout)
+def main(module: str, target: str | None = None) -> None:
+    listed = importlib.import_module(module).configurations() if target else controls()
+    json.dump({c.name: report(compile_(c)) for c in listed if target in (None, c.target)}, sys.stdout)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
