@@ -52,7 +52,7 @@ def load_latents(
     c, r = tl.arange(0, C_PAD)[None, :], tl.arange(0, R_PAD)[None, :]
     c_kv = tl.load(latents_ptr + row[:, None] * WIDTH + c, mask=inside[:, None] & (c < C), other=0.0)
     if PACKED:
-        PARTS: tl.constexpr = max(C_PAD // SCALE_BLOCK, 1)
+        PARTS: tl.constexpr = C_PAD // SCALE_BLOCK if C_PAD > SCALE_BLOCK else 1
         g = tl.arange(0, PARTS)[None, :]
         s = tl.load(scales_ptr + row[:, None] * (WIDTH // 4) + g, mask=inside[:, None] & (g < GROUPS), other=0.0)
         c_kv = widen_e4m3(c_kv) if c_kv.dtype == tl.uint8 else c_kv.to(tl.float32)
@@ -350,7 +350,7 @@ SPLIT_BYTES = 256 << 20  # the most that the results of splits may take
 SLAB_BYTES = 1 << 30
 
 
-def _tile(table: tuple[Tile, ...], rows: int) -> Tile:
+def _tile(table: tuple[Tile, ...], rows: float) -> Tile:
     return next(tile for tile in table if rows <= tile.up_to)
 
 
@@ -563,7 +563,7 @@ def configurations() -> Iterator[Configuration]:
                 tile.options(),
             )
         yield Configuration(
-            f"combine {target}",
+            f"combine_splits {target}",
             combine_kernel,
             target,
             {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "positions_ptr": "*i64", "out_ptr": "*bf16"}

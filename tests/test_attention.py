@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import cpu
+import ops
 import reference
+from families import V3
 from model import Batch
-from oracle import relative_error
+from oracle import hidden_states, ours, random_checkpoint, relative_error, tokens
 
 N, DN, R, DV, C = 5, 24, 16, 20, 48
 SCALE = 0.37
@@ -103,6 +105,16 @@ def test_bfloat16_attention_on_either_processor(new, slow, monkeypatch):
     exact = reference.mla(*[x.float() if isinstance(x, torch.Tensor) else x for x in rounded])
     out = cpu.mla(*rounded)
     assert out.dtype == torch.bfloat16 and relative_error(out, exact) < 6e-3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, in which kernels take tensors of a CPU")
+def test_the_model_on_the_attention_kernels(tmp_path, monkeypatch):
+    """A prompt, its continuation and single tokens, through every layer."""
+    attention = pytest.importorskip("kernel_attention")
+    model, ids = ours(random_checkpoint(tmp_path, V3)), tokens(75, V3["vocab_size"])
+    expected = hidden_states(model, ids)
+    monkeypatch.setattr(ops, "mla", attention.mla)
+    assert relative_error(hidden_states(model, ids, [66, 7, 1, 1]), expected) < 1e-5
 
 
 def test_the_threshold_is_where_the_costs_cross():

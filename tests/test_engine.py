@@ -11,7 +11,7 @@ from convert import convert
 from engine import Engine, choose_numerics
 from errors import UserError
 from families import V3
-from model import Batch, Numerics
+from model import FEW_ROWS, Batch, Numerics
 from oracle import hidden_states, ours, random_checkpoint, relative_error, theirs, tokens
 from parallel import Group
 from sampling import SamplingParams
@@ -59,6 +59,22 @@ def test_same_answers_in_any_company(model, temperature, max_num_seqs, budget):
     assert [r.tokens for r in engine.generate(prompts(9), params)] == alone
     engine.scheduler.check_integrity()
     assert engine.scheduler.pool.n_available == 9
+
+
+def test_few_rows_come_first(model, monkeypatch):
+    """A batch's sequences are in the order that its phases ask for, and answers still go to whom they belong."""
+    packed, pack = [], Batch.pack
+
+    def record(sequences, device):
+        packed.append([len(new) for new, *_ in sequences])
+        return pack(sequences, device)
+
+    monkeypatch.setattr(Batch, "pack", record)
+    asked = [tokens(n, V3["vocab_size"], seed=n) for n in (FEW_ROWS + 9, 3, FEW_ROWS + 1, FEW_ROWS)]
+    answers = Engine(model, None, n_pages=16, max_model_len=128).generate(asked, GREEDY)
+    assert packed[0] == [3, FEW_ROWS, FEW_ROWS + 9, FEW_ROWS + 1]
+    alone = [Engine(model, None, n_pages=16, max_model_len=128).generate([ids], GREEDY)[0] for ids in asked]
+    assert [r.tokens for r in answers] == [r.tokens for r in alone]
 
 
 def test_seeds(model):

@@ -61,8 +61,10 @@ class Problem:
         return replace(batch, **{name: value.to(DEVICE) for name, value in tensors.items()})
 
     def inputs(self, batch: Batch | None = None) -> tuple[Any, ...]:
-        on_device = [guarded(t) for t in (self.q_nope, self.q_pe)]
-        return *on_device, self.pool, batch or self.batch, guarded(self.w_uk), guarded(self.w_uv), SCALE
+        q = torch.cat((self.q_nope, self.q_pe), dim=-1)  # q_nope is a part of a wider tensor, as in the model
+        q_nope = guarded(q.index_fill(-1, torch.arange(self.q_nope.shape[-1], q.shape[-1]), math.nan))
+        q_nope, q_pe = q_nope[..., : self.q_nope.shape[-1]], guarded(self.q_pe)
+        return q_nope, q_pe, self.pool, batch or self.batch, guarded(self.w_uk), guarded(self.w_uv), SCALE
 
     def expected(self) -> torch.Tensor:
         """Every head's keys and values written out, in float64."""
@@ -140,10 +142,18 @@ def test_every_prefill_tile(tile: attention.Tile) -> None:
     assert error(out, p.expected()) < EXACT
 
 
-@pytest.mark.parametrize("n_heads, c", [(16, 160), (128, 32)])  # 160: two programs combine a row
-def test_heads_of_v3(n_heads: int, c: int) -> None:
-    p = Problem([70, 3], [1, 1], (n_heads, 16, 16, 16, c))
+@pytest.mark.parametrize("n_heads", [16, 128])
+def test_heads_of_v3(n_heads: int) -> None:
+    p = Problem([70, 3], [1, 1], (n_heads, 16, 16, 16, 32))
     assert error(attention.mla(*p.inputs()), p.expected()) < EXACT
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "fp8"])
+def test_wide_latents(packed: bool) -> None:
+    """More columns than one scale covers, or one program combines."""
+    p = Problem([70, 3], [2, 3], (2, 16, 16, 16, 160), packed)
+    assert error(attention.mla(*p.inputs()), p.expected()) < EXACT
+    assert error(attention.mla(*p.inputs(prefilled(p.batch))), p.expected()) < EXACT
 
 
 def test_splits_agree() -> None:
