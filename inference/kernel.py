@@ -377,7 +377,8 @@ def w8a16_gemm(
 
 
 def _choose(op: str, x: torch.Tensor, w: torch.Tensor) -> Tile:
-    return tiles.choose(op, architecture(x.device), *w.shape, len(x))
+    n, k = w.shape
+    return tiles.choose(op, architecture(x.device), n, k, len(x))
 
 
 def gemm(
