@@ -30,6 +30,7 @@ import report
 import tiles
 from bench_gemm import CALLS, SHAPES, TOLERANCE, Set, check, seconds
 from errors import UserError
+from reference import BLOCK
 
 MARGIN = 0.02
 ROUNDS = 11
@@ -46,7 +47,7 @@ def candidates(op: str, arch: str, n: int, k: int, up_to: float) -> Iterator[til
     for (persistent, specialised), values in product(kinds, axes):
         tile = tiles.Tile(up_to, *values, persistent, specialised)
         count, sums = tile.count(rows, n), tile.block_m * tile.block_n
-        few = 2 * tile.split * tiles.BLOCK <= k and count * tile.split <= 4 * tiles.PROCESSORS[arch]
+        few = 2 * tile.split * BLOCK <= k and count * tile.split <= 4 * tiles.PROCESSORS[arch]
         sensible = (
             min(64, rows) <= tile.block_m <= max(16, rows)  # fewer rows would read the weights more than once
             and (tile.registers is None or sums == 64 * 128)
@@ -71,7 +72,8 @@ class Problem:
         meant = q.float().double() * q_s.double().repeat_interleave(128, dim=1)[:, :k]
         scale = sets[0].s.double().repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
         self.exact = meant @ (sets[0].w.float().double() * scale).T
-        self.x, self.x_s = (q, q_s) if op == "fp8_gemm" else (meant.bfloat16(), None)
+        self.x: torch.Tensor = q if op == "fp8_gemm" else meant.bfloat16()
+        self.x_s: torch.Tensor | None = q_s if op == "fp8_gemm" else None
 
     def run(self, tile: tiles.Tile, w: Set) -> torch.Tensor:
         import kernel

@@ -255,12 +255,19 @@ def gemm_persistent_kernel(
         m_read = tl.minimum(m + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
         x_s_ptrs = x_s_ptr + m_read * k_blocks
         w_s_ptrs = w_s_ptr + (n // SCALE_BLOCK) * k_blocks  # BLOCK_N divides 128: one scale to a tile
+        if SPECIALISED:
+            scale = tl.load(x_s_ptrs) * tl.load(w_s_ptrs)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for i in tl.range(0, k_blocks, num_stages=STAGES, warp_specialize=SPECIALISED):
             x = dot_operand(x_rows.load([m, i * SCALE_BLOCK]), True)
             w = dot_operand(w_rows.load([n, i * SCALE_BLOCK]), True)
-            scale = tl.load(x_s_ptrs + i) * tl.load(w_s_ptrs + i)
-            acc += tl.dot(x, w.T) * scale[:, None]
+            if SPECIALISED:  # the warps that multiply have no pipeline: they ask for the next scales beforehand
+                ahead = tl.minimum(i + 1, k_blocks - 1)
+                next_scale = tl.load(x_s_ptrs + ahead) * tl.load(w_s_ptrs + ahead)
+                acc += tl.dot(x, w.T) * scale[:, None]
+                scale = next_scale
+            else:
+                acc += tl.dot(x, w.T) * (tl.load(x_s_ptrs + i) * tl.load(w_s_ptrs + i))[:, None]
         out_rows.store([m, n], cast(acc, out_ptr.dtype.element_ty))
 
 
@@ -370,7 +377,8 @@ def w8a16_gemm(
 
 
 def _choose(op: str, x: torch.Tensor, w: torch.Tensor) -> Tile:
-    return tiles.choose(op, architecture(x.device), *w.shape, len(x))
+    n, k = w.shape
+    return tiles.choose(op, architecture(x.device), n, k, len(x))
 
 
 def gemm(

@@ -259,9 +259,12 @@ persistent = kernel.Tile(math.inf, 128, 128, False, 4, 4, persistent=1, speciali
 
 @needs_fp8
 @pytest.mark.parametrize("m, n, k", [(1, 576, 144), (130, 136, 576), (300, 260, 128)])
-@pytest.mark.parametrize("processors", [2, 132])
-def test_persistent(m: int, n: int, k: int, processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("processors, specialised", [(2, True), (132, True), (2, False)])
+def test_persistent(
+    m: int, n: int, k: int, processors: int, specialised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With fewer programs than tiles and with more; every edge ragged."""
+    tile = kernel.Tile(math.inf, 128, 128, False, 4 if specialised else 8, 4, persistent=1, specialised=specialised)
     own = kernel.architecture(torch.device(DEVICE))
     if own not in ("sm_90", "sm_100"):
         pytest.skip("this GPU has no tensor memory accelerator")
@@ -270,9 +273,9 @@ def test_persistent(m: int, n: int, k: int, processors: int, monkeypatch: pytest
     b, b_s = weights(n, k)
     exact = a.double() * wide(a_s, a.shape, 1), b.double() * wide(b_s, b.shape, BLOCK)
     on_device = [guarded(t) for t in (a, a_s, b, b_s)]
-    y = kernel.gemm(*on_device, torch.float32, persistent)
+    y = kernel.gemm(*on_device, torch.float32, tile)
     assert error(y, *exact) < PRECISE
-    assert same(kernel.gemm(*on_device, torch.bfloat16, persistent), y.bfloat16())
+    assert same(kernel.gemm(*on_device, torch.bfloat16, tile), y.bfloat16())
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
