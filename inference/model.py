@@ -65,24 +65,6 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class Extent:
-    """What the host knows of some sequences of a batch, so that nobody has to ask the device. Apart from `n` and
-    `tokens` these may be upper bounds."""
-
-    n: int = 0  # sequences
-    tokens: int = 0  # new tokens of all of them
-    longest_q: int = 0  # the most new tokens that one has
-    longest_kv: int = 0  # the greatest length with these tokens
-    total_kv: int = 0  # all lengths together
-
-    @classmethod
-    def of(cls, lengths: Sequence[tuple[int, int]]) -> "Extent":
-        """From (new tokens, length with them) for each sequence."""
-        q, kv = [q for q, _ in lengths], [kv for _, kv in lengths]
-        return cls(len(lengths), sum(q), max(q, default=0), max(kv, default=0), sum(kv))
-
-
-@dataclass(frozen=True)
 class Batch:
     """Ragged tokens of B sequences, one forward's worth: whole prompts, chunks of prompts and single tokens alike."""
 
