@@ -1,7 +1,7 @@
 """Every benchmark that this machine can run, one after another; results as JSON in benchmarks/results/.
 
     python benchmarks/bench.py                 # all
-    python benchmarks/bench.py cpu convert     # some of: cpu, serve, convert, demo; on a GPU kernel-dense, kernel-moe,
+    python benchmarks/bench.py cpu convert     # some of: cpu, serve, convert, demo, mtp; on a GPU kernel-dense, kernel-moe,
                                                # kernel-fused, kernel-router, kernel-decode, kernel-prefill, rank-slice,
                                                # model-v2-lite, model-moonlight
 
@@ -20,6 +20,7 @@ COMMANDS: dict[str, list[Path | str]] = {
     "serve": [HERE / "bench_serve.py", "--output", RESULTS / "serve.json"],
     "convert": [HERE / "bench_convert.py", "--output", RESULTS / "convert.json"],
     "demo": [HERE.parent / "demo" / "evaluate.py", "--output", RESULTS / "demo.json"],
+    "mtp": [HERE / "bench_mtp.py", "--output", RESULTS / "mtp.json"],
 }
 ON_A_GPU: dict[str, list[Path | str]] = {
     **{f"kernel-{name}": [HERE / "bench_kernel.py", name, "--output", RESULTS / f"kernel_{name}.json"]
