@@ -1,9 +1,9 @@
 """Every benchmark that this machine can run, one after another; results as JSON in benchmarks/results/.
 
     python benchmarks/bench.py                 # all
-    python benchmarks/bench.py cpu convert     # some of: cpu, serve, convert, demo, mtp; on a GPU kernel-dense, kernel-moe,
-                                               # kernel-fused, kernel-router, kernel-decode, kernel-prefill, rank-slice,
-                                               # model-v2-lite, model-moonlight
+    python benchmarks/bench.py cpu convert     # some of: cpu, serve, convert, demo, mtp; on a GPU kernel-dense,
+                                               # kernel-moe, kernel-fused, kernel-router, kernel-decode, kernel-prefill,
+                                               # rank-slice, model-v2-lite, model-moonlight
 
 `python benchmarks/tables.py` then brings the figures into the documents.
 """
