@@ -24,13 +24,20 @@ from engine import Engine
 from sampling import SamplingParams
 
 
+class NoNorm(torch.nn.Module):
+    """Stands where a norm was: the sum it would have been of."""
+
+    def forward(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        return x + delta
+
+
 class BeforeNorm(Engine):
     """Hands the MTP module's state on as it is before the final norm, which is applied for the logits alone."""
 
     def _draft(self, *args: Any) -> None:
         model: Any = self.model
         norm, logits = model.mtp[0].norm, model.logits
-        model.mtp[0].norm = torch.nn.Identity()
+        model.mtp[0].norm = NoNorm()
         model.logits = lambda hidden: logits(norm(hidden))
         try:
             super()._draft(*args)
