@@ -97,9 +97,9 @@ class Stats:
 class Engine:
     """Answers requests with one model, several at a time.
 
-    engine = Engine.from_pretrained("demo/checkpoint")
-    for request in engine.generate([[{"role": "user", "content": "What is 3 + 4?"}]]):
-        print(request.text)
+        engine = Engine.from_pretrained("demo/checkpoint")
+        for request in engine.generate([[{"role": "user", "content": "What is 3 + 4?"}]]):
+            print(request.text)
     """
 
     def __init__(

@@ -407,8 +407,8 @@ def check_fits(rank: Rank, limits: Limits, free: int, cache: int | None = None, 
     if more := next((n for n in counts if fits(with_ranks(rank, n))), None):
         ways.append(f"{more} ranks with as much memory each")
     if cache is not None:
-        left = free - need(rank, limits, 0).total
-        ways += [f"--kv-cache-gib {left / 2**30:.1f}"] if left >= 0.1 * 2**30 else []
+        tenths = (free - need(rank, limits, 0).total) * 10 // 2**30
+        ways += [f"--kv-cache-gib {tenths / 10}"] if tenths > 0 else []
     else:
         fp8 = replace(rank, num=replace(rank.num, fp8_latents=True))
         ways += ["--kv-cache-dtype fp8"] if not rank.num.fp8_latents and fits(fp8) else []
@@ -435,7 +435,7 @@ def why_not(rank: Rank, ranks: int) -> str | None:
 
 
 def gb(n: float) -> str:
-    return f"{n / 1e9:.2f} GB" if n < 1e10 else f"{n / 1e9:.1f} GB"
+    return f"{n / 1e9:.2f} GB"
 
 
 # --------------------------------------------------------------------------------------------------------------------
