@@ -113,7 +113,7 @@ def choose_experts(args: ModelArgs, ranks: int, fp8: bool, asked: Literal["auto"
     if asked == "split" and not divides:
         blocks = f" in whole {BLOCK_SIZE}-wide FP8 blocks" if fp8 else ""
         raise UserError(f"--experts split: {ranks} ranks cannot share the experts' width of {width}{blocks}")
-    return "split" if asked == "split" or (asked == "auto" and divides) else "whole"
+    return "split" if asked == "split" or (asked == "auto" and divides and ranks > 1) else "whole"
 
 
 def weight_bytes(rank: Rank) -> dict[tuple[bool, str], int]:
@@ -419,10 +419,10 @@ def check_fits(rank: Rank, limits: Limits, free: int, cache: int | None = None, 
                     f"{' or '.join(ways) or 'more memory'} would do")  # fmt: skip
 
 
-def with_ranks(rank: Rank, ranks: int) -> Rank:
-    """The same run on another number of ranks, its experts split where they can be if they are now."""
-    experts = choose_experts(rank.args, ranks, rank.num.gemm is not None, "auto")
-    return replace(rank, ranks=ranks, experts=experts if rank.experts == "split" else rank.experts)
+def with_ranks(rank: Rank, ranks: int, experts: Literal["auto", "whole", "split"] = "auto") -> Rank:
+    """The same run on another number of ranks. Raises UserError as choose_experts does."""
+    fp8 = rank.num.gemm is not None
+    return replace(rank, ranks=ranks, experts=choose_experts(rank.args, ranks, fp8, experts))
 
 
 def why_not(rank: Rank, ranks: int) -> str | None:

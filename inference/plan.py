@@ -142,7 +142,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
             "total": wanted.total,
         },
         "fits": {name: room(rank, limits, size) for name, size in sizes.items()},
-        "ranks": list(other_ranks(rank, limits, sizes)),
+        "ranks": list(other_ranks(rank, limits, sizes, options.experts)),
         "decode": [decode(rank, limits, sequences, context, options.bandwidth) for sequences in SEQUENCES],
     }  # fmt: skip
 
@@ -161,7 +161,9 @@ def room(rank: "memory.Rank", limits: "memory.Limits", size: int) -> dict[str, A
     }
 
 
-def other_ranks(rank: "memory.Rank", limits: "memory.Limits", sizes: dict[str, int]) -> Iterator[dict[str, Any]]:
+def other_ranks(
+    rank: "memory.Rank", limits: "memory.Limits", sizes: dict[str, int], experts: Any
+) -> Iterator[dict[str, Any]]:
     """Numbers of ranks, with the weights of each and the tokens that memories have room for, or why they do not do."""
     import memory
 
@@ -169,7 +171,11 @@ def other_ranks(rank: "memory.Rank", limits: "memory.Limits", sizes: dict[str, i
         if problem := memory.why_not(rank, ranks):
             yield {"ranks": ranks, "problem": problem}
             continue
-        other = memory.with_ranks(rank, ranks)
+        try:
+            other = memory.with_ranks(rank, ranks, experts)
+        except UserError as e:
+            yield {"ranks": ranks, "problem": str(e)}
+            continue
         yield {
             "ranks": ranks,
             "experts": other.experts,

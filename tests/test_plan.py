@@ -248,7 +248,7 @@ def refusal(rank: Rank, limits: Limits, gb: float, **more) -> str:
 
 def test_what_cannot_fit_is_refused_with_what_would_help():
     assert refusal(TP8, LIMITS, 80) == (
-        "a rank needs 90.12 GB of memory and 80.00 GB are free (weights 86.93 GB, a step 0.59 GB, latents of 32768 tokens "
+        "a rank needs 90.13 GB of memory and 80.00 GB are free (weights 86.93 GB, a step 0.59 GB, latents of 32768 tokens "
         "2.34 GB, kept free 0.26 GB); 16 ranks with as much memory each would do"
     )
     assert refusal(TP8, LIMITS, 89.5).endswith(
@@ -346,6 +346,15 @@ def test_json(capsys):
     assert step["seconds"] == {tb: (step["weights"] + step["latents"]) / (float(tb) * 1e12) for tb in ("3.35", "4.8")}
 
 
+@pytest.mark.parametrize("experts", ["whole", "split"])
+def test_experts_as_asked(capsys, experts):
+    config = CONFIG.with_name("config_moonlight.json")
+    _, out, _ = command(capsys, "--config", config, "--tp", 1, "--experts", experts, "--json")
+    others = {other["ranks"]: other for other in json.loads(out)["ranks"]}
+    assert {o["experts"] for o in others.values() if "experts" in o} == {experts}
+    assert others[2]["weights"] < 0.51 * others[1]["weights"]
+
+
 def test_text(capsys):
     status, out, _ = command(
         capsys, "--config", CONFIG, "--tp", 16, "--mtp", 1, "--kv-cache-dtype", "fp8", "--bandwidth", 4
@@ -400,6 +409,7 @@ def test_wrong_use(capsys, flags, text):
 
 
 def test_experts_are_split_where_they_can_be():
+    assert memory.choose_experts(V3, 1, True, "auto") == "whole"
     assert memory.choose_experts(V3, 16, True, "auto") == "split"
     assert memory.choose_experts(V3, 32, True, "auto") == "whole"
     assert memory.choose_experts(V3, 32, False, "auto") == "split"
