@@ -150,13 +150,14 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
 def room(rank: "memory.Rank", limits: "memory.Limits", size: int) -> dict[str, Any]:
     """What so much memory has room for beside the weights and the largest step."""
     import memory
+    from model import PAGE_SIZE
 
     free = size - sum(memory.weight_bytes(rank).values())
     pages = memory.pages_that_fit(rank, limits, free)
     return {
         "memory": size,
         "weights_fit": free >= 0,
-        "tokens": pages * memory.PAGE_SIZE,
+        "tokens": pages * PAGE_SIZE,
         "sequences": pages // limits.pages,
     }
 

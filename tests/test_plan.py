@@ -255,7 +255,7 @@ def test_what_cannot_fit_is_refused_with_what_would_help():
         "; 16 ranks with as much memory each or --kv-cache-dtype fp8 or --max-model-len 25280 would do"
     )
     assert "latents of one page" in refusal(TP8, LIMITS, 80, shrink=True)
-    assert refusal(TP8, LIMITS, 141, cache=100 << 30).endswith("); --kv-cache-gib 49.7 would do")
+    assert refusal(TP8, LIMITS, 141, cache=100 << 30).endswith("); --kv-cache-gib 49.8 would do")
     assert refusal(replace(TP8, ranks=16), LIMITS, 20).endswith("; more memory would do")
     on_cpu = Rank(V3, Numerics(), gpu=False, mtp=True)
     assert "packing them 7.52 GB); 2 ranks with" in refusal(on_cpu, Limits(64), 1371)
@@ -265,7 +265,7 @@ def test_what_is_proposed_fits_and_no_more_would():
     memory.check_fits(TP8, replace(LIMITS, max_model_len=25280), int(89.5e9))
     refusal(TP8, replace(LIMITS, max_model_len=25280 + 64), 89.5)
     memory.check_fits(replace(TP8, num=replace(FP8, fp8_latents=True)), LIMITS, int(89.5e9))
-    memory.check_fits(TP8, LIMITS, int(141e9), cache=int(49.7 * 2**30))
+    memory.check_fits(TP8, LIMITS, int(141e9), cache=int(49.8 * 2**30))
 
 
 def test_pages_leave_room_for_the_largest_step():
