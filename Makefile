@@ -1,6 +1,6 @@
 # make demo    two ranks answer demo/prompts.txt       make test    the test suite (CPU, about ten minutes at most)
 # make chat    talk to the demo                        make check   lint, types and tests
-# make bench   benchmarks, as JSON                     make trust   tests in their long form as well
+# make bench   benchmarks, into the README             make trust   tests in their long form as well
 #
 # The first use of any of them makes .venv and installs the pinned requirements; nothing else is needed beforehand.
 # Another Python than python3:  make demo PYTHON=python3.12
@@ -42,6 +42,7 @@ check: lint types test
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf build/demo-mp2 .pytest_cache .mypy_cache .ruff_cache .hypothesis

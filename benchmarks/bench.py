@@ -1,7 +1,11 @@
 """Every benchmark that this machine can run, one after another; results as JSON in benchmarks/results/.
 
     python benchmarks/bench.py                 # all
-    python benchmarks/bench.py cpu convert     # some of: cpu, serve, convert, gemm, demo
+    python benchmarks/bench.py cpu convert     # some of: cpu, serve, convert, demo; on a GPU kernel-dense, kernel-moe,
+                                               # kernel-fused, kernel-router, kernel-decode, kernel-prefill, rank-slice,
+                                               # model-v2-lite, model-moonlight
+
+`python benchmarks/tables.py` then brings the figures into the documents.
 """
 
 import argparse
@@ -11,29 +15,36 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-COMMANDS = {
+COMMANDS: dict[str, list[Path | str]] = {
     "cpu": [HERE / "bench_cpu.py", "--output", RESULTS / "cpu.json"],
     "serve": [HERE / "bench_serve.py", "--output", RESULTS / "serve.json"],
     "convert": [HERE / "bench_convert.py", "--output", RESULTS / "convert.json"],
-    "gemm": [HERE / "bench_gemm.py", "--output", RESULTS / "gemm.json"],
     "demo": [HERE.parent / "demo" / "evaluate.py", "--output", RESULTS / "demo.json"],
 }
+ON_A_GPU: dict[str, list[Path | str]] = {
+    **{f"kernel-{name}": [HERE / "bench_kernel.py", name, "--output", RESULTS / f"kernel_{name}.json"]
+       for name in ("dense", "moe", "fused", "router", "decode", "prefill")},
+    "rank-slice": [HERE / "bench_rank_slice.py", "--profile", "--output", RESULTS / "rank_slice.json"],
+    "model-v2-lite": [HERE / "bench_model.py", "v2-lite", "--output", RESULTS / "model_v2_lite.json"],
+    "model-moonlight": [HERE / "bench_model.py", "moonlight", "--output", RESULTS / "model_moonlight.json"],
+}  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help="which (default: all that run here)")
     args = parser.parse_args()
-    unknown = [name for name in args.names if name not in COMMANDS]
+    commands = COMMANDS | ON_A_GPU
+    unknown = [name for name in args.names if name not in commands]
     if unknown:
-        parser.error(f"no benchmark {unknown[0]!r} (there are {', '.join(COMMANDS)})")
+        parser.error(f"no benchmark {unknown[0]!r} (there are {', '.join(commands)})")
     import torch
 
-    names = args.names or [name for name in COMMANDS if name != "gemm" or torch.cuda.is_available()]
+    names = args.names or [*COMMANDS, *(ON_A_GPU if torch.cuda.is_available() else [])]
     worst = 0
     for name in names:
         print(f"--- {name}", flush=True)
-        worst = max(worst, subprocess.run([sys.executable, *map(str, COMMANDS[name])]).returncode)
+        worst = max(worst, subprocess.run([sys.executable, *map(str, commands[name])]).returncode)
     return worst
 
 

@@ -1,14 +1,19 @@
 """Decode and prefill on a CPU, beside transformers, on one random DeepSeek-V3 of 1.7 billion parameters in bfloat16.
 
     python benchmarks/bench_cpu.py --output benchmarks/results/cpu.json
+    python benchmarks/bench_cpu.py --checkpoint DIR --llama-bench PATH --gguf PATH
 
-Both load the same checkpoint from disk and run in one process, turn by turn; a figure is the best of its turns, and
-the ratio is the median of the turns' ratios. Greedy tokens of a short prompt are compared first.
+All read the same weights and take turns; a figure is the best of a side's turns, and a ratio is the median of the
+turns' ratios. Greedy tokens of a short prompt are compared first. llama.cpp, if its llama-bench and the checkpoint as a
+bfloat16 GGUF are given, runs each turn in a process of its own, timed by itself, without loading. Weights lie in huge
+pages if the environment has GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
 """
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -83,20 +88,43 @@ class Theirs:
         return out.logits[:, -1].argmax(-1).tolist()
 
 
-def compare(
-    name: str, tokens: int, turns: int, run: Callable[[Ours | Theirs], object], sides: list[Ours | Theirs]
-) -> dict:
-    """Runs both sides in turn; tokens per second of each and the ratio ours / theirs."""
-    seconds: list[list[float]] = [[], []]
+class Llama:
+    """llama.cpp's own benchmark: one measurement a call, seconds as it reports them."""
+
+    def __init__(self, binary: str, gguf: str, threads: int):
+        self.command = [binary, "-m", gguf, "-t", str(threads), "-ngl", "0", "-r", "1", "-o", "json"]
+
+    def seconds(self, prompt: int, new: int, depth: int = 0) -> float:
+        command = [*self.command, "-p", str(prompt), "-n", str(new), "-d", str(depth)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+        [row] = json.loads(done.stdout)
+        return row["avg_ns"] / 1e9
+
+
+def timed(run: Callable[[], object]) -> Callable[[], float]:
+    """run, returning how many seconds it took."""
+
+    def clocked() -> float:
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+
+    return clocked
+
+
+def compare(name: str, tokens: int, turns: int, sides: dict[str, Callable[[], float]]) -> dict:
+    """Runs the sides, "ours" and others, in turn; tokens per second of each and the ratios ours / theirs."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(turns):
-        for i in (0, 1) if turn % 2 == 0 else (1, 0):
-            began = time.perf_counter()
-            run(sides[i])
-            seconds[i].append(time.perf_counter() - began)
-    ours, theirs = (tokens / min(s) for s in seconds)
-    ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
-    print(f"{name:32} ours {ours:8.1f}   transformers {theirs:8.1f} tok/s   ratio {ratio:.2f}", flush=True)
-    return {"name": name, "ours_tok_s": ours, "transformers_tok_s": theirs, "ratio": ratio, "turns": turns}
+        for side in sides if turn % 2 == 0 else reversed(sides):
+            seconds[side].append(sides[side]())
+    speeds = {side: tokens / min(s) for side, s in seconds.items()}
+    ours = seconds.pop("ours")
+    ratios = {side: [b / a for a, b in zip(ours, s, strict=True)] for side, s in seconds.items()}
+    medians = {side: statistics.median(r) for side, r in ratios.items()}
+    figures = "  ".join(f"{side} {speed:.1f}" for side, speed in speeds.items())
+    print(f"{name:24} {figures} tok/s  " + ", ".join(f"{m:.2f} x {s}" for s, m in medians.items()), flush=True)
+    return {"name": name, "turns": turns, "tok_s": speeds, "ratio": medians, "ratios": ratios}
 
 
 def main() -> None:
@@ -104,16 +132,20 @@ def main() -> None:
     parser.add_argument("--output", help="JSON file for the results")
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--checkpoint", help="keep the checkpoint in this directory, or use the one there")
+    parser.add_argument("--llama-bench", help="llama.cpp's llama-bench, to run beside the others; needs --gguf")
+    parser.add_argument("--gguf", help="the checkpoint converted by llama.cpp, in bfloat16")
     args = parser.parse_args()
+    if bool(args.llama_bench) != bool(args.gguf):
+        parser.error("--llama-bench and --gguf go together")
     if args.threads:
         torch.set_num_threads(args.threads)
+    llama = Llama(args.llama_bench, args.gguf, torch.get_num_threads()) if args.gguf else None
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(args.checkpoint or scratch)
         if not (path / "config.json").exists():
             make_checkpoint(path)
         ours, theirs = Ours(path), Theirs(path)
         print(f"{ours.parameters:,} parameters, {torch.get_num_threads()} threads", flush=True)
-        sides: list[Ours | Theirs] = [ours, theirs]
         generator = torch.Generator().manual_seed(1)
 
         def ids(n: int) -> list[int]:
@@ -124,23 +156,32 @@ def main() -> None:
         print(f"same greedy token after 64: {agree}", flush=True)
         short, long, many = [ids(SHORT)], [ids(LONG)], [ids(64) for _ in range(SEQUENCES)]
 
-        def decode(steps: int, start: int, batch: int) -> Callable[[Ours | Theirs], object]:
-            def run(side: Ours | Theirs) -> None:
-                for i in range(steps):
-                    side.forward([[7]] * batch, start + i)
-                if isinstance(side, Theirs):
-                    side.past.crop(-steps)
+        def decode(side: Ours | Theirs, steps: int, start: int, batch: int) -> None:
+            for i in range(steps):
+                side.forward([[7 + b] for b in range(batch)], start + i)
+            if isinstance(side, Theirs):
+                side.past.crop(-steps)
 
-            return run
+        def beside(
+            run: Callable[[Ours | Theirs], object], other: Callable[[Llama], float] | None = None
+        ) -> dict[str, Callable[[], float]]:
+            sides = {"ours": timed(lambda: run(ours)), "transformers": timed(lambda: run(theirs))}
+            return sides | ({"llama.cpp": lambda: other(llama)} if llama and other else {})
 
-        results = [compare(f"prefill {SHORT}", SHORT, 5, lambda s: s.forward(short, 0), sides)]
-        results.append(compare("decode, 1 sequence", 16, 5, decode(16, SHORT, 1), sides))
-        for side in sides:
+        first = beside(lambda s: s.forward(short, 0), lambda x: x.seconds(SHORT, 0))
+        rows = [compare(f"prefill {SHORT}", SHORT, 4, first)]
+        one = beside(lambda s: decode(s, 16, SHORT, 1), lambda x: x.seconds(0, 16, SHORT))
+        rows.append(compare("decode, 1 sequence", 16, 4, one))
+        for side in (ours, theirs):
             side.forward(many, 0)
-        results.append(compare(f"decode, {SEQUENCES} sequences", 8 * SEQUENCES, 5, decode(8, 64, SEQUENCES), sides))
-        results.append(compare(f"prefill {LONG}", LONG, 2, lambda s: s.forward(long, 0), sides))
-        results.append(compare(f"decode at {LONG} context", 4, 3, decode(4, LONG, 1), sides))
-        report.save(args.output, {"parameters": ours.parameters, "threads": torch.get_num_threads(), "rows": results})
+        several = beside(lambda s: decode(s, 8, 64, SEQUENCES))
+        rows.append(compare(f"decode, {SEQUENCES} sequences", 8 * SEQUENCES, 4, several))
+        whole = beside(lambda s: s.forward(long, 0), lambda x: x.seconds(LONG, 0))
+        rows.append(compare(f"prefill {LONG}", LONG, 3, whole))
+        deep = beside(lambda s: decode(s, 4, LONG, 1), lambda x: x.seconds(0, 4, LONG))
+        rows.append(compare(f"decode at {LONG} context", 4, 3, deep))
+        settings = {"threads": torch.get_num_threads(), "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES")}
+        report.save(args.output, {"parameters": ours.parameters, **settings, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -75,15 +75,18 @@ def is_right(conversation: Conversation, reply: Reply) -> bool:
 class OurEngine:
     """Questions go through this project's engine."""
 
-    def __init__(self, checkpoint: Path, dtype: Any, gemm: Any, device: str, mtp: int, batch: int) -> None:
+    def __init__(
+        self, checkpoint: Path, dtype: Any, gemm: Any, device: str, mtp: int, batch: int, kv_cache_dtype: Any = "auto"
+    ) -> None:
         sys.path.insert(0, str(HERE.parent / "inference"))
         from engine import Engine
         from sampling import SamplingParams
 
         self.params = SamplingParams(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
         self.engine = Engine.from_pretrained(
-            checkpoint, dtype=dtype, gemm=gemm, device=device, mtp=mtp, max_num_seqs=batch
-        )
+            checkpoint, dtype=dtype, gemm=gemm, device=device, mtp=mtp, max_num_seqs=batch,
+            kv_cache_dtype=kv_cache_dtype,
+        )  # fmt: skip
         self.drafts = self.accepted = 0
 
     def ask(self, conversations: list[Conversation]) -> list[Reply]:
@@ -192,6 +195,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=["ours", "transformers"], default="ours")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--gemm", default="auto", choices=["auto", "fp8", "bf16"])
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"])
     parser.add_argument("--device", default="cpu", choices=["cuda", "cpu"])
     parser.add_argument("--mtp", type=int, default=0, help="tokens drafted at a step; 1 also measures acceptance")
     parser.add_argument("--per-kind", type=int, default=100, help="questions of each kind")
@@ -203,11 +207,15 @@ def main() -> None:
 
     engine: Engine
     if args.engine == "ours":
-        engine = OurEngine(args.checkpoint, args.dtype, args.gemm, args.device, args.mtp, args.batch)
+        engine = OurEngine(
+            args.checkpoint, args.dtype, args.gemm, args.device, args.mtp, args.batch, args.kv_cache_dtype
+        )
     else:
         engine = TransformersEngine.from_checkpoint(args.checkpoint, args.dtype, args.batch)
     result = evaluate(engine, args.per_kind, args.seed, tuple(args.kinds))
     settings = {"engine": args.engine, "dtype": args.dtype, "gemm": args.gemm if args.engine == "ours" else None}
+    if args.kv_cache_dtype != "auto":
+        settings["kv_cache_dtype"] = args.kv_cache_dtype
     result = {**settings, "seed": args.seed, **result}
     if args.output:
         sys.path.insert(0, str(HERE.parent / "benchmarks"))

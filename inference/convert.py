@@ -27,16 +27,18 @@ from tqdm import tqdm
 
 from config import ModelArgs, read_json
 from errors import UserError
-from parallel import Group
+from parallel import ExpertLayout, Group
 from tensorfile import Entry, Reader, Staging, Writer, small_files
 from weights import (
     FORMAT,
     VERSION,
+    AskedLayout,
     Checkpoint,
     ConvertedIndex,
     Spec,
     check_ranks,
     check_target,
+    choose_experts,
     expected_tensors,
     file_mark,
     index_name,
@@ -78,8 +80,15 @@ class Share:
         self.writer.write(self.name, window[low - row : high - row, start:stop], (low - first) * (stop - start))
 
 
-def convert(source: Path, target: Path, ranks: int, n_experts: int | None = None, max_file: int = MAX_FILE) -> None:
-    """Converts `source` for that many ranks into `target`.
+def convert(
+    source: Path,
+    target: Path,
+    ranks: int,
+    n_experts: int | None = None,
+    max_file: int = MAX_FILE,
+    experts: AskedLayout = "auto",
+) -> None:
+    """Converts `source` for that many ranks into `target`; see weights.choose_experts for `experts`.
 
     Raises UserError, before a byte of the target is written, for a damaged checkpoint, one that does not divide over
     the ranks, or a target that cannot take it.
@@ -92,19 +101,22 @@ def convert(source: Path, target: Path, ranks: int, n_experts: int | None = None
     args = checkpoint.args
     if n_experts is not None and n_experts != args.n_routed_experts:
         raise UserError(f"--n-experts is {n_experts}, but config.json says {args.n_routed_experts}")
-    check_ranks(args, ranks, checkpoint.quantised)
+    layout, why = choose_experts(experts, args, ranks, checkpoint.quantised)
+    check_ranks(args, ranks, checkpoint.quantised, layout)
     if target.resolve() == source.resolve():
         raise UserError(f"{target}: the converted files cannot go where the checkpoint is")
     entries = checkpoint.check(args)
     if args.n_mtp_layers and not checkpoint.has_mtp:
         warn(f"{source} has no MTP module, though its config names one")
-    shares = list(share_out(args, entries, expected_tensors(args, checkpoint.quantised, checkpoint.has_mtp), ranks))
+    print(why, file=sys.stderr, flush=True)
+    specs = expected_tensors(args, checkpoint.quantised, checkpoint.has_mtp)
+    shares = list(share_out(args, entries, specs, ranks, layout))
 
     with Staging(target, lambda staging: [file for index in pending(staging) for file in index.files]) as staging:
         check_target(target, {"format": FORMAT}, read_json(source / "config.json"))
         finish_pending(staging)
         staging.sweep()
-        files = lay_out(shares, ranks, max_file, staging)
+        files = lay_out(shares, ranks, layout, max_file, staging)
         copies = [path for path in small_files(source) if COPIED.fullmatch(path.name) and path.suffix != ".py"]
         staging.require(sum(w.size for w in files.values()) + sum(p.stat().st_size for p in copies))
         try:
@@ -112,18 +124,22 @@ def convert(source: Path, target: Path, ranks: int, n_experts: int | None = None
         finally:
             for writer in files.values():
                 writer.close()
-        commit(staging, ranks, files, [staging.copy(path) for path in copies])
+        commit(staging, ranks, layout, files, [staging.copy(path) for path in copies])
 
 
-def share_out(args: ModelArgs, entries: dict[str, Entry], specs: dict[str, Spec], ranks: int) -> Iterator[Share]:
+def share_out(
+    args: ModelArgs, entries: dict[str, Entry], specs: dict[str, Spec], ranks: int, experts: ExpertLayout
+) -> Iterator[Share]:
     """What each rank gets of each tensor, in the order the tensors lie in the source."""
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[1].start)):
         for rank in range(ranks):
-            if cut := specs[name].cut(Group(rank, ranks), args):
+            if cut := specs[name].cut(Group(rank, ranks), args, experts):
                 yield Share(name, rank, entry, cut)
 
 
-def lay_out(shares: list[Share], ranks: int, max_file: int, staging: Staging) -> dict[str, Writer]:
+def lay_out(
+    shares: list[Share], ranks: int, experts: ExpertLayout, max_file: int, staging: Staging
+) -> dict[str, Writer]:
     """Gives each share its file; returns the files by name."""
     files: dict[str, Writer] = {}
     for rank in range(ranks):
@@ -139,7 +155,8 @@ def lay_out(shares: list[Share], ranks: int, max_file: int, staging: Staging) ->
         for i, part in enumerate(parts):
             name = f"model{rank}-mp{ranks}" + (f"-{i + 1:05}-of-{len(parts):05}" if len(parts) > 1 else "")
             tensors = {share.name: (share.entry.dtype, share.shape) for share in part}
-            writer = Writer(staging.temporary(f"{name}.safetensors"), tensors, file_mark(rank, ranks))
+            mark = file_mark(rank, ranks, experts)
+            writer = Writer(staging.temporary(f"{name}.safetensors"), tensors, mark)
             files[f"{name}.safetensors"] = writer
             for share in part:
                 share.writer = writer
@@ -158,7 +175,7 @@ def write(shares: list[Share]) -> None:
             bar.update(sum(share.nbytes for share in takers))
 
 
-def commit(staging: Staging, ranks: int, files: dict[str, Writer], copies: list[str]) -> None:
+def commit(staging: Staging, ranks: int, experts: ExpertLayout, files: dict[str, Writer], copies: list[str]) -> None:
     """Turns finished temporaries into the checkpoint of this directory.
 
     The index is written first as `pending`: from then on the new files are what a reader gets, under their temporary
@@ -168,6 +185,7 @@ def commit(staging: Staging, ranks: int, files: dict[str, Writer], copies: list[
         "format": FORMAT,
         "version": VERSION,
         "ranks": ranks,
+        "experts": experts,
         "files": {
             name: {"rank": int(writer.metadata["rank"]), "bytes": writer.size, "tensors": writer.crcs}
             for name, writer in files.items()
@@ -205,9 +223,21 @@ def main() -> int:
     parser.add_argument("--save-path", type=Path, required=True, help="directory for the converted files")
     parser.add_argument("--n-experts", type=int, help="number of routed experts, checked against config.json")
     parser.add_argument("--model-parallel", type=int, required=True, help="number of ranks")
+    parser.add_argument(
+        "--experts",
+        choices=("auto", "whole", "split"),
+        default="auto",
+        help="a rank gets some routed experts whole, or a share of each (default: split where their width divides)",
+    )
     options = parser.parse_args()
     try:
-        convert(options.hf_ckpt_path, options.save_path, options.model_parallel, options.n_experts)
+        convert(
+            options.hf_ckpt_path,
+            options.save_path,
+            options.model_parallel,
+            options.n_experts,
+            experts=options.experts,
+        )
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

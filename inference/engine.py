@@ -19,9 +19,10 @@ import weights
 from cache import PagePool
 from config import ModelArgs, agree, load_config
 from errors import UserError
-from model import PAGE_SIZE, Batch, Numerics, Transformer
+from graphs import Capture, Forward, Graphs, Place, cuda_capture
+from model import FEW_ROWS, PAGE_SIZE, Batch, Numerics, Transformer
 from parallel import SOLO, Group, environment
-from sampling import Draft, Logprob, SamplingParams, logprob, propose, released_params, verify
+from sampling import Ask, Draft, Logprob, SamplingParams, logprob, propose, released_params, verify
 from scheduler import Chunk, Job, Scheduler
 from tokenizer import TextStream, Tokenizer
 
@@ -115,6 +116,8 @@ class Engine:
         mtp: int = 0,
         reuse: bool = True,
         deterministic: bool = False,
+        graphs: bool | Capture | None = None,
+        progress: bool = False,
     ):
         """`model` loaded and prepared; the tokenizer is needed on rank 0 only. All ranks give the same numbers.
 
@@ -125,6 +128,8 @@ class Engine:
         mtp             tokens the MTP module drafts a step, 0 to 4
         reuse           whether requests share the cached beginnings of their prompts
         deterministic   bitwise the same logits for a request in any company (batch-invariant mode)
+        graphs          whether decode and draft steps are recorded as CUDA graphs; by default where there is a GPU
+        progress        whether rank 0 shows a bar while it records them
         """
         self.model, self.tokenizer, self.tp = model, tokenizer, model.tp
         if not 0 <= mtp <= 4:
@@ -137,10 +142,12 @@ class Engine:
             raise UserError(f"--max-model-len is {wanted}, expected from 2 to this model's {model.args.max_seq_len}")
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
             raise UserError("--max-num-seqs and --max-num-batched-tokens must be at least 1")
+        if graphs is None:
+            graphs = model.device.type == "cuda"
         if n_pages is None:
             most = max_num_seqs * -(-(wanted + mtp) // PAGE_SIZE)
             if kv_cache_gib is None:
-                limits = memory.Limits(wanted, max_num_seqs, max_num_batched_tokens, mtp)
+                limits = memory.Limits(wanted, max_num_seqs, max_num_batched_tokens, mtp, bool(graphs))
                 rank, free = rank_of(model), free_memory(model.device)
                 fit = min(most, memory.pages_that_fit(rank, limits, free, shrink=max_model_len is None))
             else:
@@ -153,10 +160,14 @@ class Engine:
                                 f"memory holds {n_pages}; ask for at most {holds}")  # fmt: skip
             wanted = holds
         self.max_model_len = wanted
-        self.cache = model.new_cache(n_pages)
+        self.cache = model.new_cache(n_pages + bool(graphs))  # one page more takes what fills a graph's batch up
         pool = PagePool(n_pages, PAGE_SIZE, lookahead=int(mtp > 0))
         budget = max(max_num_batched_tokens, max_num_seqs * (1 + mtp))
         self.scheduler = Scheduler(pool, max_num_seqs, budget, mtp, reuse)
+        self._step_graphs: Graphs | None = None
+        self._draft_graphs: list[Graphs] = []
+        if graphs:
+            self._record(cuda_capture() if graphs is True else graphs, progress and self.tp.rank == 0)
         self.stats = Stats(drafted=[0] * mtp, accepted=[0] * mtp)
         self.default_params = SamplingParams()  # of requests that bring none
         self.closed = False
@@ -182,15 +193,16 @@ class Engine:
         chat: bool = False,
         thinking: bool | None = None,
         kv_cache_dtype: Literal["auto", "fp8"] = "auto",
+        experts: weights.AskedLayout = "auto",
         **limits: float | None,
     ) -> "Engine":
         """Loads a checkpoint directory: Hugging Face's layout, converted by this project, or by the V3 repository.
 
         `config` is needed only where the directory has none; `chat` refuses one without a usable chat template, or
         without the switch that `thinking` asks for; `kv_cache_dtype` "fp8" keeps latents in FP8 (see
-        reference.pack_latents); `limits` are the constructor's. Raises UserError for a bad checkpoint, a config that
-        contradicts it, numerics the device cannot compute, or a run that memory cannot hold, on every rank when one
-        rank meets it.
+        reference.pack_latents); `experts` is how ranks share the routed experts (see weights.choose_experts); `limits`
+        are the constructor's. Raises UserError for a bad checkpoint, a config that contradicts it, numerics the device
+        cannot compute, or a run that memory cannot hold, on every rank when one rank meets it.
         """
         device = torch.device(device)
         if device.index is not None:
@@ -200,11 +212,16 @@ class Engine:
             checkpoint = weights.Checkpoint(ckpt_path)
             args = choose_args(checkpoint, config)
             num, says = choose_numerics(args, device, dtype, gemm)
-            num = replace(num, fp8_latents=kv_cache_dtype == "fp8")
+            layout, why = weights.choose_experts(
+                experts, args, tp.size, checkpoint.quantised, checkpoint.experts(tp.size)
+            )
+            num = replace(num, fp8_latents=kv_cache_dtype == "fp8", experts=layout)
             if progress and tp.rank == 0:
                 print(says, file=sys.stderr)
+                if tp.size > 1:
+                    print(why, file=sys.stderr)
             has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
-            check_memory(memory.Rank(args, num, tp.size, device.type != "cpu", has_mtp), device, limits)
+            check_memory(memory.Rank(args, num, tp.size, device.type != "cpu", has_mtp, num.experts), device, limits)
             return checkpoint, args, num, has_mtp
 
         checkpoint, args, num, has_mtp = tp.together(choose)  # what is free is looked at before any rank takes of it
@@ -227,7 +244,7 @@ class Engine:
                 raise UserError(f"this host would compute {mine}, rank 0 {first}: give --gemm, and check --ckpt-path")
 
         tp.together(same)
-        engine = cls(model, tokenizer, **limits)  # type: ignore[arg-type]
+        engine = cls(model, tokenizer, progress=progress, **limits)  # type: ignore[arg-type]
         if tp.rank == 0:
             engine.default_params = released_params(Path(ckpt_path))
         return engine
@@ -347,8 +364,11 @@ class Engine:
         return advanced
 
     def _run(self, chunks: list[Chunk]) -> list[Request]:
-        places = [(c.tokens, c.start, list(c.job.pages)) for c in chunks]
-        hidden = self.model(Batch.pack(places, self.model.device), self.cache)
+        chunks = sorted(chunks, key=lambda c: len(c.tokens) > FEW_ROWS)  # as Batch.pack wants them
+        places: list[Place] = [(c.tokens, c.start, list(c.job.pages)) for c in chunks]
+        hidden = self._step_graphs.run(places) if self._step_graphs else None
+        if hidden is None:
+            hidden = self.model(Batch.pack(places, self.model.device), self.cache)
         self._score_prompts(chunks, hidden)
         sampling = [c for c in chunks if c.samples]
         decided = dict(zip(sampling, self._sample(chunks, hidden), strict=True))
@@ -377,19 +397,34 @@ class Engine:
         logits = self.model.logits(hidden[[row for _, rows in spans for row in rows]])
         wire = torch.zeros(len(spans), 2 + 1 + self.mtp, dtype=torch.int64)  # verdict, number of tokens, tokens
         if self.tp.rank == 0:
+            sampling = [chunk for chunk, _ in spans]
+            verified = self._verify(sampling, logits)
             parts = logits.split([len(rows) for _, rows in spans])
-            for i, ((chunk, _), rows) in enumerate(zip(spans, parts, strict=True)):
-                tokens, finish = self._decide(chunk, rows)
+            for i, found in enumerate(zip(sampling, verified, parts, strict=True)):
+                tokens, finish = self._decide(*found)
                 wire[i, : 2 + len(tokens)] = torch.tensor([_FINISH.index(finish), len(tokens), *tokens])
         return [(row[2 : 2 + row[1]], _FINISH[row[0]]) for row in self.tp.broadcast(wire).tolist()]
 
-    def _decide(self, chunk: Chunk, logits: torch.Tensor) -> tuple[list[int], FinishReason | None]:
+    def _verify(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> list[list[int] | None]:
+        """Rank 0: what each chunk's request is to say next, from its rows of logits, all of them at once."""
+        asks = []
+        for chunk in chunks:
+            request, n = self._live[chunk.job.id], len(chunk.drafts)
+            draft = Draft(request.draft.tokens[:n], request.draft.q[:n])
+            asks.append(self._ask(chunk.job, draft))
+            request.draft = Draft()
+        return verify(logits, asks)
+
+    def _ask(self, job: Job, draft: Draft) -> Ask:
+        request = self._live[job.id]
+        return Ask(request.params, request.noise, job.tokens, len(request.prompt), draft)
+
+    def _decide(
+        self, chunk: Chunk, tokens: list[int] | None, logits: torch.Tensor
+    ) -> tuple[list[int], FinishReason | None]:
         """Rank 0: the tokens a request gets, up to the first that ends it, and whether one does."""
         job, request = chunk.job, self._live[chunk.job.id]
-        params, draft = request.params, request.draft
-        draft.tokens, draft.q = draft.tokens[: len(chunk.drafts)], draft.q[: len(chunk.drafts)]
-        tokens = verify(logits, params, request.noise, job.tokens, len(request.prompt), draft)
-        request.draft = Draft()
+        params = request.params
         request.new_text = ""
         if not request.tokens:
             request.n_reused = min(job.n_reused, len(request.prompt))
@@ -476,13 +511,13 @@ class Engine:
     # Drafts (every rank)
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _draft(self, chunks: list[Chunk], places: list, hidden: torch.Tensor, going_on: list[Job]) -> None:
+    def _draft(self, chunks: list[Chunk], places: list[Place], hidden: torch.Tensor, going_on: list[Job]) -> None:
         """The MTP module sees every token the main model has cached, each with the one after it, and proposes up to
         `mtp` tokens to each job that goes on: its own state and proposal are its next input.
         """
-        packed: list[tuple[list[int], int, list[int]]] = []
+        packed: list[Place] = []
         rows: list[int] = []
-        ends: dict[Job, tuple[int, int, list[int]]] = {}  # its last row, the position after it, its pages
+        ends: dict[Job, tuple[int, int, Sequence[int]]] = {}  # its last row, the position after it, its pages
         at = 0
         for chunk, (tokens, start, pages) in zip(chunks, places, strict=True):
             followers = chunk.job.tokens[start + 1 : chunk.job.n_cached + 1]
@@ -493,26 +528,51 @@ class Engine:
             at += len(tokens)
         if not packed:
             return
-        states = self.model.draft(Batch.pack(packed, self.model.device), hidden[rows], self.cache)
+        states = self._drafted(packed, hidden[rows])
         if not going_on:
             return
         states = states[[ends[job][0] for job in going_on]]
         for k in range(self.mtp):
             if k:
-                step = [([job.drafts[-1]], ends[job][1] + k - 1, ends[job][2]) for job in going_on]
-                states = self.model.draft(Batch.pack(step, self.model.device), states, self.cache)
+                step: list[Place] = [([job.drafts[-1]], ends[job][1] + k - 1, ends[job][2]) for job in going_on]
+                states = self._drafted(step, states)
             for job, token in zip(going_on, self._propose(going_on, self.model.logits(states)), strict=True):
                 job.drafts.append(token)
+
+    def _drafted(self, places: list[Place], hidden: torch.Tensor) -> torch.Tensor:
+        """The MTP module on hidden states (T, H) and the tokens that follow them, from a graph where one fits."""
+        for graphs in self._draft_graphs:
+            states = graphs.run(places, hidden)
+            if states is not None:
+                return states
+        return self.model.draft(Batch.pack(places, self.model.device), hidden, self.cache)
 
     def _propose(self, jobs: list[Job], logits: torch.Tensor) -> list[int]:
         """Rank 0's next draft for each job, on every rank."""
         wire = torch.zeros(len(jobs), dtype=torch.int64)
         if self.tp.rank == 0:
-            for i, (job, row) in enumerate(zip(jobs, logits, strict=True)):
-                request = self._live[job.id]
-                propose(row, request.params, request.noise, job.tokens, len(request.prompt), request.draft)
-                wire[i] = request.draft.tokens[-1]
+            asks = [self._ask(job, self._live[job.id].draft) for job in jobs]
+            propose(logits, asks)
+            wire = torch.tensor([ask.draft.tokens[-1] for ask in asks])
         return self.tp.broadcast(wire).tolist()
+
+    def _record(self, capture: Capture, progress: bool) -> None:
+        """Records the forwards of decoding: the step itself, and the MTP module on a step's tokens and on its own."""
+        model, most = self.model, self.scheduler.max_num_seqs
+        n_pages = -(-(self.max_model_len + self.mtp) // PAGE_SIZE)
+        hidden = torch.zeros(most * (1 + self.mtp), model.args.dim, dtype=model.num.dtype, device=model.device)
+
+        def record(width: int, forward: Forward, what: str) -> Graphs:
+            return Graphs(
+                forward, most=most, width=width, hidden=hidden, n_pages=n_pages, spare=self.cache.shape[1] - 1,
+                capture=capture, progress=f"recording {what}" if progress else "",
+            )  # fmt: skip
+
+        with ops.batch_invariant(self.deterministic):
+            self._step_graphs = record(1 + self.mtp, lambda batch, _: model(batch, self.cache), "decode steps")
+            for width in sorted({1, 1 + self.mtp} if self.mtp > 1 else {1 + self.mtp} if self.mtp else ()):
+                drafts = record(width, lambda batch, h: model.draft(batch, h, self.cache), "drafts")
+                self._draft_graphs.append(drafts)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Ranks
@@ -608,13 +668,13 @@ def choose_numerics(
 
 
 def rank_of(model: Transformer) -> memory.Rank:
-    return memory.Rank(model.args, model.num, model.tp.size, model.device.type != "cpu", len(model.mtp) > 0)
+    return memory.Rank(model.args, model.num, model.tp.size, model.device.type != "cpu", len(model.mtp) > 0, model.num.experts)
 
 
 def check_memory(rank: memory.Rank, device: torch.device, limits: dict[str, Any]) -> None:
     """Refuses, before anything is loaded, a run that this rank's memory cannot hold. `limits` are the constructor's;
     what they do not say is as the constructor has it. Raises UserError."""
-    weights.check_ranks(rank.args, rank.ranks, rank.num.gemm is not None)
+    weights.check_ranks(rank.args, rank.ranks, rank.num.gemm is not None, rank.experts)
     shrink = limits.get("max_model_len") is None
     named = {f.name: limits[f.name] for f in fields(memory.Limits) if limits.get(f.name) is not None}
     named["max_model_len"] = min(named.get("max_model_len", rank.args.max_seq_len), rank.args.max_seq_len)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered 
 
     from engine import Engine, Prompt, Request
     from parallel import Group
-    from sampling import SamplingParams
+    from sampling import Logprob, SamplingParams
 
 VERSION = "0.1.0"
 TIMEOUT = 300.0
@@ -73,6 +73,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="what to compute in")
     add("--gemm", choices=("auto", "fp8", "bf16"), default="auto",
         help="FP8 weights times FP8 (W8A8) or bf16 (W8A16) activations (default: as the GPU allows)")  # fmt: skip
+    add("--experts", choices=("auto", "whole", "split"), default="auto",
+        help="a rank has some whole, or a share of each (default: as converted, else split if that fits)")  # fmt: skip
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: a GPU if there is one")
     add("--max-model-len", type=positive, metavar="N", help="most tokens of prompt and answer (default: as fit)")
     add("--max-num-seqs", type=positive, default=8, metavar="N", help="prompts answered at a time (default: 8)")
@@ -83,6 +85,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--mtp", type=int, default=0, metavar="K",
         help="tokens the MTP module drafts a step, 0 to 4; greedy answers stay the same (default: 0)")  # fmt: skip
     add("--deterministic", action="store_true", help="bitwise the same logits for a prompt in any company; slower")
+    add("--eager", action="store_true", help="no CUDA graphs: starts sooner, decodes slower")
     add("--stats", action="store_true", help="say at the end what the cache and the drafts were worth")
     add("--threads", type=positive, metavar="N", help="CPU threads a rank (default: the cores over the host's ranks)")
     add("--timeout", type=seconds, default=TIMEOUT, metavar="S",
@@ -247,12 +250,12 @@ def last_text(prompt: Any) -> str:
 
 
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-INTEGERS = {"top_k": "top_k", "seed": "seed", "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
+INTEGERS = {"top_k": "top_k", "n": "n", "seed": "seed", "max_tokens": "max_new_tokens",
+            "max_completion_tokens": "max_new_tokens"}  # fmt: skip
 WITHOUT_EFFECT = {"model", "user", "metadata", "store", "stream", "stream_options", "service_tier",
                   "safety_identifier", "prompt_cache_key"}  # fmt: skip
 OFF: dict[str, tuple] = {  # what is not implemented, with the values that do not ask for it
-    "n": (1,), "best_of": (1,), "logit_bias": ({},), "logprobs": (False,), "top_logprobs": (0,), "tools": ([],),
-    "response_format": ({"type": "text"},),
+    "best_of": (1,), "logit_bias": ({},), "tools": ([],), "response_format": ({"type": "text"},),
 }  # fmt: skip
 
 
@@ -272,6 +275,8 @@ def sampling_fields(body: dict[str, Any], kind: str) -> dict[str, Any]:
                 raise UserError(f"body.{name} is {value!r}, expected an integer")
             if name != "max_tokens" or body.get("max_completion_tokens") is None:  # the older name of the two
                 fields[INTEGERS[name]] = value
+        elif name in ("logprobs", "top_logprobs"):
+            fields |= logprob_fields(body, kind)
         elif name == "stop":
             texts = [value] if isinstance(value, str) else value
             if not isinstance(texts, list):
@@ -282,6 +287,21 @@ def sampling_fields(body: dict[str, Any], kind: str) -> dict[str, Any]:
         elif not any(type(value) is type(off) and value == off for off in OFF[name]):
             raise UserError(f"body.{name} is not supported with the value {value!r}")
     return fields
+
+
+def logprob_fields(body: dict[str, Any], kind: str) -> dict[str, int]:
+    """How many of the likeliest tokens to name beside each: a number for completions, for chats a switch and a number.
+    Raises UserError."""
+    asked, top = body.get("logprobs"), body.get("top_logprobs")
+    if kind == "prompt":
+        if type(asked) is not int or top is not None:
+            raise UserError(f"body.logprobs is {asked!r}, expected an integer, and no top_logprobs (--raw)")
+        return {"logprobs": asked}
+    if not isinstance(asked, bool | None) or (top is not None and type(top) is not int):
+        raise UserError(f"body.logprobs is {asked!r} and top_logprobs {top!r}, expected true or false, and an integer")
+    if top and not asked:
+        raise UserError("body.top_logprobs needs logprobs: true")
+    return {"logprobs": top or 0} if asked else {}
 
 
 def is_number(value: Any) -> bool:
@@ -342,29 +362,31 @@ def answer_file(engine: "Engine", jobs: list[Job], output: str | None, thinking:
     from tqdm import tqdm
 
     records = None if output is None else Records(output)
-    waiting = deque(enumerate(jobs))
-    running: dict[int, Request] = {}
-    finished: dict[int, Request] = {}
+    answers = [(i, choice) for i, job in enumerate(jobs) for choice in range(1 if job.error else job.params.n)]
+    waiting = deque(answers)
+    running: dict[tuple[int, int], Request] = {}
+    finished: dict[tuple[int, int], Request] = {}
     due = made = failed = 0
     began = time.monotonic()
     often = 0.5 if sys.stderr.isatty() else 10.0  # in a log every redrawing stays
-    with tqdm(total=len(jobs), unit="prompt", desc="answering", mininterval=often) as bar:
-        while due < len(jobs):
+    with tqdm(total=len(answers), unit="prompt", desc="answering", mininterval=often) as bar:
+        while due < len(answers):
             while waiting and len(running) < 2 * engine.scheduler.max_num_seqs:  # what comes next is always at hand
-                index, job = waiting.popleft()
-                request = submit(engine, index, job, thinking)
-                (running if request.finish_reason is None else finished)[index] = request
+                place = waiting.popleft()
+                request = submit(engine, place, jobs[place[0]], thinking)
+                (running if request.finish_reason is None else finished)[place] = request
             for request in engine.step() if running else ():
                 if request.finish_reason is not None:
-                    finished[request.id] = running.pop(request.id)
+                    place = request.id, request.choice
+                    finished[place] = running.pop(place)
                     made += len(request.tokens)
-            while due in finished:
-                request = finished.pop(due)
+            while due < len(answers) and (place := answers[due]) in finished:
+                request, job = finished.pop(place), jobs[place[0]]
                 failed += request.finish_reason == "error"
                 bar.clear()
-                show(jobs[due], request)
+                show(job, request)
                 if records is not None:
-                    records.write(record(due, jobs[due], request))
+                    records.write(record(place[0], job, request))
                 due += 1
                 bar.update()
             so_far = made + sum(len(r.tokens) for r in running.values())
@@ -379,12 +401,15 @@ def answer_file(engine: "Engine", jobs: list[Job], output: str | None, thinking:
     return 1 if failed else 0
 
 
-def submit(engine: "Engine", index: int, job: Job, thinking: bool | None = None) -> "Request":
+def submit(engine: "Engine", place: tuple[int, int], job: Job, thinking: bool | None = None) -> "Request":
+    """One answer to a job: `place` is its prompt's number and, of the answers to that, its own."""
     from engine import Request
 
+    index, choice = place
     if job.error is not None:
         return Request(index, [], job.params, finish_reason="error", error=job.error)
-    return engine.add(job.prompt, job.params, id=index, thinking=None if isinstance(job.prompt, str) else thinking)
+    thinking = None if isinstance(job.prompt, str) else thinking
+    return engine.add(job.prompt, job.params, id=index, choice=choice, thinking=thinking)
 
 
 def show(job: Job, request: "Request") -> None:
@@ -404,14 +429,21 @@ def record(index: int, job: Job, request: "Request") -> dict[str, Any]:
     return {
         "index": index,
         **({} if job.custom_id is None else {"custom_id": job.custom_id}),
+        **({"choice": request.choice} if job.params.n > 1 else {}),
         "prompt": job.shown,
         **({} if reasoning is None else {"reasoning": reasoning}),
         "completion": answer,
         "prompt_tokens": len(request.prompt),
         "tokens": request.tokens,
+        **({} if job.params.logprobs is None else {"logprobs": [likelihood(entry) for entry in request.logprobs]}),
         "finish_reason": request.finish_reason,
         **({} if request.error is None else {"error": request.error}),
     }
+
+
+def likelihood(entry: "Logprob") -> dict[str, Any]:
+    top = [{"token": token, "logprob": value} for token, value in entry.top]
+    return {"token": entry.token, "logprob": entry.logprob, "top": top}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -511,12 +543,14 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
         chat=not options.raw,
         thinking=thinking,
         kv_cache_dtype=options.kv_cache_dtype,
+        experts=options.experts,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         kv_cache_gib=options.kv_cache_gib,
         mtp=options.mtp,
         deterministic=options.deterministic,
+        graphs=False if options.eager else None,
     )
     if tp.rank > 0:
         engine.serve()
@@ -543,7 +577,7 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
 def agree_on_flags(options: argparse.Namespace, device: "torch.device", tp: "Group") -> None:
     """Ranks that were started differently would wait for each other, or compute different things, without a word."""
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gib", "kv_cache_dtype", "mtp",
-             "deterministic", "dtype", "gemm", "raw")  # fmt: skip
+             "deterministic", "eager", "dtype", "gemm", "experts", "raw")  # fmt: skip
     mine = {"device": device.type, **{name: getattr(options, name) for name in names}}
     first = json.loads(bytes(tp.broadcast_ints(list(json.dumps(mine).encode()))))
 
@@ -596,7 +630,7 @@ def main() -> int:
         parallel.stop()
         return 2
     except parallel.RankFailure as e:
-        if tp.rank == 0 or os.environ.get("LOCAL_RANK") == "0":
+        if tp.speaks:
             complain(str(e))
         status = 1
     except torch.OutOfMemoryError as e:

@@ -2,7 +2,7 @@
 
 Three things shape this file.
 
-- Every choice of tile stands in a table below, keyed on the architecture and on a bucket of M, the number of tokens.
+- Every choice of tile comes from tiles.py, keyed on the architecture, on N, K and a bucket of M, the number of tokens.
   Nothing is tuned at start-up, and `configurations()` lists all there is to compile.
 - Not every target can convert e4m3: sm_80 has no such type, gfx942 has another one, and Triton's interpreter rounds
   wrongly. There the tensors are passed as bytes and converted by `widen_e4m3` and `round_e4m3`, with integers.
@@ -12,7 +12,6 @@ Three things shape this file.
 Names: M tokens, N output channels, K input channels; BLOCK = 128 of them share a scale.
 """
 
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,8 +22,13 @@ import torch
 import triton
 import triton.language as tl
 
+import tiles
 from errors import UserError
 from reference import BLOCK
+from tiles import W8A8 as W8A8
+from tiles import W8A16 as W8A16
+from tiles import Tile as Tile
+from tiles import tile_for as tile_for
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 SCALE_BLOCK = tl.constexpr(BLOCK)
@@ -95,6 +99,7 @@ def round_up_to_power_of_two(s):
 
 GROUPS = 8  # blocks of 128 channels to an act_quant program
 DEQUANT_ROWS = 64  # rows to a weight_dequant program
+SUMS = 1024  # numbers to a sum_splits program
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -159,12 +164,14 @@ def dot_operand(tile, FP8: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     x_ptr, x_s_ptr, w_ptr, w_s_ptr, out_ptr, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out (M, N) = x (M, K) times w (N, K) transposed; FP8 by FP8, or bfloat16 by FP8 where x_s_ptr is None.
 
-    See reference.fp8_gemm and reference.w8a16_gemm. Rows past the end repeat the last one and are not stored;
-    channels past the end are zeros.
+    See reference.fp8_gemm and reference.w8a16_gemm. With SPLIT the grid's second axis cuts K in parts,
+    out (parts, M, N) takes the sum of each, and sum_splits_kernel does the rest. Rows past the end repeat the last one
+    and are not stored; channels past the end are zeros.
     """
     FP8: tl.constexpr = x_s_ptr is not None
     m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -177,16 +184,27 @@ def gemm_kernel(
     m_read = tl.minimum(m, M - 1).to(tl.int64)
     n_read = tl.minimum(n, N - 1).to(tl.int64)
 
-    k_blocks = tl.cdiv(K, SCALE_BLOCK)
+    k_blocks = tl.cdiv(K, SCALE_BLOCK)  # in a row, that is; `blocks` are this program's, `channels` as far as the end
+    blocks, channels = k_blocks, K
+    w_s_ptr += (pid_n * BLOCK_N // SCALE_BLOCK) * k_blocks  # BLOCK_N divides 128: one scale to a tile
+    if SPLIT:
+        per_part = tl.cdiv(k_blocks, tl.num_programs(1))
+        first = tl.program_id(1) * per_part
+        blocks = tl.minimum(per_part, k_blocks - first)  # below 1 where earlier parts took them all
+        channels -= first * SCALE_BLOCK
+        x_ptr += first * SCALE_BLOCK
+        w_ptr += first * SCALE_BLOCK
+        w_s_ptr += first
+        if FP8:
+            x_s_ptr += first
     x_ptrs = x_ptr + m_read[:, None] * K + k[None, :]
     w_ptrs = w_ptr + n_read[:, None] * K + k[None, :]
-    w_s_ptr += (pid_n * BLOCK_N // SCALE_BLOCK) * k_blocks  # BLOCK_N divides 128: one scale to a tile
     if FP8:
         x_s_ptrs = x_s_ptr + m_read * k_blocks
 
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
-    for i in tl.range(0, k_blocks, num_stages=STAGES):  # said here, not at the launch, it holds for the scales too
-        inside = (k < K - i * SCALE_BLOCK)[None, :]
+    for i in tl.range(0, blocks, num_stages=STAGES):  # said here, not at the launch, it holds for the scales too
+        inside = (k < channels - i * SCALE_BLOCK)[None, :]
         x = dot_operand(tl.load(x_ptrs, mask=inside, other=0.0), FP8)
         w = dot_operand(tl.load(w_ptrs, mask=inside, other=0.0), FP8)
         scale = tl.load(w_s_ptr + i)
@@ -198,91 +216,59 @@ def gemm_kernel(
         w_ptrs += SCALE_BLOCK
 
     out = cast(acc, out_ptr.dtype.element_ty)
+    if SPLIT:
+        out_ptr += tl.program_id(1).to(tl.int64) * M * N
     out_ptrs = out_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(out_ptrs, out.T if SWAP else out, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-GROUP_M = 16
+@triton.jit(do_not_specialize=["M"])
+def sum_splits_kernel(parts_ptr, out_ptr, M, N, PARTS: tl.constexpr, SUMS: tl.constexpr):
+    """out (M, N) = the sum of parts (PARTS, M, N) float32, added in their order, whichever was ready first."""
+    at = tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, SUMS)
+    size = M.to(tl.int64) * N
+    total = tl.load(parts_ptr + at, mask=at < size, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(parts_ptr + part * size + at, mask=at < size, other=0.0)
+    tl.store(out_ptr + at, cast(total, out_ptr.dtype.element_ty), mask=at < size)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """How gemm_kernel computes: the tile of the output, its operands' order, the warps and the pipeline's stages."""
+@triton.jit(do_not_specialize=["M"])
+def gemm_persistent_kernel(
+    x_ptr, x_s_ptr, w_ptr, w_s_ptr, out_ptr, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+    SPECIALISED: tl.constexpr,
+):  # fmt: skip
+    """fp8_gemm for many tokens: each program computes tile after tile, and the tensor memory accelerator copies.
 
-    up_to: float  # the largest M it is for
-    block_m: int
-    block_n: int
-    swap: bool
-    warps: int
-    stages: int
-    registers: int | None = None  # at most, per thread
-
-    def constexprs(self) -> dict[str, Any]:
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "GROUP_M": GROUP_M,
-            "SWAP": self.swap,
-            "STAGES": self.stages,
-        }
-
-    def options(self) -> dict[str, int]:
-        cap = {"maxnreg": self.registers} if self.registers else {}
-        return {"num_warps": self.warps} | cap
-
-
-# What limits a table: registers (255 a thread, 64 Ki a multiprocessor) and shared memory (sm_80 163 KiB, sm_89 99,
-# sm_90 and sm_100 227, gfx942 64). Few tokens are bound by reading the weights: narrow tiles, deep pipelines.
-# tests/test_compile.py holds every row to the limits and to its tensor-core instruction.
-W8A8 = {
-    "sm_89": (
-        Tile(32, 16, 64, False, 4, 4),
-        Tile(math.inf, 64, 128, False, 4, 3),
-    ),
-    "sm_90": (
-        Tile(16, 16, 64, True, 4, 6),
-        Tile(32, 32, 64, True, 4, 6),
-        Tile(256, 64, 64, False, 4, 4),
-        Tile(math.inf, 64, 128, False, 4, 3, registers=168),  # three programs to a multiprocessor
-    ),
-    "sm_100": (
-        Tile(16, 16, 64, True, 4, 6),
-        Tile(32, 32, 64, True, 4, 5),
-        Tile(256, 64, 64, False, 4, 4),
-        Tile(math.inf, 128, 128, False, 8, 4),
-    ),
-    "gfx942": (
-        Tile(256, 32, 32, False, 4, 2),
-        Tile(2048, 64, 64, False, 4, 2),
-        Tile(math.inf, 64, 128, False, 4, 2),
-    ),
-}
-W8A16 = {
-    "sm_80": (
-        Tile(16, 16, 64, False, 4, 5),
-        Tile(64, 64, 64, False, 4, 4),
-        Tile(math.inf, 128, 128, False, 8, 3),
-    ),
-    "sm_89": (
-        Tile(16, 16, 64, False, 4, 5),
-        Tile(math.inf, 64, 64, False, 4, 4),
-    ),
-    "sm_90": (  # swapped throughout: the widened weights are then the operand that need not go back to shared memory
-        Tile(16, 16, 64, True, 4, 5),
-        Tile(32, 32, 64, True, 4, 4),
-        Tile(64, 64, 64, True, 4, 4),
-        Tile(math.inf, 128, 128, True, 8, 3),
-    ),
-    "sm_100": (
-        Tile(16, 16, 64, True, 4, 5),
-        Tile(64, 64, 64, True, 4, 4),
-        Tile(math.inf, 128, 128, True, 8, 3),
-    ),
-    "gfx942": (
-        Tile(64, 16, 64, False, 4, 2),
-        Tile(math.inf, 64, 64, False, 4, 2),
-    ),
-}
+    That wants rows of all three matrices to begin at multiples of 16 bytes. It reads zeros past the ends and writes
+    nothing there. Descriptors are made here, not by the host: only these can Hopper's warp specialisation halve.
+    """
+    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    k_blocks = tl.cdiv(K, SCALE_BLOCK)
+    x_rows = tl.make_tensor_descriptor(x_ptr, [M, K], [K, 1], [BLOCK_M, SCALE_BLOCK])
+    w_rows = tl.make_tensor_descriptor(w_ptr, [N, K], [K, 1], [BLOCK_N, SCALE_BLOCK])
+    out_rows = tl.make_tensor_descriptor(out_ptr, [M, N], [N, 1], [BLOCK_M, BLOCK_N])
+    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0), flatten=not SPECIALISED):
+        pid_m, pid_n = tl.swizzle2d(tile // n_tiles, tile % n_tiles, m_tiles, n_tiles, GROUP_M)
+        m, n = pid_m * BLOCK_M, pid_n * BLOCK_N
+        m_read = tl.minimum(m + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+        x_s_ptrs = x_s_ptr + m_read * k_blocks
+        w_s_ptrs = w_s_ptr + (n // SCALE_BLOCK) * k_blocks  # BLOCK_N divides 128: one scale to a tile
+        if SPECIALISED:
+            scale = tl.load(x_s_ptrs) * tl.load(w_s_ptrs)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i in tl.range(0, k_blocks, num_stages=STAGES, warp_specialize=SPECIALISED):
+            x = dot_operand(x_rows.load([m, i * SCALE_BLOCK]), True)
+            w = dot_operand(w_rows.load([n, i * SCALE_BLOCK]), True)
+            if SPECIALISED:  # the warps that multiply have no pipeline: they ask for the next scales beforehand
+                ahead = tl.minimum(i + 1, k_blocks - 1)
+                next_scale = tl.load(x_s_ptrs + ahead) * tl.load(w_s_ptrs + ahead)
+                acc += tl.dot(x, w.T) * scale[:, None]
+                scale = next_scale
+            else:
+                acc += tl.dot(x, w.T) * (tl.load(x_s_ptrs + i) * tl.load(w_s_ptrs + i))[:, None]
+        out_rows.store([m, n], cast(acc, out_ptr.dtype.element_ty))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -379,7 +365,7 @@ def fp8_gemm(
 ) -> torch.Tensor:
     """As reference.fp8_gemm; a and b in the FP8 type of the device."""
     assert a.dtype == b.dtype == fp8_dtype(a.device), f"{a.dtype} by {b.dtype} on a device of {fp8_dtype(a.device)}"
-    return gemm(a, a_s, b, b_s, out_dtype, tile_for(W8A8[architecture(a.device)], a.shape[0]))
+    return gemm(a, a_s, b, b_s, out_dtype, _choose("fp8_gemm", a, b))
 
 
 def w8a16_gemm(
@@ -387,11 +373,12 @@ def w8a16_gemm(
 ) -> torch.Tensor:
     """As reference.w8a16_gemm, for bfloat16 x and float8_e4m3fn b."""
     assert x.dtype == torch.bfloat16 and b.dtype == torch.float8_e4m3fn, (x.dtype, b.dtype)
-    return gemm(x, None, b, b_s, out_dtype or x.dtype, tile_for(W8A16[architecture(x.device)], x.shape[0]))
+    return gemm(x, None, b, b_s, out_dtype or x.dtype, _choose("w8a16_gemm", x, b))
 
 
-def tile_for(table: tuple[Tile, ...], m: int) -> Tile:
-    return next(tile for tile in table if m <= tile.up_to)
+def _choose(op: str, x: torch.Tensor, w: torch.Tensor) -> Tile:
+    n, k = w.shape
+    return tiles.choose(op, architecture(x.device), n, k, len(x))
 
 
 def gemm(
@@ -402,18 +389,40 @@ def gemm(
     out_dtype: torch.dtype,
     tile: Tile,
 ) -> torch.Tensor:
-    """fp8_gemm, or without x_s w8a16_gemm, by a tile of the caller's choice."""
+    """fp8_gemm, or without x_s w8a16_gemm, by a tile of the caller's choice.
+
+    With one and the same tile a row of the result does not depend, to the bit, on the other rows. A persistent tile
+    gives way to a plain one where rows do not begin at multiples of 16 bytes.
+    """
     (m, k), n = x.shape, w.shape[0]
     assert w.shape == (n, k) and w_s.shape == (triton.cdiv(n, BLOCK), triton.cdiv(k, BLOCK)), (w.shape, w_s.shape)
     assert x_s is None or x_s.shape == (m, triton.cdiv(k, BLOCK)), x_s.shape
     assert all(t is None or t.is_contiguous() for t in (x, x_s, w, w_s))
     out = torch.empty(m, n, dtype=out_dtype, device=x.device)
-    if out.numel():
-        gemm_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
-            x if x_s is None else _view(x), x_s, _view(w), w_s, out, m, n, k,
-            **tile.constexprs(), **tile.options(),
-        )  # fmt: skip
+    if not out.numel():
+        return out
+    if tile.persistent and not all(_in_sixteens(t) for t in (x, w, out)):
+        tile = tiles.plain("fp8_gemm", architecture(x.device))
+    constexprs, count = tile.constexprs() | tile.options(), tile.count(m, n)
+    x, w = x if x_s is None else _view(x), _view(w)
+    if tile.persistent:
+        assert x_s is not None and not tile.swap and tile.split == 1, tile
+        programs = min(count, tile.persistent * tiles.PROCESSORS[architecture(x.device)])
+        # Triton asks for the memory its programs' descriptors lie in, 128 bytes each.
+        triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.uint8, device=x.device))
+        gemm_persistent_kernel[(programs,)](x, x_s, w, w_s, out, m, n, k, **constexprs)
+    elif tile.split == 1:
+        gemm_kernel[(count,)](x, x_s, w, w_s, out, m, n, k, **constexprs)
+    else:
+        parts = torch.empty(tile.split, m, n, dtype=torch.float32, device=x.device)
+        gemm_kernel[(count, tile.split)](x, x_s, w, w_s, parts, m, n, k, **constexprs)
+        sum_splits_kernel[(triton.cdiv(m * n, SUMS),)](parts, out, m, n, PARTS=tile.split, SUMS=SUMS)
     return out
+
+
+def _in_sixteens(t: torch.Tensor) -> bool:
+    """Whether all rows of a contiguous matrix begin at multiples of 16 bytes."""
+    return t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -433,36 +442,61 @@ class Configuration:
     options: dict[str, int]  # num_warps and the like; what is not there is Triton's default
 
 
+def _native(target: str) -> str:
+    """Triton's type of pointers to the FP8 numbers that a target multiplies, or would."""
+    return {"sm_80": "*u8", "gfx942": "*fp8e4b8"}.get(target, "*fp8e4nv")
+
+
+def _e4m3(target: str) -> str:
+    """Triton's type of pointers to float8_e4m3fn."""
+    return "*fp8e4nv" if _converts(torch.float8_e4m3fn, target) else "*u8"
+
+
 def configurations() -> Iterator[Configuration]:
     """Every kernel, as it is compiled for aligned sizes on each architecture of the tables."""
-    scale, out, sizes = "*fp32", "*bf16", {"M": "i32", "N": "i32", "K": "i32"}
+    scale, out = "*fp32", "*bf16"
     for target in W8A16:
-        weights = "*fp8e4nv" if _converts(torch.float8_e4m3fn, target) else "*u8"
-        native = {"sm_80": "*u8", "gfx942": "*fp8e4b8"}.get(target, "*fp8e4nv")
-        fnuz = target == "gfx942"
         for ue8m0 in (False, True):
             yield Configuration(
                 f"act_quant {target} {'ue8m0' if ue8m0 else 'float32'}",
                 act_quant_kernel,
                 target,
-                {"x_ptr": out, "q_ptr": native, "s_ptr": scale, "M": "i32", "K": "i32"},
-                {"GROUPS": GROUPS, "BLOCK": BLOCK, "UE8M0": ue8m0, "FNUZ": fnuz},
+                {"x_ptr": out, "q_ptr": _native(target), "s_ptr": scale, "M": "i32", "K": "i32"},
+                {"GROUPS": GROUPS, "BLOCK": BLOCK, "UE8M0": ue8m0, "FNUZ": target == "gfx942"},
                 {},
             )
         yield Configuration(
             f"weight_dequant {target}",
             weight_dequant_kernel,
             target,
-            {"w_ptr": weights, "s_ptr": scale, "out_ptr": out, "N": "i32", "K": "i32"},
+            {"w_ptr": _e4m3(target), "s_ptr": scale, "out_ptr": out, "N": "i32", "K": "i32"},
             {"ROWS": DEQUANT_ROWS},
             {},
         )
-        for op, tiles, x, w in (("fp8_gemm", W8A8, native, native), ("w8a16_gemm", W8A16, out, weights)):
-            for tile in tiles.get(target, ()):
-                types = {"x_ptr": x, "x_s_ptr": scale, "w_ptr": w, "w_s_ptr": scale, "out_ptr": out} | sizes
-                constexprs = tile.constexprs()
-                if op == "w8a16_gemm":
-                    del types["x_s_ptr"]
-                    constexprs["x_s_ptr"] = None
-                name = f"{op} {target} {tile.block_m}x{tile.block_n}"
-                yield Configuration(name, gemm_kernel, target, types, constexprs, tile.options())
+        for split in tiles.SPLITS[1:]:
+            yield Configuration(
+                f"sum_splits {target} {split}",
+                sum_splits_kernel,
+                target,
+                {"parts_ptr": scale, "out_ptr": out, "M": "i32", "N": "i32"},
+                {"PARTS": split, "SUMS": SUMS},
+                {},
+            )
+    gemms = [gemm_configuration(*reached) for reached in tiles.reachable()]
+    yield from {c.name: c for c in gemms}.values()  # a tile can serve several buckets, and any number of parts
+
+
+def gemm_configuration(op: str, target: str, tile: Tile) -> Configuration:
+    """What `gemm` asks for with a tile: where it splits K, that is partial sums, otherwise bfloat16."""
+    x, w = (_native(target), _native(target)) if op == "fp8_gemm" else ("*bf16", _e4m3(target))
+    types = {"x_ptr": x, "w_ptr": w, "w_s_ptr": "*fp32", "out_ptr": "*fp32" if tile.split > 1 else "*bf16"}
+    types |= {"M": "i32", "N": "i32", "K": "i32"}
+    scale = {"x_s_ptr": "*fp32"} if op == "fp8_gemm" else {}
+    return Configuration(
+        f"{op} {target} {tile}",
+        gemm_persistent_kernel if tile.persistent else gemm_kernel,
+        target,
+        types | scale,
+        tile.constexprs() | ({} if scale else {"x_s_ptr": None}),
+        tile.options(),
+    )

@@ -133,10 +133,7 @@ def weight_bytes(rank: Rank) -> dict[tuple[bool, str], int]:
 
 
 def _cut(kind: _Kind, group: Group, rank: Rank) -> tuple[tuple[int, int], ...] | None:
-    spec = kind.spec
-    if spec.expert is not None and rank.experts == "split":  # as the shared experts are
-        spec = spec._replace(expert=None, split=1 if kind.leaf.startswith("w2") else 0)
-    return spec.cut(group, rank.args)
+    return kind.spec.cut(group, rank.args, rank.experts)
 
 
 def _held_itemsize(kind: _Kind, rank: Rank) -> int:

@@ -10,8 +10,11 @@ Shapes in comments:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +23,11 @@ from torch import nn
 import ops
 from config import BLOCK_SIZE, ModelArgs
 from ops import Gemm, Weight
-from parallel import SOLO, Group
-from reference import Routing, packed_latent_bytes, rotary
+from parallel import SOLO, ExpertLayout, Group
+from reference import Quantised, Routing, Scales, packed_latent_bytes
 
 PAGE_SIZE = 64  # tokens a page of the latent cache holds
+FEW_ROWS = 64  # new tokens of a sequence up to which it is decoding, or close to it: see kernel_attention.py
 INNER_NORM_EPS = 1e-6  # of q_norm and kv_norm in the released code, whatever rms_norm_eps says
 
 
@@ -39,6 +43,25 @@ class Numerics:
     gemm: Gemm | None = None
     scale_fmt: str | None = None
     fp8_latents: bool = False  # the cache holds the compressed key/value in e4m3, see reference.pack_latents
+    experts: ExpertLayout = "whole"  # how ranks share the routed experts, see weights.choose_experts
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What the host knows of some sequences of a batch, so that nobody has to ask the device. Apart from `n` and
+    `tokens` these may be upper bounds."""
+
+    n: int = 0  # sequences
+    tokens: int = 0  # new tokens of all of them
+    longest_q: int = 0  # the most new tokens that one has
+    longest_kv: int = 0  # the greatest length with these tokens
+    total_kv: int = 0  # all lengths together
+
+    @classmethod
+    def of(cls, lengths: Sequence[tuple[int, int]]) -> "Extent":
+        """From (new tokens, length with them) for each sequence."""
+        q, kv = [q for q, _ in lengths], [kv for _, kv in lengths]
+        return cls(len(lengths), sum(q), max(q, default=0), max(kv, default=0), sum(kv))
 
 
 @dataclass(frozen=True)
@@ -51,12 +74,21 @@ class Batch:
     cu_seqlens_q: torch.Tensor  # (B+1,) int32, where each sequence's tokens begin; the last entry is T
     kv_lens: torch.Tensor  # (B,) int32, each sequence's length with these tokens
     pages: torch.Tensor  # (B, P) int32, each sequence's pages in order, padded with 0
+    few: Extent = Extent()  # the first sequences, up to the first that has more than FEW_ROWS new tokens
+    many: Extent = Extent()  # the others
+
+    @property
+    def whole(self) -> Extent:
+        a, b = self.few, self.many
+        longest = max(a.longest_q, b.longest_q), max(a.longest_kv, b.longest_kv)
+        return Extent(a.n + b.n, a.tokens + b.tokens, *longest, a.total_kv + b.total_kv)
 
     @classmethod
     def pack(
         cls, sequences: Sequence[tuple[Sequence[int], int, Sequence[int]]], device: torch.device | str = "cpu"
     ) -> "Batch":
-        """From (new tokens, how many tokens are cached before them, the sequence's pages) for each sequence."""
+        """From (new tokens, how many tokens are cached before them, the sequence's pages) for each sequence; those with
+        few new tokens had better come first."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -69,6 +101,9 @@ class Batch:
             slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(start, start + len(new))]
             bounds.append(len(tokens))
 
+        lengths = [(len(new), start + len(new)) for new, start, _ in sequences]
+        n_few = next((i for i, (q, _) in enumerate(lengths) if q > FEW_ROWS), len(lengths))
+
         def tensor(values: list, dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
@@ -77,8 +112,10 @@ class Batch:
             tensor(positions, torch.int64),
             tensor(slots, torch.int64),
             tensor(bounds, torch.int32),
-            tensor([start + len(new) for new, start, _ in sequences], torch.int32),
+            tensor([kv for _, kv in lengths], torch.int32),
             tensor([[*pages, *[0] * (widest - len(pages))] for _, _, pages in sequences], torch.int32),
+            Extent.of(lengths[:n_few]),
+            Extent.of(lengths[n_few:]),
         )
 
 
@@ -90,33 +127,70 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = _parameter(dim, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+    def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+        """Of x (T, H), or of x + delta."""
+        y, _ = ops.norm(x, self.weight, self.eps, delta)
+        assert isinstance(y, torch.Tensor)
+        return y
+
+    def add(
+        self, x: torch.Tensor, delta: torch.Tensor | None, fp8: Scales | None, keep: bool = False
+    ) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
+        """Of x + delta, in the form the linear with this `fp8` takes (`keep`: and in x's dtype), and x + delta."""
+        return ops.norm(x, self.weight, self.eps, delta, fp8, keep)
 
 
 class Linear(nn.Module):
-    """A projection without bias, or `experts` of them stacked; e4m3 with 128x128 block scales where `num` keeps FP8."""
+    """A projection without bias, or `experts` of them stacked; e4m3 with 128x128 block scales where `num` keeps FP8.
+
+    Projections of the same input are one matrix product: `parts` gives their names on disk and their widths. Part i is
+    the rows from starts[i] on. FP8 parts start at whole blocks, so that each keeps its own scales; the rows between
+    are zeros. Parts of one width lie equally far apart: gate and up are the halves of their product.
+    """
 
     scale: nn.Parameter | None
 
-    def __init__(self, in_dim: int, out_dim: int, num: Numerics, experts: int | None = None, quantised: bool = True):
+    def __init__(
+        self,
+        in_dim: int,
+        out: int | dict[str, int],
+        num: Numerics,
+        experts: int | None = None,
+        quantised: bool = True,
+    ):
         super().__init__()
         stack = () if experts is None else (experts,)
+        fp8 = num.gemm is not None and quantised
         self.gemm, self.scale_fmt = num.gemm or "bf16", num.scale_fmt
-        if num.gemm and quantised:
-            blocks = math.ceil(out_dim / BLOCK_SIZE), math.ceil(in_dim / BLOCK_SIZE)
-            self.weight = _parameter(*stack, out_dim, in_dim, dtype=torch.float8_e4m3fn)
+        self.parts = {} if isinstance(out, int) else out
+        widths = [out] if isinstance(out, int) else list(out.values())
+        align = BLOCK_SIZE if fp8 and self.parts else 1
+        *starts, end = accumulate((math.ceil(n / align) * align for n in widths), initial=0)
+        self.starts: tuple[int, ...] = tuple(starts)
+        rows = end if len(set(widths)) == 1 else starts[-1] + widths[-1]
+        if fp8:
+            blocks = math.ceil(rows / BLOCK_SIZE), math.ceil(in_dim / BLOCK_SIZE)
+            self.weight = _parameter(*stack, rows, in_dim, dtype=torch.float8_e4m3fn)
             self.scale = _parameter(*stack, *blocks, dtype=torch.float32)
         else:
-            self.weight = _parameter(*stack, out_dim, in_dim, dtype=num.dtype)
+            self.weight = _parameter(*stack, rows, in_dim, dtype=num.dtype)
             self.register_parameter("scale", None)
 
     @property
     def w(self) -> Weight:
         return Weight(self.weight, self.scale, self.gemm, self.scale_fmt)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def fp8(self) -> Scales | None:
+        """The scales this projection wants its input quantised with, if at all."""
+        return self.w.fp8
+
+    def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
         return ops.linear(x, self.w)
+
+    def split(self, y: torch.Tensor) -> list[torch.Tensor]:
+        """Each part's columns of this projection's result."""
+        return [y[..., start : start + n] for start, n in zip(self.starts, self.parts.values(), strict=True)]
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         return self.weight if self.scale is None else ops.weight_dequant(self.weight, self.scale, dtype)
@@ -126,11 +200,7 @@ class Linear(nn.Module):
         if self.scale is not None:
             self.weight.data, self.scale.data = ops.prepare_fp8(self.weight.data, self.scale.data, self.gemm)
             return
-        plain = self.weight.data
-        packed = ops.prepare(plain)
-        if packed is not plain:
-            del self.weight
-            self.weight = packed
+        _replace_weight(self, ops.prepare(self.weight.data))
 
 
 class Embedding(nn.Module):
@@ -160,15 +230,16 @@ class MLA(nn.Module):
 
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group):
         super().__init__()
-        self.args, self.tp, self.dtype, self.fp8_latents = args, tp, num.dtype, num.fp8_latents
+        self.args, self.tp, self.dtype = args, tp, num.dtype
         self.n_heads = tp.split(args.n_heads, "n_heads")
+        # W^DQ with W^DKV and W^KR (V3 equations 1, 3 and 6); without a query latent W^Q takes W^DQ's place
         if args.q_lora_rank:
-            self.wq_a = Linear(args.dim, args.q_lora_rank, num)
+            self.wqkv_a = Linear(args.dim, {"wq_a": args.q_lora_rank, "wkv_a": args.latent_dim}, num)
             self.q_norm = RMSNorm(args.q_lora_rank, INNER_NORM_EPS, num.dtype)
             self.wq_b = Linear(args.q_lora_rank, self.n_heads * args.qk_head_dim, num)
         else:
-            self.wq = Linear(args.dim, self.n_heads * args.qk_head_dim, num)
-        self.wkv_a = Linear(args.dim, args.latent_dim, num)
+            queries = self.n_heads * args.qk_head_dim
+            self.wqkv_a = Linear(args.dim, {"wq": queries, "wkv_a": args.latent_dim}, num)
         self.kv_norm = RMSNorm(args.kv_lora_rank, INNER_NORM_EPS, num.dtype)
         self.wkv_b = Linear(args.kv_lora_rank, self.n_heads * (args.qk_nope_head_dim + args.v_head_dim), num)
         self.wo = Linear(self.n_heads * args.v_head_dim, args.dim, num)
@@ -182,18 +253,18 @@ class MLA(nn.Module):
         del self.wkv_b
 
     def forward(
-        self, x: torch.Tensor, batch: Batch, latents: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self, x: torch.Tensor | Quantised, batch: Batch, latents: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """x (T, H), latents (n_pages, PAGE_SIZE, C + R), written at batch.slots and then read; returns (T, H)."""
         args = self.args
-        q = self.wq_b(self.q_norm(self.wq_a(x))) if args.q_lora_rank else self.wq(x)
+        q, kv = self.wqkv_a.split(self.wqkv_a(x))  # one product for the paper's two: (T, Q), (T, C + R)
+        if args.q_lora_rank:
+            q = self.wq_b(self.q_norm.add(q, None, self.wq_b.fp8)[0])
         q_nope, q_pe = q.unflatten(-1, (self.n_heads, -1)).split([args.qk_nope_head_dim, args.qk_rope_head_dim], dim=-1)
-        c_kv, k_pe = self.wkv_a(x).split([args.kv_lora_rank, args.qk_rope_head_dim], dim=-1)
-        latent = torch.cat((self.kv_norm(c_kv), rotary(k_pe, cos, sin)), dim=-1)  # (T, C + R)
-        if self.fp8_latents:
-            latent = ops.pack_latents(latent, args.kv_lora_rank)
-        latents.flatten(0, 1).index_copy_(0, batch.slots, latent)
-        o = ops.mla(q_nope, rotary(q_pe, cos, sin), latents, batch, self.w_uk, self.w_uv, args.softmax_scale)
+        c_kv, k_pe = kv.split([args.kv_lora_rank, args.qk_rope_head_dim], dim=-1)
+        norm = self.kv_norm
+        q_pe = ops.latent_write(c_kv, k_pe, norm.weight, norm.eps, cos, sin, q_pe, batch.slots, latents)
+        o = ops.mla(q_nope, q_pe, latents, batch, self.w_uk, self.w_uv, args.softmax_scale)
         return self.tp.all_reduce(self.wo(o.flatten(1)))  # (T, N, dv) -> (T, H)
 
 
@@ -202,13 +273,16 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, inter_dim: int, num: Numerics, tp: Group, what: str):
         super().__init__()
-        inner = tp.split(inter_dim, what)
-        self.w1 = Linear(dim, inner, num)
-        self.w2 = Linear(inner, dim, num)
-        self.w3 = Linear(dim, inner, num)
+        self.inner = tp.split(inter_dim, what)
+        self.w13 = Linear(dim, {"w1": self.inner, "w3": self.inner}, num)  # gate and up, one product for two
+        self.w2 = Linear(self.inner, dim, num)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(ops.silu_mul(self.w1(x), self.w3(x)))
+    @property
+    def fp8(self) -> Scales | None:
+        return self.w13.fp8
+
+    def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
+        return self.w2(ops.silu_mul(self.w13(x), self.inner, self.w2.fp8))
 
 
 class Gate(nn.Module):
@@ -228,22 +302,33 @@ class Gate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (T, H) to weights (T, K) float32 and expert ids (T, K)."""
-        return ops.route(ops.project_float32(x, self.weight), self.bias, self.rule)
+        return ops.router(x, self.weight, self.bias, self.rule)
 
 
 class Experts(nn.Module):
-    """This rank's routed experts, whole, stacked."""
+    """This rank's routed experts, stacked: a share of them whole, or a share of the inner width of every one, so that
+    all ranks work on each token. The result is this rank's part of a sum either way.
+    """
 
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group):
         super().__init__()
-        n = tp.split(args.n_routed_experts, "n_routed_experts")
-        self.first = tp.rank * n
-        self.w1 = Linear(args.dim, args.moe_inter_dim, num, experts=n)
-        self.w2 = Linear(args.moe_inter_dim, args.dim, num, experts=n)
-        self.w3 = Linear(args.dim, args.moe_inter_dim, num, experts=n)
+        n, self.first, self.inner = args.n_routed_experts, 0, args.moe_inter_dim
+        if num.experts == "split":
+            self.inner = tp.split(args.moe_inter_dim, "moe_inter_dim")
+        else:
+            n = tp.split(args.n_routed_experts, "n_routed_experts")
+            self.first = tp.rank * n
+        self.w13 = Linear(args.dim, {"w1": self.inner, "w3": self.inner}, num, experts=n)  # gate and up
+        self.w2 = Linear(self.inner, args.dim, num, experts=n)
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return ops.experts(x, weights, ids, self.first, self.w1.w, self.w2.w, self.w3.w)  # (T, H) float32
+    def forward(
+        self,
+        x: torch.Tensor | Quantised,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        shared: Callable[[], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        return ops.experts(x, weights, ids, self.first, self.w13.w, self.w2.w, self.inner, shared)  # (T, H)
 
 
 class MoE(nn.Module):
@@ -258,11 +343,14 @@ class MoE(nn.Module):
             width = args.n_shared_experts * args.moe_inter_dim
             self.shared_experts = MLP(args.dim, width, num, tp, "the shared experts' width")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.experts(x, *self.gate(x))
-        if self.shared_experts is not None:
-            y += self.shared_experts(x)
-        return y.to(x.dtype)
+    @property
+    def fp8(self) -> Scales | None:
+        return self.experts.w13.fp8
+
+    def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
+        """x (T, H), which the router needs as it was even where the experts take it Quantised."""
+        shared = None if self.shared_experts is None else partial(self.shared_experts, x)
+        return self.experts(x, *self.gate(x.x if isinstance(x, Quantised) else x), shared)
 
 
 class Block(nn.Module):
@@ -277,10 +365,19 @@ class Block(nn.Module):
         self.ffn = MLP(args.dim, args.inter_dim, num, tp, "inter_dim") if dense else MoE(args, num, tp)
 
     def forward(
-        self, x: torch.Tensor, batch: Batch, latents: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        x = x + self.attn(self.attn_norm(x), batch, latents, cos, sin)
-        return x + self.tp.all_reduce(self.ffn(self.ffn_norm(x)))
+        self,
+        x: torch.Tensor,
+        delta: torch.Tensor | None,
+        batch: Batch,
+        latents: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream x (T, H) and what is yet to be added to it, before and behind this layer: every addition
+        is left to the norm that comes next, which is then one op with it."""
+        y, x = self.attn_norm.add(x, delta, self.attn.wqkv_a.fp8)
+        y, x = self.ffn_norm.add(x, self.attn(y, batch, latents, cos, sin), self.ffn.fp8, keep=True)
+        return x, self.tp.all_reduce(self.ffn(y))
 
 
 class MTP(Block):
@@ -337,9 +434,10 @@ class Transformer(nn.Module):
             if isinstance(module, MLA):
                 module.prepare()
         for module in list(self.modules()):
-            if isinstance(module, Linear) and module is not self.head:
+            if isinstance(module, Gate) or module is self.head:
+                _replace_weight(module, ops.prepare_float32(module.weight.data))
+            elif isinstance(module, Linear):
                 module.prepare()
-        self.head.weight = nn.Parameter(ops.prepare_float32(self.head.weight), requires_grad=False)
         return self
 
     def new_cache(self, n_pages: int) -> torch.Tensor:
@@ -361,10 +459,10 @@ class Transformer(nn.Module):
     def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
         """Hidden states (T, H) after the final norm; writes the tokens' latents into the cache."""
         cos, sin = self.angles(batch.positions)
-        x = self.embed(batch.tokens)
+        x, delta = self.embed(batch.tokens), None
         for layer, latents in zip(self.layers, cache, strict=False):
-            x = layer(x, batch, latents, cos, sin)
-        return self.norm(x)
+            x, delta = layer(x, delta, batch, latents, cos, sin)
+        return self.norm(x, delta)
 
     @torch.inference_mode()
     def draft(self, batch: Batch, hidden: torch.Tensor, cache: torch.Tensor, k: int = 0) -> torch.Tensor:
@@ -376,7 +474,7 @@ class Transformer(nn.Module):
         assert isinstance(module, MTP)
         cos, sin = self.angles(batch.positions)
         x = module.combine(self.embed(batch.tokens), hidden)
-        return module.norm(module(x, batch, cache[len(self.layers) + k], cos, sin))
+        return module.norm(*module(x, None, batch, cache[len(self.layers) + k], cos, sin))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -408,6 +506,13 @@ def yarn_frequencies(args: ModelArgs) -> torch.Tensor:
     width = high - low if high > low else 0.001  # beta_fast = beta_slow (Kimi-K2) makes the ramp a step
     slowed = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     return freqs / args.rope_factor * slowed + freqs * (1 - slowed)
+
+
+def _replace_weight(module: nn.Module, prepared: Any) -> None:
+    """Puts a backend's form of a loaded weight, a tensor or not, in the parameter's place."""
+    if prepared is not module.weight.data:
+        del module.weight
+        module.weight = prepared
 
 
 def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import cpu
 import reference
+from reference import Quantised, Scales
 
 if TYPE_CHECKING:
     from model import Batch
@@ -29,6 +30,13 @@ class Weight(NamedTuple):
     scale: torch.Tensor | None = None
     gemm: Gemm = "bf16"
     scale_fmt: str | None = None
+
+    @property
+    def fp8(self) -> Scales | None:
+        """The format of the scales with which this weight's input is quantised (W8A8); None: it takes plain input."""
+        if self.scale is None or self.gemm != "fp8":
+            return None
+        return "ue8m0" if self.scale_fmt == "ue8m0" else "float32"
 
     def expert(self, e: int) -> "Weight":
         """Expert e's own weight, a view."""
@@ -63,14 +71,15 @@ def batch_invariant(on: bool = True) -> Iterator[None]:
         _invariant.reset(token)
 
 
-def _by_rows(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """product(x) for x (T, …), in blocks of rows if the mode asks for it."""
+def _by_rows(product: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """product(*inputs) for inputs (T, …), in blocks of rows if the mode asks for it."""
     if not _invariant.get():
-        return product(x)
-    n = len(x)
+        return product(*inputs)
+    n = len(inputs[0])
     if n % ROW_BLOCK:
-        x = torch.cat((x, x.new_zeros(ROW_BLOCK - n % ROW_BLOCK, *x.shape[1:])))
-    return torch.cat([product(block) for block in x.split(ROW_BLOCK)])[:n]
+        inputs = tuple(torch.cat((x, x.new_zeros(ROW_BLOCK - n % ROW_BLOCK, *x.shape[1:]))) for x in inputs)
+    blocks = zip(*(x.split(ROW_BLOCK) for x in inputs), strict=True)
+    return torch.cat([product(*block) for block in blocks])[:n]
 
 
 def _fast(x: torch.Tensor) -> bool:
@@ -102,12 +111,16 @@ def weight_dequant(w: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = to
     return reference.weight_dequant(w, scale, dtype)
 
 
-def linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
+def linear(x: torch.Tensor | Quantised, w: Weight) -> torch.Tensor:
     """x (T, K) times w (N, K) transposed, in x's dtype.
 
     Without a scale w holds plain weights. With one it is e4m3, and `gemm` "fp8" quantises x too (W8A8, what the model
-    was trained with) where "bf16" widens the weights inside the product (W8A16).
+    was trained with), unless it comes Quantised, where "bf16" widens the weights inside the product (W8A16).
     """
+    if isinstance(x, Quantised):
+        assert w.fp8, "quantised activations by a weight that takes plain ones"
+        dtype = x.dtype
+        return _by_rows(lambda q, s: _fp8_gemm(q, s, w, dtype), x.q, x.s)
     return _by_rows(lambda rows: _linear(rows, w), x)
 
 
@@ -115,12 +128,7 @@ def _linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
     if w.scale is None:
         return cpu.linear(x, w.data) if cpu.is_packed(w.data) else F.linear(x, w.data)
     if w.gemm == "fp8":
-        q, s = act_quant(x, w.scale_fmt)
-        if _fast(x):
-            import kernel
-
-            return kernel.fp8_gemm(q, s, w.data, w.scale, x.dtype)
-        return reference.fp8_gemm(q, s, w.data, w.scale, x.dtype)
+        return _fp8_gemm(*act_quant(x, w.scale_fmt), w, x.dtype)
     if _fast(x):
         import kernel
 
@@ -128,18 +136,53 @@ def _linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
     return reference.w8a16_gemm(x, w.data, w.scale, x.dtype)
 
 
-def project_float32(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """x (rows, H) times w (V, H) transposed, float32 (rows, V): the logits. See reference.project_float32."""
+def _fp8_gemm(q: torch.Tensor, s: torch.Tensor, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+    assert w.scale is not None
+    if _fast(q):
+        import kernel
+
+        return kernel.fp8_gemm(q, s, w.data, w.scale, dtype)
+    return reference.fp8_gemm(q, s, w.data, w.scale, dtype)
+
+
+def project_float32(x: torch.Tensor, w: Any) -> torch.Tensor:
+    """x (rows, H) times w (V, H) transposed, float32 (rows, V): the logits. See reference.project_float32.
+
+    w is what `prepare_float32` made of the weight.
+    """
+    if cpu.is_packed(w):
+        return _by_rows(lambda rows: cpu.linear_float32(rows, w), x)
     if _fast(x) and x.dtype == w.dtype == torch.bfloat16:
         return _by_rows(lambda rows: torch.mm(rows, w.T, out_dtype=torch.float32), x)
     return _by_rows(lambda rows: reference.project_float32(rows, w), x)
 
 
-def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, computed in float32 and rounded once. See reference.silu_mul."""
-    if _side.get() == "auto" and not gate.is_cuda:
-        return cpu.silu_mul(gate, up)
-    return reference.silu_mul(gate, up)
+def norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    delta: torch.Tensor | None = None,
+    fp8: Scales | None = None,
+    keep: bool = True,
+) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
+    """RMSNorm of x (T, H) + delta, quantised if the weight behind it has a `fp8`, and the sum. See reference.norm."""
+    if _fast(x):
+        import kernel_fused
+
+        return kernel_fused.norm(x, weight, eps, delta, fp8, keep)
+    return reference.norm(x, weight, eps, delta, fp8, keep)
+
+
+def silu_mul(gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
+    """silu(gate) * up of stacked gate_up (T, 2 I') to (T, inter), quantised if the weight behind it has a `fp8`.
+
+    See reference.silu_mul.
+    """
+    if _fast(gate_up):
+        import kernel_fused
+
+        return kernel_fused.silu_mul(gate_up, inter, fp8)
+    return (cpu if _side.get() == "auto" else reference).silu_mul(gate_up, inter, fp8)
 
 
 def route(
@@ -149,23 +192,69 @@ def route(
     return reference.route(logits, bias, rule)
 
 
-def experts(
-    x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, first: int, w1: Weight, w2: Weight, w3: Weight
-) -> torch.Tensor:
-    """The weighted sum of the SwiGLU experts this rank holds, numbered from `first`: float32 (T, H).
+def router(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, rule: reference.Routing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (T, H), w (E, H), bias (E,) float32 to weights (T, K) float32 and expert ids (T, K). See reference.router."""
+    if _fast(x) and x.dtype == w.dtype:
+        import kernel_moe
 
-    x (T, H), weights (T, K) float32, ids (T, K); w1, w3 stacked (E_local, I, H), w2 (E_local, H, I).
+        return kernel_moe.router(x, w, bias, rule, _invariant.get())
+    return route(project_float32(x, w), bias, rule)
+
+
+def experts(
+    x: torch.Tensor | Quantised,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    first: int,
+    w13: Weight,
+    w2: Weight,
+    inter: int,
+    shared: Callable[[], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The weighted sum of the SwiGLU experts this rank holds, numbered from `first`, and of what `shared` gives (T, H).
+
+    x (T, H), weights (T, K) float32, ids (T, K); w13 stacked (E_local, 2 I', H), each expert's gate and up as silu_mul
+    wants them, w2 (E_local, H, inter). Summed in float32, rounded once to x's dtype: (T, H).
     """
+    if _fast(weights):
+        import kernel_moe
+
+        return kernel_moe.experts(x, weights, ids, first, w13, w2, inter, shared, _invariant.get())
+    if isinstance(x, Quantised):
+        assert x.x is not None
+        x = x.x
 
     def run(e: int, rows: torch.Tensor) -> torch.Tensor:
-        return linear(silu_mul(linear(rows, w1.expert(e)), linear(rows, w3.expert(e))), w2.expert(e))
+        return linear(silu_mul(linear(rows, w13.expert(e)), inter), w2.expert(e))
 
-    return reference.experts(x, weights, ids, first, len(w1.data), run)
+    if not _invariant.get() and cpu.is_packed(w13.data[0]):
+        y = cpu.experts(x, weights, ids, first, w13.data, w2.data, inter)
+    else:
+        y = reference.experts(x, weights, ids, first, len(w13.data), run)
+    if shared is not None:
+        y += shared()
+    return y.to(x.dtype)
 
 
-def pack_latents(latent: torch.Tensor, c: int) -> torch.Tensor:
-    """Latents (T, C + R) as bytes with the first c values in FP8. See reference.pack_latents."""
-    return reference.pack_latents(latent, c)
+def latent_write(
+    c_kv: torch.Tensor,
+    k_pe: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_pe: torch.Tensor,
+    slots: torch.Tensor,
+    latents: torch.Tensor,
+) -> torch.Tensor:
+    """Norms c_kv, rotates k_pe and writes both at their slots; returns q_pe rotated. See reference.latent_write."""
+    if _fast(c_kv):
+        import kernel_fused
+
+        return kernel_fused.latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
+    return reference.latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
 
 
 def mla(
@@ -177,7 +266,15 @@ def mla(
     w_uv: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of ragged queries over their pages: (T, N, dn) and (T, N, R) to (T, N, dv). See reference.mla."""
+    """Attention of ragged queries over their pages: (T, N, dn) and (T, N, R) to (T, N, dv). See reference.mla.
+
+    On a GPU, in bfloat16, the batch's first sequences, of few rows, are decoded and the others prefilled.
+    """
+    if _fast(q_nope) and q_nope.dtype == torch.bfloat16:
+        import kernel_attention
+
+        by_rows = _by_rows if _invariant.get() else None
+        return kernel_attention.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, by_rows)
     if _invariant.get():
         return reference.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, one_form=ROW_BLOCK)
     side = cpu if q_nope.device.type == "cpu" and _side.get() == "auto" else reference
@@ -189,10 +286,10 @@ def prepare(w: torch.Tensor) -> Any:
     return cpu.pack(w) if w.device.type == "cpu" and _side.get() == "auto" else w
 
 
-def prepare_float32(w: torch.Tensor) -> torch.Tensor:
-    """Called once for the weight of project_float32 after loading: a CPU, which cannot multiply bfloat16 into float32,
-    keeps it in float32, as widening it in every step takes longer than reading twice the bytes."""
-    return w.float() if w.device.type == "cpu" and _side.get() == "auto" else w
+def prepare_float32(w: torch.Tensor) -> Any:
+    """Called once for a weight of project_float32 after loading: a CPU, whose bfloat16 product rounds its result, keeps
+    a form that gives float32, as widening the weight in every step takes longer than reading it."""
+    return cpu.pack_float32(w) if w.device.type == "cpu" and _side.get() == "auto" else w
 
 
 def prepare_fp8(w: torch.Tensor, scale: torch.Tensor, gemm: Gemm) -> tuple[torch.Tensor, torch.Tensor]:

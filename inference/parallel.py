@@ -3,9 +3,12 @@
 import datetime
 import os
 import re
+import socket
+import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,13 +16,16 @@ import torch.distributed as dist
 from errors import UserError
 
 T = TypeVar("T")
+ExpertLayout = Literal["whole", "split"]  # a rank has some experts whole, or a share of every one's inner width
 JOINING_LIMIT = 600.0  # seconds for all ranks to come up; a later one may have torch to import from a slow disk
 LOADING_LIMIT = 6 * 3600.0  # seconds that the slowest rank may load longer than the fastest
 ERROR_BYTES = 2048  # of an error's text that travel between ranks
+ONE_SHOT_BYTES = 384 << 10  # up to which reading every peer's part at once beats a ring of NCCL's on eight GPUs
 
 
 class RankFailure(RuntimeError):
-    """Another rank died, hung past the timeout or left: the text is one line that says which rank noticed and why."""
+    """Another rank died, hung past the timeout or left: the text is one line that says which rank noticed, and which
+    is missing if it ran on the same host, or else what the network said."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Group:
     control: Any = field(default=None, compare=False, repr=False)
     timeout: float = field(default=300.0, compare=False)  # seconds a rank waits for another
     ordered: bool = False  # sums are taken in rank order, whatever their size (batch-invariant mode)
+    one_shot: Any = field(default=None, compare=False, repr=False)  # a OneShot, where the GPUs see each other's memory
+    neighbours: tuple[tuple[int, int], ...] = field(default=(), compare=False)  # (rank, process id) on this host
 
     def split(self, n: int, what: str) -> int:
         """n over the ranks; raises UserError when it does not divide."""
@@ -48,7 +56,9 @@ class Group:
         """
         if self.size == 1:
             return x
-        with _speaking_of_ranks(self.rank):
+        with _speaking_of_ranks(self):
+            if self.one_shot is not None and not self.ordered and self.one_shot.takes(x):
+                return self.one_shot(x)
             if not self.ordered or self.size == 2:
                 dist.all_reduce(x, group=self.pg)
                 return x
@@ -63,14 +73,14 @@ class Group:
         if self.size == 1:
             return x
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        with _speaking_of_ranks(self.rank):
+        with _speaking_of_ranks(self):
             dist.all_gather(parts, x.contiguous(), group=self.pg)
         return torch.cat(parts, dim=-1)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Overwrites x, a host tensor of a shape all ranks know, with rank 0's."""
         if self.size > 1:
-            with _speaking_of_ranks(self.rank):
+            with _speaking_of_ranks(self):
                 dist.broadcast(x, src=0, group=self.control)
         return x
 
@@ -86,7 +96,7 @@ class Group:
         """The smallest of the ranks' values."""
         x = torch.tensor([value])
         if self.size > 1:
-            with _speaking_of_ranks(self.rank):
+            with _speaking_of_ranks(self):
                 dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self.control)
         return int(x[0])
 
@@ -94,14 +104,14 @@ class Group:
         """Waits for every rank, `timeout` seconds: a slow phase (loading weights) may take longer than a step."""
         if self.size > 1:
             wait = datetime.timedelta(seconds=timeout)
-            with _speaking_of_ranks(self.rank):
+            with _speaking_of_ranks(self):
                 dist.monitored_barrier(group=self.control, timeout=wait)
 
     def roll_call(self) -> None:
         """Waits for every rank as `barrier` does, for two thirds of the timeout: what is left is for a call every
         third of it, so that a rank that is gone is missed within the timeout."""
         if self.size > 1:
-            with _speaking_of_ranks(self.rank):
+            with _speaking_of_ranks(self):
                 work = dist.all_reduce(torch.zeros(1), group=self.control, async_op=True)
                 if work is not None:  # None: this rank is not of the group
                     work.wait(datetime.timedelta(seconds=self.timeout * 2 / 3))
@@ -126,13 +136,24 @@ class Group:
             raise UserError(texts[0] or f"rank {failed[0]}: {texts[failed[0]]}")
         return result
 
+    def missing(self) -> list[tuple[int, str]]:
+        """Ranks of this host that cannot answer any more, each with what has become of it."""
+        fates = [(rank, _fate(pid)) for rank, pid in self.neighbours if rank != self.rank]
+        return [(rank, fate) for rank, fate in fates if fate]
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it is for this rank to tell the user of a failure: the first on its host that still can."""
+        gone = {rank for rank, _ in self.missing()}
+        return all(rank >= self.rank or rank in gone for rank, _ in self.neighbours)
+
     def _gather_text(self, text: str) -> list[str]:
         """Every rank's text (cut to ERROR_BYTES), as bytes in a tensor: nothing is pickled."""
         mine = torch.zeros(ERROR_BYTES, dtype=torch.uint8)
         raw = text.encode("utf-8", "replace")[:ERROR_BYTES]
         mine[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        with _speaking_of_ranks(self.rank):
+        with _speaking_of_ranks(self):
             dist.all_gather(parts, mine, group=self.control)
         return [bytes(part.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for part in parts]
 
@@ -163,10 +184,35 @@ def join(timeout: float) -> Group:
     rank, size, _, _ = environment()
     if size == 1:
         return SOLO
-    with _speaking_of_ranks(rank, "could not join the others"):
+    with _speaking_of_ranks(Group(rank, size), "could not join the others"):
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=max(timeout, JOINING_LIMIT)))
         hosts = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
-    return Group(rank, size, hosts, hosts, timeout)
+        mine = torch.tensor([_host(), os.getpid()])
+        places = [torch.empty_like(mine) for _ in range(size)]
+        dist.all_gather(places, mine, group=hosts)
+    pids = [(other, int(place[1])) for other, place in enumerate(places) if place[0] == mine[0]]
+    return Group(rank, size, hosts, hosts, timeout, neighbours=tuple(pids))
+
+
+def _host() -> int:
+    """A number that ranks have in common if they can see each other's processes and belong to one torchrun."""
+    try:
+        processes = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        processes = 0
+    return zlib.crc32(f"{socket.gethostname()} {processes} {os.environ.get('GROUP_RANK')}".encode())
+
+
+def _fate(pid: int) -> str:
+    """What has become of a process of this host; empty while it runs, or where the system does not say."""
+    try:
+        stat = open(f"/proc/{pid}/stat", "rb").read()  # noqa: SIM115
+    except FileNotFoundError:
+        return "has died" if os.path.exists("/proc/self/stat") else ""
+    except OSError:
+        return ""
+    state = stat.rpartition(b")")[2].split()[0]  # after the name, which may hold anything
+    return {b"Z": "has died", b"X": "has died", b"T": "is stopped", b"t": "is stopped"}.get(state, "")
 
 
 def on(device: torch.device, group: Group) -> Group:
@@ -174,8 +220,45 @@ def on(device: torch.device, group: Group) -> Group:
     if group.size == 1 or device.type != "cuda":
         return group
     wait = datetime.timedelta(seconds=group.timeout)
-    with _speaking_of_ranks(group.rank):
-        return replace(group, pg=dist.new_group(backend="nccl", timeout=wait, device_id=device))
+    with _speaking_of_ranks(group):
+        group = replace(group, pg=dist.new_group(backend="nccl", timeout=wait, device_id=device))
+    if len(group.neighbours) < group.size:
+        return group
+    one_shot = OneShot.offered(group, device)
+    return replace(group, one_shot=one_shot) if group.min_int(int(one_shot is not None)) else group
+
+
+class OneShot:
+    """Sums of small tensors over the GPUs of one host: each rank reads all parts from its peers' memory at once, which
+    takes one kernel and no rounds (torch's symmetric memory)."""
+
+    def __init__(self, group: Group, device: torch.device):
+        """Raises RuntimeError, AttributeError or ImportError where torch or the GPUs do not offer it."""
+        from torch.distributed import _symmetric_memory as symmetric
+
+        self.name = group.pg.group_name
+        self.buffer = symmetric.empty(ONE_SHOT_BYTES, dtype=torch.uint8, device=device)
+        symmetric.rendezvous(self.buffer, group=self.name)
+
+    @classmethod
+    def offered(cls, group: Group, device: torch.device) -> "OneShot | None":
+        """One that has summed a sample rightly, or None. Every rank calls it."""
+        try:
+            found = cls(group, device)
+            sample = torch.arange(8, device=device, dtype=torch.bfloat16) + group.rank
+            expected = torch.arange(8, device=device) * group.size + group.size * (group.size - 1) // 2
+            return found if torch.equal(found(sample).float(), expected.to(torch.bfloat16).float()) else None
+        except (RuntimeError, AttributeError, ImportError, TypeError, ValueError):
+            return None
+
+    def takes(self, x: torch.Tensor) -> bool:
+        return x.nbytes <= ONE_SHOT_BYTES and x.nbytes % 16 == 0 and x.is_contiguous()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of x over the ranks, in x."""
+        part = self.buffer[: x.nbytes].view(x.dtype).view(x.shape)
+        part.copy_(x)
+        return x.copy_(torch.ops.symm_mem.one_shot_all_reduce(part, "sum", self.name))
 
 
 def stop() -> None:
@@ -196,16 +279,24 @@ def choose_threads(asked: int | None, local_size: int) -> int:
 
 
 class _speaking_of_ranks:
-    """Turns a collective's failure into one line that names this rank."""
+    """Turns a collective's failure into one line that names this rank, and the missing one if it ran on this host."""
 
-    def __init__(self, rank: int, failure: str = "lost contact with another rank"):
-        self.rank, self.failure = rank, failure
+    def __init__(self, group: Group, failure: str = "lost contact with another rank"):
+        self.group, self.failure = group, failure
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, RankFailure):
+        if not isinstance(error, RuntimeError) or isinstance(error, RankFailure):
+            return
+        until = time.monotonic() + 0.5  # a process closes its connections a moment before it is seen to be dead
+        while not (missing := self.group.missing()) and time.monotonic() < until:
+            time.sleep(0.02)
+        if missing:
+            said = "lost contact with " + " and ".join(f"rank {rank}, which {fate}" for rank, fate in missing)
+        else:
             cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
             cause = re.sub(r"^\[\S+:\d+\] ", "", cause).partition(". This is typically")[0]  # gloo's own trimmings
-            raise RankFailure(f"rank {self.rank} {self.failure}: {cause}") from error
+            said = f"{self.failure}: {cause}"
+        raise RankFailure(f"rank {self.group.rank} {said}") from error

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,22 @@ if TYPE_CHECKING:
 # --------------------------------------------------------------------------------------------------------------------
 
 BLOCK = 128  # one scale covers 1 x BLOCK activations, or BLOCK x BLOCK weights
+Scales = Literal["float32", "ue8m0"]  # of quantised activations: any float32, or powers of two
+
+
+class Quantised(NamedTuple):
+    """Activations ready for a W8A8 product, as act_quant makes them."""
+
+    q: torch.Tensor  # (T, K) FP8
+    s: torch.Tensor  # (T, ceil(K/128)) float32
+    x: torch.Tensor | None = None  # (T, K) what was quantised, where somebody still needs it (the router)
+    dtype: torch.dtype = torch.bfloat16  # of what was quantised, and so of a product
+
+
+def quantised(x: torch.Tensor, fp8: Scales, keep: bool = False) -> Quantised:
+    """x (T, K) through act_quant with scales of the format `fp8`; `keep` holds on to x itself."""
+    q, s = act_quant(x, scale_fmt=None if fp8 == "float32" else fp8)
+    return Quantised(q, s, x if keep else None, x.dtype)
 
 
 def act_quant(
@@ -92,6 +108,29 @@ def w8a16_gemm(
     return out.to(out_dtype or x.dtype)
 
 
+def norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    delta: torch.Tensor | None = None,
+    fp8: Scales | None = None,
+    keep: bool = True,
+) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
+    """RMSNorm of x (T, H) + delta (T, H) and that sum itself, the next residual; without delta x is the sum.
+
+    The sum is rounded to x's dtype, then normed. If fp8 names the scales, the norm is quantised as it was rounded, and
+    with `keep` also kept.
+    """
+    total = x if delta is None else x + delta
+    y = rms_norm(total, weight, eps)
+    return quantised(y, fp8, keep) if fp8 else y, total
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * weight over the last dimension, in float32, rounded once to x's dtype."""
+    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+
+
 def to_fnuz(w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float8_e4m3fn weights and their scales as float8_e4m3fnuz, the FP8 type of AMD's CDNA 3, without rounding.
 
@@ -164,9 +203,32 @@ def route(logits: torch.Tensor, bias: torch.Tensor | None, rule: Routing) -> tup
     return weights * rule.route_scale, ids
 
 
-def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """SwiGLU's product, silu(gate) * up, in float32 and rounded once to gate's dtype."""
-    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+def router(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, rule: Routing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (T, H) and the router's weights (E, H) to expert weights (T, K), float32, and expert ids (T, K), int64.
+
+    The logits are float32: products of bfloat16 numbers are exact there, and are summed in it.
+    """
+    return route(project_float32(x, w), bias, rule)
+
+
+def silu_mul(gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
+    """SwiGLU's product, silu(gate) * up, in float32 and rounded once to gate_up's dtype: (T, inter), then quantised
+    if fp8 names the scales.
+
+    gate_up (T, 2 I'), of which the gate's channels are the first `inter` and up's those from I' on.
+    """
+    gate, up = halves(gate_up, inter)
+    y = (F.silu(gate.float()) * up.float()).to(gate.dtype)
+    return quantised(y, fp8) if fp8 else y
+
+
+def halves(gate_up: torch.Tensor, inter: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up, each (T, inter), views of a stacked product (T, 2 I') whose halves may end in filling."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    assert gate.shape == up.shape and inter <= gate.shape[-1], (gate_up.shape, inter)
+    return gate[..., :inter], up[..., :inter]
 
 
 def experts(
@@ -194,6 +256,58 @@ def experts(
             out.index_add_(0, rows, run(e, x[rows]).float() * w)
         start += n
     return out
+
+
+def sort(ids: torch.Tensor, first: int, n_local: int, block_m: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The assignments a = t * K + k of ids (T, K), expert by expert, in order within each, and their tiles of rows.
+
+    order (T * K,) int32: the assignments of experts [first, first + n_local), the rest -1. tiles
+    (min(T * K, n_local) + T * K // block_m, 3) int32, which is always enough: a tile's local expert, its first place in
+    order, its number of rows, at most block_m; unused ones are -1.
+    """
+    flat = ids.flatten()
+    order = torch.full(flat.shape, -1, dtype=torch.int32, device=ids.device)
+    tiles = torch.full((min(len(flat), n_local) + len(flat) // block_m, 3), -1, dtype=torch.int32, device=ids.device)
+    start = used = 0
+    for e in range(n_local):
+        rows = (flat == first + e).nonzero().flatten()
+        order[start : start + len(rows)] = rows
+        for done in range(0, len(rows), block_m):
+            tiles[used] = tiles.new_tensor([e, start + done, min(len(rows) - done, block_m)])
+            used += 1
+        start += len(rows)
+    return order, tiles
+
+
+def grouped_gemm(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    tiles: torch.Tensor,
+    share: int,
+    product: Callable[[int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Row a is x[a // share] times its expert's weights, for the assignments a in order: (len(order), N), in x's dtype.
+
+    `product(e, rows)` multiplies rows by local expert e's weights. Rows of assignments that are not in order are zero.
+    """
+    out = x.new_zeros(len(order), product(0, x[:0]).shape[1])
+    for e, start, rows in tiles[tiles[:, 0] >= 0].tolist():
+        a = order[start : start + rows].long()
+        out[a] = product(e, x[a // share])
+    return out
+
+
+def combine(
+    y: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, first: int, n_local: int, shared: torch.Tensor | None
+) -> torch.Tensor:
+    """The weighted sum of the assignments' rows y (T * K, H), over the experts [first, first + n_local) alone, plus the
+    shared experts' (T, H): summed in float32 in the order of k, rounded once to y's dtype, (T, H)."""
+    out = torch.zeros(len(ids), y.shape[1], dtype=torch.float32, device=y.device)
+    local = (ids >= first) & (ids < first + n_local)  # (T, K)
+    for k in range(ids.shape[1]):
+        rows = y.unflatten(0, ids.shape)[:, k].float() * weights[:, k, None]
+        out += rows.where(local[:, k, None], 0)
+    return (out if shared is None else out + shared.float()).to(y.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -269,13 +383,38 @@ def gather(
     `c` and `dtype` say how to unpack latents that are kept in FP8.
     """
     page = latents.shape[1]
-    used = pages[: -(-length // page)].long()
-    first = int(used[0])
-    if torch.equal(used, torch.arange(first, first + len(used), device=used.device)):
+    used = pages[: -(-length // page)].tolist()
+    first = used[0]
+    if used == list(range(first, first + len(used))):
         rows = latents[first : first + len(used)].flatten(0, 1)[:length]  # neighbours: a view, nothing is copied
     else:
         rows = latents[used].flatten(0, 1)[:length]
     return unpack_latents(rows, c, dtype) if rows.dtype == torch.uint8 else rows
+
+
+def latent_write(
+    c_kv: torch.Tensor,
+    k_pe: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_pe: torch.Tensor,
+    slots: torch.Tensor,
+    latents: torch.Tensor,
+) -> torch.Tensor:
+    """Writes each token's latent, its norm of c_kv (T, C) and its rotated k_pe (T, R), into the pool at its slot, and
+    returns q_pe (T, N, R) rotated.
+
+    cos and sin are (T, R/2) float32; slots (T,), of which negative ones are written nowhere; latents
+    (n_pages, page, C + R) in c_kv's dtype, or rows of bytes as pack_latents makes them. V2 equations 9, 14 and 15.
+    """
+    latent = torch.cat((rms_norm(c_kv, weight, eps), rotary(k_pe, cos, sin)), dim=-1)  # (T, C + R)
+    if latents.dtype == torch.uint8:
+        latent = pack_latents(latent, c_kv.shape[1])
+    kept = slots >= 0
+    latents.flatten(0, 1).index_copy_(0, slots[kept].long(), latent[kept])
+    return rotary(q_pe, cos, sin)
 
 
 def pack_latents(latent: torch.Tensor, c: int) -> torch.Tensor:

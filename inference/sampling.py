@@ -113,34 +113,61 @@ def penalised(logits: torch.Tensor, params: SamplingParams, tokens: Sequence[int
     return logits
 
 
-def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The distribution (V,), float64, that one row of logits (V,) is sampled from; at temperature 0 all on the
-    likeliest token, the first of them where several are.
+def probabilities(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """The distributions (rows, V), float64, that rows of logits (rows, V) are sampled from; at temperature 0 all is on
+    the likeliest token, the first of them where several are.
 
     Temperature, then top-k, then the smallest set of the likeliest tokens that reaches top_p of what is left, then
     min_p. A token as likely as the last one kept stays out if it comes later.
     """
-    if params.temperature == 0:
-        return torch.zeros_like(logits, dtype=torch.float64).scatter_(0, logits.argmax(dim=-1, keepdim=True), 1.0)
-    logits = logits.double()
-    p = ((logits - logits.max()) / params.temperature).softmax(dim=-1)  # the difference first: a tiny T overflows
-    if params.top_k == 0 and params.top_p == 1 and params.min_p == 0:
-        return p
-    ranked, order = p.sort(descending=True, stable=True)
-    if 0 < params.top_k < len(ranked):
-        ranked[params.top_k :] = 0
-    if params.top_p < 1:
+    best = logits.argmax(dim=-1, keepdim=True)
+    peak = logits.gather(-1, best).double()
+    temperature = _column([row.temperature for row in params], logits.device)
+    divisor = temperature.masked_fill(temperature == 0, 1.0)
+    p = ((logits.double() - peak) / divisor).softmax(dim=-1)  # the difference first: a tiny T overflows
+    if any(row.top_k or row.top_p < 1 or row.min_p for row in params):
+        p = _cut(p, params)
+    return torch.where(temperature == 0, torch.zeros_like(p).scatter_(-1, best, 1.0), p)
+
+
+_LIKELIEST = 1024  # tokens a CPU ranks at first: mostly all that a cut keeps, for a tenth of the time a sort takes
+
+
+def _cut(p: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+    """p (rows, V) without the tokens that top_k, top_p and min_p leave out; rows sum to 1 again."""
+    vocab = p.shape[-1]
+    most = [min(row.top_k or vocab, vocab) for row in params]
+    top_k, top_p, min_p = (
+        _column(values, p.device) for values in (most, [row.top_p for row in params], [row.min_p for row in params])
+    )
+    few = vocab > _LIKELIEST and not p.is_cuda  # on a GPU, to look whether they were enough would make the host wait
+    for n in (_LIKELIEST, vocab) if few and all(k == vocab or k <= _LIKELIEST for k in most) else (vocab,):
+        ranked = p.topk(n, dim=-1).values
+        place = torch.arange(n, device=p.device)
+        total = torch.where(top_k < vocab, ranked.masked_fill(place >= top_k, 0).sum(dim=-1, keepdim=True), 1.0)
         before = ranked.cumsum(dim=-1) - ranked
-        ranked[before >= params.top_p * ranked.sum()] = 0
-    ranked[ranked < params.min_p * ranked[0]] = 0
-    ranked /= ranked.sum()
-    return torch.zeros_like(p).scatter_(0, order, ranked)
+        stays = (place < top_k) & ((before < top_p * total) | (top_p == 1)) & (ranked >= min_p * ranked[:, :1])
+        kept = stays.sum(dim=-1, keepdim=True).clamp(min=1)  # none stays in a row of NaN
+        if n < vocab and bool((kept < n).all()):
+            break
+    last = ranked.gather(-1, kept - 1)
+    level = p == last
+    spare = kept - (p > last).sum(dim=-1, keepdim=True)
+    p = p.masked_fill((p < last) | (level & (level.cumsum(dim=-1) > spare)), 0)
+    return p / p.sum(dim=-1, keepdim=True)
 
 
-def draw(p: torch.Tensor, noise: float) -> int:
-    """The token at which the cumulative distribution of p (V,), which need not sum to 1, passes the noise."""
+def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """One value per row, as (rows, 1), float64."""
+    return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(-1)
+
+
+def draw(p: torch.Tensor, noise: Sequence[float]) -> torch.Tensor:
+    """For each row of p (rows, V), which need not sum to 1, the token at which its cumulative distribution passes the
+    row's noise."""
     cumulative = p.cumsum(dim=-1)
-    return int(torch.searchsorted(cumulative, noise * cumulative[-1], right=True).clamp(max=len(p) - 1))
+    at = torch.tensor(noise, dtype=p.dtype, device=p.device).unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, at, right=True).clamp(max=p.shape[-1] - 1).squeeze(-1)
 
 
 @dataclass
@@ -151,75 +178,111 @@ class Draft:
     q: list[torch.Tensor | None] = field(default_factory=list)
 
 
-def is_sound(logits: torch.Tensor) -> list[bool]:
+@dataclass
+class Ask:
+    """What is to be known of a request to continue it: `tokens` so far, the first `n_prompt` of which are the prompt,
+    the draft of what follows, and the number that tells its noise from other requests'."""
+
+    params: SamplingParams
+    noise: int
+    tokens: Sequence[int]
+    n_prompt: int
+    draft: Draft = field(default_factory=Draft)
+
+    def penalised(self, logits: torch.Tensor, n_drafts: int) -> torch.Tensor:
+        """One row of logits (V,), after `n_drafts` drafts, less the penalties."""
+        if not self.params.penalises:
+            return logits
+        return penalised(logits, self.params, [*self.tokens, *self.draft.tokens[:n_drafts]], self.n_prompt)
+
+    def uniform(self, n_drafts: int, use: int) -> float:
+        """The noise for the token after `n_drafts` drafts."""
+        return uniform(self.params.seed, self.noise, len(self.tokens) + n_drafts, use)
+
+
+def is_sound(logits: torch.Tensor) -> torch.Tensor:
     """For each row of logits (rows, V) whether it can be sampled from: no NaN, no +inf, not -inf everywhere."""
-    top = logits.amax(dim=-1)  # a NaN in the row makes it NaN
-    return top.isfinite().tolist()
+    return logits.amax(dim=-1).isfinite()  # a NaN in the row makes it NaN
 
 
-def verify(
-    logits: torch.Tensor,
-    params: SamplingParams,
-    request: int,
-    tokens: list[int],
-    n_prompt: int,
-    draft: Draft,
-) -> list[int] | None:
-    """The tokens that follow `tokens`: the drafts accepted, in order, and one more. None if a row is unsound.
+_ROWS = 32  # distributions that exist at one time: of 129,280 tokens, 33 MB for each array of them
 
-    logits (1 + drafts, V): row i is the main model's, after `tokens` and i drafts. Speculative sampling (arXiv
-    2302.01318, algorithm 2): draft x, drawn from q, is accepted with probability min(1, p(x) / q(x)); at the first
-    rejection the token comes from max(p - q, 0) instead; if none is rejected the last row gives one token more. The
-    result is distributed as if there had been no drafts, penalties and cuts included; at temperature 0 it is equal.
+
+def verify(logits: torch.Tensor, asks: Sequence[Ask]) -> list[list[int] | None]:
+    """The tokens that follow each request's: its drafts accepted, in order, and one more. None if a row is unsound.
+
+    logits (sum of 1 + drafts, V), requests in order: row i of a request is the main model's, after its tokens and i
+    drafts. Speculative sampling (arXiv 2302.01318, algorithm 2): draft x, drawn from q, is accepted with probability
+    min(1, p(x) / q(x)); at the first rejection the token comes from max(p - q, 0) instead; if none is rejected the last
+    row gives one token more. The result is distributed as if there had been no drafts, penalties and cuts included;
+    at temperature 0 it is equal. All rows are judged at once: what comes after a rejection is thrown away.
     """
-    if not all(is_sound(logits)):
-        return None
-    if params.temperature == 0 and not params.penalises:
-        best = logits.argmax(dim=-1).tolist()
-        n = next((i for i, (x, b) in enumerate(zip(draft.tokens, best, strict=False)) if x != b), len(draft.tokens))
-        return best[: n + 1]
-    made: list[int] = []
-    for i in range(len(logits)):
-        p = probabilities(penalised(logits[i], params, tokens + made, n_prompt), params)
-        position = len(tokens) + len(made)
-        if i < len(draft.tokens):
-            x, q = draft.tokens[i], draft.q[i]
-            q_x = 1.0 if q is None else float(q[x])
-            if uniform(params.seed, request, position, ACCEPT) * q_x < float(p[x]):
-                made.append(x)
+    rows = [(ask, i) for ask in asks for i in range(len(ask.draft.tokens) + 1)]
+    if any(ask.params.penalises for ask in asks):
+        logits = torch.stack([ask.penalised(row, i) for row, (ask, i) in zip(logits, rows, strict=True)])
+    believed = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
+    said = logits.argmax(dim=-1)
+    sampled = [n for n, (ask, _) in enumerate(rows) if ask.params.temperature]
+    for at in range(0, len(sampled), _ROWS):
+        part = sampled[at : at + _ROWS]
+        believed[part], said[part] = _judge(logits[part], [rows[n] for n in part])
+    facts = torch.stack((is_sound(logits).long(), believed.long(), said)).tolist()  # the one wait for the device
+    answers: list[list[int] | None] = []
+    found = zip(*facts, strict=True)
+    for ask in asks:
+        made: list[int] = []
+        whole, rejected = True, False
+        for i, (sound, accepted, token) in zip(range(len(ask.draft.tokens) + 1), found, strict=False):
+            whole = whole and bool(sound)
+            if rejected:
                 continue
-            rest = p.clone()
-            if q is None:
-                rest[x] = 0
-            else:
-                rest = (p - q).clamp(min=0)
-            p = rest if float(rest.sum()) > 0 else p  # p = q up to rounding: any draw from p will do
-        made.append(draw(p, uniform(params.seed, request, position)) if params.temperature else int(p.argmax()))
-        break
-    return made
+            draft = ask.draft.tokens[i] if i < len(ask.draft.tokens) else None
+            rejected = not (accepted if ask.params.temperature else token == draft)
+            made.append(token if rejected or draft is None else draft)
+        answers.append(made if whole else None)
+    return answers
 
 
-def propose(
-    logits: torch.Tensor, params: SamplingParams, request: int, tokens: list[int], n_prompt: int, draft: Draft
-) -> None:
-    """Appends to the draft the next token the MTP module's logits (V,) propose after `tokens` and the drafts so far.
+def _judge(logits: torch.Tensor, rows: Sequence[tuple[Ask, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """For rows (rows, V) that are sampled, each of a request after i drafts: whether its next draft is accepted, and
+    the token to be said if it is not, or if there is none."""
+    p = probabilities(logits, [ask.params for ask, _ in rows])
+    believed = torch.zeros(len(rows), dtype=torch.bool, device=p.device)
+    rest = p.clone()
+    for n, (ask, i) in enumerate(rows):
+        if i == len(ask.draft.tokens):
+            continue
+        x, q = ask.draft.tokens[i], ask.draft.q[i]
+        believed[n] = ask.uniform(i, ACCEPT) * (1.0 if q is None else q[x]) < p[n, x]
+        if q is None:
+            rest[n, x] = 0
+        else:
+            rest[n] = (p[n] - q).clamp(min=0)
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q up to rounding: any draw from p will do
+    return believed, draw(rest, [ask.uniform(i, SAMPLE) for ask, i in rows])
+
+
+def propose(logits: torch.Tensor, asks: Sequence[Ask]) -> None:
+    """Appends to each request's draft the next token the MTP module's logits (requests, V) propose after its tokens and
+    the drafts so far.
 
     It is drawn as the main model's token would be: a proposal like the target is accepted most often.
     """
-    if not is_sound(logits[None])[0]:
-        logits = torch.zeros_like(logits)  # a bad draft costs time, never correctness
-    if params.temperature == 0 and not params.penalises:
-        draft.tokens.append(int(logits.argmax()))
-        draft.q.append(None)
-        return
-    so_far = tokens + draft.tokens
-    q = probabilities(penalised(logits, params, so_far, n_prompt), params)
-    if params.temperature == 0:
-        draft.tokens.append(int(q.argmax()))
-        draft.q.append(None)
-    else:
-        draft.tokens.append(draw(q, uniform(params.seed, request, len(so_far), DRAFT)))
-        draft.q.append(q)
+    logits = logits.masked_fill(~is_sound(logits).unsqueeze(-1), 0.0)  # a bad draft costs time, never correctness
+    if any(ask.params.penalises for ask in asks):
+        logits = torch.stack([ask.penalised(row, len(ask.draft.tokens)) for row, ask in zip(logits, asks, strict=True)])
+    said = logits.argmax(dim=-1)
+    drawn_from: list[torch.Tensor | None] = [None] * len(asks)
+    sampled = [n for n, ask in enumerate(asks) if ask.params.temperature]
+    for at in range(0, len(sampled), _ROWS):
+        part = sampled[at : at + _ROWS]
+        q = probabilities(logits[part], [asks[n].params for n in part])
+        said[part] = draw(q, [asks[n].uniform(len(asks[n].draft.tokens), DRAFT) for n in part])
+        for n, row in zip(part, q, strict=True):
+            drawn_from[n] = row
+    for ask, token, row in zip(asks, said.tolist(), drawn_from, strict=True):
+        ask.draft.tokens.append(token)
+        ask.draft.q.append(row)
 
 
 @dataclass(frozen=True)

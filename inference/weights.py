@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 from config import BLOCK_SIZE, ModelArgs, load_config, read_json
 from errors import UserError
-from parallel import SOLO, Group
+from parallel import SOLO, ExpertLayout, Group
 from tensorfile import TEMPORARY, Entry, Reader, describe, read_header
 
 FORMAT, VERSION = "deepseek-v3-ranks", 1  # the mark in converted files; a reader refuses a version it does not know
 HF_INDEX = "model.safetensors.index.json"
+AskedLayout = ExpertLayout | Literal["auto"]
 IGNORED = "rotary_emb.inv_freq"  # a buffer some releases saved; it follows from the config
 
 
@@ -38,7 +39,8 @@ IGNORED = "rotary_emb.inv_freq"  # a buffer some releases saved; it follows from
 class Row(NamedTuple):
     """A tensor's two names, its shape in the words of `sizes`, and which dimension the ranks split (None: all have it).
 
-    Routed experts are not split: a rank holds whole ones. A row in whose shape a size is 0 does not exist.
+    Routed experts are split only in the "split" layout; in the other a rank holds whole ones. A row in whose shape a
+    size is 0 does not exist.
     """
 
     ours: str
@@ -79,9 +81,9 @@ MOE = (
     Row("ffn.shared_experts.w3.weight", "mlp.shared_experts.up_proj.weight", ("S", "H"), 0, True),
 )
 EXPERT = (
-    Row("w1.weight", "gate_proj.weight", ("M", "H"), None, True),
-    Row("w2.weight", "down_proj.weight", ("H", "M"), None, True),
-    Row("w3.weight", "up_proj.weight", ("M", "H"), None, True),
+    Row("w1.weight", "gate_proj.weight", ("M", "H"), 0, True),
+    Row("w2.weight", "down_proj.weight", ("H", "M"), 1, True),
+    Row("w3.weight", "up_proj.weight", ("M", "H"), 0, True),
 )
 MTP = (  # besides an ordinary layer's tensors; the released files repeat the main model's embedding and head
     Row("embed.weight", "embed_tokens.weight", ("V", "H"), 0, required=False),
@@ -115,15 +117,24 @@ class Spec(NamedTuple):
     expert: int | None  # its number, if it belongs to a routed expert
     required: bool
 
-    def cut(self, group: Group, args: ModelArgs) -> tuple[tuple[int, int], ...] | None:
+    def cut(self, group: Group, args: ModelArgs, experts: ExpertLayout) -> tuple[tuple[int, int], ...] | None:
         """The part of it a rank holds, a range per dimension; None if it holds none of it."""
-        if self.expert is not None and self.expert // (args.n_routed_experts // group.size) != group.rank:
+        if self.expert is not None and self.expert not in held_experts(args, group, experts):
             return None
-        parts = [group.size if d == self.split else 1 for d in range(len(self.shape))]
+        split = self.split if self.expert is None or experts == "split" else None
+        parts = [group.size if d == split else 1 for d in range(len(self.shape))]
         return tuple(
             (group.rank * (n // p), (group.rank + 1) * (n // p)) if p > 1 else (0, n)
             for n, p in zip(self.shape, parts, strict=True)
         )
+
+
+def held_experts(args: ModelArgs, group: Group, experts: ExpertLayout) -> range:
+    """The numbers of the routed experts a rank holds, whole or its share of each."""
+    if experts == "split":
+        return range(args.n_routed_experts)
+    each = args.n_routed_experts // group.size
+    return range(group.rank * each, (group.rank + 1) * each)
 
 
 @functools.lru_cache(maxsize=2)
@@ -167,37 +178,78 @@ def scale_name(weight: str) -> str:
     return weight.removesuffix("weight") + "scale"
 
 
-def check_ranks(args: ModelArgs, ranks: int, fp8: bool) -> None:
+def check_ranks(args: ModelArgs, ranks: int, fp8: bool, experts: ExpertLayout = "whole") -> None:
     """Raises UserError unless the model divides over that many ranks: heads, vocabulary, widths and experts, and, where
-    FP8 weights stay FP8, each rank's part of a weight into whole 128x128 blocks. The message says which counts work.
+    FP8 weights stay FP8, each rank's part of a weight into whole 128x128 blocks. The message says which counts work,
+    and whether the other layout of the experts would.
     """
 
-    def problem(n: int) -> str | None:
+    def problem(n: int, experts: ExpertLayout) -> str | None:
         size = sizes(args)
+        rows = [*BLOCK, *(DENSE if args.n_dense_layers else ()), *MOE]
         counts = {"n_heads": args.n_heads, "vocab_size": args.vocab_size}
         if args.n_dense_layers:
             counts["inter_dim"] = args.inter_dim
         if args.n_moe_layers or args.n_mtp_layers:
-            counts |= {"n_routed_experts": args.n_routed_experts, "the shared experts' width": size["S"]}
+            if experts == "whole":
+                counts["n_routed_experts"] = args.n_routed_experts
+            counts["the shared experts' width"] = size["S"]
+            if experts == "split":
+                counts["moe_inter_dim"] = args.moe_inter_dim
         for what, count in counts.items():
             if count % n:
                 return f"{what} {count} does not divide by {n} ranks"
-        for row in (*BLOCK, *DENSE, *MOE) if fp8 and n > 1 else ():
+        for row in rows if fp8 and n > 1 else ():
             if row.fp8 and row.split is not None and size[row.shape[row.split]] // n % BLOCK_SIZE:
-                if row in DENSE and not args.n_dense_layers:
-                    continue
                 dimension = ("rows", "columns")[row.split]
                 return (
                     f"{row.ours.removesuffix('.weight')} has {size[row.shape[row.split]]} {dimension}, "
                     f"which {n} ranks cannot share in whole {BLOCK_SIZE}-wide FP8 blocks"
                 )
+        if fp8 and n > 1 and counts.get("moe_inter_dim", 0) // n % BLOCK_SIZE:
+            return (
+                f"moe_inter_dim is {args.moe_inter_dim}, "
+                f"which {n} ranks cannot share in whole {BLOCK_SIZE}-wide FP8 blocks"
+            )
         return None
 
     if ranks < 1:
         raise UserError(f"the number of ranks is {ranks}, expected at least 1")
-    if found := problem(ranks):
-        fits = ", ".join(str(n) for n in range(1, args.n_heads + 1) if not problem(n))
-        raise UserError(f"{found} (it works with {fits})")
+    if found := problem(ranks, experts):
+        fits = ", ".join(str(n) for n in range(1, args.n_heads + 1) if not problem(n, experts))
+        other: ExpertLayout = "whole" if experts == "split" else "split"
+        way_out = "" if problem(ranks, other) else f"; --experts {other} works"
+        raise UserError(f"{found} (it works with {fits}){way_out}")
+
+
+def choose_experts(
+    asked: AskedLayout,
+    args: ModelArgs,
+    ranks: int,
+    fp8: bool,
+    made: ExpertLayout | None = None,
+) -> tuple[ExpertLayout, str]:
+    """How the ranks share the routed experts, and a line that says why.
+
+    Files that were made for ranks (`made`) are followed. Else "auto" splits every expert's inner width where it divides
+    (into whole 128-wide blocks if the checkpoint is FP8), by the byte count: at one token a V3 layer's 8 experts are
+    352 MB of FP8, 44 MB on each of 8 ranks. Whole, they lie on at most 4 of the ranks, and all wait for the busiest,
+    which reads two experts, 88 MB, at the least. With many tokens every rank reads all it has either way.
+    Raises UserError when asked for another layout than the files have.
+    """
+    if made is not None:
+        if asked not in ("auto", made) and ranks > 1:
+            raise UserError(f"--experts {asked}, but the files hold {made} experts: convert again, or --experts {made}")
+        return made, f"experts: {made}, as the files were converted"
+    if asked != "auto":
+        return asked, f"experts: {asked}, as asked"
+    width, unit = args.moe_inter_dim, BLOCK_SIZE if fp8 else 1
+    if ranks <= 1:
+        return "whole", "experts: whole, on one rank"
+    if width % (ranks * unit):
+        what = f"in whole {BLOCK_SIZE}-wide FP8 blocks" if fp8 else "evenly"
+        return "whole", f"experts: whole, as {ranks} ranks cannot share their width of {width} {what}"
+    return "split", f"experts: split, a rank has {width // ranks} of each one's width of {width}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -294,6 +346,12 @@ class Checkpoint:
             raise UserError(f"{self.path / self._owner[gone[0]]}: {gone[0]} is missing, but {HF_INDEX} places it there")
         return found
 
+    def experts(self, ranks: int) -> ExpertLayout | None:
+        """How files made for that many ranks share the routed experts; None where the files are whole."""
+        if self.kind == "converted" and ranks in self._owner:
+            return self._owner[ranks].experts
+        return None if self.kind == "hf" else "whole"
+
     def _names(self) -> dict[str, torch.dtype | None]:
         """Every rank's tensor names, with dtypes where a header had to be read for them."""
         if self.kind == "converted":
@@ -314,13 +372,16 @@ class Checkpoint:
         fp8 = torch.float8_e4m3fn
         return any(d == fp8 or n.endswith((".scale", ".weight_scale_inv")) for n, d in self._names().items())
 
-    def check(self, args: ModelArgs, group: Group = SOLO) -> dict[str, Entry]:
+    def check(self, args: ModelArgs, group: Group = SOLO, experts: AskedLayout = "auto") -> dict[str, Entry]:
         """Everything that can be known without reading the weights: files, names, shapes, dtypes, scales.
 
         Returns the entries a rank needs, by our names; in an "hf" directory they are whole tensors, of which the rank
-        may need a part. Raises UserError naming file, tensor, what was expected and what was found.
+        may need a part (of routed experts as `experts` says, see choose_experts). Raises UserError naming file, tensor,
+        what was expected and what was found.
         """
-        check_ranks(args, group.size, fp8=False)
+        made = self.experts(group.size)
+        layout, _ = choose_experts(experts, args, group.size, self.quantised, made)
+        check_ranks(args, group.size, fp8=False, experts=layout)
         if self.args is not None and (self.args.dtype == "fp8") != self.quantised:
             said, held = ("no", "") if self.quantised else ("a", "no ")
             raise UserError(
@@ -332,7 +393,7 @@ class Checkpoint:
         found: dict[str, Entry] = {}
         rounded = ""
         for name, spec in expected.items():
-            cut = spec.cut(group, args)
+            cut = spec.cut(group, args, layout)
             entry = on_disk.get(spec.hf if hf else name)
             if entry is None:
                 if cut is not None and spec.required:
@@ -393,6 +454,7 @@ class ConvertedIndex:
         self.pending: bool = raw.get("pending") is True
         self.obsolete: list[str] = raw.get("obsolete", [])
         self.files: dict[str, dict[str, Any]] = raw.get("files", {})
+        self.experts: ExpertLayout = raw.get("experts", "whole")  # indices of before the choice do not say
         if not self._well_formed(raw):
             raise UserError(f"{self.path}: damaged; copy the directory again or convert again")
         for file in (*self.files, *self.obsolete):
@@ -406,6 +468,7 @@ class ConvertedIndex:
         except (AttributeError, KeyError, TypeError):
             return False
         whole = raw.get("ranks") == self.ranks and ranks == set(range(self.ranks))
+        whole = whole and self.experts in get_args(ExpertLayout)
         return whole and isinstance(self.obsolete, list) and all(type(n) is int for n in numbers)
 
     def where(self, file: str) -> Path:
@@ -424,9 +487,11 @@ class ConvertedIndex:
             if facts["rank"] != rank:
                 continue
             metadata, tensors = header(file, path)
-            mark = {key: metadata.get(key) for key in ("format", "version", "rank", "ranks")}
-            if mark != file_mark(rank, self.ranks):
-                raise UserError(f"{path}: its metadata does not mark it as rank {rank} of {self.ranks}: found {mark}")
+            wanted = file_mark(rank, self.ranks, self.experts)
+            mark = {key: metadata.get(key) for key in wanted} | {"experts": metadata.get("experts", "whole")}
+            if mark != wanted:
+                what = f"rank {rank} of {self.ranks}, {self.experts} experts"
+                raise UserError(f"{path}: its metadata does not mark it as {what}: found {mark}")
             if tensors.keys() != facts["tensors"].keys():
                 name = sorted(tensors.keys() ^ facts["tensors"].keys())[0]
                 verb = "does not name it" if name in tensors else "names it, but the file lacks it"
@@ -439,9 +504,10 @@ def index_name(ranks: int) -> str:
     return f"model-mp{ranks}.index.json"
 
 
-def file_mark(rank: int, ranks: int) -> dict[str, str]:
+def file_mark(rank: int, ranks: int, experts: ExpertLayout) -> dict[str, str]:
     """The safetensors metadata of a converted file."""
-    return {"format": FORMAT, "version": str(VERSION), "rank": str(rank), "ranks": str(ranks)}
+    mark = {"format": FORMAT, "version": str(VERSION), "rank": str(rank), "ranks": str(ranks)}
+    return mark | {"experts": experts}
 
 
 def check_file_name(index: Path, what: str, file: Any) -> None:
@@ -468,7 +534,7 @@ def check_target(target: Path, mark: dict[str, str], config: dict[str, Any]) -> 
 
 @dataclass
 class Piece:
-    """A tensor on disk (or the part a rank wants of it) and the parameter, or row of stacked experts, it fills."""
+    """A tensor on disk (or the part a rank wants of it) and the parameter, or rows of a stacked one, it fills."""
 
     entry: Entry
     cut: tuple[tuple[int, int], ...]
@@ -480,10 +546,11 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, group: Group = SOLO, pro
     """Fills every parameter of one rank's model in place, reading only that rank's part of the checkpoint.
 
     FP8 weights stay FP8 where the parameter is, and else become float32(q) * scale, rounded once to the parameter's
-    dtype. Parameters for stacked experts are filled row by row. Everything is checked before the first byte is read.
+    dtype. Stacked parameters are filled piece by piece. Everything is checked before the first byte is read.
     Raises UserError when the checkpoint is damaged or does not fit the model.
     """
     pieces = plan_load(model, checkpoint, group)
+    clear_gaps(model)
     total = sum(p.entry.row_bytes * (p.cut[0][1] - p.cut[0][0]) for p in pieces)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress or group.rank != 0)
     with bar, Reader() as reader, torch.no_grad():
@@ -497,27 +564,30 @@ def _scale_place(piece: Piece) -> tuple[str, int]:
 
 
 def plan_load(model: nn.Module, checkpoint: Checkpoint, group: Group) -> list[Piece]:
-    """One piece for each parameter, or each expert of a stacked one; raises UserError where they do not match."""
+    """A piece for each parameter, or each tensor of a stacked one; raises UserError where they do not match."""
     args: ModelArgs = model.args  # type: ignore[assignment]
+    experts: ExpertLayout = model.num.experts  # type: ignore[assignment, union-attr]
     parameters = dict(model.named_parameters())
     keeps_fp8 = any(p.dtype == torch.float8_e4m3fn for p in parameters.values())
     # files made for ranks have cut the scales already, whatever becomes of the weights
-    check_ranks(args, group.size, fp8=keeps_fp8 or (checkpoint.kind != "hf" and checkpoint.quantised))
+    check_ranks(args, group.size, keeps_fp8 or (checkpoint.kind != "hf" and checkpoint.quantised), experts)
     if checkpoint.kind == "upstream" and group.rank == 0:
         warn(f"{checkpoint.path} was converted by another program: no MTP module, no checksums, no config.json")
     elif args.n_mtp_layers and not checkpoint.has_mtp and group.rank == 0:
         warn(f"{checkpoint.path} has no MTP module, though its config names one")
-    entries = checkpoint.check(args, group)
+    entries = checkpoint.check(args, group, experts)
     if keeps_fp8 and not checkpoint.quantised:
         raise UserError(f"{checkpoint.path}: the model wants FP8 weights, the checkpoint is not FP8")
     expected = expected_tensors(args, checkpoint.quantised, checkpoint.has_mtp)
     pieces: list[Piece] = []
     used: set[str] = set()
     for parameter, target in parameters.items():
-        for name, part in _disk_names(parameter, target, args, group):
+        for name, part in _disk_names(model, parameter, target, held_experts(args, group, experts)):
             if name not in entries:
                 raise UserError(f"{checkpoint.path}: nothing there for the model's {parameter}")
-            pieces.append(_piece(name, part, entries, expected[name], checkpoint, args, group))
+            # a converted file holds the rank's part already
+            cut = expected[name].cut(group, args, experts) if checkpoint.kind == "hf" else None
+            pieces.append(_piece(name, part, entries, cut, args))
             used |= {name} | ({scale_name(name)} if pieces[-1].scale else set())
     optional = {name for name, spec in expected.items() if not spec.required or name.startswith("mtp.")}
     if unused := sorted(entries.keys() - used - optional):
@@ -526,32 +596,50 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint, group: Group) -> list[Pi
 
 
 def _disk_names(
-    parameter: str, target: torch.Tensor, args: ModelArgs, group: Group
+    model: nn.Module, parameter: str, target: torch.Tensor, held: range
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """A parameter's names on disk, each with the part of it that tensor fills: stacked experts have one a row."""
-    before, stacked, after = parameter.partition(".experts.")
-    if not stacked:
-        yield parameter, target
-        return
-    each = args.n_routed_experts // group.size
-    assert len(target) == each, f"{parameter} stacks {len(target)} experts, this rank has {each}"
-    for row in range(each):
-        yield f"{before}.experts.{group.rank * each + row}.{after}", target[row]
+    """A parameter's names on disk, each with the part of it that tensor fills.
+
+    Stacked experts are tensors of their own there, and so are the projections of one input that model.Linear stacks.
+    """
+    owner, _, leaf = parameter.rpartition(".")
+    linear: Any = model.get_submodule(owner)
+    before, stacked, projection = owner.partition(".experts.")
+    if stacked:
+        assert len(target) == len(held), f"{parameter} stacks {len(target)} experts, this rank has {len(held)}"
+        whole = [(f"{before}.experts.{e}.{projection}", rows) for e, rows in zip(held, target, strict=True)]
+    else:
+        whole = [(owner, target)]
+    for name, rows in whole:
+        if not (parts := getattr(linear, "parts", None)):
+            yield f"{name}.{leaf}" if name else leaf, rows
+            continue
+        unit = BLOCK_SIZE if leaf == "scale" else 1
+        for start, (part, width) in zip(linear.starts, parts.items(), strict=True):
+            first = start // unit
+            sibling = ".".join((*name.split(".")[:-1], part, leaf))
+            yield sibling, rows[first : first + math.ceil(width / unit)]
+
+
+def clear_gaps(model: nn.Module) -> None:
+    """Zeros the rows between stacked FP8 projections, which no tensor fills."""
+    for module in model.modules():
+        if parts := getattr(module, "parts", None):
+            linear: Any = module
+            if sum(parts.values()) < linear.weight.shape[-2]:
+                linear.weight.data.view(torch.uint8).zero_()
 
 
 def _piece(
     name: str,
     target: torch.Tensor,
     entries: dict[str, Entry],
-    spec: Spec,
-    checkpoint: Checkpoint,
+    cut: tuple[tuple[int, int], ...] | None,
     args: ModelArgs,
-    group: Group,
 ) -> Piece:
+    """`cut` None: all of the tensor."""
     entry = entries[name]
-    # a converted file holds the rank's part already
-    cut = spec.cut(group, args) if checkpoint.kind == "hf" else tuple((0, n) for n in entry.shape)
-    assert cut is not None
+    cut = cut or tuple((0, n) for n in entry.shape)
     piece = Piece(entry, cut, target)
     shape = tuple(b - a for a, b in cut)
     if shape != target.shape:

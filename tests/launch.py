@@ -51,9 +51,13 @@ def torchrun(*flags: object, ranks: int = 2) -> list[str]:
     return [sys.executable, *launcher, str(SCRIPT), *map(str, flags)]
 
 
-def start_rank(rank: int, size: int, port: int, *flags: object, run: list[str] | None = None) -> subprocess.Popen[str]:
-    """One rank without torchrun, which starts faster and ends nobody else's rank. `run`: another command to run."""
+def start_rank(
+    rank: int, size: int, port: int, *flags: object, run: list[str] | None = None, agent: bool = False
+) -> subprocess.Popen[str]:
+    """One rank without torchrun, which starts faster and ends nobody else's rank. `run`: another command to run;
+    `agent`: the meeting point at the port is kept by another process than rank 0."""
     environment = rank_environment(rank, size, port) | {"PYTHONPATH": str(SCRIPT.parent)}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True"} if agent else {}
     return subprocess.Popen(
         run or command(*flags),
         env=environment,

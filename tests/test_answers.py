@@ -39,12 +39,12 @@ def scripted(model, tokenizer, text: str | bytes, mtp: int = 0, end: bool = True
     letters = {tokenizer._piece(i): i for i in range(VOCAB_SIZE) if len(tokenizer._piece(i)) == 1}
     script = [letters[bytes([b])] for b in raw] + [tokenizer.eos_ids[0]] * end + [0] * 50
     engine = Engine(model, tokenizer, n_pages=20, max_model_len=1000, mtp=mtp)
-    decide, propose = engine._decide, engine._propose
+    verify, propose = engine._verify, engine._propose
 
-    def decide_scripted(chunk, logits):
-        at = len(chunk.job.tokens) - chunk.job.n_prompt
-        wanted = torch.tensor(script[at : at + len(logits)])
-        return decide(chunk, torch.nn.functional.one_hot(wanted, VOCAB_SIZE).float() * 50 - 20)
+    def verify_scripted(chunks, logits):
+        at = [len(chunk.job.tokens) - chunk.job.n_prompt for chunk in chunks]
+        wanted = [token for i, c in zip(at, chunks, strict=True) for token in script[i : i + len(c.drafts) + 1]]
+        return verify(chunks, torch.nn.functional.one_hot(torch.tensor(wanted), VOCAB_SIZE).float() * 50 - 20)
 
     def propose_scripted(jobs, logits):
         out = propose(jobs, logits)
@@ -54,7 +54,7 @@ def scripted(model, tokenizer, text: str | bytes, mtp: int = 0, end: bool = True
             engine._live[job.id].draft.tokens[-1], engine._live[job.id].draft.q[-1] = out[i], None
         return out
 
-    engine._decide, engine._propose = decide_scripted, propose_scripted
+    engine._verify, engine._propose = verify_scripted, propose_scripted
     options = {"temperature": 0, "max_new_tokens": 400, **params}
     request = engine.add([{"role": "user", "content": "?"}], SamplingParams(**options))
     pieces = []

@@ -6,8 +6,9 @@ import torch
 import cpu
 import ops
 import reference
+from families import V3
 from model import Batch
-from oracle import relative_error
+from oracle import hidden_states, ours, random_checkpoint, relative_error, tokens
 
 N, DN, R, DV, C = 5, 24, 16, 20, 48
 SCALE = 0.37
@@ -83,6 +84,39 @@ def test_bfloat16_scores_are_float32():
         assert relative_error(side.mla(*rounded), exact) < 6e-3
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("new", [[1, 1, 1], [16, 1, 5], [1, 17, 3], [200, 1, 250], [2, 2, 2]])
+def test_decoding_sequences_together(new, threads, monkeypatch):
+    """Whatever share of the batch decodes, one row or several, and however the heads are shared out."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    inputs, expected = problem([300, 517, 250], new)
+    assert relative_error(cpu.mla(*inputs), expected) < 2e-6
+    monkeypatch.setitem(globals(), "N", 6)  # divides by the threads
+    inputs, expected = problem([300, 517, 250], new, seed=1)
+    assert relative_error(cpu.mla(*inputs), expected) < 2e-6
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("new", [[1, 1], [4, 1], [300, 200], [100, 2]])
+def test_bfloat16_attention_on_either_processor(new, slow, monkeypatch):
+    monkeypatch.setattr(cpu, "half_is_faster", lambda: slow)
+    inputs, _ = problem([300, 200], new)
+    rounded = [x.bfloat16() if isinstance(x, torch.Tensor) else x for x in inputs]
+    exact = reference.mla(*[x.float() if isinstance(x, torch.Tensor) else x for x in rounded])
+    out = cpu.mla(*rounded)
+    assert out.dtype == torch.bfloat16 and relative_error(out, exact) < 6e-3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, in which kernels take tensors of a CPU")
+def test_the_model_on_the_attention_kernels(tmp_path, monkeypatch):
+    """A prompt, its continuation and single tokens, through every layer."""
+    attention = pytest.importorskip("kernel_attention")
+    model, ids = ours(random_checkpoint(tmp_path, V3)), tokens(75, V3["vocab_size"])
+    expected = hidden_states(model, ids)
+    monkeypatch.setattr(ops, "mla", attention.mla)
+    assert relative_error(hidden_states(model, ids, [66, 7, 1, 1]), expected) < 1e-5
+
+
 def test_the_threshold_is_where_the_costs_cross():
     w_uk, w_uv = torch.empty(16, 128, 512, device="meta"), torch.empty(16, 128, 512, device="meta")
     assert reference.absorbed_rows(w_uk, w_uv, 64) == 170
@@ -101,24 +135,3 @@ def test_rotary_rotates_pairs():
     angle = torch.tensor([[0.5, 2.0]])
     y = reference.rotary(x, angle.cos(), angle.sin())[0]
     assert torch.allclose(y, torch.tensor([angle[0, 0].cos(), angle[0, 0].sin(), -angle[0, 1].sin(), angle[0, 1].cos()]))
-
-
-@pytest.mark.parametrize("rows", [1, 3, 8, 70])
-def test_packed_linear(rows):
-    w = torch.randn(96, 160).bfloat16()
-    x = torch.randn(rows, 160).bfloat16()
-    packed = cpu.pack(w)
-    assert cpu.is_packed(packed)
-    y = ops.linear(x, ops.Weight(packed))
-    assert relative_error(y, x.double() @ w.double().T) < 4e-3
-    stack = torch.randn(3, 96, 160).bfloat16()
-    assert len(cpu.pack(stack)) == 3
-    assert relative_error(ops.linear(x, ops.Weight(cpu.pack(stack)).expert(2)), x.double() @ stack[2].double().T) < 4e-3
-    assert cpu.pack(w.float()) is not None and not cpu.is_packed(cpu.pack(w.float()))
-
-
-def test_silu_mul():
-    gate, up = torch.randn(2, 50, 33).bfloat16().unbind()
-    expected = (torch.nn.functional.silu(gate.double()) * up.double()).bfloat16()
-    for side in (reference, cpu):
-        assert torch.equal(side.silu_mul(gate, up), expected)

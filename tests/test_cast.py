@@ -86,9 +86,10 @@ def test_transformers_loads_it(tmp_path):
         "layers.0.ffn.w2.weight": "model.layers.0.mlp.down_proj.weight",
         "layers.1.ffn.experts.w2.weight": "model.layers.1.mlp.experts.down_proj",
         "layers.1.ffn.gate.bias": "model.layers.1.mlp.gate.e_score_correction_bias",
-        "layers.1.ffn.shared_experts.w3.weight": "model.layers.1.mlp.shared_experts.up_proj.weight",
     }.items():  # fmt: skip
         assert torch.equal(state[hf].float(), ours[name].float()), name
+    up = ours["layers.1.ffn.shared_experts.w13.weight"].chunk(2)[1]
+    assert torch.equal(state["model.layers.1.mlp.shared_experts.up_proj.weight"].float(), up.float())
 
 
 def test_single_file(source, tmp_path):

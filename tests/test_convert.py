@@ -22,7 +22,7 @@ from errors import UserError
 from families import FAMILIES
 from parallel import Group
 from tensorfile import Reader, Staging
-from test_weights import CONFIG, HF_INDEX, drop, our_name, part, replace, whole, write_upstream
+from test_weights import CONFIG, HF_INDEX, WIDE, drop, our_name, part, replace, whole, write_upstream
 from weights import Checkpoint
 
 SMALL = CONFIG | fp8_sizes(2) | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
@@ -38,7 +38,7 @@ COPIED = {"config.json", *OTHERS} - {"LICENSE", "README.md", "tokenization_x.py"
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "fp8"
-    make_checkpoint(folder, CONFIG, fp8=True, shard_bytes=2 << 20)
+    make_checkpoint(folder, WIDE, fp8=True, shard_bytes=2 << 20)
     for name, text in OTHERS.items():
         (folder / name).write_text(text)
     return folder
@@ -58,25 +58,28 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def assert_round_trip(source: Path, target: Path, ranks: int, n_layers: int, n_experts: int) -> None:
+def assert_round_trip(
+    source: Path, target: Path, ranks: int, n_layers: int, n_experts: int, experts: str = "whole"
+) -> None:
     """Reads the ranks' files with the safetensors library, puts them together and compares every byte."""
+    assert json.loads((target / f"model-mp{ranks}.index.json").read_text())["experts"] == experts
     held: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]
     for file in target.glob(f"model*-mp{ranks}*.safetensors"):
         rank = int(file.name.removeprefix("model").partition("-")[0])
         with safe_open(file, "pt") as f:
             mark = {"format": "deepseek-v3-ranks", "version": "1", "rank": str(rank), "ranks": str(ranks)}
-            assert f.metadata() == mark
+            assert f.metadata() == mark | {"experts": experts}
             for name in f.keys():  # noqa: SIM118 (not a dict)
                 assert name not in held[rank]
                 held[rank][name] = f.get_tensor(name)
     tensors = {our_name(hf, n_layers): tensor for hf, tensor in whole(source).items()}
     for name, tensor in tensors.items():
         shares = [share.pop(name) for share in held if name in share]
-        if ".experts." in name:
+        if ".experts." in name and experts == "whole":
             assert len(shares) == 1 and same_bytes(shares[0], tensor), name
         else:
             assert len(shares) == ranks, name
-            parts = [part(name, tensor, rank, ranks, n_experts) for rank in range(ranks)]
+            parts = [part(name, tensor, rank, ranks, n_experts, experts) for rank in range(ranks)]
             assert all(same_bytes(a, b.contiguous()) for a, b in zip(shares, parts, strict=True)), name
             if parts[0].shape != tensor.shape:
                 dim = next(d for d in range(tensor.dim()) if parts[0].shape[d] != tensor.shape[d])
@@ -86,10 +89,12 @@ def assert_round_trip(source: Path, target: Path, ranks: int, n_layers: int, n_e
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-@pytest.mark.parametrize("max_file", [convert_module.MAX_FILE, 1 << 19])
-def test_every_byte_comes_back(source, ranks, max_file, tmp_path):
-    convert(source, tmp_path, ranks, n_experts=16, max_file=max_file)
-    assert_round_trip(source, tmp_path, ranks, CONFIG["num_hidden_layers"], CONFIG["n_routed_experts"])
+@pytest.mark.parametrize(("max_file", "experts"), [
+    (convert_module.MAX_FILE, "whole"), (convert_module.MAX_FILE, "split"), (1 << 19, "whole"), (1 << 19, "split"),
+])  # fmt: skip
+def test_every_byte_comes_back(source, ranks, max_file, experts, tmp_path):
+    convert(source, tmp_path, ranks, n_experts=8, max_file=max_file, experts=experts)
+    assert_round_trip(source, tmp_path, ranks, WIDE["num_hidden_layers"], WIDE["n_routed_experts"], experts)
     names = {p.name for p in tmp_path.iterdir()}
     assert names > COPIED and not names & {"LICENSE", "README.md", "tokenization_x.py", HF_INDEX}
     files = names - COPIED - {f"model-mp{ranks}.index.json"}
@@ -110,7 +115,7 @@ def test_every_family_comes_back(family, tmp_path):
     config = FAMILIES[family] | {"num_hidden_layers": 2}
     make_checkpoint(tmp_path / "hf", config)
     convert(tmp_path / "hf", tmp_path / "out", 4)
-    assert_round_trip(tmp_path / "hf", tmp_path / "out", 4, 2, config["n_routed_experts"])
+    assert_round_trip(tmp_path / "hf", tmp_path / "out", 4, 2, config["n_routed_experts"], "split")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -174,6 +179,10 @@ def test_wrong_numbers(small, tmp_path):
     assert refusal(small[0], out, 3) == "n_heads 4 does not divide by 3 ranks (it works with 1, 2)"
     assert refusal(small[0], out, 4) == (
         "attn.wo has 256 columns, which 4 ranks cannot share in whole 128-wide FP8 blocks (it works with 1, 2)"
+    )
+    assert refusal(small[0], out, 2, experts="split") == (
+        "moe_inter_dim is 128, which 2 ranks cannot share in whole 128-wide FP8 blocks (it works with 1); "
+        "--experts whole works"
     )
     assert refusal(small[0], out, 0) == "the number of ranks is 0, expected at least 1"
     assert not out.exists()
@@ -328,6 +337,18 @@ def test_an_exception_closes_and_removes_everything(small, tmp_path, monkeypatch
     assert len(os.listdir("/proc/self/fd")) == fds
 
 
+def test_another_layout_takes_the_place_of_the_first(source, tmp_path, capsys):
+    """The same number of ranks again: the index, the marks and every file are the new layout's. Beside it lies another
+    number of ranks, each with a layout of its own."""
+    convert(source, tmp_path, 4, experts="whole", max_file=1 << 19)
+    convert(source, tmp_path, 2, experts="whole")
+    convert(source, tmp_path, 4)
+    assert_round_trip(source, tmp_path, 4, 2, 8, "split")
+    assert_round_trip(source, tmp_path, 2, 2, 8, "whole")
+    assert [Checkpoint(tmp_path).experts(ranks) for ranks in (2, 4)] == ["whole", "split"]
+    assert "experts: split, a rank has 256 of each one's width of 1024\n" in capsys.readouterr().err
+
+
 def test_several_numbers_of_ranks_side_by_side(small, tmp_path):
     convert(small[0], tmp_path, 1)
     convert(small[0], tmp_path, 2)
@@ -341,8 +362,9 @@ def test_command_line(small, tmp_path):
         return subprocess.run([sys.executable, script, *options], capture_output=True, text=True, cwd=tmp_path)
 
     source = ["--hf-ckpt-path", str(small[0]), "--save-path", "out"]
-    done = run(*source, "--n-experts", "4", "--model-parallel", "2")
+    done = run(*source, "--n-experts", "4", "--model-parallel", "2", "--experts", "whole")
     assert done.returncode == 0 and "converting: 100%" in done.stderr, done.stderr
+    assert done.stderr.startswith("experts: whole, as asked\n")
     assert_round_trip(small[0], tmp_path / "out", 2, 2, 4)
     done = run(*source, "--n-experts", "256", "--model-parallel", "2")
     assert (done.returncode, done.stderr) == (2, "error: --n-experts is 256, but config.json says 4\n")

@@ -1,6 +1,9 @@
 """The shipped demo: laid out as released, the same network to transformers, right answers, drafts that are believed."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,8 +77,6 @@ def test_every_config_names_every_field():
 @torch.no_grad()
 def test_same_network_as_transformers(in_float32, tokenizer):
     """Logits over a long prompt and its answer, from exactly dequantised weights."""
-    import sys
-
     sys.path.insert(0, str(ROOT / "demo"))
     from reload import load_transformers
 
@@ -132,3 +133,13 @@ def test_a_second_turn_remembers_and_reuses(tokenizer):
         answers.append(request)
     assert answers[0].tokens == answers[1].tokens
     assert answers[0].n_reused >= 64 and answers[1].n_reused == 0
+
+
+def test_readme_python_runs():
+    """The ten lines of Python in the README, as they stand there, from the project's root."""
+    section = (ROOT / "README.md").read_text().partition("## From Python")[2]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    parts, streamed = done.stdout.split("\n", 1)
+    assert parts.endswith("'632')") and streamed.endswith("nretnal"), done.stdout

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import reference
+from convert import convert
 from engine import Engine, choose_numerics
 from errors import UserError
 from families import V3
-from model import Batch, Numerics
+from model import FEW_ROWS, Batch, Numerics
 from oracle import hidden_states, ours, random_checkpoint, relative_error, theirs, tokens
+from parallel import Group
 from sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
@@ -57,6 +59,22 @@ def test_same_answers_in_any_company(model, temperature, max_num_seqs, budget):
     assert [r.tokens for r in engine.generate(prompts(9), params)] == alone
     engine.scheduler.check_integrity()
     assert engine.scheduler.pool.n_available == 9
+
+
+def test_few_rows_come_first(model, monkeypatch):
+    """A batch's sequences are in the order that its phases ask for, and answers still go to whom they belong."""
+    packed, pack = [], Batch.pack
+
+    def record(sequences, device):
+        packed.append([len(new) for new, *_ in sequences])
+        return pack(sequences, device)
+
+    monkeypatch.setattr(Batch, "pack", record)
+    asked = [tokens(n, V3["vocab_size"], seed=n) for n in (FEW_ROWS + 9, 3, FEW_ROWS + 1, FEW_ROWS)]
+    answers = Engine(model, None, n_pages=16, max_model_len=128).generate(asked, GREEDY)
+    assert packed[0] == [3, FEW_ROWS, FEW_ROWS + 9, FEW_ROWS + 1]
+    alone = [Engine(model, None, n_pages=16, max_model_len=128).generate([ids], GREEDY)[0] for ids in asked]
+    assert [r.tokens for r in answers] == [r.tokens for r in alone]
 
 
 def test_seeds(model):
@@ -153,6 +171,43 @@ def test_choice_of_numerics(model):
         choose_numerics(bf16, cpu, "auto", "fp8")
     with pytest.raises(UserError, match="--gemm fp8 and --dtype float32 contradict each other"):
         choose_numerics(fp8, cpu, "float32", "fp8")
+
+
+class Lonely(Group):
+    """One of several ranks that never hears of the others: enough to load its share of a model."""
+
+    def together(self, work, limit=0.0):
+        return work()
+
+    def broadcast_ints(self, values):
+        return values
+
+    def min_int(self, value):
+        return value
+
+
+@pytest.mark.parametrize("made", [None, "whole", "split"])
+def test_layout_of_the_experts(path, tmp_path, made):
+    """Split by default, as the files are if they were made for ranks, and as asked; what does not fit says what would."""
+    if made is not None:
+        convert(path, tmp_path, 2, experts=made)
+    options = {"ckpt_path": path if made is None else tmp_path, "tp": Lonely(1, 2), "n_pages": 8}
+    for asked in ("auto", "whole", "split"):
+        if made is None or asked in ("auto", made):
+            engine = Engine.from_pretrained(experts=asked, **options)
+            assert engine.model.num.experts == (asked if asked != "auto" else made or "split")
+            assert engine.model.layers[1].ffn.experts.first == (16 if engine.model.num.experts == "whole" else 0)
+        else:
+            with pytest.raises(UserError, match=f"^--experts {asked}, but the files hold {made} experts: convert again"):
+                Engine.from_pretrained(experts=asked, **options)
+
+
+def test_layout_that_does_not_fit(tmp_path):
+    path = random_checkpoint(tmp_path, V3 | {"moe_intermediate_size": 33})
+    says = r"^moe_inter_dim 33 does not divide by 2 ranks \(it works with 1\); --experts whole works$"
+    with pytest.raises(UserError, match=says):
+        Engine.from_pretrained(path, experts="split", tp=Lonely(1, 2), n_pages=8)
+    assert Engine.from_pretrained(path, tp=Lonely(1, 2), n_pages=8).model.num.experts == "whole"
 
 
 # --- page pool under pressure ----------------------------------------------------------------------------------------
@@ -291,6 +346,53 @@ def test_mtp_is_refused_where_there_is_none(tmp_path):
         Engine(model, None, n_pages=4, mtp=5)
 
 
+# --- recorded steps --------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Stands in for CUDA's capture: "replays" by running again what was recorded, on whatever its buffers then hold."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, run):
+        self.recorded += 1
+        run()  # as a capture would
+
+        def replay():
+            self.replayed += 1
+            return run()
+
+        return replay
+
+
+@pytest.mark.parametrize("mtp, temperature", [(0, 0.0), (1, 0.0), (3, 0.0), (2, 0.9)])
+def test_recorded_steps_change_no_answer(model, mtp, temperature):
+    """Batches filled up with tokens that are not there, over scattered pages, with chunked prompts, shared beginnings
+    and preemption between: the tokens are those of steps that were not recorded, and the drafts as good."""
+    wanted = [*prompts(9), *prompts(3)]
+    params = SamplingParams(temperature=temperature, max_new_tokens=25, seed=2)
+    how = dict(n_pages=11, max_model_len=256, max_num_seqs=5, max_num_batched_tokens=48, mtp=mtp)
+    recorder = Recorder()
+    recording, plain = Engine(model, None, graphs=recorder, **how), Engine(model, None, **how)
+    assert [r.tokens for r in recording.generate(wanted, params)] == [r.tokens for r in plain.generate(wanted, params)]
+    assert recording.stats.accepted == plain.stats.accepted
+    assert recorder.recorded == 5 * (1 if mtp == 0 else 2 if mtp == 1 else 3)  # batches of 1, 2, 3, 4 and 5
+    assert recorder.replayed > plain.stats.steps / 2
+    recording.scheduler.check_integrity()
+
+
+def test_recorded_steps_leave_other_pages_alone(model):
+    """What fills a batch up is written to the spare page only."""
+    engine = Engine(model, None, n_pages=4, max_model_len=100, max_num_seqs=4, mtp=1, graphs=Recorder())
+    engine.cache[:, :4] = 7.0
+    a, b = engine.add([1, 2, 3], GREEDY), engine.add([4, 5], GREEDY)
+    while engine.busy:
+        engine.step()
+    written = (engine.cache != 7.0).any(dim=-1).any(dim=0).sum(dim=-1).tolist()  # tokens of each page
+    assert written[:4] == [len(r.prompt) + len(r.tokens) - 1 for r in (a, b)] + [0, 0]
+
+
 # --- batch-invariant mode --------------------------------------------------------------------------------------------
 
 
@@ -308,10 +410,10 @@ def logits_of_mixes(model, deterministic, mixes, seed):
         )  # fmt: skip
         decide = engine._decide
 
-        def record(chunk, logits, engine=engine, decide=decide):
+        def record(chunk, verified, logits, engine=engine, decide=decide):
             request = engine._live[chunk.job.id]
             at = len(request.tokens)
-            tokens, finish = decide(chunk, logits)
+            tokens, finish = decide(chunk, verified, logits)
             for i in range(len(tokens)):
                 places = seen.setdefault(request.id, [set() for _ in range(12)])
                 places[at + i].add(logits[i].numpy().tobytes())

@@ -347,6 +347,30 @@ def request(name: str | None, messages: Any = "hello", **fields: Any) -> str:
     return json.dumps(line if name is None else {"custom_id": name, **line})
 
 
+def test_jsonl_with_several_answers_and_logprobs(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
+    """One line for each of n answers, in order; each token's log-probability with the likeliest beside it."""
+    lines = [request("two", n=2, temperature=1.0, seed=3), request("likely", logprobs=True, top_logprobs=2),
+             request("bare", logprobs=True), request("odd", top_logprobs=2), request("odder", logprobs=3)]  # fmt: skip
+    output = tmp_path / "answers.jsonl"
+    prompts = prompts_file(tmp_path, "\n".join(lines), "requests.jsonl")
+    status, _, err = run("--ckpt-path", tiny, "--input-file", prompts, "--output-file", output, "--temperature", 0,
+                         "--max-new-tokens", 6, *EXACT)  # fmt: skip
+    assert status == 1 and "5 prompts (2 failed)" in err
+    hello = [[{"role": "user", "content": "hello"}]]
+    first, second, likely, bare, odd, odder = read(output)
+    expected = engine.generate(hello, SamplingParams(6, temperature=1.0, seed=3, n=2))
+    assert [line["tokens"] for line in (first, second)] == [r.tokens for r in expected]
+    assert [(line["custom_id"], line["choice"]) for line in (first, second)] == [("two", 0), ("two", 1)]
+    [greedy] = engine.generate(hello, SamplingParams(6, temperature=0, logprobs=2))
+    assert likely["tokens"] == greedy.tokens and "choice" not in likely
+    for entry, wanted in zip(likely["logprobs"], greedy.logprobs, strict=True):
+        assert entry["token"] == wanted.token == entry["top"][0]["token"] and len(entry["top"]) == 2
+        assert entry["logprob"] == pytest.approx(wanted.logprob, abs=1e-4)
+    assert [len(entry["top"]) for entry in bare["logprobs"]] == [0] * 6
+    assert odd["error"] == "body.top_logprobs needs logprobs: true"
+    assert odder["error"].startswith("body.logprobs is 3 and top_logprobs None, expected true or false")
+
+
 def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"},
             {"role": "assistant", "content": "1"}, {"role": "user", "content": "two"}]  # fmt: skip
@@ -372,7 +396,7 @@ def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
         request("penalised", **penalties, min_p=0.1),
         request("stops", stop=end),
         request("stopped", stop=["never said", end]),
-        request("many", n=2),
+        request("many", n=0),
         request("unclear", n=True),
         request("biased", logit_bias={"7": 100}),
         request("wordless", stop=[""]),
@@ -412,8 +436,8 @@ def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
     assert found[4]["prompt"] == "two" and "Prompt: two\n" in out
     failed = {name: line["error"] for name, line in found.items() if line["finish_reason"] == "error"}
     assert failed == {
-        "many": "body.n is not supported with the value 2",
-        "unclear": "body.n is not supported with the value True",
+        "many": "n is 0, expected at least 1",
+        "unclear": "body.n is True, expected an integer",
         "biased": "body.logit_bias is not supported with the value {'7': 100}",
         "wordless": "stop is ('',), expected a tuple of texts, none of them empty",
         "typed": "body.max_tokens is '3', expected an integer",
@@ -523,7 +547,7 @@ def test_two_ranks_answer_as_one(engine: Engine, tiny: Path, tmp_path: Path) -> 
     prompts = prompts_file(tmp_path, "hello\nWhat is 2+2?\n" + "z" * 200 + "\nlast\n")
     output = tmp_path / "answers.jsonl"
     flags = ("--ckpt-path", tiny, "--input-file", prompts, "--output-file", output, "--temperature", 0,
-             "--max-new-tokens", 12, "--max-num-seqs", 3, *EXACT)  # fmt: skip
+             "--max-new-tokens", 12, "--max-num-seqs", 3, "--experts", "split", *EXACT)  # fmt: skip
     done = subprocess.run(
         launch.torchrun(*flags), env=launch.environment(), capture_output=True, text=True, timeout=120
     )
@@ -535,6 +559,7 @@ def test_two_ranks_answer_as_one(engine: Engine, tiny: Path, tmp_path: Path) -> 
         f"Prompt: {t}\nCompletion: {r.text}\n\n" for t, r in zip(texts, expected, strict=True)
     )
     assert done.stderr.count("numerics: ") == 1, "only rank 0 speaks"
+    assert done.stderr.count("experts: split, as asked\n") == 1
 
 
 def test_torchrun_wrong_use(tmp_path: Path) -> None:
@@ -573,6 +598,7 @@ def test_one_rank_s_mistake_is_everyone_s(tiny: Path, copy: Path, tmp_path: Path
     damaged, why = missing_shard(copy)
     cases = [
         ([], ["--max-num-seqs", "0"], "rank 1: argument --max-num-seqs: 0 is not at least 1 (--help lists the flags)"),
+        ([], ["--experts", "split"], "rank 1: --experts split (rank 0: auto): start every host with the same flags"),
         ([], ["--max-num-seqs", "4"], "rank 1: --max-num-seqs 4 (rank 0: 8): start every host with the same flags"),
         ([], ["--ckpt-path", damaged], f"rank 1: {why}"),
         (["--input-file", "/none"], ["--input-file", "/none"], "/none: No such file or directory"),
@@ -592,18 +618,44 @@ def test_one_rank_s_mistake_is_everyone_s(tiny: Path, copy: Path, tmp_path: Path
     assert out0.split() == out1.split() == ["status", "2"] * len(cases)
 
 
-def test_a_rank_that_dies(tiny: Path, tmp_path: Path) -> None:
-    """In the middle of a batch: rank 0 leaves at once with one line, and what it wrote are whole lines."""
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_rank_that_is_lost(tiny: Path, tmp_path: Path, how: signal.Signals, lost: int) -> None:
+    """In the middle of a batch: the other rank leaves, at once or at the timeout, with one line that names the lost one,
+    even if that is rank 0; what was written are whole lines, and no answer is claimed that was not finished."""
+    timeout = 4
     prompts, output = prompts_file(tmp_path, "hello\n" * 500), tmp_path / "answers.jsonl"
-    flags = ("--ckpt-path", tiny, "--input-file", prompts, "--output-file", output, "--max-new-tokens", 20, *EXACT)
+    flags = ("--ckpt-path", tiny, "--input-file", prompts, "--output-file", output, "--max-new-tokens", 20,
+             "--timeout", timeout, *EXACT)  # fmt: skip
     port = launch.free_port()
-    ranks = [launch.start_rank(r, 2, port, *flags) for r in range(2)]
-    until = time.monotonic() + 60
-    while not (output.exists() and output.stat().st_size) and time.monotonic() < until:
-        time.sleep(0.05)
-    os.kill(ranks[1].pid, signal.SIGKILL)
-    (status, _, err), _ = finish(ranks, within=20)
-    errors = launch.errors(err)
-    assert status == 1
-    assert len(errors) == 1 and errors[0].startswith("error: rank 0 lost contact with another rank: ")
-    assert output.read_text().endswith("\n") and 0 < len(read(output)) < 500
+    # a third process keeps the meeting point, as torchrun's agent does
+    keeper = subprocess.Popen([sys.executable, "-c", KEEPER, str(port)], stdout=subprocess.PIPE, text=True)
+    assert keeper.stdout and keeper.stdout.readline()
+    ranks = [launch.start_rank(r, 2, port, *flags, agent=True) for r in range(2)]
+    try:
+        until = time.monotonic() + 60
+        while not (output.exists() and output.stat().st_size) and time.monotonic() < until:
+            time.sleep(0.05)
+        os.kill(ranks[lost].pid, how)
+        began = time.monotonic()
+        _, err = ranks[1 - lost].communicate(timeout=20)
+        took = time.monotonic() - began
+    finally:
+        for process in (*ranks, keeper):
+            process.kill()
+    fate = "has died" if how == signal.SIGKILL else "is stopped"
+    assert ranks[1 - lost].returncode == 1
+    assert launch.errors(err) == [f"error: rank {1 - lost} lost contact with rank {lost}, which {fate}"]
+    assert took < (5 if how == signal.SIGKILL else timeout + 2)
+    lines = output.read_text()
+    assert lines.endswith("\n") and 0 < lines.count("\n") < 500
+    assert all(len(line["tokens"]) == 20 or line["finish_reason"] == "stop" for line in read(output))
+
+
+KEEPER = """
+import sys, time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
+print("ready", flush=True)
+time.sleep(100)
+"""

@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 import kernel
+import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = kernel.INTERPRETED.value
@@ -32,11 +33,12 @@ SHAPES = [(100, 576), (576, 192), (260, 100), (128, 128)]  # (N, K); 576 = 4.5 b
 
 
 TAIL = 1 << 17  # elements: more than a tile's worth of rows
+POISON = -(1 << 30)  # what stands for NaN among integers
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.empty gives NaN, and a tail of NaN behind it that nobody may write, nor an interpreted kernel read."""
+    """torch.empty gives NaN (integers: POISON), and a tail of it behind that nobody may write, nor an interpreted kernel read."""
     tails: list[torch.Tensor] = []
     plain = torch.empty
 
@@ -46,7 +48,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if buffer.element_size() == 1:
             buffer.view(torch.uint8).fill_(0x7F if dtype == E4M3 else 0x80)
         else:
-            buffer.fill_(math.nan)
+            buffer.fill_(math.nan if buffer.is_floating_point() else POISON)
         tails.append(buffer[shape.numel() :])
         return buffer[: shape.numel()].view(shape)
 
@@ -54,7 +56,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if INTERPRETED:
         monkeypatch.setattr(interpreter, "_interpreter", Sentry(interpreter._interpreter, tails))
     yield
-    assert all(tail.float().isnan().all() for tail in tails)
+    assert all((tail.float().isnan() if tail.is_floating_point() else tail == POISON).all() for tail in tails)
 
 
 class Sentry:
@@ -193,13 +195,14 @@ def test_w8a16_gemm(m: int, n: int, k: int) -> None:
     assert same(reference.w8a16_gemm(x, b, b_s), reference.w8a16_gemm(x, b, b_s, torch.float32).bfloat16())
 
 
-def tiles(tables: dict[str, tuple[kernel.Tile, ...]]) -> list[kernel.Tile]:
-    """On a GPU its own, in the interpreter all of them."""
-    archs = tables if INTERPRETED else [a for a in tables if a == kernel.architecture(torch.device(DEVICE))]
-    return list({str(tile.constexprs()): tile for arch in archs for tile in tables[arch]}.values())
+def reached(op: str) -> list[Any]:
+    """The tiles that `choose` can return, split ones too: on a GPU its own, in the interpreter those of all."""
+    own = kernel.architecture(torch.device(DEVICE))
+    found = [tile for name, arch, tile in tiles.reachable() if name == op and (INTERPRETED or arch == own)]
+    return [pytest.param(t, id=str(t)) for t in {str(t.constexprs()): t for t in found}.values()]
 
 
-@pytest.mark.parametrize("tile", tiles(kernel.W8A8), ids=str)
+@pytest.mark.parametrize("tile", reached("fp8_gemm"))
 def test_every_fp8_tile(tile: kernel.Tile) -> None:
     """Two row tiles and five column tiles, the last of each ragged, over two and a half blocks of channels."""
     m, n, k = tile.block_m + 5, 4 * tile.block_n + 28, 320
@@ -209,7 +212,7 @@ def test_every_fp8_tile(tile: kernel.Tile) -> None:
     assert error(y, a.double() * wide(a_s, a.shape, 1), b.double() * wide(b_s, b.shape, BLOCK)) < PRECISE
 
 
-@pytest.mark.parametrize("tile", tiles(kernel.W8A16), ids=str)
+@pytest.mark.parametrize("tile", reached("w8a16_gemm"))
 def test_every_w8a16_tile(tile: kernel.Tile) -> None:
     m, n, k = tile.block_m + 5, 4 * tile.block_n + 28, 320
     x = torch.randn(m, k).bfloat16()
@@ -221,11 +224,82 @@ def test_every_w8a16_tile(tile: kernel.Tile) -> None:
 def test_programs_cover_every_tile_once() -> None:
     """More row tiles than share a group, and a last group that is not full."""
     tile = kernel.Tile(math.inf, 16, 16, False, 4, 2)
-    m, n = (kernel.GROUP_M + 3) * 16, 48
+    m, n = (tiles.GROUP_M + 3) * 16, 48
     x = torch.randn(m, 32).bfloat16()
     b, b_s = weights(n, 32)
     y = kernel.gemm(guarded(x), None, guarded(b), guarded(b_s), torch.float32, tile)
     assert error(y, x.double(), b.double() * wide(b_s, b.shape, BLOCK)) < PRECISE_BF16
+
+
+@needs_fp8
+@pytest.mark.parametrize("split", tiles.SPLITS[1:])
+def test_split_k(split: int) -> None:
+    """Parts of 9 blocks of channels, the last half full: uneven parts, and with 8 and 16 some that are empty."""
+    m, n, k = 3, 60, 1088
+    a, a_s = activations(m, k)
+    b, b_s = weights(n, k)
+    exact = a.double() * wide(a_s, a.shape, 1), b.double() * wide(b_s, b.shape, BLOCK)
+    on_device = [guarded(t) for t in (a, a_s, b, b_s)]
+    tile = kernel.Tile(math.inf, 16, 64, True, 4, 2, split=split)
+    y = kernel.gemm(*on_device, torch.float32, tile)
+    assert error(y, *exact) < PRECISE
+    assert same(kernel.gemm(*on_device, torch.bfloat16, tile), y.bfloat16())
+
+
+def test_partial_sums_are_added_in_order() -> None:
+    """1e8 - 1e8 + 1 is 1 in this order only, and a float32 sum in another would show."""
+    parts = torch.tensor([1e8, -1e8, 1.0, 2.0]).reshape(4, 1, 1).expand(4, 3, 700).contiguous()
+    out = torch.empty(3, 700, dtype=torch.float32, device=DEVICE)
+    kernel.sum_splits_kernel[(3,)](guarded(parts), out, 3, 700, PARTS=4, SUMS=1024)
+    assert (out == 3).all()
+
+
+persistent = kernel.Tile(math.inf, 128, 128, False, 4, 4, persistent=1, specialised=True)
+
+
+@needs_fp8
+@pytest.mark.parametrize("m, n, k", [(1, 576, 144), (130, 136, 576), (300, 260, 128)])
+@pytest.mark.parametrize("processors, specialised", [(2, True), (132, True), (2, False)])
+def test_persistent(
+    m: int, n: int, k: int, processors: int, specialised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer programs than tiles and with more; every edge ragged."""
+    tile = kernel.Tile(math.inf, 128, 128, False, 4 if specialised else 8, 4, persistent=1, specialised=specialised)
+    own = kernel.architecture(torch.device(DEVICE))
+    if own not in ("sm_90", "sm_100"):
+        pytest.skip("this GPU has no tensor memory accelerator")
+    monkeypatch.setitem(tiles.PROCESSORS, own, processors)
+    a, a_s = activations(m, k)
+    b, b_s = weights(n, k)
+    exact = a.double() * wide(a_s, a.shape, 1), b.double() * wide(b_s, b.shape, BLOCK)
+    on_device = [guarded(t) for t in (a, a_s, b, b_s)]
+    y = kernel.gemm(*on_device, torch.float32, tile)
+    assert error(y, *exact) < PRECISE
+    assert same(kernel.gemm(*on_device, torch.bfloat16, tile), y.bfloat16())
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
+@pytest.mark.parametrize("n, k, offset", [(100, 128, 0), (128, 100, 0), (128, 128, 8)])
+def test_what_tma_cannot_take_goes_another_way(n: int, k: int, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 rows of 200 bytes, FP8 rows of 100, and a matrix that begins at half of 16 bytes."""
+    monkeypatch.setattr(kernel, "gemm_persistent_kernel", None)
+    (a, a_s), (b, b_s) = activations(20, k), weights(n, k)
+    shifted = guarded(torch.cat((torch.zeros(offset), a.float().flatten())).to(E4M3))[offset:].view(20, k)
+    y = kernel.gemm(shifted, guarded(a_s), guarded(b), guarded(b_s), torch.bfloat16, persistent)
+    exact = a.double() * wide(a_s, a.shape, 1), b.double() * wide(b_s, b.shape, BLOCK)
+    assert error(y, *exact) < 2**-8
+
+
+@needs_fp8
+@pytest.mark.parametrize("tile", [kernel.Tile(math.inf, 16, 64, True, 4, 2, split=4), persistent], ids=str)
+def test_with_one_tile_a_row_does_not_depend_on_the_others(tile: kernel.Tile) -> None:
+    m = tile.block_m + 10
+    a, a_s = (guarded(t) for t in activations(m, 576))
+    b, b_s = (guarded(t) for t in weights(64, 576))
+    together = kernel.gemm(a, a_s, b, b_s, torch.float32, tile)
+    for rows in (slice(0, 1), slice(7, m - 6), slice(m - 3, m)):
+        alone = kernel.gemm(a[rows].contiguous(), a_s[rows].contiguous(), b, b_s, torch.float32, tile)
+        assert same(alone, together[rows])
 
 
 def test_no_tokens() -> None:
@@ -282,15 +356,6 @@ def test_unserved_architecture_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         kernel.architecture.__wrapped__(torch.device("cuda"))
 
 
-@pytest.mark.parametrize("tables", [kernel.W8A8, kernel.W8A16], ids=["W8A8", "W8A16"])
-def test_tables_serve_every_m(tables: dict[str, tuple[kernel.Tile, ...]]) -> None:
-    for table in tables.values():
-        bounds = [tile.up_to for tile in table]
-        assert bounds == sorted(set(bounds)) and bounds[-1] == math.inf
-        assert all(BLOCK % tile.block_n == 0 for tile in table)  # one weight scale to a tile
-        assert all(m <= kernel.tile_for(table, m).up_to for m in (1, 16, 17, 128, 1000, 1 << 20))
-
-
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
 def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
@@ -307,15 +372,16 @@ def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch)
             return launch
 
     listed = [(c.kernel.fn.__name__, c.constexprs | c.options) for c in kernel.configurations() if c.target == "sm_90"]
-    for name in ("act_quant_kernel", "weight_dequant_kernel", "gemm_kernel"):
+    for name in {name for name, _ in listed}:
         monkeypatch.setattr(kernel, name, Recorder(name, getattr(kernel, name).arg_names))
-    b, b_s = weights(128, 128)
-    kernel.weight_dequant(b, b_s)
-    for m in (1, 16, 17, 32, 33, 64, 65, 256, 257, 5000):
-        x = torch.zeros(m, 128, dtype=torch.bfloat16)
-        q, s = kernel.act_quant(x)
-        kernel.act_quant(x, scale_fmt="ue8m0")
-        kernel.fp8_gemm(q, s, b, b_s)
-        kernel.w8a16_gemm(x, b, b_s)
+    for n, k in ((8192, 32), (100, 1024), (100, 2048), (100, 4096), (100, 8192)):  # parts: 1, 2, 4, 8, 16
+        b, b_s = torch.zeros(n, k, dtype=E4M3), torch.zeros(-(-n // BLOCK), -(-k // BLOCK))
+        kernel.weight_dequant(b, b_s)
+        for m in (1, 16, 17, 32, 33, 64, 65, 256, 257, 5000):
+            x = torch.zeros(m, k, dtype=torch.bfloat16)
+            q, s = kernel.act_quant(x)
+            kernel.act_quant(x, scale_fmt="ue8m0")
+            kernel.fp8_gemm(q, s, b, b_s)
+            kernel.w8a16_gemm(x, b, b_s)
     assert all(request in listed for request in asked)
     assert all(configuration in asked for configuration in listed)

@@ -8,7 +8,7 @@ import torch
 from checkpoints import fp8_sizes
 from config import ModelArgs
 from families import FAMILIES, V3
-from model import PAGE_SIZE, Batch, Numerics, Transformer
+from model import PAGE_SIZE, Batch, Linear, Numerics, Transformer
 from oracle import hidden_states, ours, random_checkpoint, relative_error, their_mtp, theirs, tokens
 
 
@@ -110,7 +110,7 @@ def test_logits_do_not_depend_on_what_else_the_pages_hold(tmp_path):
 def test_dtypes_of_the_sensitive_parts(tmp_path):
     model = ours(random_checkpoint(tmp_path / "c", V3), Numerics(torch.bfloat16))
     gate = model.layers[1].ffn.gate
-    assert gate.bias.dtype == torch.float32 and gate.weight.dtype == torch.bfloat16
+    assert gate.bias.dtype == torch.float32
     weights, _ = gate(torch.randn(3, model.args.dim, dtype=torch.bfloat16))
     assert weights.dtype == torch.float32
     hidden = hidden_states(model, tokens(5, model.args.vocab_size))
@@ -136,6 +136,36 @@ def test_fp8_modes_stay_near_exact_dequantisation(tmp_path, gemm, scale_fmt):
         assert error < 1e-5
     else:
         assert 1e-3 < error < 0.12  # e4m3 has 3 bits of mantissa: about 2.5 % a product, over six in a row
+
+
+def test_ragged_stacked_projections_in_fp8(tmp_path):
+    """On one rank no width need be whole blocks: W8A16 under float32 activations equals exact dequantisation."""
+    ragged = {"moe_intermediate_size": 96, "intermediate_size": 200, "kv_lora_rank": 144, "num_hidden_layers": 2}
+    for changes in ({}, {"q_lora_rank": None}):
+        path = random_checkpoint(tmp_path / f"c{len(changes)}", V3 | fp8_sizes(1) | ragged | changes, fp8=True)
+        exact, kept = ours(path), ours(path, Numerics(torch.float32, "bf16"))
+        ids = tokens(40, exact.args.vocab_size)
+        assert relative_error(hidden_states(kept, ids), hidden_states(exact, ids)) < 1e-5
+
+
+def test_where_stacked_projections_begin():
+    """Plain weights lie one after the other; FP8 ones begin at whole blocks, and equal ones are equally far apart."""
+    fp8 = Numerics(gemm="fp8")
+    for parts, num, starts, rows in (
+        ({"wq_a": 1536, "wkv_a": 576}, fp8, (0, 1536), 2112),
+        ({"wq_a": 160, "wkv_a": 192}, fp8, (0, 256), 448),
+        ({"wq_a": 160, "wkv_a": 192}, Numerics(), (0, 160), 352),
+        ({"w1": 2048, "w3": 2048}, fp8, (0, 2048), 4096),
+        ({"w1": 96, "w3": 96}, fp8, (0, 128), 256),
+        ({"w1": 96, "w3": 96}, Numerics(), (0, 96), 192),
+        (576, fp8, (0,), 576),
+    ):
+        linear = Linear(256, parts, num)
+        assert (linear.starts, linear.weight.shape[0]) == (starts, rows)
+        assert linear.scale is None or linear.scale.shape == (-(-rows // 128), 2)
+        if linear.parts:
+            ends = [columns[0, [0, -1]].tolist() for columns in linear.split(torch.arange(rows)[None])]
+            assert ends == [[at, at + n - 1] for at, n in zip(starts, linear.parts.values(), strict=True)]
 
 
 def test_ue8m0_reaches_every_quantised_linear(tmp_path):
@@ -171,4 +201,9 @@ def test_full_size_shapes_on_the_meta_device():
     for ranks in (8, 16):
         shard = Transformer(args, num, Group(ranks - 1, ranks), device="meta")
         assert shard.layers[5].ffn.experts.first == 256 // ranks * (ranks - 1)
+        split = Transformer(args, dataclasses.replace(num, experts="split"), Group(ranks - 1, ranks), device="meta")
+        experts = split.layers[5].ffn.experts
+        assert experts.first == 0 and experts.w13.weight.shape == (256, 4096 // ranks, 7168)
+        assert experts.w2.weight.shape == (256, 7168, 2048 // ranks)
+        assert split.layers[5].attn.wqkv_a.weight.shape == (2112, 7168)
         assert shard.layers[5].attn.n_heads == 128 // ranks

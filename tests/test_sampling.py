@@ -8,6 +8,7 @@ from sampling import (
     ACCEPT,
     DRAFT,
     SAMPLE,
+    Ask,
     Draft,
     SamplingParams,
     draw,
@@ -41,8 +42,9 @@ def test_drawn_frequencies():
     """Against the softmax, and a control: noise that is not uniform must fail."""
     p = (torch.randn(12, generator=torch.Generator().manual_seed(0)) * 2).double().softmax(-1)
     noise = [uniform(0, request, 3) for request in range(30_000)]
-    assert passes_chi_square([draw(p, u) for u in noise], p)
-    assert not passes_chi_square([draw(p, u * 0.97) for u in noise], p)
+    every = p.expand(len(noise), -1).contiguous()
+    assert passes_chi_square(draw(every, noise).tolist(), p)
+    assert not passes_chi_square(draw(every, [u * 0.97 for u in noise]).tolist(), p)
 
 
 # --- speculation -----------------------------------------------------------------------------------------------------
@@ -62,16 +64,26 @@ def speculate(target, proposal, params, n, drafts, told=None):
     made to believe the drafts were drawn from.
     """
     first, second = [], []
-    for request in range(n):
-        draft = Draft()
+    for start in range(0, n, 100):  # a hundred requests in one batch
+        asks = [Ask(params, request, [0] * 5, 5) for request in range(start, start + 100)]
         for row in proposal[:drafts]:
-            propose(row, params, request, [0] * 5, 5, draft)
-        if told is not None:
-            draft.q = [told] * drafts
-        made = verify(target[: drafts + 1], params, request, [0] * 5, 5, draft)
-        first.append(made[0])
-        second += made[1:2]
+            propose(row.expand(len(asks), -1), asks)
+        for ask in asks if told is not None else ():
+            ask.draft.q = [told] * drafts
+        for made in verify(target[: drafts + 1].repeat(len(asks), 1), asks):
+            first.append(made[0])
+            second += made[1:2]
     return first, second
+
+
+def verify_one(logits, params, tokens=(0,), n_prompt=1, draft=None, request=0):
+    """One request's tokens, judged by itself."""
+    [made] = verify(logits, [Ask(params, request, list(tokens), n_prompt, draft or Draft())])
+    return made
+
+
+def distribution(logits, params):
+    return probabilities(logits[None], [params])[0]
 
 
 @pytest.mark.parametrize(
@@ -84,9 +96,9 @@ def test_verified_tokens_are_distributed_as_sampled_ones(how):
     target, proposal = unlike()
     params = SamplingParams(**{"temperature": 1.0, "seed": 20, **how})
     first, second = speculate(target, proposal, params, 8_000, drafts=2)
-    assert passes_chi_square(first, probabilities(target[0], params))
+    assert passes_chi_square(first, distribution(target[0], params))
     assert 2000 < len(second) < 7_900
-    assert passes_chi_square(second, probabilities(target[1], params))
+    assert passes_chi_square(second, distribution(target[1], params))
 
 
 def test_greedy_drafts_are_lossless_for_sampled_answers_too():
@@ -94,8 +106,9 @@ def test_greedy_drafts_are_lossless_for_sampled_answers_too():
     target, proposal = unlike()
     params = SamplingParams(temperature=1.0, seed=7)
     best = proposal.argmax(-1).tolist()
-    made = [verify(target, params, i, [0], 1, Draft(best[:2], [None, None])) for i in range(8_000)]
-    assert passes_chi_square([m[0] for m in made], probabilities(target[0], params))
+    asks = [Ask(params, i, [0], 1, Draft(best[:2], [None, None])) for i in range(8_000)]
+    made = verify(target.repeat(len(asks), 1), asks)
+    assert passes_chi_square([m[0] for m in made], distribution(target[0], params))
 
 
 def test_a_biased_verifier_is_noticed():
@@ -104,18 +117,18 @@ def test_a_biased_verifier_is_noticed():
     params = SamplingParams(temperature=1.0, seed=7)
     flat = torch.full((9,), 1 / 9, dtype=torch.float64)
     first, _ = speculate(target, proposal, params, 8_000, drafts=2, told=flat)
-    assert not passes_chi_square(first, probabilities(target[0], params))
+    assert not passes_chi_square(first, distribution(target[0], params))
 
 
 def test_a_proposal_like_the_target_is_always_accepted():
     target = torch.randn(4, 30, generator=torch.Generator().manual_seed(1))
     params = SamplingParams(temperature=0.9, top_p=0.9, seed=3)
     for request in range(200):
-        draft = Draft()
+        ask = Ask(params, request, [1], 1)
         for row in target[:3]:
-            propose(row, params, request, [1], 1, draft)
-        made = verify(target, params, request, [1], 1, draft)
-        assert made[:3] == draft.tokens and len(made) == 4
+            propose(row[None], [ask])
+        [made] = verify(target, [ask])
+        assert made[:3] == ask.draft.tokens and len(made) == 4
 
 
 def test_greedy_verification():
@@ -123,7 +136,8 @@ def test_greedy_verification():
     greedy = SamplingParams(temperature=0)
 
     def made(*drafts):
-        return verify(logits, greedy, 0, [0], 1, Draft(list(drafts), [None] * len(drafts)))
+        n = len(drafts) + 1
+        return verify_one(logits[:n], greedy, draft=Draft(list(drafts), [None] * len(drafts)))
 
     assert made(1, 0) == [1, 0, 2]
     assert made(1, 2) == [1, 0]
@@ -135,19 +149,45 @@ def test_penalties_count_accepted_drafts():
     logits = torch.tensor([[0.0, 3.0, 2.5]] * 3)
     params = SamplingParams(temperature=0, presence_penalty=1.0)
     draft = Draft([1, 1], [None, None])
-    assert verify(logits, params, 0, [0], 1, draft) == [1, 2]
+    assert verify_one(logits, params, draft=draft) == [1, 2]
     plain = []
     for _ in range(3):
-        plain += verify(logits[:1], params, 0, [0, *plain], 1, Draft())
+        plain += verify_one(logits[:1], params, [0, *plain])
     assert plain[:2] == [1, 2]
 
 
 def test_a_broken_draft_head_costs_only_time():
-    draft = Draft()
-    propose(torch.full((5,), float("nan")), SamplingParams(temperature=1.0), 0, [1], 1, draft)
-    assert 0 <= draft.tokens[0] < 5
-    target = torch.randn(2, 5)
-    assert verify(target, SamplingParams(temperature=1.0), 0, [1], 1, draft) is not None
+    ask = Ask(SamplingParams(temperature=1.0), 0, [1], 1)
+    propose(torch.full((1, 5), float("nan")), [ask])
+    assert 0 <= ask.draft.tokens[0] < 5
+    assert verify(torch.randn(2, 5), [ask])[0] is not None
+
+
+def test_company_changes_nothing():
+    """Greedy and sampled requests with and without drafts, penalties and cuts, one unsound: each gets in one batch what
+    it gets alone."""
+    g = torch.Generator().manual_seed(3)
+    kinds = [
+        SamplingParams(temperature=0), SamplingParams(temperature=0, presence_penalty=0.7),
+        SamplingParams(temperature=1.3, seed=2), SamplingParams(temperature=0.9, top_p=0.7),
+        SamplingParams(temperature=1.0, top_k=4, repetition_penalty=1.4), SamplingParams(temperature=0.8, min_p=0.2),
+    ]  # fmt: skip
+
+    def ask(n: int) -> Ask:
+        made = Ask(kinds[n % len(kinds)], n, [n % 7, 3], 1)
+        for row in drafted[n]:
+            propose(row[None], [made])
+        return made
+
+    drafted = [torch.randn(n % 4, 11, generator=g) for n in range(90)]
+    logits = [torch.randn(n % 4 + 1, 11, generator=g) for n in range(90)]
+    for rows, near in zip(logits, drafted, strict=True):
+        rows[:-1] = near + 0.3 * rows[:-1]
+    logits[50][1, 4] = float("nan")
+    together = verify(torch.cat(logits), [ask(n) for n in range(90)])
+    assert together == [verify(rows, [ask(n)])[0] for n, rows in enumerate(logits)]
+    assert together[50] is None and sum(made is None for made in together) == 1
+    assert {len(made) for made in together if made} == {1, 2, 3, 4}
 
 
 # --- the distribution ------------------------------------------------------------------------------------------------
@@ -157,7 +197,7 @@ def test_cuts():
     logits = torch.log(torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15]))
 
     def kept(**how):
-        p = probabilities(logits, SamplingParams(temperature=1, **how))
+        p = distribution(logits, SamplingParams(temperature=1, **how))
         assert p.sum().item() == pytest.approx(1)
         return {i: round(v, 4) for i, v in enumerate(p.tolist()) if v}
 
@@ -169,17 +209,45 @@ def test_cuts():
     assert kept() == {0: 0.05, 1: 0.4, 2: 0.1, 3: 0.3, 4: 0.15}
 
 
+def cut_by_sorting(logits, params):
+    """The cuts written a second way: rank every token, go down the list, stop at the first that fails."""
+    p = (logits.double() / params.temperature).softmax(-1).tolist()
+    order = sorted(range(len(p)), key=lambda i: (-p[i], i))[: params.top_k or None]
+    total, so_far, kept = sum(p[i] for i in order), 0.0, []
+    for i in order:
+        if (params.top_p < 1 and so_far >= params.top_p * total) or p[i] < params.min_p * p[order[0]]:
+            break
+        kept.append(i)
+        so_far += p[i]
+    return [p[i] / so_far if i in set(kept) else 0.0 for i in range(len(p))]
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 6.0])
+@pytest.mark.parametrize(
+    "how",
+    [{"top_p": 0.6}, {"top_p": 0.999}, {"min_p": 0.05}, {"top_k": 40}, {"top_k": 1500, "top_p": 0.9}, {"top_k": 9, "min_p": 0.3}],
+    ids=str,
+)
+def test_cuts_of_a_large_vocabulary(spread, how):
+    """More tokens than are ranked at first; flat distributions keep thousands, steep ones a few; ties keep the first."""
+    logits = (torch.randn(3, 3000, generator=torch.Generator().manual_seed(1)) * spread * 8).round() / 8
+    params = SamplingParams(temperature=0.9, **how)
+    found = probabilities(logits, [params] * 3)
+    for row, p in zip(logits, found, strict=True):
+        assert torch.allclose(p, torch.tensor(cut_by_sorting(row, params), dtype=torch.float64), rtol=1e-9, atol=1e-15)
+
+
 def test_temperature():
     logits = torch.tensor([1.0, 2.0, 0.0])
-    hot = probabilities(logits, SamplingParams(temperature=2.0))
+    hot = distribution(logits, SamplingParams(temperature=2.0))
     assert torch.allclose(hot, (logits.double() / 2).softmax(-1))
-    assert probabilities(logits, SamplingParams(temperature=0)).tolist() == [0, 1, 0]
-    assert probabilities(torch.tensor([2.0, 2.0]), SamplingParams(temperature=0)).tolist() == [1, 0]
+    assert distribution(logits, SamplingParams(temperature=0)).tolist() == [0, 1, 0]
+    assert distribution(torch.tensor([2.0, 2.0]), SamplingParams(temperature=0)).tolist() == [1, 0]
 
 
 def test_a_tiny_temperature_is_greedy():
     logits = torch.tensor([900.0, 900.5, -900.0])
-    assert probabilities(logits, SamplingParams(temperature=1e-308)).tolist() == [0, 1, 0]
+    assert distribution(logits, SamplingParams(temperature=1e-308)).tolist() == [0, 1, 0]
 
 
 def test_released_defaults(tmp_path):
@@ -215,11 +283,12 @@ def test_repetition_penalty_is_transformers():
 def test_extreme_rows():
     nan, inf = float("nan"), float("inf")
     rows = torch.tensor([[0.0, nan], [inf, 0.0], [1e30, -1e30], [-inf, 3.0], [-inf, -inf]])
-    assert is_sound(rows) == [False, False, True, True, False]
-    assert verify(rows[:1], SamplingParams(), 0, [1], 1, Draft()) is None
+    assert is_sound(rows).tolist() == [False, False, True, True, False]
+    for params in (SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9)):
+        assert verify_one(rows[:1], params) is None and verify_one(rows[-1:], params) is None
     for row in rows[2:4]:
         for temperature in (0.0, 1.0):
-            [token] = verify(row[None], SamplingParams(temperature=temperature), 0, [1], 1, Draft())
+            [token] = verify_one(row[None], SamplingParams(temperature=temperature))
             assert token == int(row.argmax())
 
 

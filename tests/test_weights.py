@@ -1,5 +1,6 @@
 """The table of tensors, what a checkpoint may look like, and loading each rank's part of it."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -19,10 +20,12 @@ from families import FAMILIES
 from model import Numerics, Transformer
 from parallel import SOLO, Group
 from tensorfile import Reader, read_header
-from weights import HF_INDEX, Checkpoint, check_ranks, expected_tensors, load_into
+from weights import HF_INDEX, Checkpoint, check_ranks, choose_experts, expected_tensors, load_into
 
 FP8 = Numerics(torch.bfloat16, gemm="fp8")
 CONFIG = FAMILIES["v3"] | fp8_sizes(8) | {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_hidden_layers": 2}
+# the experts' width divides over eight ranks too
+WIDE = CONFIG | {"moe_intermediate_size": 1024, "n_shared_experts": 1, "n_routed_experts": 8, "num_experts_per_tok": 4}
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,14 @@ def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "fp8"
     make_checkpoint(folder, CONFIG, fp8=True, shard_bytes=2 << 20)
     assert len(list(folder.glob("*.safetensors"))) > 3
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """An FP8 checkpoint whose experts may be split over eight ranks."""
+    folder = tmp_path_factory.mktemp("wide") / "fp8"
+    make_checkpoint(folder, WIDE, fp8=True, shard_bytes=2 << 20)
     return folder
 
 
@@ -74,10 +85,12 @@ def our_name(hf: str, n_layers: int) -> str:
     return upstream_name(hf)
 
 
-def part(name: str, tensor: torch.Tensor, rank: int, ranks: int, n_experts: int) -> torch.Tensor | None:
+def part(
+    name: str, tensor: torch.Tensor, rank: int, ranks: int, n_experts: int, experts: str = "whole"
+) -> torch.Tensor | None:
     """A rank's share of a tensor, by upstream's name: rows, columns, whole experts, or all of it."""
     layer = name.split(".")
-    if ".experts." in name:
+    if ".experts." in name and experts == "whole":
         each = n_experts // ranks
         return tensor if int(layer[layer.index("experts") + 1]) // each == rank else None
     kind = layer[-2]
@@ -88,13 +101,16 @@ def part(name: str, tensor: torch.Tensor, rank: int, ranks: int, n_experts: int)
     return tensor
 
 
-def in_memory(source: Path | dict[str, torch.Tensor], rank: int, ranks: int, config: dict) -> dict[str, torch.Tensor]:
-    """What a rank's parameters must be, from a Hugging Face directory or its tensors: experts stacked."""
+def in_memory(
+    source: Path | dict[str, torch.Tensor], rank: int, ranks: int, config: dict, experts: str = "whole"
+) -> dict[str, torch.Tensor]:
+    """What a rank's parameters must be, from a Hugging Face directory or its tensors: experts stacked, and projections
+    of one input one below the other."""
     found: dict[str, torch.Tensor] = {}
     stacks: dict[str, dict[int, torch.Tensor]] = {}
     for hf, tensor in (whole(source) if isinstance(source, Path) else source).items():
         name = our_name(hf, config["num_hidden_layers"])
-        if (mine := part(name, tensor, rank, ranks, config["n_routed_experts"])) is None:
+        if (mine := part(name, tensor, rank, ranks, config["n_routed_experts"], experts)) is None:
             continue
         before, expert, after = name.partition(".experts.")
         if expert:
@@ -102,7 +118,25 @@ def in_memory(source: Path | dict[str, torch.Tensor], rank: int, ranks: int, con
             stacks.setdefault(f"{before}.experts.{rest}", {})[int(number)] = mine
         elif name not in ("mtp.0.embed.weight", "mtp.0.head.weight"):  # the model shares the main ones
             found[name] = mine
-    return found | {name: torch.stack([stack[e] for e in sorted(stack)]) for name, stack in stacks.items()}
+    found |= {name: torch.stack([stack[e] for e in sorted(stack)]) for name, stack in stacks.items()}
+    for name in list(found):
+        for first, second, together in (("w1", "w3", "w13"), ("wq", "wkv_a", "wqkv_a"), ("wq_a", "wkv_a", "wqkv_a")):
+            before, at, leaf = name.partition(f".{first}.")
+            if at:
+                pair = found.pop(name), found.pop(f"{before}.{second}.{leaf}")
+                found[f"{before}.{together}.{leaf}"] = one_below_the_other(*pair)
+    return found
+
+
+def one_below_the_other(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Two projections (…, rows, in) as one: FP8 ones begin at whole blocks, with zeros between, and if they are of one
+    width the second ends where its last block does."""
+    if a.dtype == torch.float8_e4m3fn:
+        last = -b.shape[-2] % 128 if a.shape == b.shape else 0
+        a, b = (t.view(torch.uint8) for t in (a, b))
+        a, b = torch.nn.functional.pad(a, (0, 0, 0, -a.shape[-2] % 128)), torch.nn.functional.pad(b, (0, 0, 0, last))
+        return torch.cat((a, b), dim=-2).view(torch.float8_e4m3fn)
+    return torch.cat((a, b), dim=-2)
 
 
 def write_upstream(folder: Path, target: Path, ranks: int, config: dict) -> None:
@@ -119,8 +153,9 @@ def write_upstream(folder: Path, target: Path, ranks: int, config: dict) -> None
 
 
 def build(checkpoint: Checkpoint, num: Numerics, group: Group = SOLO, args: ModelArgs | None = None) -> Transformer:
-    """A model whose every value is wrong until it is loaded."""
+    """A model whose every value is wrong until it is loaded. Files made for ranks decide how the experts lie."""
     args = args or checkpoint.args
+    num = dataclasses.replace(num, experts=checkpoint.experts(group.size) or num.experts)
     model = Transformer(args, num, group, mtp=bool(args.n_mtp_layers) and checkpoint.has_mtp)
     for p in model.parameters():
         p.data.view(torch.uint8).fill_(0x55)
@@ -192,7 +227,8 @@ def test_table_names_every_tensor_of_every_family(family, fp8, tmp_path):
         ({}, 3, "n_heads 128 does not divide by 3 ranks (it works with 1, 2, 4, 8, 16)"),
         ({"vocab_size": 129281}, 2, "vocab_size 129281 does not divide by 2 ranks (it works with 1)"),
         ({"intermediate_size": 18436}, 8, "inter_dim 18436 does not divide by 8 ranks (it works with 1)"),
-        ({"n_routed_experts": 264}, 16, "n_routed_experts 264 does not divide by 16 ranks (it works with 1, 2, 4, 8)"),
+        ({"n_routed_experts": 264}, 16, "n_routed_experts 264 does not divide by 16 ranks (it works with 1, 2, 4, 8)"
+                                     "; --experts split works"),
         ({"moe_intermediate_size": 2052}, 8,
          "the shared experts' width 2052 does not divide by 8 ranks (it works with 1)"),
         ({}, 32, "ffn.w1 has 18432 rows, which 32 ranks cannot share in whole 128-wide FP8 blocks "
@@ -211,9 +247,64 @@ def test_rank_counts(changes, ranks, message):
 
 def test_rank_counts_that_work():
     args = ModelArgs.from_hf(V3_671B)
-    for ranks in (1, 2, 4, 8, 16):
-        check_ranks(args, ranks, fp8=True)
-    check_ranks(args, 32, fp8=False)
+    for experts in ("whole", "split"):
+        for ranks in (1, 2, 4, 8, 16):
+            check_ranks(args, ranks, fp8=True, experts=experts)
+        check_ranks(args, 32, fp8=False, experts=experts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "fp8", "message"),
+    [
+        ({"moe_intermediate_size": 1024, "n_shared_experts": 2}, 16, True,
+         "moe_inter_dim is 1024, which 16 ranks cannot share in whole 128-wide FP8 blocks (it works with 1, 2, 4, 8); "
+         "--experts whole works"),
+        ({"moe_intermediate_size": 1028, "n_shared_experts": 2}, 8, False,
+         "moe_inter_dim 1028 does not divide by 8 ranks (it works with 1, 2, 4); --experts whole works"),
+        ({"moe_intermediate_size": 1024, "n_shared_experts": 2, "n_routed_experts": 264}, 16, True,
+         "moe_inter_dim is 1024, which 16 ranks cannot share in whole 128-wide FP8 blocks (it works with 1, 2, 4, 8)"),
+        ({}, 32, True, "ffn.w1 has 18432 rows, which 32 ranks cannot share in whole 128-wide FP8 blocks "
+                       "(it works with 1, 2, 4, 8, 16)"),
+    ],
+)  # fmt: skip
+def test_rank_counts_with_split_experts(changes, ranks, fp8, message):
+    with pytest.raises(UserError) as e:
+        check_ranks(ModelArgs.from_hf(V3_671B | changes), ranks, fp8, "split")
+    assert str(e.value) == message
+
+
+def test_split_experts_need_not_divide_in_number():
+    args = ModelArgs.from_hf(V3_671B | {"n_routed_experts": 264})
+    check_ranks(args, 16, fp8=True, experts="split")
+    assert choose_experts("auto", args, 16, fp8=True)[0] == "split"
+
+
+@pytest.mark.parametrize(
+    ("asked", "ranks", "fp8", "made", "expected"),
+    [
+        ("auto", 8, True, None, ("split", "experts: split, a rank has 256 of each one's width of 2048")),
+        ("auto", 16, True, None, ("split", "experts: split, a rank has 128 of each one's width of 2048")),
+        ("auto", 32, False, None, ("split", "experts: split, a rank has 64 of each one's width of 2048")),
+        ("auto", 32, True, None,
+         ("whole", "experts: whole, as 32 ranks cannot share their width of 2048 in whole 128-wide FP8 blocks")),
+        ("auto", 3, False, None, ("whole", "experts: whole, as 3 ranks cannot share their width of 2048 evenly")),
+        ("auto", 1, True, None, ("whole", "experts: whole, on one rank")),
+        ("whole", 8, True, None, ("whole", "experts: whole, as asked")),
+        ("split", 3, True, None, ("split", "experts: split, as asked")),
+        ("auto", 8, True, "whole", ("whole", "experts: whole, as the files were converted")),
+        ("split", 8, True, "split", ("split", "experts: split, as the files were converted")),
+        ("whole", 1, True, "split", ("split", "experts: split, as the files were converted")),  # they are the same
+    ],
+)  # fmt: skip
+def test_choice_of_layout(asked, ranks, fp8, made, expected):
+    assert choose_experts(asked, ModelArgs.from_hf(V3_671B), ranks, fp8, made) == expected
+
+
+@pytest.mark.parametrize(("asked", "made"), [("whole", "split"), ("split", "whole")])
+def test_files_of_another_layout(asked, made):
+    with pytest.raises(UserError) as e:
+        choose_experts(asked, ModelArgs.from_hf(V3_671B), 8, True, made)
+    assert str(e.value) == f"--experts {asked}, but the files hold {made} experts: convert again, or --experts {made}"
 
 
 # Loading ------------------------------------------------------------------------------------------------------------
@@ -238,6 +329,72 @@ def test_three_kinds_of_directory_load_the_same_slices(source, ranks, tmp_path, 
         assert_same(loaded(tmp_path / "upstream", FP8, group, args), main_only)
         warned = f"warning: {tmp_path / 'upstream'} was converted by another program"
         assert capsys.readouterr().err.startswith(warned) == (rank == 0)
+
+
+@pytest.mark.parametrize("experts", ["whole", "split"])
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_either_layout_of_the_experts(wide, ranks, experts, tmp_path):
+    """From the original directory and from converted files, kept in FP8 and dequantised, on the first and last rank."""
+    convert(wide, tmp_path, ranks, experts=experts)
+    assert Checkpoint(tmp_path).experts(ranks) == experts
+    for rank in {0, ranks - 1}:
+        for num in (FP8, Numerics(torch.bfloat16)):
+            tensors = whole(wide) if num.gemm else multiplied_out(whole(wide), torch.bfloat16)
+            wanted = in_memory(tensors, rank, ranks, WIDE, experts)
+            assert_same(loaded(wide, dataclasses.replace(num, experts=experts), Group(rank, ranks)), wanted)
+            assert_same(loaded(tmp_path, num, Group(rank, ranks)), wanted)
+
+
+def test_split_experts_that_do_not_divide_in_number(tmp_path):
+    """Six experts on four ranks, in slices that are no whole blocks: dequantised while they are read."""
+    config = FAMILIES["v3"] | {"n_routed_experts": 6, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 3}
+    make_checkpoint(tmp_path, config, fp8=True)
+    wanted = in_memory(multiplied_out(whole(tmp_path), torch.float32), 3, 4, config, "split")
+    assert_same(loaded(tmp_path, Numerics(torch.float32, experts="split"), Group(3, 4)), wanted)
+    says = "n_routed_experts 6 does not divide by 4 ranks (it does by 1, 2)"
+    assert refusal(tmp_path, Numerics(torch.float32), Group(3, 4)) == says
+
+
+def test_layouts_that_do_not_fit(wide, tmp_path):
+    convert(wide, tmp_path / "whole", 2, experts="whole")
+    convert(wide, tmp_path / "split", 2, experts="split")
+    for held, asked in (("whole", "split"), ("split", "whole")):
+        checkpoint = Checkpoint(tmp_path / held)
+        model = Transformer(checkpoint.args, dataclasses.replace(FP8, experts=asked), Group(0, 2))
+        with pytest.raises(UserError, match=rf"^--experts {asked}, but the files hold {held} experts: convert again"):
+            load_into(model, checkpoint, Group(0, 2), progress=False)
+    upstream = tmp_path / "upstream"
+    write_upstream(wide, upstream, 2, WIDE)
+    args = Checkpoint(wide).args
+    model = Transformer(args, dataclasses.replace(FP8, experts="split"), Group(0, 2), mtp=False)
+    with pytest.raises(UserError, match=r"^--experts split, but the files hold whole experts"):
+        load_into(model, Checkpoint(upstream), Group(0, 2), progress=False)
+
+
+def test_files_converted_before_there_was_a_choice(wide, tmp_path):
+    """They say nothing of a layout, and are whole."""
+    convert(wide, tmp_path, 2, experts="whole")
+    for file in tmp_path.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes().replace(b'"experts":"whole"', b'"former":"nobody"'))
+    index = tmp_path / "model-mp2.index.json"
+    index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "experts"}))
+    assert Checkpoint(tmp_path).experts(2) == "whole"
+    assert_same(loaded(tmp_path, FP8, Group(1, 2)), in_memory(wide, 1, 2, WIDE))
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"experts": "split"}))
+    message = "model1-mp2.safetensors: its metadata does not mark it as rank 1 of 2, split experts: found {'format': "
+    assert refusal(tmp_path, FP8, Group(1, 2)).startswith(message)
+
+
+def test_ragged_widths_kept_in_fp8(tmp_path):
+    """Every stacked projection ends inside a block, and so has a gap before the next."""
+    config = FAMILIES["v3"] | fp8_sizes(1) | {"moe_intermediate_size": 96, "intermediate_size": 200, "kv_lora_rank": 144}
+    make_checkpoint(tmp_path, config, fp8=True)
+    found = loaded(tmp_path, FP8)
+    assert_same(found, in_memory(tmp_path, 0, 1, config))
+    shapes = {"attn.wqkv_a": (256 + 208, 192), "ffn.w13": (2 * 256, 192)}
+    assert all(found[f"layers.0.{name}.weight"].shape == shape for name, shape in shapes.items())
+    assert found["layers.1.ffn.experts.w13.weight"].shape == (32, 2 * 128, 192)
+    assert not found["layers.1.ffn.experts.w13.weight"][:, 96:128].view(torch.uint8).any()
 
 
 @pytest.mark.parametrize("window", [1, 5000])
@@ -304,7 +461,7 @@ def test_tied_embeddings(tmp_path):
     convert(tmp_path / "hf", tmp_path / "converted", 2)
     for folder in (tmp_path / "hf", tmp_path / "converted"):
         found = loaded(folder, Numerics(), Group(1, 2))
-        assert_same(found, in_memory(tmp_path / "hf", 1, 2, config))
+        assert_same(found, in_memory(tmp_path / "hf", 1, 2, config, "split" if folder.name == "converted" else "whole"))
         assert "head.weight" not in found  # it is the embedding's own parameter
 
 
@@ -613,7 +770,7 @@ def test_damaged_converted_directories(converted):
     for change in ({"format": "x"}, {"version": 2}):
         (converted / "model-mp2.index.json").write_text(json.dumps(index | change))
         assert "this program reads 'deepseek-v3-ranks' version 1, not" in refusal(converted, FP8, Group(0, 2))
-    for change in ({"ranks": 4}, {"files": {}}, {"files": []}, {"files": {"a": {}}}, {"obsolete": 1},
+    for change in ({"ranks": 4}, {"experts": "half"}, {"files": {}}, {"files": []}, {"files": {"a": {}}}, {"obsolete": 1},
                    {"files": index["files"] | {"x.safetensors": {"rank": 2, "bytes": 1, "tensors": {}}}}):  # fmt: skip
         (converted / "model-mp2.index.json").write_text(json.dumps(index | change))
         message = "model-mp2.index.json: damaged; copy the directory again or convert again"
@@ -631,7 +788,7 @@ def test_a_file_marked_for_another_rank(source, tmp_path):
     convert(source, tmp_path / "c", 2)
     file = tmp_path / "c" / "model0-mp2.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"rank":"0"', b'"rank":"1"'))
-    message = "model0-mp2.safetensors: its metadata does not mark it as rank 0 of 2: found {'format': "
+    message = "model0-mp2.safetensors: its metadata does not mark it as rank 0 of 2, whole experts: found {'format': "
     assert refusal(tmp_path / "c", FP8, Group(0, 2)).startswith(message)
 
 

@@ -1,0 +1,138 @@
+"""The CPU's packed weights against float64 and against the reference, whichever of them this processor would choose."""
+
+import pytest
+import torch
+
+import cpu
+import ops
+import reference
+from families import V3
+from model import Numerics
+from oracle import hidden_states, ours, random_checkpoint, relative_error, tokens
+
+needs_half = pytest.mark.skipif(not cpu.has_half(), reason="this build of torch lacks FBGEMM")
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch lacks oneDNN")
+FORMS = [pytest.param(True, marks=needs_half, id="half"), pytest.param(False, marks=needs_onednn, id="onednn")]
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+    """Packs as on a processor whose bfloat16 is slow, or fast."""
+    monkeypatch.setattr(cpu, "half_is_faster", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 16, 70])
+@pytest.mark.parametrize("n, k", [(96, 160), (1, 1), (67, 515), (130, 33)])
+def test_linear(form, rows, n, k):
+    w, x = torch.randn(n, k).bfloat16(), torch.randn(rows, k).bfloat16()
+    packed = cpu.pack(w)
+    assert cpu.is_packed(packed) and isinstance(packed, cpu.Half) == form
+    y = ops.linear(x, ops.Weight(packed))
+    assert y.dtype == torch.bfloat16 and y.shape == (rows, n)
+    expected = x.double() @ w.double().T
+    assert relative_error(y, expected) < 4e-3
+    if form:  # one rounding, at the end
+        error = (y.double() - expected).abs()
+        assert (error <= expected.abs() * 2**-8 + (x.double().abs() @ w.double().abs().T) * 1e-6).all()
+
+
+def test_stacks(form):
+    stack, x = torch.randn(3, 96, 160).bfloat16(), torch.randn(5, 160).bfloat16()
+    packed = cpu.pack(stack)
+    assert len(packed) == 3
+    for e in range(3):
+        y = ops.linear(x, ops.Weight(packed).expert(e))
+        assert relative_error(y, x.double() @ stack[e].double().T) < 4e-3
+
+
+def test_what_stays_plain(form):
+    assert not cpu.is_packed(cpu.pack(torch.randn(8, 8)))
+    poisoned = torch.randn(8, 8).bfloat16()
+    poisoned[1, 2] = float("nan")
+    assert not isinstance(cpu.pack(poisoned), cpu.Half) and not cpu.is_packed(cpu.pack_float32(poisoned))
+    y = ops.linear(torch.ones(1, 8).bfloat16(), ops.Weight(cpu.pack(poisoned)))
+    assert y[0].isnan().tolist() == [False, True] + [False] * 6
+
+
+@needs_half
+@pytest.mark.parametrize("exponent", [-100, -20, 0, 20, 100])
+def test_half_holds_bfloat16_exactly(exponent):
+    """Weights of any size, 2^29 apart; what is smaller may vanish below float32's own rounding."""
+    w = torch.ldexp(1 + torch.arange(128) / 128, torch.arange(128) % 30 + (exponent - 29))  # exact in bfloat16
+    w = (w * torch.tensor([1, -1]).repeat(64)).bfloat16()
+    packed = cpu.pack_float32(torch.diag(w))
+    assert torch.equal(cpu.linear_float32(torch.eye(128), packed), torch.diag(w.float()))
+    w = torch.ldexp(torch.ones(64), -torch.arange(64)).bfloat16()
+    back = cpu.linear_float32(torch.eye(64), cpu.pack_float32(torch.diag(w))).diagonal()
+    assert ((back - w.float()).abs() <= 2.0**-30).all() and torch.equal(back[:30], w[:30].float())
+
+
+@needs_half
+def test_zero_weights():
+    assert torch.equal(cpu.linear(torch.ones(2, 9), cpu.pack_half(torch.zeros(7, 9).bfloat16())), torch.zeros(2, 7))
+
+
+def test_float32_products_are_not_rounded():
+    x, w = torch.randn(5, 300).bfloat16(), torch.randn(70, 300).bfloat16()
+    for side in ("auto", "reference"):
+        with ops.use(side):
+            y = ops.project_float32(x, ops.prepare_float32(w))
+        assert y.dtype == torch.float32 and relative_error(y, x.double() @ w.double().T) < 2e-6
+    plain = ops.prepare_float32(w.float())
+    assert torch.equal(plain, w.float())
+
+
+@pytest.mark.parametrize("rows, first, n_local", [(1, 0, 8), (7, 0, 8), (90, 0, 8), (7, 2, 3), (1, 6, 2), (3, 0, 1)])
+def test_experts(form, rows, first, n_local):
+    """One token or many, all experts or this rank's, experts nobody chose: the reference's sum in float64."""
+    h, inter, k = 72, 40, 3
+    g = torch.Generator().manual_seed(rows)
+    w13, w2 = torch.randn(8, 2 * inter, h, generator=g), torch.randn(8, h, inter, generator=g)
+    w13, w2 = w13[first : first + n_local].bfloat16() / 8, w2[first : first + n_local].bfloat16() / 8
+    x = torch.randn(rows, h, generator=g).bfloat16()
+    ids = torch.stack([torch.randperm(8, generator=g)[:k] for _ in range(rows)])
+    weights = torch.rand(rows, k, generator=g)
+    expected = torch.zeros(rows, h, dtype=torch.float64)
+    for t in range(rows):
+        for e, weight in zip((ids[t] - first).tolist(), weights[t].double(), strict=True):
+            if 0 <= e < n_local:
+                gate, up = (w13[e].double() @ x[t].double()).chunk(2)
+                expected[t] += weight * (w2[e].double() @ (torch.nn.functional.silu(gate) * up))
+    packed = [ops.Weight(cpu.pack(w)) for w in (w13, w2)]
+    extra = torch.randn(rows, h, generator=g).bfloat16()
+    out = ops.experts(x, weights, ids, first, *packed, inter, lambda: extra)
+    assert out.dtype == torch.bfloat16
+    assert ((out.double() - (expected + extra)).norm() <= 1e-2 * (expected.norm() + extra.norm())).all()
+    with ops.batch_invariant():
+        steady = ops.experts(x, weights, ids, first, *packed, inter, lambda: extra)
+    assert relative_error(steady, expected + extra) < 1e-2
+    if not ((ids >= first) & (ids < first + n_local)).any():
+        assert torch.equal(out, extra)
+
+
+def test_processors():
+    """Intel without AMX, or no instruction at all, is slow; what is not known to be is left to oneDNN."""
+    intel, amd = "vendor_id : GenuineIntel\nflags : fpu {}\n", "vendor_id : AuthenticAMD\nflags : fpu {}\n"
+    assert cpu.slow_bfloat16(intel.format("avx512_bf16")) and cpu.slow_bfloat16(intel.format("avx2"))
+    assert not cpu.slow_bfloat16(intel.format("avx512_bf16 amx_bf16"))
+    assert not cpu.slow_bfloat16(amd.format("avx512_bf16")) and cpu.slow_bfloat16(amd.format("avx2"))
+    assert not cpu.slow_bfloat16("Features : asimd bf16\n")
+
+
+def test_packing_changes_no_more_than_bfloat16_does(form, tmp_path):
+    """The whole model in bfloat16, packed and by the reference, each beside float32."""
+    path = random_checkpoint(tmp_path / "c", V3)
+    ids = tokens(60, V3["vocab_size"])
+    exact = hidden_states(ours(path), ids, [50, 9, 1])
+    packed = hidden_states(ours(path, Numerics(torch.bfloat16)), ids, [50, 9, 1])
+    with ops.use("reference"):
+        plain = hidden_states(ours(path, Numerics(torch.bfloat16)), ids, [50, 9, 1])
+    assert relative_error(packed, exact) < 1.5 * relative_error(plain, exact)
+
+
+def test_silu_mul():
+    gate, up = torch.randn(2, 50, 33).bfloat16().unbind()
+    expected = (torch.nn.functional.silu(gate.double()) * up.double()).bfloat16()
+    for side in (reference, cpu):
+        assert torch.equal(side.silu_mul(gate, up), expected)
