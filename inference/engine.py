@@ -221,7 +221,7 @@ class Engine:
                 if tp.size > 1:
                     print(why, file=sys.stderr)
             has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
-            check_memory(memory.Rank(args, num, tp.size, device.type != "cpu", has_mtp, num.experts), device, limits)
+            check_memory(memory.Rank(args, num, tp.size, device.type != "cpu", has_mtp), device, limits)
             return checkpoint, args, num, has_mtp
 
         checkpoint, args, num, has_mtp = tp.together(choose)  # what is free is looked at before any rank takes of it
@@ -668,7 +668,7 @@ def choose_numerics(
 
 
 def rank_of(model: Transformer) -> memory.Rank:
-    return memory.Rank(model.args, model.num, model.tp.size, model.device.type != "cpu", len(model.mtp) > 0, model.num.experts)
+    return memory.Rank(model.args, model.num, model.tp.size, model.device.type != "cpu", len(model.mtp) > 0)
 
 
 def check_memory(rank: memory.Rank, device: torch.device, limits: dict[str, Any]) -> None:

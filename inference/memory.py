@@ -8,26 +8,31 @@ Sizes are bytes unless said. Letters in comments are model.py's.
 
 import functools
 import math
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 import cpu
+import graphs
 import reference
+import tiles
 import weights
 from config import BLOCK_SIZE, ModelArgs
 from errors import UserError
-from model import PAGE_SIZE, Numerics
-from parallel import Group
-from weights import Spec
+from model import FEW_ROWS, PAGE_SIZE, Numerics
+from parallel import ExpertLayout, Group
+from weights import AskedLayout, Spec
 
-Experts = Literal["whole", "split"]
 GPU_SHARE = 0.9  # of what weights and a step leave: the rest is for the allocator's gaps and the libraries' own buffers
 HOST_SHARE = 0.5  # the same of a host, which others need too
 SCORED_ROWS = 256  # rows of prompt logits that exist at one time
+# As in kernel_attention.py, which needs Triton; a test holds them equal.
+SPLIT_BYTES, SLAB_BYTES, PROGRAMS, LEAST_SPLIT = 256 << 20, 1 << 30, 264, 128
+DRAWN_ROWS, SAMPLER_BYTES = 32, 56  # distributions the sampler makes at one time, and what it takes a token of one
 
 EMBEDDING, HEAD, ATTENTION, DENSE = "embedding", "head", "attention", "dense MLPs"
 ROUTED, SHARED, SMALL, MTP = "routed experts", "shared experts", "router, norms", "MTP module"
@@ -43,7 +48,24 @@ class Rank:
     ranks: int = 1
     gpu: bool = True  # a GPU's forms of the ops and weights, else a CPU's
     mtp: bool = False  # the MTP module is loaded, whether or not it drafts
-    experts: Experts = "whole"
+
+    @property
+    def experts(self) -> ExpertLayout:
+        return self.num.experts
+
+    @property
+    def inner(self) -> int:
+        """A routed expert's width here."""
+        return -(-self.args.moe_inter_dim // (self.ranks if self.experts == "split" else 1))
+
+    @property
+    def packs(self) -> bool:
+        """Plain weights lie packed, in bfloat16 or, where `halves`, in float16."""
+        return not self.gpu and self.num.gemm is None and self.num.dtype == torch.bfloat16
+
+    @property
+    def halves(self) -> bool:
+        return self.packs and cpu.half_is_faster()
 
     @property
     def share(self) -> float:
@@ -58,6 +80,7 @@ class Limits:
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 2048
     mtp: int = 0  # tokens drafted a step
+    graphs: bool | None = None  # decode steps are recorded; None: where there is a GPU
 
     @property
     def budget(self) -> int:
@@ -104,51 +127,47 @@ def _part(name: str, leaf: str) -> str:
     return MTP
 
 
-def choose_experts(args: ModelArgs, ranks: int, fp8: bool, asked: Literal["auto", "whole", "split"]) -> Experts:
-    """How routed experts lie on the ranks: "auto" is split on the inner width, which every rank then works on at any
-    batch size, where that divides (in FP8 into whole blocks), else whole. Raises UserError for a split that does not.
-    """
-    width = args.moe_inter_dim
-    divides = width % ranks == 0 and not (fp8 and ranks > 1 and width // ranks % BLOCK_SIZE)
-    if asked == "split" and not divides:
-        blocks = f" in whole {BLOCK_SIZE}-wide FP8 blocks" if fp8 else ""
-        raise UserError(f"--experts split: {ranks} ranks cannot share the experts' width of {width}{blocks}")
-    return "split" if asked == "split" or (asked == "auto" and divides and ranks > 1) else "whole"
-
-
 def weight_bytes(rank: Rank) -> dict[tuple[bool, str], int]:
     """Every rank's weights as they lie in memory after `prepare`, by (of the MTP module, part); scales are counted
-    with what they scale.
+    with what they scale, and the zeros between stacked FP8 projections with the first of them.
 
-    Unlike on disk, wkv_b is never FP8; on a CPU the head is float32; a tied head, and the MTP module's copies of
-    embedding and head, do not exist. oneDNN's packed form has the plain one's bytes.
+    Unlike on disk, wkv_b is never FP8; a CPU packs plain weights, and keeps router and head for products in float32; a
+    tied head, and the MTP module's copies of embedding and head, do not exist. oneDNN's packed form has the plain one's
+    bytes.
     """
     found: Counter[tuple[bool, str]] = Counter()
     group = Group(0, rank.ranks)  # the ranks' parts are equal
     for kind, n in _kinds(rank.args, rank.num.gemm is not None, rank.mtp).items():
-        cut = _cut(kind, group, rank)
+        cut = kind.spec.cut(group, rank.args, rank.experts)
         if cut is not None:
-            found[kind.mtp, kind.part] += n * math.prod(b - a for a, b in cut) * _held_itemsize(kind, rank)
+            found[kind.mtp, kind.part] += n * _held_bytes(kind, tuple(b - a for a, b in cut), rank)
     return dict(found)
 
 
-def _cut(kind: _Kind, group: Group, rank: Rank) -> tuple[tuple[int, int], ...] | None:
-    return kind.spec.cut(group, rank.args, rank.experts)
-
-
-def _held_itemsize(kind: _Kind, rank: Rank) -> int:
-    """Bytes a value of the tensor takes in memory; 0 if it is not kept."""
-    plain = rank.num.dtype.itemsize
+def _held_bytes(kind: _Kind, shape: tuple[int, ...], rank: Rank) -> int:
+    """What a tensor of which this rank has so much takes in memory; 0 if it is not kept."""
+    plain, size = rank.num.dtype.itemsize, math.prod(shape)
     if kind.leaf == "wkv_b.weight":
-        return plain
+        return size * plain
     if kind.leaf == "wkv_b.scale" or (kind.mtp and kind.part in (EMBEDDING, HEAD)):
         return 0
-    if kind.part == HEAD:
-        held = plain if rank.gpu else 4
-        return 0 if rank.args.tie_word_embeddings and held == plain else held
-    if kind.spec.dtype == torch.float8_e4m3fn or kind.leaf.endswith((".scale", ".bias")):
-        return kind.spec.dtype.itemsize
-    return plain
+    if kind.part == HEAD or kind.leaf == "gate.weight":
+        if rank.args.tie_word_embeddings and kind.part == HEAD and (rank.gpu or plain == 4):
+            return 0
+        if rank.gpu or plain == 4:
+            return size * plain
+        return cpu.half_bytes(*shape) if cpu.has_half() else size * 4
+    if kind.leaf.endswith((".scale", ".bias")):
+        return size * kind.spec.dtype.itemsize
+    if kind.spec.dtype == torch.float8_e4m3fn:
+        stacked = kind.leaf in ("w1.weight", "w3.weight", "wq_a.weight", "wq.weight")
+        return (_in_blocks(shape[0]) if stacked else shape[0]) * shape[1]
+    packed = not rank.gpu and plain == 2 and len(shape) == 2 and kind.part not in (EMBEDDING, SMALL)
+    return cpu.half_bytes(*shape) if packed and cpu.half_is_faster() else size * plain
+
+
+def _in_blocks(n: int) -> int:
+    return -(-n // BLOCK_SIZE) * BLOCK_SIZE
 
 
 def parameters(rank: Rank, mtp: bool = False) -> int:
@@ -188,27 +207,36 @@ def step_bytes(rank: Rank, limits: Limits, decode: bool = False) -> int:
     """The most that one forward's tensors take at a time, beside weights and latents: the largest the limits allow, or
     with `decode` one of max_num_seqs sequences that bring a token and its drafts.
 
-    Counted are the tensors that exist together in the worst place of a layer, or around the logits. Taken as the worst
-    case: all tokens belong to one sequence at the end of its context, its pages are scattered, and all of them choose
-    the same expert. Left out: the sampler's rows, and what torch's libraries take inside an op.
+    Counted are the tensors that exist together in the worst place of a layer, or around the logits and the sampler.
+    Taken as the worst case: nearly all tokens belong to one sequence, every sequence is at the end of its context, its
+    pages are scattered, and all tokens choose the same expert. Left out: what torch's libraries take inside an op.
     """
     args, num = rank.args, rank.num
     tokens = limits.max_num_seqs * (1 + limits.mtp) if decode else limits.budget
     rows = 1 + limits.mtp if decode else tokens  # of one sequence
     hidden = tokens * args.dim * num.dtype.itemsize  # (T, H)
-    width = -(-args.inter_dim // rank.ranks)
-    attention = _attention(rank, tokens, rows, limits.max_model_len, limits.max_num_seqs > 1)
-    mlp = _mlp(rank, tokens, width) if args.n_dense_layers else 0
+    normed = _given(rank, tokens, args.dim)
+    kept = normed + (hidden if num.gemm == "fp8" else 0)  # of the router's input, which it needs as it was
+    attention = max(_attention(rank, *batch, limits) for batch in _batches(rank, tokens, rows, limits.max_num_seqs))
+    mlp = _mlp(rank, tokens, -(-args.inter_dim // rank.ranks)) if args.n_dense_layers else 0
     moe = _moe(rank, tokens) if args.n_moe_layers or rank.mtp else 0
-    # what came into the layer and its normed form, behind attention also the sum of the two so far; cos and sin; in a
-    # draft the main model's states and those of them it starts from
-    layer = 4 * tokens * args.qk_rope_head_dim + max(2 * hidden + attention, 3 * hidden + max(mlp, moe))
-    layer += 2 * hidden if limits.mtp else 0
+    # Of the layer: what came into it, in two parts, and their sum; behind attention its result and the next sum. A
+    # draft has in the place of the two parts the main model's states and those of them it starts from.
+    norm = 5 * hidden + normed + max(kept, _norm(rank, tokens, args.dim))
+    layer = 4 * tokens * args.qk_rope_head_dim + max(3 * hidden + max(normed + attention, kept + max(mlp, moe)), norm)
+    if limits.mtp:  # combining: the embedding too, both parts' norms and the two as one; or those and the projection
+        projection = hidden if rank.gpu else _linear(rank, tokens, 2 * args.dim, args.dim, plain=True)
+        most = max(4 * hidden, hidden + _norm(rank, tokens, args.dim), 2 * hidden + projection)
+        layer = max(layer, 3 * hidden + most)
     sampled = limits.max_num_seqs * (1 + limits.mtp)
-    sampled = min(max(sampled, 0 if decode else SCORED_ROWS), tokens)
-    logits = 4 * sampled * args.vocab_size  # float32
-    gathered = logits // rank.ranks + 2 * logits if rank.ranks > 1 else logits  # a rank's, all ranks', and in one piece
-    return max(layer, hidden + sampled * args.dim * (4 + num.dtype.itemsize) + gathered)
+    scored = min(max(sampled, 0 if decode else SCORED_ROWS), tokens)
+    logits = 4 * args.vocab_size  # a row, float32
+    # a rank's, all ranks', and these in one piece
+    gathered = scored * (logits // rank.ranks + 2 * logits if rank.ranks > 1 else logits)
+    states = scored * args.dim * (num.dtype.itemsize + (0 if rank.gpu else _float_copy(rank)))
+    sampler = sampled * logits + min(sampled, DRAWN_ROWS) * SAMPLER_BYTES * args.vocab_size
+    drafts = 8 * limits.max_num_seqs * limits.mtp * args.vocab_size  # the distributions they were drawn from
+    return drafts + max(layer, hidden + max(states + gathered, sampler))
 
 
 def _float_copy(rank: Rank) -> int:
@@ -216,64 +244,184 @@ def _float_copy(rank: Rank) -> int:
     return 0 if rank.num.dtype == torch.float32 else 4
 
 
-def _linear(rank: Rank, rows: int, k: int, n: int) -> int:
-    """What a product (rows, k) by (n, k) takes: its result, and in W8A8 the quantised input with its scales."""
+def _given(rank: Rank, rows: int, k: int) -> int:
+    """What norm and silu_mul hand to a projection: the values, or in W8A8 the quantised ones and their scales."""
+    return rows * k + 4 * rows * -(-k // BLOCK_SIZE) if rank.num.gemm == "fp8" else rows * k * rank.num.dtype.itemsize
+
+
+def _quantising(rank: Rank, rows: int, k: int) -> int:
+    """What act_quant takes: a CPU's has a padded float32 copy and another for its result."""
+    return 0 if rank.num.gemm != "fp8" else _given(rank, rows, k) if rank.gpu else 10 * rows * _in_blocks(k)
+
+
+def _linear(rank: Rank, rows: int, k: int, n: int, plain: bool = False) -> int:
+    """What a product (rows, k) by (n, k) takes beside the input: its result, and what it is made from. `plain`: of a
+    weight that is never FP8."""
     out = rows * n * rank.num.dtype.itemsize
-    if rank.num.gemm != "fp8":
-        return out
-    quantised = rows * k + 4 * rows * -(-k // BLOCK_SIZE)
-    # the reference, on a CPU, quantises from a padded copy and adds up in float32
-    return quantised + (out if rank.gpu else max(8 * rows * k, 12 * rows * n))
+    if rank.num.gemm is None or plain:
+        return 4 * rows * n + max(4 * rows * k, out) if rank.halves else out
+    if rank.gpu:  # sums of the parts of K: a part to each multiprocessor, or two
+        parts = 2 * max(tiles.PROCESSORS.values()) * 64 * 64 * 4
+        return out + (min(4 * tiles.SPLITS[-1] * rows * n, parts) if rows <= tiles.SPLIT_UP_TO else 0)
+    return 16 * rows * n  # the sum, the product of 128 channels, its scales, and that scaled
 
 
 def _norm(rank: Rank, rows: int, width: int) -> int:
-    """RMSNorm: a float32 copy, and two float32 tensors on the way to the result."""
-    return rows * width * (_float_copy(rank) + 8)
+    """RMSNorm. A CPU's has a float32 copy, and two float32 tensors on the way to the result."""
+    if rank.gpu:
+        return _given(rank, rows, width)
+    plain = rows * width * rank.num.dtype.itemsize
+    return max(rows * width * (_float_copy(rank) + 8), plain + _quantising(rank, rows, width))
+
+
+def _gate_up(rank: Rank, inner: int) -> int:
+    """Rows of gate and up stacked."""
+    return 2 * (inner if rank.num.gemm is None else _in_blocks(inner))
+
+
+def _swiglu(rank: Rank, rows: int, inner: int) -> int:
+    """The product of gate and up, as the next projection takes it, and on a CPU what it is made from, in float32."""
+    if rank.gpu:
+        return _given(rank, rows, inner)
+    plain = rows * inner * rank.num.dtype.itemsize
+    return max(rows * inner * (_float_copy(rank) + 4), plain + _quantising(rank, rows, inner))
 
 
 def _mlp(rank: Rank, rows: int, inner: int) -> int:
-    """SwiGLU: gate and up, their product in float32; then the product and the second projection."""
-    b, dim = rank.num.dtype.itemsize, rank.args.dim
-    copy = _float_copy(rank)
-    product = rows * inner * (copy + 4 + (max(copy, 4) if rank.gpu else 0))
-    first = _linear(rank, rows, dim, inner) + rows * inner * b
-    return max(first, 2 * rows * inner * b + product, rows * inner * b + _linear(rank, rows, inner, dim))
+    """SwiGLU: gate and up in one; their product; the second projection."""
+    width = _gate_up(rank, inner)
+    second = _given(rank, rows, inner) + _linear(rank, rows, inner, rank.args.dim)
+    together = rows * width * rank.num.dtype.itemsize + _swiglu(rank, rows, inner)
+    return max(_linear(rank, rows, rank.args.dim, width), together, second)
 
 
 def _moe(rank: Rank, tokens: int) -> int:
-    """Router, then this rank's experts one after another into a float32 sum, then the shared ones."""
+    """Router, then this rank's experts and the shared ones."""
     args, b = rank.args, rank.num.dtype.itemsize
-    fraction = rank.ranks if rank.experts == "split" else 1
-    inner = -(-args.moe_inter_dim // fraction)
-    router = 16 * tokens * args.n_routed_experts + (0 if rank.gpu else 4 * args.dim * (tokens + args.n_routed_experts))
-    total = 4 * tokens * args.dim  # (T, H) float32
-    chosen = 48 * tokens * args.n_activated_experts  # ids, weights and their order, int64 and float32
-    expert = max(tokens * args.dim * b + _mlp(rank, tokens, inner), tokens * args.dim * 8)
-    shared = _mlp(rank, tokens, -(-args.n_shared_experts * args.moe_inter_dim // rank.ranks))
-    return max(router, total + chosen + max(expert, shared, tokens * args.dim * b))
+    rows, values = tokens * args.n_activated_experts, tokens * args.dim
+    width = -(-args.n_shared_experts * args.moe_inter_dim // rank.ranks)
+    shared = _mlp(rank, tokens, width) if width else 0
+    if rank.gpu:  # the shared experts run on a stream of their own, whose memory no other uses
+        routing = 12 * rows + 4 * args.n_routed_experts * max(tokens, 8 * tokens if b == 4 else min(28 * tokens, 2048))
+        sorting = 4 * rows + 12 * (min(rows, args.n_routed_experts) + rows // 16)
+        gate_up, product = rows * _gate_up(rank, rank.inner) * b, _given(rank, rows, rank.inner)
+        routed = gate_up + rows * args.dim * b + max(product, values * b)
+        return max(routing, 12 * rows + shared + sorting + routed)
+    router = 16 * tokens * args.n_routed_experts + 4 * values + (0 if cpu.has_half() else 4 * args.dim)
+    chosen = 48 * rows  # ids, weights and their order, int64 and float32
+    return max(router, chosen + max(_routed(rank, tokens), values * (4 + b), 4 * values + shared))
 
 
-def _attention(rank: Rank, tokens: int, rows: int, context: int, several: bool) -> int:
-    """The projections of all tokens, and one sequence's attention: its latents gathered (while those of the one before
-    are still there), and the form that takes more of the two that its rows may have."""
+def _routed(rank: Rank, tokens: int) -> int:
+    """A CPU's routed experts: one after another, into a float32 sum; packed ones keep their results until the end."""
     args, b = rank.args, rank.num.dtype.itemsize
-    n, dn, r, dv = -(-args.n_heads // rank.ranks), args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim
-    c, width = args.kv_lora_rank, dn + r
-    queries = tokens * n * width * b
-    into = _linear(rank, tokens, args.q_lora_rank or args.dim, n * width) + tokens * args.q_lora_rank * b
-    inside = queries + tokens * b * (2 * (c + r) + n * r + n * dv)  # what lives while the sequences attend
-    gathered = context * (c + r) * b
-    before = gathered if several else 0
-    unpacking = 0
-    if rank.num.fp8_latents:
-        unpacking = context * (12 * c + 2 * reference.packed_latent_bytes(c, r))
-    saved = 2 * c + r - width - dv  # see reference.absorbed_rows
-    few = c * (dn + dv) // saved if saved > 0 else 1 << 30
-    form = _absorbed(rank, min(rows, few), n, context)
+    here = args.n_routed_experts // (rank.ranks if rank.experts == "whole" else 1)
+    values, inner = tokens * args.dim, tokens * rank.inner
+    chosen = values * min(args.n_activated_experts, here)
+    if not rank.packs:
+        return 4 * values + max(values * b + _mlp(rank, tokens, rank.inner), values * 8)
+    # gate and up, or their product, live on until the next expert's take their names
+    if rank.halves:  # float32 throughout
+        return 8 * values + 4 * chosen + max(4 * (chosen - values) + 20 * inner, 8 * chosen + 12 * inner)
+    making = max(4 * (chosen - values) + 16 * inner, 4 * chosen + 6 * inner + b * values, 8 * chosen + 4 * inner)
+    return 4 * values + b * chosen + making
+
+
+def _batches(rank: Rank, tokens: int, rows: int, sequences: int) -> Iterator[tuple[int, int]]:
+    """(tokens, rows of one sequence) of the batches that may be the worst for attention: of `rows`, or of the most that
+    still go through a form for fewer rows."""
+    yield tokens, rows
+    if rank.gpu and rank.num.dtype == torch.bfloat16:
+        bounds = [FEW_ROWS]
+    else:
+        bounds = [few_rows(rank.args)] if rank.gpu else [few_rows(rank.args), cpu.DECODE_ROWS]
+    for few in bounds:
+        if few < rows:
+            yield min(tokens, few * sequences) if rank.gpu or sequences == 1 else tokens, few
+
+
+def _attention(rank: Rank, tokens: int, rows: int, limits: Limits) -> int:
+    """The projections of all tokens, and what lives while their sequences attend, of which the largest has so many
+    rows."""
+    args, b = rank.args, rank.num.dtype.itemsize
+    n, r, dv = -(-args.n_heads // rank.ranks), args.qk_rope_head_dim, args.v_head_dim
+    width = args.qk_nope_head_dim + r
+    first = args.q_lora_rank or n * width
+    stacked = (first if rank.num.gemm is None else _in_blocks(first)) + args.latent_dim
+    held = tokens * stacked * b
+    into = _linear(rank, tokens, args.dim, stacked)
+    if q := args.q_lora_rank:
+        projected = _given(rank, tokens, q) + _linear(rank, tokens, q, n * width)
+        into = max(into, held + max(_norm(rank, tokens, q), projected))
+        held += tokens * n * width * b
+    rotated, o = tokens * n * r * b, tokens * n * dv * b
+    rotating = 0 if rank.gpu else tokens * (n * r * (_float_copy(rank) + 12) + args.latent_dim * (b + 12))
+    product = _linear(rank, tokens, n * dv, args.dim)
+    quantised = _quantising(rank, tokens, n * dv)
+    out = o + (quantised + product if rank.gpu else max(quantised, _given(rank, tokens, n * dv) + product))
+    side = _on_cpu if not rank.gpu else _on_gpu if b == 2 else _on_gpu_float32
+    attending = side(rank, tokens, rows, n, limits)
+    return max(into, held + max(rotating, rotated + max(attending, out)))
+
+
+def _on_gpu(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) -> int:
+    """kernel_attention.mla. Few rows of a sequence are decoded, with the keys split up; many attend to keys and values
+    that are expanded a slab at a time, and where one slab does not do carry float32 sums along. A batch of both has the
+    absorbed queries, and what they came to, while it expands."""
+    args, b = rank.args, rank.num.dtype.itemsize
+    c, dn, r, dv = args.kv_lora_rank, args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim
+
+    def decoded(few: int) -> tuple[int, int]:
+        splits = min(PROGRAMS, -(-limits.max_model_len // LEAST_SPLIT))
+        return 2 * few * n * c * b, min(SPLIT_BYTES, 4 * splits * few * n * c) * (c + 1) // c
+
+    if rows <= FEW_ROWS:
+        return tokens * n * dv * b + sum(decoded(tokens))
+    absorbed, _ = decoded(min(tokens - rows, FEW_ROWS * (limits.max_num_seqs - 1)))
+    per_key = (n * (dn + dv) + c + r) * b
+    keys = min(limits.max_num_seqs, tokens // (FEW_ROWS + 1)) * limits.max_model_len * per_key
+    carried = 4 * tokens * n * (dv + 1) if keys > SLAB_BYTES else 0
+    return tokens * n * dv * b + absorbed + min(keys, SLAB_BYTES) + carried
+
+
+def _on_gpu_float32(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) -> int:
+    """reference.mla: one sequence at a time, its latents gathered while those of the one before are still there."""
+    args, b = rank.args, rank.num.dtype.itemsize
+    gathered = limits.max_model_len * args.latent_dim * b
+    before = gathered if limits.max_num_seqs > 1 else 0
+    form = (_absorbed if rows <= few_rows(args) else _expanded)(rank, rows, n, limits.max_model_len)
+    return tokens * n * args.v_head_dim * b + before + max(_unpacking(rank, limits), gathered + form)
+
+
+def _on_cpu(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) -> int:
+    """cpu.mla: all sequences' latents gathered, then one sequence's many rows at a time, and all those of few rows
+    together."""
+    args, b = rank.args, rank.num.dtype.itemsize
+    c, r, dv, context = args.kv_lora_rank, args.qk_rope_head_dim, args.v_head_dim, limits.max_model_len
+    gathered = min(tokens, limits.max_num_seqs) * context * (c + r) * b
+    few = few_rows(args)
     if rows > few:
-        form = max(form, _expanded(rank, rows, n, context))
-    out = queries + tokens * b * (2 * (c + r) + n * dv) + _linear(rank, tokens, n * dv, args.dim)
-    return max(into, inside + before + max(unpacking, gathered + form), out + before)
+        form = _expanded(rank, rows, n, context)
+    elif rows > cpu.DECODE_ROWS:
+        form = _absorbed(rank, rows, n, context)
+    else:  # queries, and results of all with those of one; the last has its copy of the queries and its mask
+        mask = rows * context * (n * (1 + b)) if rows > 1 else 0
+        form = tokens * n * b * (3 * c + r + max(r, dv)) + rows * n * (c + r) * b + mask
+    return tokens * n * dv * b + gathered + max(_unpacking(rank, limits), form)
+
+
+def few_rows(args: ModelArgs) -> int:
+    """reference.absorbed_rows."""
+    c, both = args.kv_lora_rank, args.qk_nope_head_dim + args.v_head_dim
+    saved = 2 * c - both
+    return c * both // saved if saved > 0 else 1 << 30
+
+
+def _unpacking(rank: Rank, limits: Limits) -> int:
+    """reference.unpack_latents of one sequence, beside its result."""
+    c = rank.args.kv_lora_rank
+    packed = reference.packed_latent_bytes(c, rank.args.qk_rope_head_dim)
+    return limits.max_model_len * (12 * c + 2 * packed) if rank.num.fp8_latents else 0
 
 
 def _absorbed(rank: Rank, rows: int, n: int, context: int) -> int:
@@ -287,14 +435,17 @@ def _absorbed(rank: Rank, rows: int, n: int, context: int) -> int:
 def _expanded(rank: Rank, rows: int, n: int, context: int) -> int:
     """reference.mla_expanded, a tile of keys and values at a time, or cpu.mla_expanded, all at once."""
     args, b = rank.args, rank.num.dtype.itemsize
-    dn, r, dv = args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim
+    c, dn, r, dv = args.kv_lora_rank, args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim
     width = dn + r
     queries = rows * n * width * b
-    keys = context * n * width * b
+    wide = 4 if cpu.half_is_faster() else b  # what the products are made in
+    keys = context * n * width * wide
     if not rank.gpu and dv <= width and 2 * keys <= cpu.EXPANDED_BYTES:
-        mask = rows * context * (1 + b) if rows < context else 0
-        making = context * n * dv * b  # the values, before they are padded to the keys' width
-        return 2 * keys + max(making, queries + mask + queries)
+        copies = wide > b  # of all that comes in
+        mask = rows * context * (1 + wide) if rows < context else 0
+        values = context * n * dv * wide + n * dv * c * wide * copies  # before they are padded to the keys' width
+        results = queries + queries // b * wide * copies + mask + queries // b * wide
+        return context * (c + r) * wide * copies + 2 * keys + max(values, results)
     return queries + rows * n * dv * 4 + _attend(rows, n, width, dv, n, context, _float_copy(rank) > 0)
 
 
@@ -335,20 +486,46 @@ class Need(NamedTuple):
 
 def need(rank: Rank, limits: Limits, cache: int | None = None) -> Need:
     """With a cache of so many bytes, which somebody chose, or one for a sequence of full length, beside which the
-    rank's share of memory stays free.
-
-    Graphs keep the tensors of a decode step to themselves; a CPU has none, but packs its weights, a stack of experts
-    at a time.
-    """
+    rank's share of memory stays free. A CPU packs its weights, one projection or stack of experts at a time."""
     parts = weight_bytes(rank)
-    graphs = step_bytes(rank, limits, decode=True) if rank.gpu else 0
-    layers = rank.args.n_moe_layers
-    packing = 0 if rank.gpu or not layers else parts[False, ROUTED] // layers // 3  # w1, w2 and w3 have one size
     kept = 0
     if cache is None:
         cache = limits.pages * page_bytes(rank)
         kept = math.ceil(cache / rank.share) - cache
-    return Need(sum(parts.values()), packing, step_bytes(rank, limits), graphs, cache, kept)
+    return Need(
+        sum(parts.values()), _packing(rank, parts), step_bytes(rank, limits), _graphs(rank, limits), cache, kept
+    )
+
+
+def _packing(rank: Rank, parts: dict[tuple[bool, str], int]) -> int:
+    """What packing the largest weight takes beside all weights as they are before or, if that is more, after it. For
+    float16 a matrix is first scaled in float32, of a stack one on each thread; where all are looked through for what
+    is not finite, that takes as much as twice the weights."""
+    if not rank.packs:
+        return 0
+    args, plain = rank.args, rank.num.dtype.itemsize
+    head = args.vocab_size // rank.ranks * args.dim
+    packing = (4 + plain) * head if cpu.has_half() else 4 * head
+    if args.n_moe_layers:
+        stack = parts[False, ROUTED] // args.n_moe_layers * 2 // 3  # w1 and w3 lie together
+        one = 2 * rank.inner * args.dim * 4 * torch.get_num_threads()
+        packing = max(packing, max(2 * stack, stack + one) if rank.halves else stack)
+    return packing
+
+
+def _graphs(rank: Rank, limits: Limits) -> int:
+    """What recorded decode steps keep to themselves: a page; the tensors of the largest step; and of each number of
+    sequences its result and the facts that are copied into it; once for the main model, and for each way to draft."""
+    if not (rank.gpu if limits.graphs is None else limits.graphs):
+        return 0
+    width = 1 + limits.mtp
+    recorded = [width, *({1, width} if limits.mtp > 1 else {width} if limits.mtp else ())]
+    state = rank.args.dim * rank.num.dtype.itemsize
+    most = limits.max_num_seqs
+    kept = most * width * state
+    for tokens in recorded:
+        kept += sum(graphs.sizes(most)) * (tokens * state + 8 * (3 * tokens + 1 + limits.pages))
+    return page_bytes(rank) + kept + step_bytes(rank, limits, decode=True)
 
 
 def pages_that_fit(rank: Rank, limits: Limits, free: int, shrink: bool = False) -> int:
@@ -400,9 +577,9 @@ def check_fits(rank: Rank, limits: Limits, free: int, cache: int | None = None, 
         lines.append(f"latents {what if cache is None else 'as asked'} {gb(wanted.cache)}")
         lines += [f"kept free {gb(wanted.kept)}"] if wanted.kept else []
     ways = []
-    counts = (n for n in range(rank.ranks + 1, rank.args.n_heads + 1) if why_not(rank, n) is None)
-    if more := next((n for n in counts if fits(with_ranks(rank, n))), None):
-        ways.append(f"{more} ranks with as much memory each")
+    others = (with_ranks(rank, n) for n in range(rank.ranks + 1, rank.args.n_heads + 1))
+    if more := next((other for other in others if why_not(other) is None and fits(other)), None):
+        ways.append(f"{more.ranks} ranks with as much memory each")
     if cache is not None:
         tenths = (free - need(rank, limits, 0).total) * 10 // 2**30
         ways += [f"--kv-cache-gib {tenths / 10}"] if tenths > 0 else []
@@ -416,18 +593,18 @@ def check_fits(rank: Rank, limits: Limits, free: int, cache: int | None = None, 
                     f"{' or '.join(ways) or 'more memory'} would do")  # fmt: skip
 
 
-def with_ranks(rank: Rank, ranks: int, experts: Literal["auto", "whole", "split"] = "auto") -> Rank:
-    """The same run on another number of ranks. Raises UserError as choose_experts does."""
-    fp8 = rank.num.gemm is not None
-    return replace(rank, ranks=ranks, experts=choose_experts(rank.args, ranks, fp8, experts))
+def with_ranks(rank: Rank, ranks: int, asked: AskedLayout = "auto") -> Rank:
+    """The same run on another number of ranks."""
+    experts, _ = weights.choose_experts(asked, rank.args, ranks, rank.args.dtype == "fp8")
+    return replace(rank, ranks=ranks, num=replace(rank.num, experts=experts))
 
 
-def why_not(rank: Rank, ranks: int) -> str | None:
-    """Why the model does not divide over so many ranks, in weights.check_ranks's words; None if it does."""
+def why_not(rank: Rank) -> str | None:
+    """Why the model does not divide over its ranks, in weights.check_ranks's words; None if it does."""
     try:
-        weights.check_ranks(rank.args, ranks, rank.num.gemm is not None)
+        weights.check_ranks(rank.args, rank.ranks, rank.num.gemm is not None, rank.experts)
     except UserError as e:
-        return str(e).partition(" (it works with")[0]
+        return re.sub(r" \(it works with [^)]*\)", "", str(e))
     return None
 
 

@@ -49,6 +49,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="fp8: latents in 0.57 of the bytes")
     add("--experts", choices=("auto", "whole", "split"), default="auto",
         help="whole experts on each rank, or all of them split on their inner width")  # fmt: skip
+    add("--eager", action="store_true", help="without CUDA graphs")
     add("--context", type=positive, metavar="N", help="tokens of each sequence while decoding (default: 4096 at most)")
     add("--bandwidth", type=bandwidth, nargs="+", default=[3.35, 4.8], metavar="TB/S",
         help="of a rank's memory, for the decode limit (default: 3.35 4.8)")  # fmt: skip
@@ -83,25 +84,28 @@ def describe(options: argparse.Namespace) -> tuple["memory.Rank", "memory.Limits
     from parallel import Group
 
     device = torch.device(options.device)
-    if options.ckpt_path is None:
+    checkpoint = None if options.ckpt_path is None else weights.Checkpoint(options.ckpt_path)
+    if checkpoint is None:
         args = load_config(options.config)
         has_mtp = args.n_mtp_layers > 0
     else:
-        checkpoint = weights.Checkpoint(options.ckpt_path)
         args = engine.choose_args(checkpoint, options.config)
         checkpoint.on_disk(Group(0, options.tp))
         has_mtp = args.n_mtp_layers > 0 and checkpoint.has_mtp
     num, says = engine.choose_numerics(args, device, options.dtype, options.gemm, has_fp8=device.type == "cuda")
-    num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8")
-    weights.check_ranks(args, options.tp, num.gemm is not None)
+    made = checkpoint.experts(options.tp) if checkpoint is not None else None
+    experts, _ = weights.choose_experts(options.experts, args, options.tp, args.dtype == "fp8", made)
+    num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8", experts=experts)
+    weights.check_ranks(args, options.tp, num.gemm is not None, experts)
     if options.mtp and not has_mtp:
         raise UserError("--mtp needs an MTP module, and this model has none")
     length = args.max_seq_len if options.max_model_len is None else options.max_model_len
     if not 1 < length <= args.max_seq_len:
         raise UserError(f"--max-model-len is {length}, expected from 2 to this model's {args.max_seq_len}")
-    experts = memory.choose_experts(args, options.tp, num.gemm is not None, options.experts)
-    rank = memory.Rank(args, num, options.tp, device.type == "cuda", has_mtp, experts)
-    limits = memory.Limits(length, options.max_num_seqs, options.max_num_batched_tokens, options.mtp)
+    rank = memory.Rank(args, num, options.tp, device.type == "cuda", has_mtp)
+    limits = memory.Limits(
+        length, options.max_num_seqs, options.max_num_batched_tokens, options.mtp, False if options.eager else None
+    )
     return rank, limits, says
 
 
@@ -169,13 +173,9 @@ def other_ranks(
     import memory
 
     for ranks in sorted({*RANKS, rank.ranks}):
-        if problem := memory.why_not(rank, ranks):
+        other = memory.with_ranks(rank, ranks, experts)
+        if problem := memory.why_not(other):
             yield {"ranks": ranks, "problem": problem}
-            continue
-        try:
-            other = memory.with_ranks(rank, ranks, experts)
-        except UserError as e:
-            yield {"ranks": ranks, "problem": str(e)}
             continue
         yield {
             "ranks": ranks,
@@ -227,8 +227,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"{text:<60}{latents['bytes'] / 1e9:8.2f}"
     text = f"tensors of the largest step, {run['max_num_batched_tokens']:,} tokens"
     yield f"{text:<60}{rank['activations'] / 1e9:8.2f}"
-    if run["device"] == "cuda":
-        yield f"{'CUDA graphs: tensors of the largest decode step':<60}{rank['graphs'] / 1e9:8.2f}"
+    if rank["graphs"]:
+        yield f"{'CUDA graphs: tensors of the largest decode step and more':<60}{rank['graphs'] / 1e9:8.2f}"
     yield f"{'together':<60}{rank['total'] / 1e9:8.2f}"
     yield ""
     yield f"{'memory of a rank':<22}{'tokens of cache':>16}{'sequences of ' + format(run['max_model_len'], ','):>26}"
