@@ -1,9 +1,9 @@
 """Every benchmark that this machine can run, one after another; results as JSON in benchmarks/results/.
 
     python benchmarks/bench.py                 # all
-    python benchmarks/bench.py cpu convert     # some of: cpu, serve, convert, demo; on a GPU kernel-dense, kernel-moe,
-                                               # kernel-fused, kernel-router, kernel-decode, kernel-prefill, rank-slice,
-                                               # model-v2-lite, model-moonlight
+    python benchmarks/bench.py cpu convert     # some of: cpu, serve, convert, demo, mtp; on a GPU kernel-dense,
+                                               # kernel-moe, kernel-fused, kernel-router, kernel-decode, kernel-prefill,
+                                               # rank-slice, model-v2-lite, model-moonlight
 
 `python benchmarks/tables.py` then brings the figures into the documents.
 """
@@ -18,9 +18,9 @@ RESULTS = HERE / "results"
 COMMANDS: dict[str, list[Path | str]] = {
     "cpu": [HERE / "bench_cpu.py", "--output", RESULTS / "cpu.json"],
     "serve": [HERE / "bench_serve.py", "--output", RESULTS / "serve.json"],
-    "mtp": [HERE / "bench_mtp.py", "--output", RESULTS / "mtp.json"],
     "convert": [HERE / "bench_convert.py", "--output", RESULTS / "convert.json"],
     "demo": [HERE.parent / "demo" / "evaluate.py", "--output", RESULTS / "demo.json"],
+    "mtp": [HERE / "bench_mtp.py", "--output", RESULTS / "mtp.json"],
 }
 ON_A_GPU: dict[str, list[Path | str]] = {
     **{f"kernel-{name}": [HERE / "bench_kernel.py", name, "--output", RESULTS / f"kernel_{name}.json"]

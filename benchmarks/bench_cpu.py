@@ -169,19 +169,23 @@ def main() -> None:
             return sides | ({"llama.cpp": lambda: other(llama)} if llama and other else {})
 
         first = beside(lambda s: s.forward(short, 0), lambda x: x.seconds(SHORT, 0))
-        rows = [compare(f"prefill {SHORT}", SHORT, 4, first)]
         one = beside(lambda s: decode(s, 16, SHORT, 1), lambda x: x.seconds(0, 16, SHORT))
-        rows.append(compare("decode, 1 sequence", 16, 4, one))
-        for side in (ours, theirs):
-            side.forward(many, 0)
+        fill = beside(lambda s: s.forward(many, 0))
         several = beside(lambda s: decode(s, 8, 64, SEQUENCES))
-        rows.append(compare(f"decode, {SEQUENCES} sequences", 8 * SEQUENCES, 4, several))
         whole = beside(lambda s: s.forward(long, 0), lambda x: x.seconds(LONG, 0))
-        rows.append(compare(f"prefill {LONG}", LONG, 3, whole))
         deep = beside(lambda s: decode(s, 4, LONG, 1), lambda x: x.seconds(0, 4, LONG))
-        rows.append(compare(f"decode at {LONG} context", 4, 3, deep))
         settings = {"threads": torch.get_num_threads(), "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES")}
-        report.save(args.output, {"parameters": ours.parameters, **settings, "rows": rows})
+        rows = []
+        for name, tokens, turns, sides in (
+            (f"prefill {SHORT}", SHORT, 4, first),
+            ("decode, 1 sequence", 16, 4, one),
+            (f"prefill {SEQUENCES} x 64", 64 * SEQUENCES, 1, fill),
+            (f"decode, {SEQUENCES} sequences", 8 * SEQUENCES, 4, several),
+            (f"prefill {LONG}", LONG, 3, whole),
+            (f"decode at {LONG} context", 4, 3, deep),
+        ):
+            rows.append(compare(name, tokens, turns, sides))
+            report.save(args.output, {"parameters": ours.parameters, **settings, "rows": rows})
 
 
 if __name__ == "__main__":

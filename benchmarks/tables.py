@@ -63,10 +63,18 @@ def cpu(record: dict[str, Any]) -> str:
     cores = NUMBERS.get(results["threads"], f"{results['threads']} cores")
     size = f"{results['parameters'] / 1e9:.2f} B parameters (0.4 B active)"
     transformers = ".".join(versions["transformers"].split(".")[:2])
-    header = [f"a random DeepSeek-V3 of {size}, bfloat16, {cores}", "this engine, tok/s",
-              f"transformers {transformers}, tok/s", "ratio"]  # fmt: skip
-    rows = [[row["name"], f"{row['ours_tok_s']:.1f}", f"{row['transformers_tok_s']:.1f}", f"{row['ratio']:.2f}"]
-            for row in results["rows"]]  # fmt: skip
+    names = {"transformers": f"transformers {transformers}", "llama.cpp": "llama.cpp"}
+    measured = [row for row in results["rows"] if row["turns"] > 1]
+    peers = [side for side in names if any(side in row["ratio"] for row in measured)]
+    header = [f"a random DeepSeek-V3 of {size}, bfloat16, {cores}", "this engine, tok/s"]
+    header += [column for side in peers for column in (f"{names[side]}, tok/s", "ratio")]
+    rows = []
+    for row in measured:
+        line = [row["name"], f"{row['tok_s']['ours']:.1f}"]
+        for side in peers:
+            known = side in row["ratio"]
+            line += [f"{row['tok_s'][side]:.1f}", f"{row['ratio'][side]:.2f}"] if known else ["–", "–"]
+        rows.append(line)
     return report.table(header, rows)
 
 

@@ -1,5 +1,6 @@
 """The few ops that have a faster form on a CPU than plain torch. Each is held to its reference by a test."""
 
+import ctypes
 import functools
 import math
 from bisect import bisect_right
@@ -82,11 +83,21 @@ def pack(w: torch.Tensor) -> Any:
         if w.dim() == 2:
             return pack_half(w, scale)
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
-            return list(pool.map(lambda e: pack_half(e, scale), w))
+            packed = list(pool.map(lambda e: pack_half(e, scale), w))
+        _return_freed_memory()
+        return packed
     if not torch.backends.mkldnn.is_available():
         return w
     pack_one = torch.ops.mkldnn._reorder_linear_weight
     return [pack_one(e) for e in w] if w.dim() == 3 else pack_one(w)
+
+
+def _return_freed_memory() -> None:
+    """What packing took on the way, float32 copies on several threads, lies between what it made: the C library would
+    keep it, nearly as much again as the weights, unless asked to give it back (glibc alone can be asked)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def pack_float32(w: torch.Tensor) -> Any:

@@ -361,24 +361,34 @@ def weight_dequant(w: torch.Tensor, s: torch.Tensor, dtype: torch.dtype = torch.
 
 
 def fp8_gemm(
-    a: torch.Tensor, a_s: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16
+    a: torch.Tensor,
+    a_s: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    out_dtype: torch.dtype = torch.bfloat16,
+    as_for: int | None = None,
 ) -> torch.Tensor:
-    """As reference.fp8_gemm; a and b in the FP8 type of the device."""
+    """As reference.fp8_gemm; a and b in the FP8 type of the device. `as_for`: by the tile for so many rows, whatever
+    their number, so that a row's bits do not depend on it."""
     assert a.dtype == b.dtype == fp8_dtype(a.device), f"{a.dtype} by {b.dtype} on a device of {fp8_dtype(a.device)}"
-    return gemm(a, a_s, b, b_s, out_dtype, _choose("fp8_gemm", a, b))
+    return gemm(a, a_s, b, b_s, out_dtype, _choose("fp8_gemm", a, b, as_for))
 
 
 def w8a16_gemm(
-    x: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, out_dtype: torch.dtype | None = None
+    x: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    out_dtype: torch.dtype | None = None,
+    as_for: int | None = None,
 ) -> torch.Tensor:
-    """As reference.w8a16_gemm, for bfloat16 x and float8_e4m3fn b."""
+    """As reference.w8a16_gemm, for bfloat16 x and float8_e4m3fn b; `as_for` as in fp8_gemm."""
     assert x.dtype == torch.bfloat16 and b.dtype == torch.float8_e4m3fn, (x.dtype, b.dtype)
-    return gemm(x, None, b, b_s, out_dtype or x.dtype, _choose("w8a16_gemm", x, b))
+    return gemm(x, None, b, b_s, out_dtype or x.dtype, _choose("w8a16_gemm", x, b, as_for))
 
 
-def _choose(op: str, x: torch.Tensor, w: torch.Tensor) -> Tile:
+def _choose(op: str, x: torch.Tensor, w: torch.Tensor, rows: int | None) -> Tile:
     n, k = w.shape
-    return tiles.choose(op, architecture(x.device), n, k, len(x))
+    return tiles.choose(op, architecture(x.device), n, k, rows or len(x))
 
 
 def gemm(

@@ -308,19 +308,19 @@ class Tile:
         return {"num_warps": self.warps}
 
 
-# Hopper's tensor core wants 64 rows in its first operand: with fewer rows the 64 keys come first. There, with 16 or 32
-# rows, three stages of keys exceed shared memory. Latents in FP8 are widened in registers, from which Triton feeds a
-# first operand without going back to shared memory, and 64 keys of it spill: there the rows come first, few as they
-# may be, filled up to 64. Blackwell keeps two copies of a pipelined tile that is used twice, and has no room for them:
-# one stage, and two programs to a multiprocessor; with more than 32 rows the result's 512 columns spill on their way
-# through the registers.
+# Hopper's tensor core wants 64 rows in its first operand: with fewer rows the 64 keys come first. Shared memory holds
+# two tiles of keys; a third stage fetches the next page's number ahead, where registers suffice. Latents in FP8 are
+# widened in registers, from which Triton feeds a first operand without going back to shared memory, and 64 keys of it
+# spill: there the rows come first, few as they may be, filled up to 64. Blackwell keeps two copies of a pipelined tile
+# that is used twice, and has no room for them: one stage, and two programs to a multiprocessor; with more than 16 rows
+# (32 of FP8 latents) the result spills on its way through the registers.
 DECODE = {  # by architecture and whether latents are packed
     ("sm_80", False): (Tile(16, 16, 32, 4, 2), Tile(math.inf, 32, 32, 4, 2)),
     ("sm_80", True): (Tile(math.inf, 16, 32, 8, 2),),
     ("sm_89", False): (Tile(16, 16, 32, 4, 2), Tile(math.inf, 32, 32, 4, 2)),
     ("sm_89", True): (Tile(math.inf, 16, 32, 8, 2),),
     ("sm_90", False): (
-        Tile(16, 16, 64, 4, 2, True),
+        Tile(16, 16, 64, 4, 3, True),
         Tile(32, 32, 64, 4, 2, True),
         Tile(math.inf, 64, 64, 8, 2),
     ),

@@ -200,7 +200,7 @@ class Linear(nn.Module):
         if self.scale is not None:
             self.weight.data, self.scale.data = ops.prepare_fp8(self.weight.data, self.scale.data, self.gemm)
             return
-        _replace_weight(self, ops.prepare)
+        _prepare_weight(self, ops.prepare)
 
 
 class Embedding(nn.Module):
@@ -435,7 +435,7 @@ class Transformer(nn.Module):
                 module.prepare()
         for module in list(self.modules()):
             if isinstance(module, Gate) or module is self.head:
-                _replace_weight(module, ops.prepare_float32)
+                _prepare_weight(module, ops.prepare_float32)
             elif isinstance(module, Linear):
                 module.prepare()
         return self
@@ -508,9 +508,9 @@ def yarn_frequencies(args: ModelArgs) -> torch.Tensor:
     return freqs / args.rope_factor * slowed + freqs * (1 - slowed)
 
 
-def _replace_weight(module: nn.Module, prepare: Callable[[torch.Tensor], Any]) -> None:
+def _prepare_weight(module: Any, prepare: Callable[[torch.Tensor], Any]) -> None:
     """Puts a backend's form of a loaded weight, a tensor or not, in the parameter's place, if it has one of its own."""
-    plain: torch.Tensor = module.weight.data  # type: ignore[assignment]  # another object each time it is asked for
+    plain = module.weight.data
     prepared = prepare(plain)
     if prepared is not plain:
         del module.weight

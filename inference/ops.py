@@ -119,30 +119,33 @@ def linear(x: torch.Tensor | Quantised, w: Weight) -> torch.Tensor:
     """
     if isinstance(x, Quantised):
         assert w.fp8, "quantised activations by a weight that takes plain ones"
-        dtype = x.dtype
-        return _by_rows(lambda q, s: _fp8_gemm(q, s, w, dtype), x.q, x.s)
-    return _by_rows(lambda rows: _linear(rows, w), x)
-
-
-def _linear(x: torch.Tensor, w: Weight) -> torch.Tensor:
-    if w.scale is None:
-        return cpu.linear(x, w.data) if cpu.is_packed(w.data) else F.linear(x, w.data)
+        return _fp8_gemm(x.q, x.s, w, x.dtype)
+    data, scale = w.data, w.scale
+    if scale is None:
+        product = cpu.linear if cpu.is_packed(data) else F.linear
+        return _by_rows(lambda rows: product(rows, data), x)
     if w.gemm == "fp8":
         return _fp8_gemm(*act_quant(x, w.scale_fmt), w, x.dtype)
     if _fast(x):
         import kernel
 
-        return kernel.w8a16_gemm(x, w.data, w.scale, x.dtype)
-    return reference.w8a16_gemm(x, w.data, w.scale, x.dtype)
+        return kernel.w8a16_gemm(x, data, scale, x.dtype, _fixed_rows())
+    return _by_rows(lambda rows: reference.w8a16_gemm(rows, data, scale, rows.dtype), x)
 
 
 def _fp8_gemm(q: torch.Tensor, s: torch.Tensor, w: Weight, dtype: torch.dtype) -> torch.Tensor:
-    assert w.scale is not None
+    data, scale = w.data, w.scale
+    assert scale is not None
     if _fast(q):
         import kernel
 
-        return kernel.fp8_gemm(q, s, w.data, w.scale, dtype)
-    return reference.fp8_gemm(q, s, w.data, w.scale, dtype)
+        return kernel.fp8_gemm(q, s, data, scale, dtype, _fixed_rows())
+    return _by_rows(lambda q, s: reference.fp8_gemm(q, s, data, scale, dtype), q, s)
+
+
+def _fixed_rows() -> int | None:
+    """For kernels that need no rows in blocks in batch-invariant mode, but one tile: for how many rows it is chosen."""
+    return ROW_BLOCK if _invariant.get() else None
 
 
 def project_float32(x: torch.Tensor, w: Any) -> torch.Tensor:

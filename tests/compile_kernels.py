@@ -80,8 +80,8 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def controls() -> Iterable[kernel.Configuration]:
-    """What tiles.py avoids on sm_90: a tile too large for its threads, 16 rows not swapped, and a request for warp
-    specialisation that the compiler grants by computing everything twice, or ignores."""
+    """What the tables avoid on sm_90: a tile too large for its threads, 16 rows not swapped, of attention too, and a
+    request for warp specialisation that the compiler grants by computing everything twice, or ignores."""
     tiles = {
         "spills": kernel.Tile(math.inf, 128, 128, False, 4, 3),
         "not swapped": kernel.Tile(math.inf, 16, 64, False, 4, 6),
@@ -90,6 +90,8 @@ def controls() -> Iterable[kernel.Configuration]:
     }
     for name, tile in tiles.items():
         yield replace(kernel.gemm_configuration("fp8_gemm", "sm_90", tile), name=name)
+    few = next(c for c in kernel_attention.configurations() if c.name.startswith("decode sm_90 bf16 16 heads 16x64"))
+    yield replace(few, name="attention not swapped", constexprs=few.constexprs | {"SWAP": False})
 
 
 def configurations() -> Iterator[kernel.Configuration]:

@@ -116,6 +116,7 @@ def test_the_checks_above_can_fail(compiled: Callable[[str], dict[str, Report]])
     assert controls["spills"]["stack"] > 0
     assert "HMMA" in controls["not swapped"]["instructions"]
     assert "QGMMA" not in controls["not swapped"]["instructions"]
+    assert "HMMA" in controls["attention not swapped"]["instructions"]
     assert [tuple(product) for product in controls["computed twice"]["products"]] == [(64, 128), (64, 128)]
     assert controls["not specialised"]["warps"] == 8
     assert "USETMAXREG" not in controls["not specialised"]["instructions"]

@@ -11,7 +11,8 @@ from convert import convert
 from engine import Engine, choose_numerics
 from errors import UserError
 from families import V3
-from model import FEW_ROWS, Batch, Numerics
+from graphs import Graphs
+from model import FEW_ROWS, Batch, Extent, Numerics
 from oracle import hidden_states, ours, random_checkpoint, relative_error, theirs, tokens
 from parallel import Group
 from sampling import SamplingParams
@@ -380,6 +381,22 @@ def test_recorded_steps_change_no_answer(model, mtp, temperature):
     assert recorder.recorded == 5 * (1 if mtp == 0 else 2 if mtp == 1 else 3)  # batches of 1, 2, 3, 4 and 5
     assert recorder.replayed > plain.stats.steps / 2
     recording.scheduler.check_integrity()
+
+
+def test_what_is_recorded_fits_every_batch(model):
+    """The attention kernels go by what the host says of a batch: a recorded one says the most that may come."""
+    extents = []
+
+    def forward(batch, hidden):
+        extents.append((batch.few, batch.many.n, batch.kv_lens.tolist(), batch.pages.shape))
+        return hidden
+
+    graphs = Graphs(forward, most=3, width=2, hidden=torch.zeros(6, 4), n_pages=5, spare=9, capture=Recorder())
+    assert [e[0] for e in extents] == [Extent(n, 2 * n, 2, 320, 320 * n) for n in (3, 2, 1)]
+    states = torch.arange(12.0).view(3, 4)
+    out = graphs.run([([7, 8], 66, [3, 4]), ([9], 0, [2])], states)
+    assert torch.equal(out, states) and extents[-1] == (extents[1][0], 0, [68, 1], (2, 5))
+    assert graphs.run([([1, 2, 3], 0, [0])]) is None and graphs.run([([1], 0, [0])] * 4) is None
 
 
 def test_recorded_steps_leave_other_pages_alone(model):

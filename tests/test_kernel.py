@@ -302,6 +302,21 @@ def test_with_one_tile_a_row_does_not_depend_on_the_others(tile: kernel.Tile) ->
         assert same(alone, together[rows])
 
 
+@pytest.mark.parametrize("n, k", [(576, 1040), (260, 100)])
+def test_a_row_s_bits_do_not_depend_on_how_many_there_are(n: int, k: int) -> None:
+    """By the tile for 16 rows, K split or not: of 70 rows, of 17 of them, and alone."""
+    b, b_s = (guarded(t) for t in weights(n, k))
+    x = torch.randn(70, k).bfloat16().to(DEVICE)
+    a, a_s = kernel.act_quant(x)
+    some = [slice(0, 70), slice(3, 20), slice(5, 6)]
+    for rows in some:
+        part = [kernel.w8a16_gemm(guarded(x[r]), b, b_s, torch.float32, as_for=16) for r in (rows, slice(0, 70))]
+        assert same(part[0], part[1][rows])
+        if INTERPRETED or kernel.has_fp8(torch.device(DEVICE)):
+            y = [kernel.fp8_gemm(guarded(a[r]), guarded(a_s[r]), b, b_s, torch.float32, as_for=16) for r in (rows, slice(0, 70))]
+            assert same(y[0], y[1][rows])
+
+
 def test_no_tokens() -> None:
     b, b_s = (t.to(DEVICE) for t in weights(200, 192))
     x = torch.zeros(0, 192, dtype=torch.bfloat16, device=DEVICE)

@@ -129,7 +129,14 @@ def test_a_norm_of_columns_that_lie_apart_and_of_no_tokens() -> None:
 
 @pytest.mark.parametrize(
     "few, rows, inter, half",
-    [(True, 1, 2048, 2048), (True, 5, 100, 128), (False, 1, 500, 512), (False, 70, 192, 256), (False, 3, 257, 300)],
+    [
+        (True, 1, 2048, 2048),
+        (True, 5, 100, 128),
+        (True, 3, 256, 256),
+        (False, 1, 500, 512),
+        (False, 70, 192, 256),
+        (False, 3, 257, 300),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_mul(
