@@ -16,19 +16,19 @@ cores' peak, whichever is longer. The V3 repository's model.py runs the same sli
 
 import argparse
 import gc
-import importlib.util
 import json
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
+import memory
 import report
 from config import ModelArgs, load_config
 from model import PAGE_SIZE, Batch, Gate, Numerics, Transformer
@@ -187,8 +187,7 @@ def limit_ms(nbytes: float, linears: float, attention: float, clock: Clock, gemm
 
 def build(args: ModelArgs, options: argparse.Namespace, device: torch.device | str) -> Transformer:
     """Rank 0 of options.ranks, weights uninitialised."""
-    layout = {"experts": options.experts} if "experts" in {f.name for f in fields(Numerics)} else {}
-    num = Numerics(torch.bfloat16, options.gemm, args.scale_fmt, options.kv_cache_dtype == "fp8", **layout)
+    num = Numerics(torch.bfloat16, options.gemm, args.scale_fmt, options.kv_cache_dtype == "fp8", options.experts)
     return Transformer(args, num, Alone(0, options.ranks), device)
 
 
@@ -358,16 +357,10 @@ def run(args: ModelArgs, options: argparse.Namespace, clock: Clock, done: Callab
 
 
 def planned(args: ModelArgs, options: argparse.Namespace) -> dict[str, Any]:
-    """What inference/memory.py, where it is there, expects the weights to take; its failure stops no benchmark."""
-    if importlib.util.find_spec("memory") is None:
-        return {}
-    try:
-        memory: Any = importlib.import_module("memory")
-        num = build(args, options, "meta").num
-        rank = memory.Rank(args, num, options.ranks, True, bool(args.n_mtp_layers), options.experts)
-        return {"planned_weights_bytes": sum(memory.weight_bytes(rank).values())}
-    except Exception as e:
-        return {"plan_refused": reason(e)}
+    """What inference/memory.py expects the weights to take."""
+    num = build(args, options, "meta").num
+    rank = memory.Rank(args, num, options.ranks, True, bool(args.n_mtp_layers))
+    return {"planned_weights_bytes": sum(memory.weight_bytes(rank).values())}
 
 
 def shown_row(row: dict[str, Any], clock: Clock) -> str:

@@ -37,6 +37,11 @@ def has_half() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
+def half_bytes(n: int, k: int) -> int:
+    """What (N, K) takes as Half: FBGEMM fills each row up to blocks of 512 values."""
+    return 2 * n * -(-k // 512) * 512
+
+
 def pack_half(w: torch.Tensor, scale: torch.Tensor | None = None) -> Half:
     """(N, K) as Half, with a scale that may have been chosen for several of them. All weights must be finite."""
     scale = _power_of_two(w) if scale is None else scale

@@ -7,12 +7,13 @@ Every rank runs the same engine. Rank 0 alone takes requests, samples and answer
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+import memory
 import ops
 import weights
 from cache import PagePool
@@ -29,7 +30,6 @@ FinishReason = Literal["stop", "length", "error", "cancelled"]
 Prompt = str | list[int] | list[dict]  # raw text, token ids, or chat messages
 _FINISH: list[FinishReason | None] = [None, "stop", "length", "error", "cancelled"]  # as numbers on the wire
 _STEP, _STOP = 0, 1
-_SCORED_ROWS = 256  # rows of prompt logits that exist at one time
 
 
 @dataclass(eq=False)
@@ -142,10 +142,17 @@ class Engine:
             raise UserError(f"--max-model-len is {wanted}, expected from 2 to this model's {model.args.max_seq_len}")
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
             raise UserError("--max-num-seqs and --max-num-batched-tokens must be at least 1")
+        if graphs is None:
+            graphs = model.device.type == "cuda"
         if n_pages is None:
             most = max_num_seqs * -(-(wanted + mtp) // PAGE_SIZE)
-            fit = pages_that_fit(model) if kv_cache_gib is None else int(kv_cache_gib * 2**30) // model.page_bytes
-            n_pages = self.tp.min_int(min(most, fit) if kv_cache_gib is None else fit)
+            if kv_cache_gib is None:
+                limits = memory.Limits(wanted, max_num_seqs, max_num_batched_tokens, mtp, bool(graphs))
+                rank, free = rank_of(model), free_memory(model.device)
+                fit = min(most, memory.pages_that_fit(rank, limits, free, shrink=max_model_len is None))
+            else:
+                fit = int(kv_cache_gib * 2**30) // model.page_bytes
+            n_pages = self.tp.min_int(fit)
         if n_pages * PAGE_SIZE < wanted + mtp:
             holds = max(n_pages * PAGE_SIZE - mtp, 0)
             if max_model_len is not None or holds < 2:
@@ -153,8 +160,6 @@ class Engine:
                                 f"memory holds {n_pages}; ask for at most {holds}")  # fmt: skip
             wanted = holds
         self.max_model_len = wanted
-        if graphs is None:
-            graphs = model.device.type == "cuda"
         self.cache = model.new_cache(n_pages + bool(graphs))  # one page more takes what fills a graph's batch up
         pool = PagePool(n_pages, PAGE_SIZE, lookahead=int(mtp > 0))
         budget = max(max_num_batched_tokens, max_num_seqs * (1 + mtp))
@@ -196,31 +201,37 @@ class Engine:
         `config` is needed only where the directory has none; `chat` refuses one without a usable chat template, or
         without the switch that `thinking` asks for; `kv_cache_dtype` "fp8" keeps latents in FP8 (see
         reference.pack_latents); `experts` is how ranks share the routed experts (see weights.choose_experts); `limits`
-        are the constructor's. Raises UserError for a bad checkpoint, a config that
-        contradicts it, or numerics the device cannot compute, on every rank when one rank meets it.
+        are the constructor's. Raises UserError for a bad checkpoint, a config that contradicts it, numerics the device
+        cannot compute, or a run that memory cannot hold, on every rank when one rank meets it.
         """
         device = torch.device(device)
         if device.index is not None:
             torch.cuda.set_device(device)  # kernels are launched on the current device
 
-        def load() -> tuple[Transformer, Tokenizer | None]:
+        def choose() -> tuple[weights.Checkpoint, ModelArgs, Numerics, bool]:
             checkpoint = weights.Checkpoint(ckpt_path)
             args = choose_args(checkpoint, config)
             num, says = choose_numerics(args, device, dtype, gemm)
             layout, why = weights.choose_experts(
                 experts, args, tp.size, checkpoint.quantised, checkpoint.experts(tp.size)
             )
-            weights.check_ranks(args, tp.size, num.gemm is not None, layout)
             num = replace(num, fp8_latents=kv_cache_dtype == "fp8", experts=layout)
             if progress and tp.rank == 0:
                 print(says, file=sys.stderr)
                 if tp.size > 1:
                     print(why, file=sys.stderr)
+            has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
+            check_memory(memory.Rank(args, num, tp.size, device.type != "cpu", has_mtp), device, limits)
+            return checkpoint, args, num, has_mtp
+
+        checkpoint, args, num, has_mtp = tp.together(choose)  # what is free is looked at before any rank takes of it
+
+        def load() -> tuple[Transformer, Tokenizer | None]:
             tokenizer = Tokenizer(ckpt_path, args.vocab_size) if tp.rank == 0 else None
             if chat and tokenizer is not None:
                 tokenizer.encode_chat([{"role": "user", "content": "Hello"}], thinking=thinking)
             ranks = replace(tp, ordered=bool(limits.get("deterministic")))
-            model = Transformer(args, num, ranks, device, mtp=bool(args.n_mtp_layers) and checkpoint.has_mtp)
+            model = Transformer(args, num, ranks, device, mtp=has_mtp)
             weights.load_into(model, checkpoint, tp, progress)
             return model.prepare(), tokenizer
 
@@ -485,8 +496,8 @@ class Engine:
         for chunk in chunks:
             job, first = chunk.job, max(chunk.start, chunk.job.n_scored)
             stop = min(chunk.start + chunk.n, job.n_prompt - 1)  # row p scores token p + 1
-            for lo in range(first, stop if job.whole else first, _SCORED_ROWS):
-                hi = min(lo + _SCORED_ROWS, stop)
+            for lo in range(first, stop if job.whole else first, memory.SCORED_ROWS):
+                hi = min(lo + memory.SCORED_ROWS, stop)
                 logits = self.model.logits(hidden[at + lo - chunk.start : at + hi - chunk.start])
                 job.n_scored = hi
                 request = self._live.get(job.id)
@@ -625,8 +636,11 @@ def choose_args(checkpoint: weights.Checkpoint, config: str | Path | None) -> Mo
     return replace(args, dtype=stored)  # converted files may be a BF16 cast of the FP8 model that --config describes
 
 
-def choose_numerics(args: ModelArgs, device: torch.device, dtype: str, gemm: str) -> tuple[Numerics, str]:
-    """What to compute in, and a line that says so. Raises UserError for what the device cannot do."""
+def choose_numerics(
+    args: ModelArgs, device: torch.device, dtype: str, gemm: str, has_fp8: bool | None = None
+) -> tuple[Numerics, str]:
+    """What to compute in, and a line that says so. `has_fp8` answers for a GPU that is not here. Raises UserError for
+    what the device cannot do."""
     plain = torch.float32 if dtype == "float32" or (dtype == "auto" and args.dtype == "fp32") else torch.bfloat16
     name = str(plain).removeprefix("torch.")
     if gemm == "fp8" and args.dtype != "fp8":
@@ -642,29 +656,45 @@ def choose_numerics(args: ModelArgs, device: torch.device, dtype: str, gemm: str
             says = "numerics: W8A8, FP8 products emulated by the reference (slow, for comparison), on cpu"
             return Numerics(plain, "fp8", args.scale_fmt), says
         return Numerics(plain), f"numerics: {name}, FP8 weights dequantised once at load, on {device.type}"
+    if has_fp8 is None and gemm != "bf16":
+        has_fp8 = ops.has_fp8(device)
     if gemm == "auto":
-        gemm = "fp8" if ops.has_fp8(device) else "bf16"
-    if gemm == "fp8" and not ops.has_fp8(device):
+        gemm = "fp8" if has_fp8 else "bf16"
+    if gemm == "fp8" and not has_fp8:
         name = torch.cuda.get_device_name(device)
         raise UserError(f"--gemm fp8 needs FP8 tensor cores, and {name} has none; use bf16")
     says = {"fp8": "W8A8 (FP8 weights and activations)", "bf16": "W8A16 (FP8 weights widened in the product)"}[gemm]
     return Numerics(plain, "fp8" if gemm == "fp8" else "bf16", args.scale_fmt), f"numerics: {says} on {device.type}"
 
 
-def pages_that_fit(model: Transformer) -> int:
-    """Pages of latents for which this rank has memory: most of what a GPU has left after the weights, half of what a
-    host has, shared between its ranks."""
-    if model.device.type == "cpu":
-        free = _free_host_memory() // 2 // environment()[3]
-    else:
-        free = int(torch.cuda.mem_get_info(model.device)[0] * 0.85)
-    return free // model.page_bytes
+def rank_of(model: Transformer) -> memory.Rank:
+    return memory.Rank(model.args, model.num, model.tp.size, model.device.type != "cpu", len(model.mtp) > 0)
 
 
-def _free_host_memory() -> int:
-    """Bytes, by the kernel's estimate; 4 GiB where the host does not say."""
+def check_memory(rank: memory.Rank, device: torch.device, limits: dict[str, Any]) -> None:
+    """Refuses, before anything is loaded, a run that this rank's memory cannot hold. `limits` are the constructor's;
+    what they do not say is as the constructor has it. Raises UserError."""
+    weights.check_ranks(rank.args, rank.ranks, rank.num.gemm is not None, rank.experts)
+    shrink = limits.get("max_model_len") is None
+    named = {f.name: limits[f.name] for f in fields(memory.Limits) if limits.get(f.name) is not None}
+    named["max_model_len"] = min(named.get("max_model_len", rank.args.max_seq_len), rank.args.max_seq_len)
+    asked = memory.Limits(**named)
+    cache = None
+    if limits.get("n_pages") is not None:
+        cache = limits["n_pages"] * memory.page_bytes(rank)
+    elif limits.get("kv_cache_gib") is not None:
+        cache = int(limits["kv_cache_gib"] * 2**30)
+    memory.check_fits(rank, asked, free_memory(device), cache, shrink)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes this rank may take now: what its GPU has, or an equal part of what its host has, by the kernel's estimate
+    (4 GiB where the host does not say)."""
+    if device.type != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return 4 << 30
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+        return (4 << 30) // environment()[3]
+    free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    return free // environment()[3]

@@ -1,0 +1,282 @@
+"""Says what a run would take, before anything is loaded: memory of each rank, what fits on which GPU, how fast decoding
+can be at most. Only the config, and a checkpoint's headers, are read.
+
+  python plan.py --config configs/config_671B.json --tp 8 --max-model-len 32768 --max-num-seqs 32
+  python plan.py --ckpt-path CKPT --tp 2 --device cpu --json
+
+Exit status: 0; 2 wrong use, or a model or checkpoint that cannot be run so.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from errors import UserError
+
+if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
+    import memory
+
+GPUS = (80, 96, 141, 192)  # GB a card is sold with; its driver may report more
+SEQUENCES = (1, 8, 32, 128)
+RANKS = (*range(1, 17), 24, 32, 48, 64, 128)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError for wrong use."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Raises UserError for wrong use."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--ckpt-path", metavar="DIR", help="a checkpoint; or only")
+    add("--config", metavar="FILE", help="the model's config")
+    add("--tp", type=positive, default=1, metavar="N", help="ranks (default: 1)")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="what the ranks run on (default: GPUs)")
+    add("--max-model-len", type=positive, metavar="N", help="tokens of a sequence (default: as the model allows)")
+    add("--max-num-seqs", type=positive, default=8, metavar="N", help="sequences at a time (default: 8)")
+    add("--max-num-batched-tokens", type=positive, default=2048, metavar="N", help="tokens a forward (default: 2048)")
+    add("--mtp", type=int, choices=range(5), default=0, metavar="K", help="tokens drafted a step, 0 to 4 (default: 0)")
+    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="what to compute in")
+    add("--gemm", choices=("auto", "fp8", "bf16"), default="auto", help="with FP8 weights: W8A8 or W8A16")
+    add("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="fp8: latents in 0.57 of the bytes")
+    add("--experts", choices=("auto", "whole", "split"), default="auto",
+        help="whole experts on each rank, or all of them split on their inner width")  # fmt: skip
+    add("--eager", action="store_true", help="without CUDA graphs")
+    add("--context", type=positive, metavar="N", help="tokens of each sequence while decoding (default: 4096 at most)")
+    add("--bandwidth", type=bandwidth, nargs="+", default=[3.35, 4.8], metavar="TB/S",
+        help="of a rank's memory, for the decode limit (default: 3.35 4.8)")  # fmt: skip
+    add("--json", action="store_true", help="one JSON object; sizes in bytes, times in seconds")
+    options = parser.parse_args(arguments)
+    if options.ckpt_path is None and options.config is None:
+        parser.error("give --config or --ckpt-path")
+    return options
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def bandwidth(text: str) -> float:
+    if not 0 < (value := float(text)) < 1000:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of TB/s")
+    return value
+
+
+def describe(options: argparse.Namespace) -> tuple["memory.Rank", "memory.Limits", str]:
+    """The rank and the limits asked for, and a line about the numerics. Raises UserError for a bad config, a checkpoint
+    that is incomplete or contradicts it, and numbers of ranks that do not divide the model."""
+    import torch
+
+    import engine
+    import memory
+    import weights
+    from config import load_config
+    from parallel import Group
+
+    device = torch.device(options.device)
+    checkpoint = None if options.ckpt_path is None else weights.Checkpoint(options.ckpt_path)
+    if checkpoint is None:
+        args = load_config(options.config)
+        has_mtp = args.n_mtp_layers > 0
+    else:
+        args = engine.choose_args(checkpoint, options.config)
+        checkpoint.on_disk(Group(0, options.tp))
+        has_mtp = args.n_mtp_layers > 0 and checkpoint.has_mtp
+    num, says = engine.choose_numerics(args, device, options.dtype, options.gemm, has_fp8=device.type == "cuda")
+    made = checkpoint.experts(options.tp) if checkpoint is not None else None
+    experts, _ = weights.choose_experts(options.experts, args, options.tp, args.dtype == "fp8", made)
+    num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8", experts=experts)
+    weights.check_ranks(args, options.tp, num.gemm is not None, experts)
+    if options.mtp and not has_mtp:
+        raise UserError("--mtp needs an MTP module, and this model has none")
+    length = args.max_seq_len if options.max_model_len is None else options.max_model_len
+    if not 1 < length <= args.max_seq_len:
+        raise UserError(f"--max-model-len is {length}, expected from 2 to this model's {args.max_seq_len}")
+    rank = memory.Rank(args, num, options.tp, device.type == "cuda", has_mtp)
+    limits = memory.Limits(
+        length, options.max_num_seqs, options.max_num_batched_tokens, options.mtp, False if options.eager else None
+    )
+    return rank, limits, says
+
+
+def plan(options: argparse.Namespace) -> dict[str, Any]:
+    """All that is printed, as plain data: sizes in bytes, times in seconds. Raises UserError as `describe` does."""
+    rank, limits, says = describe(options)
+    import engine
+    import memory
+
+    pages = limits.max_num_seqs * limits.pages
+    wanted = memory.need(rank, limits, cache=pages * memory.page_bytes(rank))
+    parts: dict[str, int] = {}
+    for (mtp, part), n in memory.weight_bytes(rank).items():
+        name = memory.MTP if mtp else part
+        parts[name] = parts.get(name, 0) + n
+    sizes = {f"{n} GB": n * 10**9 for n in GPUS}
+    if not rank.gpu:
+        import torch
+
+        sizes = {"free here": engine.free_memory(torch.device("cpu"))}
+    context = min(options.context or 4096, limits.max_model_len)
+    return {
+        "model": {
+            "parameters": memory.parameters(rank),
+            "mtp_parameters": memory.parameters(rank, mtp=True),
+        },
+        "run": {
+            "ranks": rank.ranks, "device": options.device, "numerics": says, "experts": rank.experts,
+            "max_model_len": limits.max_model_len, "max_num_seqs": limits.max_num_seqs,
+            "max_num_batched_tokens": limits.budget, "mtp": limits.mtp, "kv_cache_dtype": options.kv_cache_dtype,
+        },
+        "rank": {
+            "weights": {part: parts[part] for part in (*memory.PARTS, memory.MTP) if part in parts},
+            "packing": wanted.packing,
+            "latents": {"of_a_token": memory.latent_bytes(rank), "pages": pages, "bytes": wanted.cache},
+            "activations": wanted.step,
+            "graphs": wanted.graphs,
+            "total": wanted.total,
+        },
+        "fits": {name: room(rank, limits, size) for name, size in sizes.items()},
+        "ranks": list(other_ranks(rank, limits, sizes, options.experts)),
+        "decode": [decode(rank, limits, sequences, context, options.bandwidth) for sequences in SEQUENCES],
+    }  # fmt: skip
+
+
+def room(rank: "memory.Rank", limits: "memory.Limits", size: int) -> dict[str, Any]:
+    """What so much memory has room for beside the weights and the largest step."""
+    import memory
+    from model import PAGE_SIZE
+
+    free = size - sum(memory.weight_bytes(rank).values())
+    pages = memory.pages_that_fit(rank, limits, free)
+    return {
+        "memory": size,
+        "weights_fit": free >= 0,
+        "tokens": pages * PAGE_SIZE,
+        "sequences": pages // limits.pages,
+    }
+
+
+def other_ranks(
+    rank: "memory.Rank", limits: "memory.Limits", sizes: dict[str, int], experts: Any
+) -> Iterator[dict[str, Any]]:
+    """Numbers of ranks, with the weights of each and the tokens that memories have room for, or why they do not do."""
+    import memory
+
+    for ranks in sorted({*RANKS, rank.ranks}):
+        other = memory.with_ranks(rank, ranks, experts)
+        if problem := memory.why_not(other):
+            yield {"ranks": ranks, "problem": problem}
+            continue
+        yield {
+            "ranks": ranks,
+            "experts": other.experts,
+            "weights": sum(memory.weight_bytes(other).values()),
+            "tokens": {name: room(other, limits, size)["tokens"] for name, size in sizes.items()},
+        }
+
+
+def decode(
+    rank: "memory.Rank", limits: "memory.Limits", sequences: int, context: int, bandwidths: list[float]
+) -> dict[str, Any]:
+    """What a decode step reads, and how many steps a second that allows."""
+    import memory
+
+    read = memory.decode_reads(rank, sequences, context, limits.mtp)
+    return {
+        "sequences": sequences,
+        "experts": read.experts,
+        "weights": read.weights,
+        "context": context,
+        "latents": read.latents,
+        "seconds": {str(tb): (read.weights + read.latents) / (tb * 1e12) for tb in bandwidths},
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# As text
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def lines(found: dict[str, Any]) -> Iterator[str]:
+    """The plan for people. GB are 10^9 bytes."""
+    model, run, rank = found["model"], found["run"], found["rank"]
+    more = f", {model['mtp_parameters'] / 1e9:.1f} billion in the MTP module" if model["mtp_parameters"] else ""
+    yield f"{model['parameters'] / 1e9:.1f} billion parameters{more}; {run['numerics']}"
+    shared = "" if run["ranks"] == 1 else {"whole": ", experts whole", "split": ", experts split on their inner width"}[
+        run["experts"]]  # fmt: skip
+    yield f"{run['ranks']} rank{'s' * (run['ranks'] > 1)}{shared}; GB are 10^9 bytes"
+    yield ""
+    yield f"{'one rank holds':<60}{'GB':>8}"
+    for part, n in rank["weights"].items():
+        yield f"  {part:<58}{n / 1e9:8.2f}"
+    yield f"{'weights':<60}{sum(rank['weights'].values()) / 1e9:8.2f}"
+    if rank["packing"]:
+        yield f"{'  while they are packed, before there are latents':<60}{rank['packing'] / 1e9:8.2f}"
+    latents = rank["latents"]
+    text = f"latents of {run['max_num_seqs']} x {run['max_model_len']:,} tokens, {latents['of_a_token']:,} bytes each"
+    yield f"{text:<60}{latents['bytes'] / 1e9:8.2f}"
+    text = f"tensors of the largest step, {run['max_num_batched_tokens']:,} tokens"
+    yield f"{text:<60}{rank['activations'] / 1e9:8.2f}"
+    if rank["graphs"]:
+        yield f"{'CUDA graphs: tensors of the largest decode step and more':<60}{rank['graphs'] / 1e9:8.2f}"
+    yield f"{'together':<60}{rank['total'] / 1e9:8.2f}"
+    yield ""
+    yield f"{'memory of a rank':<22}{'tokens of cache':>16}{'sequences of ' + format(run['max_model_len'], ','):>26}"
+    for name, fit in found["fits"].items():
+        size = name if run["device"] == "cuda" else f"{fit['memory'] / 1e9:.1f} GB {name}"
+        why = "" if fit["tokens"] else "no room for latents" if fit["weights_fit"] else "the weights do not fit"
+        yield f"{size:<22}{fit['tokens']:>16,}{fit['sequences']:>26,}   {why}".rstrip()
+    yield ""
+    yield "ranks  experts  weights, GB" + "".join(f"{'tokens, ' + name:>18}" for name in found["fits"])
+    problems: dict[str, list[str]] = {}
+    for other in found["ranks"]:
+        if "problem" in other:
+            said = other["problem"].replace(f" {other['ranks']} ranks", " so many ranks")
+            problems.setdefault(said, []).append(str(other["ranks"]))
+            continue
+        held = "".join(f"{n:>18,}" if n else f"{'-':>18}" for n in other["tokens"].values())
+        yield f"{other['ranks']:5}  {other['experts']:<7}{other['weights'] / 1e9:13.2f}{held}"
+    for said, counts in problems.items():
+        yield f"not {', '.join(counts)}: {said}"
+    yield ""
+    context = found["decode"][0]["context"]
+    yield f"decode at most, {context:,} tokens of context a sequence; communication left out"
+    times = "".join(f"{'ms at ' + tb + ' TB/s':>18}{'tokens/s':>10}" for tb in found["decode"][0]["seconds"])
+    yield f"sequences  experts read  weights, GB  latents, GB{times}"
+    for step in found["decode"]:
+        times = "".join(f"{s * 1e3:18.2f}{step['sequences'] / s:10,.0f}" for s in step["seconds"].values())
+        yield (f"{step['sequences']:9}{step['experts']:14.1f}{step['weights'] / 1e9:13.2f}"
+               f"{step['latents'] / 1e9:13.2f}{times}")  # fmt: skip
+    if run["mtp"]:
+        yield f"(a step verifies {run['mtp']} drafted and makes as many; tokens/s times the tokens a step then gives)"
+    if run["experts"] == "whole" and run["ranks"] > 1:
+        yield "(of the mean rank: with whole experts a step waits for the one whose experts are chosen most)"
+
+
+def main() -> int:
+    try:
+        options = parse(sys.argv[1:])
+        found = plan(options)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    try:
+        print(json.dumps(found, indent=2) if options.json else "\n".join(lines(found)), flush=True)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
