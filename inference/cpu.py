@@ -50,7 +50,12 @@ def pack_half(w: torch.Tensor, scale: torch.Tensor | None = None) -> Half:
 
 def _power_of_two(w: torch.Tensor) -> torch.Tensor:
     """The scale (1,) that brings the largest of w to at least 2^15 and below 2^16; bfloat16 rounds none up to that."""
-    return torch.ldexp(torch.ones(1), w.abs().amax().float().frexp().exponent.reshape(1) - 16)
+    return torch.ldexp(torch.ones(1), _largest(w).float().frexp().exponent.reshape(1) - 16)
+
+
+def _largest(w: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude in w, NaN if w holds one; nothing of w's size is made on the way."""
+    return torch.maximum(w.amax(), -w.amin())
 
 
 @functools.cache
@@ -78,7 +83,7 @@ def pack(w: torch.Tensor) -> Any:
     """
     if w.dtype != torch.bfloat16:
         return w
-    if half_is_faster() and w.isfinite().all():
+    if half_is_faster() and _largest(w).isfinite():
         scale = _power_of_two(w)
         if w.dim() == 2:
             return pack_half(w, scale)
@@ -102,7 +107,7 @@ def _return_freed_memory() -> None:
 
 def pack_float32(w: torch.Tensor) -> Any:
     """A weight (N, K) for products in float32: Half reads half the bytes of widened ones."""
-    return pack_half(w) if w.dtype == torch.bfloat16 and has_half() and w.isfinite().all() else w.float()
+    return pack_half(w) if w.dtype == torch.bfloat16 and has_half() and _largest(w).isfinite() else w.float()
 
 
 def is_packed(w: Any) -> bool:

@@ -499,8 +499,7 @@ def need(rank: Rank, limits: Limits, cache: int | None = None) -> Need:
 
 def _packing(rank: Rank, parts: dict[tuple[bool, str], int]) -> int:
     """What packing the largest weight takes beside all weights as they are before or, if that is more, after it. For
-    float16 a matrix is first scaled in float32, of a stack one on each thread; where all are looked through for what
-    is not finite, that takes as much as twice the weights."""
+    float16 a matrix is first scaled in float32, of a stack one on each thread."""
     if not rank.packs:
         return 0
     args, plain = rank.args, rank.num.dtype.itemsize
@@ -509,7 +508,7 @@ def _packing(rank: Rank, parts: dict[tuple[bool, str], int]) -> int:
     if args.n_moe_layers:
         stack = parts[False, ROUTED] // args.n_moe_layers * 2 // 3  # w1 and w3 lie together
         one = 2 * rank.inner * args.dim * 4 * torch.get_num_threads()
-        packing = max(packing, max(2 * stack, stack + one) if rank.halves else stack)
+        packing = max(packing, stack + one if rank.halves else stack)
     return packing
 
 

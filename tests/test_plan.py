@@ -367,7 +367,7 @@ def test_what_cannot_fit_is_refused_with_what_would_help(monkeypatch):
     assert refusal(TP8, LIMITS, 141, cache=100 << 30).endswith("); --kv-cache-gib 48.9 would do")
     assert refusal(replace(TP8, ranks=16), LIMITS, 20).endswith("; more memory would do")
     on_cpu = Rank(V3, Numerics(), gpu=False, mtp=True)
-    for halves, packing in ((True, "30.06"), (False, "15.03")):
+    for halves, packing in ((True, "15.15"), (False, "15.03")):
         monkeypatch.setattr(cpu, "half_is_faster", lambda halves=halves: halves)
         assert f"packing them {packing} GB); 2 ranks with" in refusal(on_cpu, Limits(64), 1371)
 
