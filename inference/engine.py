@@ -19,7 +19,7 @@ import weights
 from cache import PagePool
 from config import ModelArgs, agree, load_config
 from errors import UserError
-from graphs import Capture, Forward, Graphs, Place, cuda_capture
+from graphs import Capture, Forward, Graphs, Place, cuda_capture, records
 from model import FEW_ROWS, PAGE_SIZE, Batch, Numerics, Transformer
 from parallel import SOLO, Group, environment
 from sampling import Ask, Draft, Logprob, SamplingParams, logprob, propose, released_params, verify
@@ -128,7 +128,7 @@ class Engine:
         mtp             tokens the MTP module drafts a step, 0 to 4
         reuse           whether requests share the cached beginnings of their prompts
         deterministic   bitwise the same logits for a request in any company (batch-invariant mode)
-        graphs          whether decode and draft steps are recorded as CUDA graphs; by default where there is a GPU
+        graphs          whether decode and draft steps are recorded as CUDA graphs; by default in bfloat16 on a GPU
         progress        whether rank 0 shows a bar while it records them
         """
         self.model, self.tokenizer, self.tp = model, tokenizer, model.tp
@@ -143,7 +143,7 @@ class Engine:
         if max_num_seqs < 1 or max_num_batched_tokens < 1:
             raise UserError("--max-num-seqs and --max-num-batched-tokens must be at least 1")
         if graphs is None:
-            graphs = model.device.type == "cuda"
+            graphs = records(model.device.type == "cuda", model.num.dtype)
         if n_pages is None:
             most = max_num_seqs * -(-(wanted + mtp) // PAGE_SIZE)
             if kv_cache_gib is None:

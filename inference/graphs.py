@@ -18,13 +18,20 @@ Forward = Callable[[Batch, torch.Tensor], torch.Tensor]  # a batch and hidden st
 Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
+def records(gpu: bool, dtype: torch.dtype) -> bool:
+    """Whether decode steps can be recorded: on a GPU, in bfloat16. Other types attend as the reference does, which
+    asks the device for lengths and pages."""
+    return gpu and dtype == torch.bfloat16
+
+
 def cuda_capture() -> Capture:
     """Turns a function that launches kernels into one that replays them. All graphs share one pool of memory: they
-    never run at the same time, and a result is kept, so that its memory is not given to the next one recorded."""
+    never run at the same time, and a result is kept, so that its memory is not given to the next one recorded. They
+    share a stream to warm up on, as cuBLAS keeps a workspace (32 MiB on Hopper) for every stream it has worked on."""
     pool = torch.cuda.graph_pool_handle()
+    side = torch.cuda.Stream()
 
     def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):  # what is compiled, loaded or allocated at a first call must not be recorded

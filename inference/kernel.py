@@ -418,8 +418,9 @@ def gemm(
     if tile.persistent:
         assert x_s is not None and not tile.swap and tile.split == 1, tile
         programs = min(count, tile.persistent * tiles.PROCESSORS[architecture(x.device)])
+        device = out.device  # not a tensor's own name in there: the function stays, and would keep it alive
         # Triton asks for the memory its programs' descriptors lie in, 128 bytes each.
-        triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.uint8, device=x.device))
+        triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.uint8, device=device))
         gemm_persistent_kernel[(programs,)](x, x_s, w, w_s, out, m, n, k, **constexprs)
     elif tile.split == 1:
         gemm_kernel[(count,)](x, x_s, w, w_s, out, m, n, k, **constexprs)

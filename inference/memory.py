@@ -80,7 +80,7 @@ class Limits:
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 2048
     mtp: int = 0  # tokens drafted a step
-    graphs: bool | None = None  # decode steps are recorded; None: where there is a GPU
+    graphs: bool | None = None  # decode steps are recorded; None: in bfloat16 on a GPU
 
     @property
     def budget(self) -> int:
@@ -515,7 +515,7 @@ def _packing(rank: Rank, parts: dict[tuple[bool, str], int]) -> int:
 def _graphs(rank: Rank, limits: Limits) -> int:
     """What recorded decode steps keep to themselves: a page; the tensors of the largest step; and of each number of
     sequences its result and the facts that are copied into it; once for the main model, and for each way to draft."""
-    if not (rank.gpu if limits.graphs is None else limits.graphs):
+    if not (graphs.records(rank.gpu, rank.num.dtype) if limits.graphs is None else limits.graphs):
         return 0
     width = 1 + limits.mtp
     recorded = [width, *({1, width} if limits.mtp > 1 else {width} if limits.mtp else ())]

@@ -1,7 +1,9 @@
 """The engine on random checkpoints: what a request gets does not depend on its company."""
 
+import contextlib
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from convert import convert
 from engine import Engine, choose_numerics
 from errors import UserError
 from families import V3
-from graphs import Graphs
+from graphs import Graphs, cuda_capture, records
 from model import FEW_ROWS, Batch, Extent, Numerics
 from oracle import hidden_states, ours, random_checkpoint, relative_error, theirs, tokens
 from parallel import Group
@@ -397,6 +399,46 @@ def test_what_is_recorded_fits_every_batch(model):
     out = graphs.run([([7, 8], 66, [3, 4]), ([9], 0, [2])], states)
     assert torch.equal(out, states) and extents[-1] == (extents[1][0], 0, [68, 1], (2, 5))
     assert graphs.run([([1, 2, 3], 0, [0])]) is None and graphs.run([([1], 0, [0])] * 4) is None
+
+
+def test_recording_is_for_what_asks_the_device_nothing():
+    """Float32 attends by the reference, which reads lengths and pages on the host: inside a capture that is an error."""
+    assert records(True, torch.bfloat16)
+    assert not records(True, torch.float32) and not records(False, torch.bfloat16)
+
+
+def test_captures_warm_up_on_one_stream(monkeypatch):
+    """Each stream that cuBLAS has worked on costs a workspace for good; and the warm-up comes before the capture."""
+    streams, said = [], []
+
+    class Stream:
+        def __init__(self):
+            streams.append(self)
+
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def within(name):
+        said.append(name)
+        yield
+        said.append("end")
+
+    first = Stream()
+    streams.clear()
+    for name, stand_in in {
+        "Stream": Stream,
+        "current_stream": lambda: first,
+        "stream": lambda stream: within("warm up"),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: said.append("replay")),
+        "graph": lambda graph, pool: within(pool),
+        "graph_pool_handle": lambda: "capture",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    capture = cuda_capture()
+    replays = [capture(lambda i=i: said.append("run") or torch.tensor(i)) for i in range(3)]
+    assert said == ["warm up", "run", "run", "end", "capture", "run", "end"] * 3 and len(streams) == 1
+    assert [int(replay()) for replay in replays] == [0, 1, 2] and said[-3:] == ["replay"] * 3
 
 
 def test_recorded_steps_leave_other_pages_alone(model):

@@ -279,6 +279,16 @@ def test_persistent(
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
+def test_the_allocator_keeps_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stays with Triton until the next launch: activations in it would be kept as long, or in a graph's memory."""
+    monkeypatch.setattr(kernel, "gemm_persistent_kernel", {(1,): lambda *_args, **_options: None})
+    given: list[Callable[..., torch.Tensor]] = []
+    monkeypatch.setattr(kernel.triton, "set_allocator", given.append)
+    kernel.gemm(*activations(128, 128), *weights(128, 128), torch.bfloat16, persistent)
+    assert [cell.cell_contents for cell in given[0].__closure__ or ()] == [torch.device("cpu")]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
 @pytest.mark.parametrize("n, k, offset", [(100, 128, 0), (128, 100, 0), (128, 128, 8)])
 def test_what_tma_cannot_take_goes_another_way(n: int, k: int, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 rows of 200 bytes, FP8 rows of 100, and a matrix that begins at half of 16 bytes."""

@@ -305,6 +305,7 @@ def test_graphs_keep_a_step_and_a_page(side):
         assert memory.need(rank, limits).graphs == 0 < memory.need(rank, replace(limits, graphs=True)).graphs
         return
     assert memory.need(rank, replace(limits, graphs=False)).graphs == 0
+    assert memory.need(replace(rank, num=Numerics(torch.float32)), limits).graphs == 0  # attends as the reference does
     model = Transformer(args, Numerics())
     kept: list[torch.Tensor] = []
 
