@@ -30,10 +30,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import chat
 import commandline
 import protocol
-from bridge import Answer, Bridge, unavailable
+from bridge import Answer, Bridge
 from commandline import VERSION, complain
 from engine import Engine
-from protocol import ChatBody, ChatChoice, CompletionChoice, Delta, Plan, Refused, Served, Update, finite
+from protocol import ChatChoice, CompletionChoice, Delta, Plan, Refused, Served, Update
 
 PAGE = Path(__file__).parent / "page.html"
 BODY = 16 << 20  # bytes of a request: a million characters, each escaped
