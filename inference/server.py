@@ -91,6 +91,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()
     except OSError as e:
         raise UserError(f"--host {host} --port {port}: {e.strerror or e}") from None
     return listener

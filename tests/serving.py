@@ -77,6 +77,7 @@ def serving(
     origins: tuple[str, ...] = (),
 ) -> Iterator[House]:  # fmt: skip
     listener = server.listen("127.0.0.1", 0)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # what the system keeps of a slow reader's
     house, ready = House(listener.getsockname()[1], key), threading.Event()
 
     async def main() -> None:

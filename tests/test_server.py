@@ -184,9 +184,9 @@ def test_async_clients_at_once(demo: tuple[House, Engine]) -> None:
 
     async def main() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{demo[0].url}/v1", api_key="none", timeout=GENEROUS) as client:
-            return await asyncio.gather(*(ask(client, a) for a in range(110, 130)))
+            return await asyncio.gather(*(ask(client, a) for a in range(110, 118)))
 
-    assert asyncio.run(main()) == [str(a + 285) for a in range(110, 130)]
+    assert asyncio.run(main()) == [str(a + 285) for a in range(110, 118)]
 
 
 def test_whole_characters(tiny: Engine) -> None:
@@ -215,7 +215,7 @@ def test_tools(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     template = "{% if tools %}{{ tools | tojson }}{{ '" + shape + "' }}{% endif %}" + TEMPLATE
     launch.make_tiny(tmp_path)
     write_tokenizer(tmp_path, template, markers)
-    engine = Engine.from_pretrained(tmp_path, max_model_len=512, n_pages=PAGES)
+    engine = Engine.from_pretrained(tmp_path, dtype="float32", max_model_len=512, n_pages=PAGES)
     tokenizer = engine.tokenizer
     assert tokenizer is not None
     spelled = tokenizer._encode_plain(f"I would say {SAYINGS[style]} to that: ")
@@ -535,9 +535,10 @@ def test_disconnects_lose_no_page(tiny: Engine, n: int) -> None:
 def test_a_slow_reader_delays_nobody_and_is_cut_off(tiny: Engine) -> None:
     """Its buffers fill up, then the bridge's, then it is given up; others are answered meanwhile."""
     with serving(again(tiny), backlog=20_000) as house:
-        asked = {**LONG, "max_tokens": 450, "n": 8, "logprobs": 20, "stream": True}
-        slow = socket.create_connection(("127.0.0.1", house.port))
+        asked = {**LONG, "n": 2, "logprobs": 20, "stream": True}
+        slow = socket.socket()
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(("127.0.0.1", house.port))
         raw = json.dumps(asked).encode()
         slow.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (COMPLETIONS.encode(), len(raw)) + raw)
         await_that(lambda: house.bridge._answers, "it is in")
@@ -545,22 +546,20 @@ def test_a_slow_reader_delays_nobody_and_is_cut_off(tiny: Engine) -> None:
             status, _, said = house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 2})
             assert status == 200 and said["usage"]["completion_tokens"] == 2
         house.idle(PAGES)
-        text, slow_until = b"", time.monotonic() + GENEROUS
-        slow.settimeout(GENEROUS)
-        while b"0\r\n\r\n" not in text[-10:] and time.monotonic() < slow_until and (part := slow.recv(1 << 16)):
-            text += part
-        slow.close()
+        text = rest(slow, until=b"\r\n0\r\n\r\n")
     assert b"was read too slowly" in text and b"[DONE]" not in text
 
 
-def test_a_long_prompt_holds_nobody_up(demo: tuple[House, Engine], request: pytest.FixtureRequest) -> None:
-    """A million characters of several kinds: refused, for they do not fit, and /health answers meanwhile."""
-    for text in ("hello wor1d " * 83_334, "<" * 1_000_000, "<｜User｜>" * 100_000, "🙂" * 1_000_000):
-        for path, body in ((CHAT, {"messages": [{"role": "user", "content": text}]}), (COMPLETIONS, {"prompt": text})):
-            with watched(demo[0]) as times:
-                status, _, said = demo[0].send("POST", path, body)
-            assert (status, said["error"]["code"]) == (400, "context_length_exceeded")
-            assert max(times) < 5
+@pytest.mark.parametrize("text", ["<" * 1_000_000, *(pytest.param(text, marks=pytest.mark.trust) for text in (
+    "hello wor1d " * 83_334, "<｜User｜>" * 111_112, "🙂" * 1_000_000, "a" * 1_000_000, " " * 1_000_000))],
+    ids=lambda text: ascii(text[:10]))  # fmt: skip
+def test_a_long_prompt_holds_nobody_up(demo: tuple[House, Engine], text: str, request: pytest.FixtureRequest) -> None:
+    """A million characters: refused, for they do not fit, and /health answers meanwhile."""
+    for path, body in ((CHAT, {"messages": [{"role": "user", "content": text}]}), (COMPLETIONS, {"prompt": text})):
+        with watched(demo[0]) as times:
+            status, _, said = demo[0].send("POST", path, body)
+        assert (status, said["error"]["code"]) == (400, "context_length_exceeded")
+        assert max(times) < (0.1 if request.node.get_closest_marker("trust") else 5)
 
 
 @contextlib.contextmanager
@@ -583,13 +582,13 @@ def watched(house: House) -> Iterator[list[float]]:
         watching.result()
 
 
-@pytest.mark.parametrize(("clients", "each"), [(8, 3), pytest.param(64, 20, marks=pytest.mark.trust)])
+@pytest.mark.parametrize(("clients", "each"), [(8, 1), pytest.param(64, 20, marks=pytest.mark.trust)])
 def test_answers_do_not_depend_on_company(clients: int, each: int) -> None:
     """Batch-invariant mode: sampled answers and their log-probabilities are those of each request alone."""
-    engine = Engine.from_pretrained(DEMO, dtype="bfloat16", max_model_len=256, n_pages=PAGES, deterministic=True)
+    engine = Engine.from_pretrained(DEMO, max_model_len=512, n_pages=PAGES, deterministic=True)
     bodies = [
-        chat(messages=[{"role": "user", "content": f"What is {17 * i % 900} + {31 * i % 900}?"}], seed=i, temperature=1.5,
-             max_tokens=12, logprobs=True, stream=i % 3 == 0)
+        chat(messages=[{"role": "user", "content": f"What is {17 * i % 900} + {31 * i % 900}?" * (1 + i % 5)}], seed=i,
+             temperature=4, max_tokens=8, logprobs=True, stream=i % 3 == 0)
         for i in range(clients * each)
     ]  # fmt: skip
 
@@ -771,59 +770,45 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FLAGS = ("--port", 0, "--device", "cpu", "--threads", 1, "--max-model-len", 2560)
 
 
-def test_a_signal_lets_answers_finish(endless: Path, processes: list[Process]) -> None:
-    """One asked before the signal is answered in full, one after it is refused; a taken port is told."""
-    process = Process("--ckpt-path", endless, *FLAGS)
-    processes.append(process)
-    house = process.ready()
-    taken = subprocess.run(command("--ckpt-path", endless, "--port", house.port), env=launch.environment(), capture_output=True, text=True)
-    assert taken.returncode == 2 and launch.errors(taken.stderr) == [f"error: --host 127.0.0.1 --port {house.port}: Address already in use"]
-    client = house.start(COMPLETIONS, {"prompt": "x", "max_tokens": 600, "stream": True})
-    assert b"200 OK" in client.recv(1000)
-    process.child.send_signal(signal.SIGTERM)
-    process.says("ending: running answers may finish")
-    status, _, said = house.send("POST", COMPLETIONS, LONG)
-    assert (status, said["error"]["message"]) == (503, "the engine is shutting down")
-    assert house.send("GET", "/health")[0] == 503
+def rest(client: socket.socket, until: bytes | None = None) -> bytes:
+    """What is still to come of an answer."""
+    client.settimeout(GENEROUS)
     text = b""
-    while part := client.recv(1 << 16):
+    while not (until and text.endswith(until)) and (part := client.recv(1 << 16)):
         text += part
-    assert b'"finish_reason":"length"' in text and b"[DONE]" in text
-    assert process.left() == 0
-    assert launch.errors("".join(process.said)) == []
+    client.close()
+    return text
 
 
-def test_draining_has_an_end_and_a_second_signal_ends_at_once(endless: Path, processes: list[Process]) -> None:
-    started = [Process("--ckpt-path", endless, *FLAGS, "--drain-seconds", seconds) for seconds in (0, 3600)]
-    processes += started
-    for process in started:
-        house = process.ready()
-        client = house.start(COMPLETIONS, {"prompt": "x", "max_tokens": 2500, "stream": True, "n": 8})
-        assert b"200 OK" in client.recv(1000)
-        process.child.send_signal(signal.SIGTERM)
-        if process is started[0]:
-            text = b""
-            while part := client.recv(1 << 16):
-                text += part
-            assert b"the server is shutting down" in text and b"[DONE]" not in text
-            assert process.left() == 0
-        else:
-            process.says("ending: running answers may finish")
-            process.child.send_signal(signal.SIGINT)
-            assert process.left() == 128 + signal.SIGINT
-            assert launch.errors("".join(process.said)) == ["error: stopped by SIGINT"]
-
-
-@pytest.mark.parametrize("busy", [False, True])
-def test_a_dead_rank_ends_the_server(endless: Path, processes: list[Process], busy: bool) -> None:
-    """Idle or answering: noticed within seconds, told to whoever waits, and the exit status says so."""
+def two_ranks(endless: Path, processes: list[Process]) -> House:
     port = launch.free_port()
     for rank in range(2):
         run = launch.start_rank(rank, 2, port, run=command("--ckpt-path", endless, *FLAGS))
         processes.append(Process(run=run))
-    house = processes[0].ready()
-    assert house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 5})[0] == 200
-    processes[1].child.send_signal(signal.SIGTERM)  # torchrun tells every rank
+    return processes[0].ready()
+
+
+def test_ranks_let_answers_finish(endless: Path, processes: list[Process]) -> None:
+    """torchrun tells every rank to end: an answer from before that is given in full, one asked for later is refused."""
+    house = two_ranks(endless, processes)
+    client = house.start(COMPLETIONS, {"prompt": "x", "max_tokens": 300, "stream": True})
+    assert b"200 OK" in client.recv(1000)
+    for process in reversed(processes):
+        process.child.send_signal(signal.SIGTERM)
+    processes[0].says("ending: running answers may finish")
+    status, _, said = house.send("POST", COMPLETIONS, LONG)
+    assert (status, said["error"]["message"]) == (503, "the engine is shutting down")
+    assert house.send("GET", "/health")[0] == 503
+    text = rest(client)
+    assert b'"finish_reason":"length"' in text and b"[DONE]" in text
+    assert [process.left() for process in processes] == [0, 0]
+    assert launch.errors("".join(processes[0].said + processes[1].said)) == []
+
+
+@pytest.mark.parametrize("busy", [False, pytest.param(True, marks=pytest.mark.trust)])
+def test_a_dead_rank_ends_the_server(endless: Path, processes: list[Process], busy: bool) -> None:
+    """Idle or answering: noticed within seconds, told to whoever waits, and the exit status says so."""
+    house = two_ranks(endless, processes)
     assert house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 5})[0] == 200
     if busy:
         client = house.start(COMPLETIONS, {"prompt": "x", "max_tokens": 2500, "stream": True})
@@ -831,35 +816,66 @@ def test_a_dead_rank_ends_the_server(endless: Path, processes: list[Process], bu
     processes[1].child.kill()
     began = time.monotonic()
     if busy:
-        text = b""
-        while part := client.recv(1 << 16):
-            text += part
-        assert b"the engine has failed" in text
+        assert b"the engine has failed" in rest(client)
     assert processes[0].left() == 1
     assert time.monotonic() - began < 30
-    assert [line.startswith("error: rank 0 lost contact with rank 1, which has died") for line in launch.errors("".join(processes[0].said))] == [True]
+    (line,) = launch.errors("".join(processes[0].said))
+    assert line.startswith("error: rank 0 lost contact with rank 1, which has died")
 
 
-def test_ranks_drain_together(endless: Path, processes: list[Process]) -> None:
-    port = launch.free_port()
-    for rank in range(2):
-        run = launch.start_rank(rank, 2, port, run=command("--ckpt-path", endless, *FLAGS))
-        processes.append(Process(run=run))
-    house = processes[0].ready()
-    client = house.start(COMPLETIONS, {"prompt": "x", "max_tokens": 200, "stream": True})
-    assert b"200 OK" in client.recv(1000)
-    for process in processes:
-        process.child.send_signal(signal.SIGTERM)
-    text = b""
-    while part := client.recv(1 << 16):
-        text += part
-    assert b"[DONE]" in text
-    assert [process.left() for process in processes] == [0, 0]
-
-
-def test_a_bad_checkpoint_is_told(tmp_path: Path, processes: list[Process]) -> None:
-    process = Process("--ckpt-path", tmp_path / "none", *FLAGS)
+def test_a_second_signal_ends_at_once(endless: Path, processes: list[Process]) -> None:
+    process = Process("--ckpt-path", endless, *FLAGS, "--drain-seconds", 3600)
     processes.append(process)
-    assert process.left() == 2
-    (line,) = launch.errors("".join(process.said))
-    assert "no such directory" in line.lower() or "not" in line
+    client = process.ready().start(COMPLETIONS, {"prompt": "x", "max_tokens": 2500, "stream": True, "n": 8})
+    assert b"200 OK" in client.recv(1000)
+    process.child.send_signal(signal.SIGTERM)
+    process.says("ending: running answers may finish")
+    process.child.send_signal(signal.SIGINT)
+    assert process.left() == 128 + signal.SIGINT
+    assert launch.errors("".join(process.said)) == ["error: stopped by SIGINT"]
+    client.close()
+
+
+def test_draining_has_an_end(tiny: Engine) -> None:
+    with serving(again(tiny)) as house:
+        client = house.start(COMPLETIONS, {**LONG, "stream": True, "n": 8})
+        assert b"200 OK" in client.recv(1000)
+        house.inside(house.bridge.drain(0))
+        text = rest(client, until=b"\r\n0\r\n\r\n")
+        assert b"the server is shutting down" in text and b"[DONE]" not in text
+        house.inside(house.bridge.ended.wait())
+        assert house.send("POST", COMPLETIONS, LONG)[2]["error"]["message"] == "the engine has failed"
+
+
+def test_an_engine_that_does_not_load_or_fails(tiny: Engine) -> None:
+    """Its error ends the server; until then clients are told."""
+    options = server.parse(["--ckpt-path", "C", "--port", "0"])
+    listener = server.listen(options.host, options.port)
+    house = House(listener.getsockname()[1], None)
+    with pytest.raises(UserError, match="Address already in use"):
+        server.listen(options.host, house.port)
+    engine, asked, go = again(tiny), threading.Event(), threading.Event()
+
+    def step() -> list:
+        raise ValueError("a broken step")
+
+    def load() -> Engine:
+        asked.set()
+        assert go.wait(GENEROUS)
+        engine.step = step  # type: ignore[method-assign]
+        return engine
+
+    with ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(lambda: asyncio.run(service.serve(options, listener, load)))
+        assert asked.wait(GENEROUS)
+        assert house.send("GET", "/health")[::2] == (503, {"status": "loading"})
+        for method, path in (("POST", CHAT), ("GET", "/v1/models")):
+            status, headers, said = house.send(method, path, {})
+            assert (status, headers["retry-after"]) == (503, "5") and "the engine is loading" in said["error"]["message"]
+        assert house.send("GET", "/metrics")[0] == 200
+        go.set()
+        await_that(lambda: house.send("GET", "/health")[0] == 200, "it is ready")
+        status, _, said = house.send("POST", COMPLETIONS, LONG)
+        assert (status, said["error"]["message"]) == (503, "the engine has failed")
+        with pytest.raises(ValueError, match="a broken step"):
+            serving.result(GENEROUS)
