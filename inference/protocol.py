@@ -190,8 +190,9 @@ def parsed(kind: type[Body], raw: bytes) -> Body:
     try:
         return kind.model_validate(data)
     except ValidationError as e:
-        problems = [problem(error, data) for error in e.errors(include_url=False)]
-    path, said = max(problems, key=lambda found: len(found[0]))  # of a union's, what came furthest
+        problems = [(problem(error, data), error["type"]) for error in e.errors(include_url=False)]
+    # Of what a field may be, the errors of that which came furthest, and of these one about more than the type.
+    (path, said), _ = max(problems, key=lambda found: (len(found[0][0]), not found[1].endswith("_type")))
     raise Refused(f"{'.'.join(path)} {said}", ".".join(path))
 
 
@@ -248,6 +249,8 @@ def read_chat(raw: bytes, served: Served) -> Plan:
     """Raises Refused."""
     body = parsed(ChatBody, raw)
     check_model(body, served)
+    if not served.tokenizer.has_chat_template:
+        raise Refused("this checkpoint has no chat template, so no conversations; /v1/completions continues texts")
     thinking, enabled = body.chat_template_kwargs.thinking, body.chat_template_kwargs.enable_thinking
     if thinking is not None and enabled is not None and thinking != enabled:
         raise Refused("thinking and enable_thinking contradict each other", "chat_template_kwargs")
@@ -256,7 +259,7 @@ def read_chat(raw: bytes, served: Served) -> Plan:
         raise Refused("this checkpoint's chat template does not let thinking be switched on or off",
                       "chat_template_kwargs")  # fmt: skip
     tools = [tool.given for tool in body.tools] if offers_tools(body) else None
-    if tools and served.tool_style is None:
+    if tools and (served.tool_style is None or not served.tokenizer.knows_tools):
         raise Refused("tools are not supported: this checkpoint's chat template knows none", "tools")
     if body.top_logprobs is not None and not body.logprobs:
         raise Refused("top_logprobs needs logprobs: true", "top_logprobs")

@@ -73,6 +73,8 @@ class Guard:
 
     def check(self, scope: Scope) -> None:
         """Raises Refused."""
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADERS:
+            raise Refused(f"the headers have more than {HEADERS} bytes", status=431)
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value)

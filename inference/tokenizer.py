@@ -122,6 +122,11 @@ class Tokenizer:
         """Whether the chat template reads `thinking`; if not, asking for it is a UserError."""
         return self.has_chat_template and self._template.has_thinking_switch
 
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the chat template reads `tools`; if not, offering some is a UserError."""
+        return self.has_chat_template and self._template.knows_tools
+
     def starts_thinking(self, prompt_ids: list[int]) -> bool:
         """Whether the prompt already opened `<think>`, so that the output begins inside it, without the tag."""
         for token_id in reversed(prompt_ids):
