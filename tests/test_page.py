@@ -1,12 +1,15 @@
 """The page that talks to the server, in a real browser: Debian's chromium and chromium-driver."""
 
 import contextlib
+import itertools
 import json
 import queue
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +19,14 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 import service
+from engine import Engine
+from serving import GENEROUS, Gate, serving
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
     reason="the page is tested in a browser: install chromium and chromium-driver",
 )
-GENEROUS = 60.0  # seconds that something may take on a busy machine
+DEMO = Path(__file__).parent.parent / "demo" / "checkpoint"
 HOSTILE = '</script><script>hacked=1</script><img src=x onerror="hacked=1"><b id=bold>&lt;&amp;'
 
 
@@ -202,6 +207,41 @@ def test_a_conversation(page: Page, server: Scripted) -> None:
     assert len(page.all("article")) == 2 and page.text(".figures").endswith("cut at the limit of tokens")
     assert not page.shown("#error")
     assert page.browser.get_log("browser") == []  # nothing that the policy had to forbid
+
+
+def test_the_demo(page: Page) -> None:
+    """The server itself: ask, watch it stream, stop, ask again."""
+    engine = Engine.from_pretrained(DEMO, dtype="float32", max_model_len=1024, n_pages=40, mtp=1)
+    engine.default_params = replace(engine.default_params, temperature=0.0)
+    gate = Gate(engine)
+    with serving(engine) as house:
+        page.open(f"{house.url}/")
+        page.until(lambda: page.text("#model") == "model", "the model's name")
+        page.ask("Sort these numbers: 42, 17, 93, 28, 64, 35.")
+        looks = [""]
+        while len(looks) < 4:
+            gate.step_once()
+            page.until(lambda: len(page.text(".thought")) > len(looks[-1]), "it has grown by a step")
+            looks.append(page.text(".thought"))
+        assert all(later.startswith(look) for look, later in itertools.pairwise(looks))
+        page.press("#stop")
+        gate.open()
+        page.idle()
+        house.idle(40)
+        assert page.text(".thought") == looks[-1] and page.text(".said") == ""
+
+        page.press("#fresh")
+        page.ask("What is 347 + 285?")
+        page.until(lambda: page.all("article"), "another answer")
+        page.idle()
+        assert page.text(".said") == "632" and page.shown("details") and not page.shown(".thought")
+        body = {"messages": [{"role": "user", "content": "What is 347 + 285?"}], "stream": True}
+        events = house.send("POST", "/v1/chat/completions", body)[2].split("\n\n")
+        tokens = [pair for event in events if '"drafted"' in event for pair in json.loads(event[6:])["drafted"]]
+        marked = [element.get_property("textContent") for element in page.all("article .drafted")]
+        assert len(marked) > 10 and marked == [text for text, drafted in tokens if drafted]
+        assert page.shown("#legend")
+        assert not page.shown("#error") and page.browser.get_log("browser") == []
 
 
 def test_what_is_said_is_only_text(page: Page, server: Scripted) -> None:
