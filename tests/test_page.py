@@ -185,8 +185,10 @@ def test_a_conversation(page: Page, server: Scripted) -> None:
     page.press("summary")
     page.until(lambda: page.shown(".thought"), "thinking unfolds")
 
-    server.said.put(b'data: {"choices": [{"index": 0, "delta": {"content": "\xc3')  # cut within a line and a character
-    server.said.put(b'\x89t"}}]}\n')
+    begun, rest = b'data: {"choices": [{"index": 0, "delta": {"content": "\xc3\x89t"}}]}\n'.split(b"\x89")
+    server.said.put(b'data: {"choices": [{"delta": {"reasoning_content": " So:"}}]}\n' + begun)
+    page.until(lambda: page.text(".thought").endswith(" So:"), "an event, and the next within a line and a character")
+    server.said.put(b"\x89" + rest)
     page.until(lambda: page.text(".said") == "Ét", "the answer begins")
     assert page.text("summary").startswith("Thought for ")
     assert page.shown("#stop") and not page.shown("#send") and page.all("#log")[0].get_attribute("aria-busy") == "true"
