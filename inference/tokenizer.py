@@ -324,7 +324,7 @@ class ChatTemplate:
         stand_ins = {text: chr(code) for text, code in zip(written, SURROGATES, strict=False)}
         self.ids_by_text = {text: specials[text] for text in written}
         self.ids = {stand_ins[text]: specials[text] for text in written}
-        self._expand = {ord(stand_in): text for text, stand_in in stand_ins.items()}
+        self._expand = {stand_in: text for text, stand_in in stand_ins.items()}
         try:
             tree = environment.parse(source)
             read = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
@@ -361,10 +361,11 @@ class ChatTemplate:
             marked = self._marked.render(variables | self._marked_named)
         except Exception as e:  # a template may fail as any program may
             raise UserError(f"the chat template cannot render these messages: {e}") from None
-        if marked.translate(self._expand) != text:
+        runs = self.split(marked)
+        if "".join(self._expand.get(run, run) for run in runs) != text:
             raise UserError("the chat template handles its control tokens in a way that is not supported; use --raw")
         said = json.dumps([messages, tools], ensure_ascii=False)
-        for run in self.split(marked):
+        for run in runs:
             for token in self._specials.findall(run):
                 if json.dumps(token, ensure_ascii=False)[1:-1] not in said:  # no message spells it as a whole either
                     raise UserError(f"the chat template assembles {token!r} from pieces, not supported; use --raw")
