@@ -208,7 +208,7 @@ SAYINGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("style", ["v3", "v3.1"])
+@pytest.mark.parametrize("style", ["v3.1", pytest.param("v3", marks=pytest.mark.trust)])
 def test_tools(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that says what it is told to: calls made of control tokens are calls, the same in letters is content."""
     markers = (CALLS_BEGIN, CALL_BEGIN, SEPARATOR, CALL_END, CALLS_END)
@@ -422,6 +422,9 @@ def test_every_route_needs_the_key(tiny: Engine) -> None:
                     opens = path.partition("?")[0] == "/health"
                     found = raw_status(house.port, verb, path, "Host: localhost")
                     assert found in ((200, 400, 405) if opens else (400, 401)), (verb, path, found)
+        for path in ("//health", "/health/", "/%68ealth", "/healt%68", "/./health", "/x/../health", "/HEALTH", "/health%3f", "/health%00",
+                     "http://x/health", "health", "*"):  # fmt: skip
+            assert raw_status(house.port, "GET", path, "Host: x") in (400, 401), path
         assert raw_status(house.port, "GET", "/health", "Host: x") == 200
         basic = "Authorization: Basic " + base64.b64encode(f"me:{KEY}".encode()).decode()
         assert raw_status(house.port, "GET", "/version", "Host: x", basic) == 200
