@@ -473,7 +473,7 @@ LONG = {"prompt": "hello", "max_tokens": 400, "temperature": 0}
 def test_queue_is_bounded(tiny: Engine) -> None:
     engine = again(tiny, max_num_seqs=2)
     gate = Gate(engine)
-    with serving(engine, max_queue=3) as house:
+    with serving(engine, max_queue=3) as house, gate:
         clients = [house.start(COMPLETIONS, {**LONG, "max_tokens": 4}) for _ in range(5)]
         await_that(lambda: sum(answer.open for answer in house.bridge._answers) == 5, "five are in")
         for body in (LONG, {**LONG, "stream": True}):
@@ -493,7 +493,7 @@ def test_queue_is_bounded(tiny: Engine) -> None:
 def test_a_client_that_leaves_frees_its_pages_in_a_step(tiny: Engine, stream: bool) -> None:
     engine = again(tiny)
     gate = Gate(engine)
-    with serving(engine) as house:
+    with serving(engine) as house, gate:
         client = house.start(COMPLETIONS, {**LONG, "stream": stream})
         await_that(lambda: house.bridge._answers, "it is in")
         for _ in range(3):
