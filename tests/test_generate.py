@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import commandline
 import generate
 import launch
 from checkpoints import make_checkpoint
@@ -121,7 +122,7 @@ def test_wrong_values(run: Any, tiny: Path, tmp_path: Path, flags: str, message:
 
 
 def test_help_and_version(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for flag, expected in (("--version", generate.VERSION), ("--help", "--max-model-len")):
+    for flag, expected in (("--version", commandline.VERSION), ("--help", "--max-model-len")):
         for rank, speaks in (("0", True), ("1", False)):
             monkeypatch.setenv("RANK", rank)
             with pytest.raises(SystemExit) as left:
@@ -287,10 +288,10 @@ def test_one_gpu_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
-    assert generate.choose_device("auto", 1, 2) == torch.device("cuda", 1) == chosen[0]
-    assert generate.choose_device("cpu", 1, 2) == torch.device("cpu")
+    assert commandline.choose_device("auto", 1, 2) == torch.device("cuda", 1) == chosen[0]
+    assert commandline.choose_device("cpu", 1, 2) == torch.device("cpu")
     with pytest.raises(UserError, match=r"^4 ranks on a host with 2 GPUs: start as many, or --device cpu$"):
-        generate.choose_device("auto", 0, 4)
+        commandline.choose_device("auto", 0, 4)
 
 
 # ---------------------------------------------------------------- batches
