@@ -112,6 +112,9 @@ def test_wrong_flags(run: Any, flags: str, message: str) -> None:
         ("--seed -1", "seed is -1, expected from 0 to 2^64 - 1"),
         ("--max-new-tokens 0", "max_new_tokens is 0, expected at least 1"),
         ("--max-model-len 4000", "--max-model-len is 4000, expected from 2 to this model's 2560"),
+        ("--mtp 9", "--mtp is 9, expected from 0 to 4"),
+        ("--kv-cache-gib 0.0001 --max-model-len 500",
+         "--max-model-len 500 needs 8 pages of cache and memory holds 1; ask for at most 64"),
         ("--gemm fp8 --dtype float32", "--gemm fp8 and --dtype float32 contradict each other; leave one out"),
     ],
 )
@@ -119,6 +122,7 @@ def test_wrong_values(run: Any, tiny: Path, tmp_path: Path, flags: str, message:
     prompts = prompts_file(tmp_path, "hello")
     status, out, err = run("--ckpt-path", tiny, "--input-file", prompts, "--device", "cpu", *flags.split())
     assert (status, out, without_progress(err)) == (2, "", f"error: {message}")
+    assert "loading" not in err, "found out before anything is loaded"
 
 
 def test_help_and_version(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
