@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from config import PROGRAM_VERSION
 from errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
@@ -26,7 +27,6 @@ if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered 
     from parallel import Group
     from sampling import Logprob, SamplingParams
 
-VERSION = "0.1.0"
 TIMEOUT = 300.0
 LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # to some readers; JSON allows them bare
 HINT = "(Ctrl-C stops an answer, /clear forgets the conversation, /exit leaves)"
@@ -90,7 +90,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--threads", type=positive, metavar="N", help="CPU threads a rank (default: the cores over the host's ranks)")
     add("--timeout", type=seconds, default=TIMEOUT, metavar="S",
         help="seconds a rank waits for another before it gives up (default: 300)")  # fmt: skip
-    add("--version", action="version", version=f"generate.py {VERSION}")
+    add("--version", action="version", version=f"generate.py {PROGRAM_VERSION}")
     options = parser.parse_args(arguments)
     if options.interactive == (options.input_file is not None):
         parser.error("give either --interactive or --input-file")
