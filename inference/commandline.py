@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from config import PROGRAM_VERSION
 from errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
@@ -17,7 +18,6 @@ if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered 
     from parallel import Group
 
 T = TypeVar("T")
-VERSION = "0.1.0"
 TIMEOUT = 300.0
 
 
@@ -70,7 +70,7 @@ def add_engine_flags(parser: Parser) -> None:
     add("--threads", type=positive, metavar="N", help="CPU threads a rank (default: the cores over the host's ranks)")
     add("--timeout", type=seconds, default=TIMEOUT, metavar="S",
         help="seconds a rank waits for another before it gives up (default: 300)")  # fmt: skip
-    add("--version", action="version", version=f"{parser.prog} {VERSION}")
+    add("--version", action="version", version=f"{parser.prog} {PROGRAM_VERSION}")
 
 
 def positive(text: str) -> int:

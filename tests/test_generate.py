@@ -126,7 +126,7 @@ def test_wrong_values(run: Any, tiny: Path, tmp_path: Path, flags: str, message:
 
 
 def test_help_and_version(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for flag, expected in (("--version", commandline.VERSION), ("--help", "--max-model-len")):
+    for flag, expected in (("--version", commandline.PROGRAM_VERSION), ("--help", "--max-model-len")):
         for rank, speaks in (("0", True), ("1", False)):
             monkeypatch.setenv("RANK", rank)
             with pytest.raises(SystemExit) as left:
