@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -457,7 +458,7 @@ def converse(engine: "Engine", params: "SamplingParams", options: argparse.Names
 
     assert engine.tokenizer is not None
     messages: list[dict] = []
-    with Terminal() as terminal:
+    with Terminal(engine.tp.stopped) as terminal:
         if terminal.is_tty:
             print(HINT, file=sys.stderr, flush=True)
         while (line := terminal.ask(meanwhile=engine.step, every=options.timeout / 3)) is not None:
@@ -613,6 +614,7 @@ def main() -> int:
     tp = parallel.SOLO
     try:
         tp = parallel.join(TIMEOUT if problem else options.timeout)
+        tp.heed_termination()
 
         def usage() -> None:
             if problem is not None:
@@ -620,28 +622,27 @@ def main() -> int:
 
         tp.together(usage)
         status = run(options, tp)
-        parallel.stop()
+        tp.part()
         return status
     except UserError as e:
         if tp.rank == 0:
             complain(str(e))
-        with contextlib.suppress(parallel.RankFailure):
-            tp.barrier(10)  # torchrun ends the others as soon as one leaves: not before rank 0 has spoken
-        parallel.stop()
+        tp.part()
         return 2
     except parallel.RankFailure as e:
-        if tp.speaks:
-            complain(str(e))
-        status = 1
-    except torch.OutOfMemoryError as e:
-        complain(f"rank {tp.rank} is out of GPU memory: {str(e).splitlines()[0]}")
-        status = 1
+        tp.leave(str(e), 1)
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        ways = "a smaller --max-num-batched-tokens, --max-num-seqs or --kv-cache-gib needs less"
+        tp.leave(f"rank {tp.rank} is out of memory: {one_line(e)} ({ways})", 1)
     except KeyboardInterrupt:
-        complain("interrupted")
-        status = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # the other ranks are in an unknown state: leave without waiting for them
+        tp.leave("interrupted", 130)
+    except Exception as e:  # a mistake of ours
+        traceback.print_exc()
+        tp.leave(f"rank {tp.rank} failed: {type(e).__name__}: {one_line(e)}", 1)
+
+
+def one_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no more is known")
 
 
 if __name__ == "__main__":
