@@ -1,10 +1,10 @@
 """What the command lines that run a model have in common: the engine's flags, the ranks, and how a run ends."""
 
 import argparse
-import contextlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -191,10 +191,15 @@ def complain(text: str) -> None:
 
 
 def main(
-    parse: Callable[[list[str]], argparse.Namespace], run: Callable[[argparse.Namespace, "Group"], int]
+    parse: Callable[[list[str]], argparse.Namespace],
+    run: Callable[[argparse.Namespace, "Group"], int],
+    *,
+    heeds_signals: bool = False,
 ) -> int:
     """Runs a command line on every rank and returns its exit status. `parse` raises UserError for wrong use; `run`
     returns the same status on every rank, and raises UserError on all ranks alike. What goes wrong is told in one line.
+
+    `heeds_signals` is for a `run` that answers SIGTERM itself.
     """
     if sys.stdin is None:  # closed: the next file opened would pass for it
         os.open(os.devnull, os.O_RDONLY)
@@ -214,6 +219,8 @@ def main(
     tp = parallel.SOLO
     try:
         tp = parallel.join(TIMEOUT if problem else options.timeout)
+        if not heeds_signals:
+            tp.heed_termination()
 
         def usage() -> None:
             if problem is not None:
@@ -221,28 +228,24 @@ def main(
 
         tp.together(usage)
         status = run(options, tp)
-        parallel.stop()
+        tp.part()
         return status
     except UserError as e:
         if tp.rank == 0:
             complain(str(e))
-        with contextlib.suppress(parallel.RankFailure):
-            tp.barrier(10)  # torchrun ends the others as soon as one leaves: not before rank 0 has spoken
-        parallel.stop()
+        tp.part()
         return 2
     except parallel.RankFailure as e:
-        if tp.speaks:
-            complain(str(e))
-        status = 1
-    except torch.OutOfMemoryError as e:
-        complain(f"rank {tp.rank} is out of GPU memory: {str(e).splitlines()[0]}")
-        status = 1
+        tp.leave(str(e), 1)
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        ways = "a smaller --max-num-batched-tokens, --max-num-seqs or --kv-cache-gib needs less"
+        tp.leave(f"rank {tp.rank} is out of memory: {one_line(e)} ({ways})", 1)
     except KeyboardInterrupt:
-        complain("interrupted")
-        status = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # the other ranks are in an unknown state: leave without waiting for them
+        tp.leave("interrupted", 130)
+    except Exception as e:  # a mistake of ours
+        traceback.print_exc()
+        tp.leave(f"rank {tp.rank} failed: {type(e).__name__}: {one_line(e)}", 1)
 
 
-
+def one_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no more is known")
