@@ -2,7 +2,6 @@
 request's ends that request, and the others' bits do not change."""
 
 import json
-import os
 import random
 import subprocess
 import sys
