@@ -325,10 +325,11 @@ def test_drafts_see_what_the_mtp_module_would_see_in_one_pass(model):
     params = SamplingParams(temperature=0, max_new_tokens=20)
     prompt = tokens(90, V3["vocab_size"], seed=3)
     [answer] = answers_alone(model, [prompt], params)
-    half = [t if i % 3 else (t + 1) % 256 for i, t in enumerate(answer)]  # some drafts right, some wrong
+    half = [(t + 1) % 256 if i in (4, 6, 13) else t for i, t in enumerate(answer)]  # wrong in either place, or right
     engine = Engine(model, None, n_pages=4, max_model_len=250, max_num_batched_tokens=16, mtp=2)
     Planted(engine, [half])
     engine.generate([prompt], params)
+    assert all(0 < a < d for a, d in zip(engine.stats.accepted, engine.stats.drafted, strict=True))
     everything = prompt + answer
     whole = Engine(model, None, n_pages=4, max_model_len=250, mtp=2)
     n = len(everything) - 1
@@ -338,6 +339,24 @@ def test_drafts_see_what_the_mtp_module_would_see_in_one_pass(model):
     for layer in range(len(engine.cache)):
         a, b = (c[layer, :2].flatten(0, 1)[:n] for c in (engine.cache, whole.cache))
         assert relative_error(a, b) < 1e-5, layer
+
+
+def test_drafts_follow_the_module_applied_again(model):
+    """Each draft but the first is made from the one before it, and its state, one position further."""
+    for n in (5, 40, 70):
+        ids = tokens(n, V3["vocab_size"], seed=n)
+        engine = Engine(model, None, n_pages=4, max_model_len=200, mtp=4)
+        request = engine.add(ids, GREEDY)
+        engine.step()
+        cache, pages = model.new_cache(2), [0, 1]
+        hidden = model(Batch.pack([(ids, 0, pages)]), cache)
+        followers = [*ids[1:], *request.tokens]
+        states = model.draft(Batch.pack([(followers, 0, pages)]), hidden, cache)[-1:]
+        drafts = [int(model.logits(states).argmax())]
+        for k in range(1, 4):
+            states = model.draft(Batch.pack([(drafts[-1:], n - 1 + k, pages)]), states, cache)
+            drafts.append(int(model.logits(states).argmax()))
+        assert request.draft.tokens == drafts
 
 
 def test_mtp_is_refused_where_there_is_none(tmp_path):
