@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +12,13 @@ import torch
 
 import reference
 from convert import convert
-from engine import Engine, choose_numerics
+from engine import Engine, choose_numerics, free_memory
 from errors import UserError
 from families import V3
 from graphs import Graphs, cuda_capture, records
 from model import FEW_ROWS, Batch, Extent, Numerics
 from oracle import hidden_states, ours, random_checkpoint, relative_error, theirs, tokens
-from parallel import Group
+from parallel import Group, choose_threads
 from sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
@@ -159,6 +161,19 @@ def test_limits_are_checked(model):
 
 
 # --- numerics --------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_of_a_host_share_it(monkeypatch):
+    """Its free memory and its cores."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    assert (choose_threads(None, 1), choose_threads(None, 4), choose_threads(3, 4), choose_threads(None, 16)) == (12, 3, 3, 1)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "read_text", lambda self: "MemTotal: 1000 kB\nMemAvailable: 800 kB\n")
+    for ranks in (1, 4):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert free_memory(torch.device("cpu")) == 800 * 1024 // ranks
 
 
 def test_choice_of_numerics(model):
@@ -357,6 +372,15 @@ def test_drafts_follow_the_module_applied_again(model):
             states = model.draft(Batch.pack([(drafts[-1:], n - 1 + k, pages)]), states, cache)
             drafts.append(int(model.logits(states).argmax()))
         assert request.draft.tokens == drafts
+
+
+def test_drafts_do_not_reuse_what_another_token_followed(model):
+    """The module's latent of a token depends on the next one: with drafts a page is shared only if that agrees too."""
+    page = tokens(64, V3["vocab_size"])
+    for mtp, reused in ((0, [0, 64, 64]), (1, [0, 0, 64])):
+        engine = Engine(model, None, n_pages=12, max_model_len=128, max_num_seqs=1, mtp=mtp)
+        asked = [[*page, 1, 2], [*page, 3, 2], [*page, 1, 4]]
+        assert [r.n_reused for r in engine.generate(asked, GREEDY)] == reused
 
 
 def test_mtp_is_refused_where_there_is_none(tmp_path):
