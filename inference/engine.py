@@ -41,6 +41,9 @@ class Request:
     params: SamplingParams
     choice: int = 0  # which of params.n answers to the prompt
     tokens: list[int] = field(default_factory=list)  # ids made, without the end token
+    drafted: list[bool] = field(default_factory=list)  # of each, whether the MTP module had proposed it
+    ends: list[int] = field(default_factory=list)  # of each, how long `text` was with it
+    controls: list[int] = field(default_factory=list)  # where in `text` control tokens begin (see Tokenizer.is_control)
     text: str = ""
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -428,9 +431,12 @@ class Engine:
                 finish = "stop"
             else:
                 request.tokens.append(token)
+                request.drafted.append(i + 1 < len(tokens))
                 if params.logprobs is not None:
                     request.logprobs.append(logprob(logits[i], token, params.logprobs))
-                if self._say(request, request._stream.push(token) if request._stream else ""):
+                found = self._say(request, self._spell(request, token))
+                request.ends.append(len(request.text))
+                if found:
                     finish = "stop"
                 elif job.n_known + i + 1 >= job.capacity:
                     finish = "length"
@@ -442,6 +448,17 @@ class Engine:
     def _ends(self, token: int, params: SamplingParams) -> bool:
         ends = self.tokenizer is not None and token in self.tokenizer.eos_ids and not params.ignore_eos
         return ends or token in params.stop_token_ids
+
+    def _spell(self, request: Request, token: int) -> str:
+        """The characters that a token completes."""
+        if request._stream is None:
+            return ""
+        assert self.tokenizer is not None
+        piece = request._stream.push(token)
+        if piece and self.tokenizer.is_control(token):
+            before = len(request.text) + len(request._held)
+            request.controls.append(before + len(piece) - len(self.tokenizer.name(token).decode()))
+        return piece
 
     def _say(self, request: Request, piece: str) -> bool:
         """Adds text to a request, up to the first stop text if there is one; True if there is. What may be the
