@@ -31,7 +31,7 @@ Style = Literal["v3", "v3.1"]
 # From after <｜tool▁call▁begin｜> to the first character of the arguments; the look-ahead makes the end certain.
 # V3.1 at times puts its arguments into V3's fence.
 HEADS = {
-    "v3": re.compile(rf"[^<]*{SEPARATOR}(?P<name>[^<`]+)(?P<fence>```json)\s*(?=\S)"),
+    "v3": re.compile(rf"\s*(?:function\s*)?{SEPARATOR}(?P<name>[^<`]+)(?P<fence>```json)\s*(?=\S)"),
     "v3.1": re.compile(rf"(?P<name>[^<`]+){SEPARATOR}\s*(?:(?P<fence>```json)\s*(?=\S)|(?=[^\s`]))"),
 }
 LONGEST_HEAD = 512  # characters; what goes on longer is no call
