@@ -70,6 +70,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--system", metavar="TEXT", help="a system message before each conversation")
     add("--no-thinking", action="store_true", help="for chat templates that can leave thinking out (DeepSeek-V3.1)")
     add("--raw", action="store_true", help="no chat template: complete the text (base models)")
+    add("--verify", action="store_true", help="first compare the checkpoint with the hashes in its manifest")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="what to compute in")
     add("--gemm", choices=("auto", "fp8", "bf16"), default="auto",
         help="FP8 weights times FP8 (W8A8) or bf16 (W8A16) activations (default: as the GPU allows)")  # fmt: skip
@@ -515,6 +516,7 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
     """Loads and answers; returns the exit status, the same on every rank. Raises UserError on all ranks alike."""
     import parallel
     from engine import Engine
+    from manifest import require_hashes
 
     _, _, local_rank, local_size = parallel.environment()
     parallel.choose_threads(options.threads, local_size)
@@ -531,6 +533,9 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
 
     device, params, jobs = tp.together(prepare)
     agree_on_flags(options, device, tp)
+    if options.verify:
+        share = local_rank, local_size
+        tp.together(lambda: require_hashes(Path(options.ckpt_path), tp.size, share, progress=tp.rank == 0))
     thinking = False if options.no_thinking else None
     engine = Engine.from_pretrained(
         options.ckpt_path,
@@ -577,7 +582,7 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
 def agree_on_flags(options: argparse.Namespace, device: "torch.device", tp: "Group") -> None:
     """Ranks that were started differently would wait for each other, or compute different things, without a word."""
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gib", "kv_cache_dtype", "mtp",
-             "deterministic", "eager", "dtype", "gemm", "experts", "raw")  # fmt: skip
+             "deterministic", "eager", "dtype", "gemm", "experts", "raw", "verify")  # fmt: skip
     mine = {"device": device.type, **{name: getattr(options, name) for name in names}}
     first = json.loads(bytes(tp.broadcast_ints(list(json.dumps(mine).encode()))))
 
