@@ -14,7 +14,7 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 INSTALLED := $(VENV)/.installed-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
 DEVELOPER := $(VENV)/.developer-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
-# The index is what convert.py writes last, so its date is the date of the whole conversion.
+# The manifest is what convert.py writes last, so its date is the date of the whole conversion.
 CONVERTED := build/demo-mp2/model-mp2.index.json
 
 .PHONY: demo chat test trust lint types check bench clean
@@ -48,7 +48,7 @@ clean:
 	rm -rf build/demo-mp2 .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-$(CONVERTED): $(wildcard demo/checkpoint/*) inference/convert.py inference/weights.py inference/tensorfile.py | $(INSTALLED)
+$(CONVERTED): $(wildcard demo/checkpoint/*) $(addprefix inference/,convert.py weights.py manifest.py tensorfile.py) | $(INSTALLED)
 	$(BIN)/python inference/convert.py --hf-ckpt-path demo/checkpoint --save-path build/demo-mp2 --model-parallel 2
 
 $(BIN)/python:

@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import convert as convert_module
 import killing
 from checkpoints import make_checkpoint
 from convert import convert
@@ -269,29 +268,32 @@ def test_converting_over_what_an_earlier_version_wrote(sources, written, tmp_pat
     assert not set(read_manifests(folder)[2].files) & set(read_manifests(written[convert_small])[2].files)
 
 
-def test_commands(sources, written, tmp_path):
+def test_commands(sources, written, tmp_path, monkeypatch, capsys):
     folder = damaged_copy(written[convert_small], tmp_path / "copy")
     file = max(folder.glob("*.safetensors"))
     name, entry = max(read_header(file)[1].items())
 
-    def run(script: str, *options: object) -> subprocess.CompletedProcess:
-        path = Path(convert_module.__file__).parent / f"{script}.py"
-        return subprocess.run([sys.executable, path, *map(str, options)], capture_output=True, text=True)
+    def run(script: str, *options: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", [script, *map(str, options)])
+        try:
+            status = sys.modules[script].main()
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
 
-    done = run("convert", "--verify", folder)
-    assert done.returncode == 0 and done.stdout == "" and "verifying: 100%" in done.stderr
-    assert done.stderr.endswith(" GB: all as it was written\n")
+    status, out, err = run("convert", "--verify", folder)
+    assert (status, out) == (0, "") and "verifying: 100%" in err and err.endswith(" GB: all as it was written\n")
     flip(file, entry.start)
-    done = run("fp8_cast_bf16", "--verify", folder)  # any manifest will do
-    assert done.returncode == 1 and done.stdout.startswith(f"{file}: {name}: expected CRC32 and SHA-256 ")
-    assert done.stdout.count("\n") == 1 and done.stderr.endswith(" GB: 1 difference from what was written\n")
-    done = run("convert", "--verify", sources[0])
+    status, out, err = run("fp8_cast_bf16", "--verify", folder)  # any manifest will do
+    assert status == 1 and out.startswith(f"{file}: {name}: expected CRC32 and SHA-256 ") and out.count("\n") == 1
+    assert err.endswith(" GB: 1 difference from what was written\n")
+    status, _, err = run("convert", "--verify", sources[0])
     no = f"error: {sources[0]}: no manifest, so nothing to compare with: convert.py and fp8_cast_bf16.py write one\n"
-    assert (done.returncode, done.stderr[-len(no) :]) == (2, no)
+    assert status == 2 and err.endswith(no)
     for script in ("convert", "fp8_cast_bf16"):
         for options in ((), ("--verify", folder, *WANTED[script]), WANTED[script][:2]):
-            done = run(script, *options)
-            assert done.returncode == 2 and "or --verify alone" in done.stderr
+            status, _, err = run(script, *options)
+            assert status == 2 and "or --verify alone" in err
 
 
 # A run that was cut short goes on ----------------------------------------------------------------------------------
