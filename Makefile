@@ -30,7 +30,8 @@ test: $(DEVELOPER)
 	$(BIN)/python -m pytest -n 2
 
 trust: $(DEVELOPER)
-	$(BIN)/python -m pytest -n 2 -m "trust or not trust" --timeout 7200
+	$(BIN)/python -m pytest -n 2 -m "trust or not trust" --timeout 7200 \
+	    --record benchmarks/results/trust.json
 
 lint: $(DEVELOPER)
 	$(BIN)/ruff check

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import commandline
 import generate
 import launch
 from checkpoints import make_checkpoint
@@ -112,6 +113,9 @@ def test_wrong_flags(run: Any, flags: str, message: str) -> None:
         ("--seed -1", "seed is -1, expected from 0 to 2^64 - 1"),
         ("--max-new-tokens 0", "max_new_tokens is 0, expected at least 1"),
         ("--max-model-len 4000", "--max-model-len is 4000, expected from 2 to this model's 2560"),
+        ("--mtp 9", "--mtp is 9, expected from 0 to 4"),
+        ("--kv-cache-gib 0.0001 --max-model-len 500",
+         "--max-model-len 500 needs 8 pages of cache and memory holds 1; ask for at most 64"),
         ("--gemm fp8 --dtype float32", "--gemm fp8 and --dtype float32 contradict each other; leave one out"),
     ],
 )
@@ -119,10 +123,11 @@ def test_wrong_values(run: Any, tiny: Path, tmp_path: Path, flags: str, message:
     prompts = prompts_file(tmp_path, "hello")
     status, out, err = run("--ckpt-path", tiny, "--input-file", prompts, "--device", "cpu", *flags.split())
     assert (status, out, without_progress(err)) == (2, "", f"error: {message}")
+    assert "loading" not in err, "found out before anything is loaded"
 
 
 def test_help_and_version(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for flag, expected in (("--version", generate.PROGRAM_VERSION), ("--help", "--max-model-len")):
+    for flag, expected in (("--version", commandline.PROGRAM_VERSION), ("--help", "--max-model-len")):
         for rank, speaks in (("0", True), ("1", False)):
             monkeypatch.setenv("RANK", rank)
             with pytest.raises(SystemExit) as left:
@@ -308,10 +313,10 @@ def test_one_gpu_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
-    assert generate.choose_device("auto", 1, 2) == torch.device("cuda", 1) == chosen[0]
-    assert generate.choose_device("cpu", 1, 2) == torch.device("cpu")
+    assert commandline.choose_device("auto", 1, 2) == torch.device("cuda", 1) == chosen[0]
+    assert commandline.choose_device("cpu", 1, 2) == torch.device("cpu")
     with pytest.raises(UserError, match=r"^4 ranks on a host with 2 GPUs: start as many, or --device cpu$"):
-        generate.choose_device("auto", 0, 4)
+        commandline.choose_device("auto", 0, 4)
 
 
 # ---------------------------------------------------------------- batches
