@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed-$(shell cat requirements.txt | cksum | cut -d' '
 SERVING   := $(VENV)/.serving-$(shell cat requirements.txt requirements-serve.txt | cksum | cut -d' ' -f1)
 DEVELOPER := $(VENV)/.developer-$(shell cat requirements.txt requirements-serve.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
-# The index is what convert.py writes last, so its date is the date of the whole conversion.
+# The manifest is what convert.py writes last, so its date is the date of the whole conversion.
 CONVERTED := build/demo-mp2/model-mp2.index.json
 
 .PHONY: demo chat serve test trust lint types check bench clean
@@ -54,7 +54,7 @@ clean:
 	rm -rf build/demo-mp2 .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-$(CONVERTED): $(wildcard demo/checkpoint/*) inference/convert.py inference/weights.py inference/tensorfile.py | $(INSTALLED)
+$(CONVERTED): $(wildcard demo/checkpoint/*) $(addprefix inference/,convert.py weights.py manifest.py tensorfile.py) | $(INSTALLED)
 	$(BIN)/python inference/convert.py --hf-ckpt-path demo/checkpoint --save-path build/demo-mp2 --model-parallel 2
 
 $(BIN)/python:

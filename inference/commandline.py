@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from config import PROGRAM_VERSION
@@ -51,6 +52,7 @@ def add_checkpoint_flags(parser: Parser) -> None:
 def add_engine_flags(parser: Parser) -> None:
     """What `load` reads, and the version, which names the program."""
     add = parser.add_argument
+    add("--verify", action="store_true", help="first compare the checkpoint with the hashes in its manifest")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="what to compute in")
     add("--gemm", choices=("auto", "fp8", "bf16"), default="auto",
         help="FP8 weights times FP8 (W8A8) or bf16 (W8A16) activations (default: as the GPU allows)")  # fmt: skip
@@ -103,6 +105,7 @@ def load(
     loaded. `chat` and `thinking` are Engine.from_pretrained's. Raises UserError on all ranks alike."""
     import parallel
     from engine import Engine
+    from manifest import require_hashes
 
     _, _, local_rank, local_size = parallel.environment()
     parallel.choose_threads(options.threads, local_size)
@@ -113,6 +116,9 @@ def load(
 
     device, prepared = tp.together(check)
     agree_on_flags(options, device, tp)
+    if options.verify:
+        share = local_rank, local_size
+        tp.together(lambda: require_hashes(Path(options.ckpt_path), tp.size, share, progress=tp.rank == 0))
     engine = Engine.from_pretrained(
         options.ckpt_path,
         config=options.config,
@@ -156,7 +162,7 @@ def choose_device(name: str, local_rank: int, local_size: int) -> "torch.device"
 def agree_on_flags(options: argparse.Namespace, device: "torch.device", tp: "Group") -> None:
     """Ranks that were started differently would wait for each other, or compute different things, without a word."""
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gib", "kv_cache_dtype", "mtp",
-             "deterministic", "eager", "dtype", "gemm", "experts", "raw")  # fmt: skip
+             "deterministic", "eager", "dtype", "gemm", "experts", "raw", "verify")  # fmt: skip
     mine = {"device": device.type, **{name: getattr(options, name, None) for name in names}}
     first = json.loads(bytes(tp.broadcast_ints(list(json.dumps(mine).encode()))))
 

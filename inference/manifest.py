@@ -139,6 +139,8 @@ class Manifest:
 
 def read_manifests(folder: Path) -> dict[int | None, Manifest]:
     """All manifests of a directory by number of ranks (None: a cast's). Raises UserError for a damaged one."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory")
     return {ranks: Manifest(folder, ranks) for ranks in manifests_in(folder)}
 
 
@@ -346,8 +348,6 @@ def verify_file(manifest: Manifest, file: str, progress: Callable[[int], object]
 
 def verify_command(folder: Path) -> int:
     """Verifies a directory for a command line, with a progress bar; returns the exit status. Raises UserError."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such directory")
     files = [facts for manifest in read_manifests(folder).values() for facts in manifest.files.values()]
     total = sum(facts["bytes"] for facts in files)
     bad = 0
@@ -356,12 +356,12 @@ def verify_command(folder: Path) -> int:
             bar.clear()
             print(finding, flush=True)
             bad += 1
-    outcome = f"{bad} differences from what was written" if bad else "all as it was written"
+    outcome = f"{bad} difference{'s' * (bad > 1)} from what was written" if bad else "all as it was written"
     print(f"{folder}: {len(files)} weight files, {total / 1e9:.2f} GB: {outcome}", file=sys.stderr, flush=True)
     return 1 if bad else 0
 
 
-def require_hashes(folder: Path, ranks: int, share: tuple[int, int]) -> None:
+def require_hashes(folder: Path, ranks: int, share: tuple[int, int], progress: bool = True) -> None:
     """Verifies, before a load for that many ranks, the i-th of every n files, `share` being (i, n): the ranks of a host
     divide the work. Raises UserError with the first difference, or where there is no manifest."""
     manifests = read_manifests(folder)
@@ -370,7 +370,7 @@ def require_hashes(folder: Path, ranks: int, share: tuple[int, int]) -> None:
         raise UserError(f"{folder}: --verify needs the manifest that convert.py and fp8_cast_bf16.py write")
     files = [*manifest.files, *manifest.small][share[0] :: share[1]]
     total = sum(manifest.files[file]["bytes"] for file in files if file in manifest.files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=share[0] != 0) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=not progress) as bar:
         for file in files:
             for finding in verify_file(manifest, file, bar.update):
                 raise UserError(str(finding))

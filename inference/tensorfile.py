@@ -248,6 +248,7 @@ def hash_file(path: Path, progress: Callable[[int], object]) -> dict[str, Any]:
         whole = hashlib.sha256()
         for view in reader.windows(header):
             whole.update(view)
+            progress(len(view))
         digests = {name: Digest() for name in entries}
         for name, entry in entries.items():
             for view in reader.windows(entry):
@@ -297,6 +298,8 @@ class Writer:
 
     def write(self, name: str, data: torch.Tensor, at: int) -> None:
         """Puts data's bytes `at` bytes into the tensor. Each tensor's bytes must come in order, for its checksum."""
+        if not data.numel():
+            return
         if self.fd < 0:
             self._open()
         view = data.contiguous().view(-1).view(torch.uint8).numpy().data
@@ -429,7 +432,7 @@ class Staging:
         text = json.dumps({"job": identity}).encode() + b"\n"
         finished = _journal_lines(before[len(text) :]) if before.startswith(text) else {}
         finished = {name: sha for name, sha in finished.items() if name in self.writers}
-        total = sum(self.writers[name].body for name in finished)
+        total = sum(self.writers[name].size for name in finished)
         with tqdm(total=total, unit="B", unit_scale=True, desc="checking what was finished", disable=not total) as bar:
             for name, sha in finished.items():
                 if self._take_over(name, sha, bar.update):
