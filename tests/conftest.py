@@ -1,9 +1,11 @@
-"""Set before anything imports Triton: without a GPU its kernels run in Triton's interpreter. And `--record FILE`."""
+"""Set before anything imports Triton: without a GPU its kernels run in Triton's interpreter. `--record`, `--table`."""
 
 import datetime
 import json
 import os
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,9 @@ class Record:
         self.tests = json.loads(path.read_text())["results"]["tests"] if path.exists() else {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if "trust" in report.keywords and (report.when == "call" or report.outcome != "passed"):
+        if "trust" in report.keywords and (report.when 
+
+ "call" or report.outcome != "passed"):
             today = datetime.date.today().isoformat()
             self.tests[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 1), "date": today}
             save(str(self.path), {"tests": dict(sorted(self.tests.items()))}, "make trust")
@@ -39,3 +43,20 @@ def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--record")
     if path is not None and not hasattr(config, "workerinput"):  # once, not in each of xdist's workers
         config.pluginmanager.register(Record(path))
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table that `make gpu` ends with: a line to a file, with its tests by outcome and the seconds they took."""
+    if not config.getoption("--table"):
+        return
+    counts, seconds = defaultdict(Counter), Counter()
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            name = Path(report.nodeid.split("::")[0]).name
+            counts[name][outcome] += 1
+            seconds[name] += report.duration
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: Triton's interpreter"
+    terminalreporter.section(where)
+    terminalreporter.line(f"{'file':28}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}")
+    for name, found in sorted(counts.items()):
+        wrong = found["failed"] + found["error"]
+        terminalreporter.line(f"{name:28}{found['passed']:8}{wrong:8}{found['skipped']:9}{seconds[name]:9.1f}")
