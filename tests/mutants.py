@@ -46,7 +46,7 @@ class Mutant(NamedTuple):
     def apply(self, source: str) -> str:
         """The file with the bug. Raises ValueError when the text to replace is not there exactly once."""
         if (n := source.count(self.old)) != 1:
-            raise ValueError(f"{self.file} has {self.old!r} {n} times, expected once")
+            raise ValueError(f"{self.name}: {self.file} has {self.old!r} {n} times, expected once")
         return source.replace(self.old, self.new)
 
 
