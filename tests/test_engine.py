@@ -383,13 +383,17 @@ def test_drafts_do_not_reuse_what_another_token_followed(model):
         assert [r.n_reused for r in engine.generate(asked, GREEDY)] == reused
 
 
-def test_mtp_is_refused_where_there_is_none(tmp_path):
+def test_mtp_is_refused_where_there_is_none(tmp_path, monkeypatch):
+    """By the constructor, and before anything is loaded."""
     config = {**V3, "num_nextn_predict_layers": 0, "num_hidden_layers": 1}
-    model = ours(random_checkpoint(tmp_path / "c", config))
+    model = ours(path := random_checkpoint(tmp_path / "c", config))
     with pytest.raises(UserError, match="--mtp needs an MTP module, and this checkpoint has none"):
         Engine(model, None, n_pages=4, mtp=1)
     with pytest.raises(UserError, match="--mtp is 5, expected from 0 to 4"):
         Engine(model, None, n_pages=4, mtp=5)
+    monkeypatch.setattr("weights.load_into", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match="--mtp needs an MTP module, and this checkpoint has none"):
+        Engine.from_pretrained(path, mtp=1)
 
 
 # --- recorded steps --------------------------------------------------------------------------------------------------
