@@ -176,9 +176,9 @@ def check_target(target: Path, mark: dict[str, str], config: dict[str, Any]) -> 
 class Source:
     """The directory a checkpoint is made from, as it is now."""
 
-    def __init__(self, folder: Path, files: Iterable[Path]):
+    def __init__(self, folder: Path, files: Iterable[str]):
         """`files`: those with weights. Raises UserError for one that cannot be read."""
-        self.folder, self.files = folder, sorted(files)
+        self.folder, self.files = folder, [folder / file for file in sorted(files)]
         self.state = self._state()
         self.facts = {"config_sha256": _sha256(folder / "config.json")}
         if (folder / CAST_MANIFEST).exists():
