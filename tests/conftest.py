@@ -27,9 +27,7 @@ class Record:
         self.tests = json.loads(path.read_text())["results"]["tests"] if path.exists() else {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if "trust" in report.keywords and (report.when 
-
- "call" or report.outcome != "passed"):
+        if "trust" in report.keywords and (report.when == "call" or report.outcome != "passed"):
             today = datetime.date.today().isoformat()
             self.tests[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 1), "date": today}
             save(str(self.path), {"tests": dict(sorted(self.tests.items()))}, "make trust")
@@ -37,12 +35,14 @@ class Record:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", type=Path, metavar="FILE", help="adds the long tests' outcomes to this JSON file")
+    parser.addoption("--table", action="store_true", help="say at the end how each file of tests came out, and where")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--record")
     if path is not None and not hasattr(config, "workerinput"):  # once, not in each of xdist's workers
         config.pluginmanager.register(Record(path))
+
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """The table that `make gpu` ends with: a line to a file, with its tests by outcome and the seconds they took."""
