@@ -42,7 +42,7 @@ class Ended:
     status: int
     errors: list[str]
     stderr: str
-    took: float  # seconds from the fault to the end of torchrun
+    took: float  # seconds from the fault to the end of the last rank
     answers: list[dict]
 
 
@@ -72,8 +72,11 @@ def run(checkpoint: Path, folder: Path, kind: str, rank: int, at: int, ranks: in
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        _, err = torchrun.communicate(timeout=120)
-        took = time.time() - float((folder / "when").read_text())
+        when = folder / "when"
+        while torchrun.poll() is None and not (when.exists() and all("distributed.run" in p for p in processes(mark))):
+            time.sleep(0.1)
+        took = time.time() - float(when.read_text())
+        _, err = torchrun.communicate(timeout=60)
         assert not processes(mark)
     finally:
         torchrun.kill()
