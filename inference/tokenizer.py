@@ -19,10 +19,10 @@ from typing import Any
 import jinja2
 import tokenizers
 from jinja2 import nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from config import read_json
 from errors import UserError
+from sandbox import ROOM, Room, Sandbox
 
 ROLES = ("system", "user", "assistant", "tool")
 ROUND_TRIP = "Hello  world, 3.14 and 1024\n\tdéjà vu — 你好，世界 🙂 end"
@@ -322,9 +322,7 @@ class ChatTemplate:
 
         Raises UserError when the source does not compile.
         """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
 
@@ -340,10 +338,12 @@ class ChatTemplate:
             read = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
             self.has_thinking_switch = bool(read & {"thinking", "enable_thinking"})
             self.knows_tools = "tools" in read
-            self._as_written = environment.from_string(source)
-            self._marked = environment.from_string(_mark(tree, stand_ins))
+            self._as_written = environment.compiled(environment.parse(source))
+            self._marked = environment.compiled(_mark(tree, stand_ins))
         except jinja2.TemplateSyntaxError as e:
             raise UserError(f"the chat template has a mistake in line {e.lineno}: {e.message}") from None
+        except RecursionError:
+            raise UserError("the chat template is nested too deeply") from None
         self._specials = _any_of(specials)
         self._named = named
         self._marked_named = {name: stand_ins[text] for name, text in named.items()}
@@ -367,8 +367,11 @@ class ChatTemplate:
                 raise UserError("this checkpoint's chat template does not let thinking be switched on or off")
             variables |= {"thinking": thinking, "enable_thinking": thinking}
         try:
-            text = self._as_written.render(variables | self._named)
-            marked = self._marked.render(variables | self._marked_named)
+            text, marked = (
+                room.joined(form.generate(variables | named | {ROOM: room}))
+                for form, named, room in ((self._as_written, self._named, Room()),
+                                          (self._marked, self._marked_named, Room()))
+            )  # fmt: skip
         except Exception as e:  # a template may fail as any program may
             raise UserError(f"the chat template cannot render these messages: {e}") from None
         runs = self.split(marked)

@@ -364,7 +364,7 @@ def test_errors_in_the_client(client: openai.OpenAI, demo: tuple[House, Engine])
     for method, path, status in (("GET", CHAT, 405), ("POST", "/health", 405), ("GET", "/v2", 404), ("GET", "/v1/models/x", 404)):
         found, _, said = demo[0].send(method, path)
         assert found == status and set(said["error"]) == {"message", "type", "param", "code"}
-    assert demo[0].send("GET", "/version")[2] == {"version": server.commandline.VERSION}
+    assert demo[0].send("GET", "/version")[2] == {"version": server.commandline.PROGRAM_VERSION}
 
 
 def test_metrics(demo: tuple[House, Engine], client: openai.OpenAI) -> None:
