@@ -2,7 +2,7 @@
 
     pip install "transformers[serving]"            # into any environment; --peer-python names its interpreter
     python benchmarks/bench_server.py --output benchmarks/results/server.json
-    python figures/server.py                       # draws it
+    python figures/server_load.py                     # draws it
 
 The checkpoint is the demo cast to bfloat16, because transformers computes with FP8 weights on GPUs only. Both servers
 run all the time, each with its defaults, and take turns: at each rate both get the same held-out questions of all kinds

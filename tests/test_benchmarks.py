@@ -24,7 +24,7 @@ import timing
 from config import load_config
 from timing import Case, Contestant, NoClock, Peer, Refused
 
-FIGURE = Path(__file__).parent.parent / "figures" / "server.py"
+FIGURE = Path(__file__).parent.parent / "figures" / "server_load.py"
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
-"""Draws server.png, beside this script, from benchmarks/results/server.json:
+"""Draws server_load.png, beside this script, from benchmarks/results/server.json:
 
-    python figures/server.py
+    python figures/server_load.py
 
 What clients saw of this engine's server and of `transformers serve` at several rates of requests (bench_server.py).
 """
@@ -56,4 +56,4 @@ def draw(record: dict[str, Any], target: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(json.loads(RESULTS.read_text(encoding="utf-8")), HERE / "server.png")
+    draw(json.loads(RESULTS.read_text(encoding="utf-8")), HERE / "server_load.png")
