@@ -2,7 +2,7 @@
 
     pip install "transformers[serving]"            # into any environment; --peer-python names its interpreter
     python benchmarks/bench_server.py --output benchmarks/results/server.json
-    python figures/server.py                       # draws it
+    python figures/server_load.py                     # draws it
 
 The checkpoint is the demo cast to bfloat16, because transformers computes with FP8 weights on GPUs only. Both servers
 run all the time, each with its defaults, and take turns: at each rate both get the same held-out questions of all kinds
@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import itertools
 import math
+import os
 import random
 import re
 import socket
@@ -134,9 +135,10 @@ async def load(url: str, model: str, asked: list[Any], dues: list[float]) -> tup
 
 
 @contextmanager
-def running(command: list[str], url: str, log: Path) -> Iterator[str]:
+def running(command: list[str], threads: int, url: str, log: Path) -> Iterator[str]:
     """A server until the block ends. Raises SystemExit, naming its log's last line, where it does not start."""
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as process:
         try:
             began = time.monotonic()
             while not healthy(url):
@@ -172,6 +174,7 @@ def main() -> None:
     parser.add_argument("--rates", default="0.25,1,4,16", help="requests a second, by commas; inf is all at once")
     parser.add_argument("--requests", type=int, default=44, help="of each rate")
     parser.add_argument("--bounds", default="1,0.1", help="seconds to the first token and between tokens, for goodput")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each server")
     parser.add_argument("--peer-python", default=sys.executable, help='with transformers[serving]; "" for no peer')
     parser.add_argument("--output", help="JSON file for the results")
     args = parser.parse_args()
@@ -184,16 +187,18 @@ def main() -> None:
         cast = [scripts / "fp8_cast_bf16.py", "--input-fp8-hf-path", demo, "--output-bf16-hf-path", checkpoint]
         subprocess.run([sys.executable, *map(str, cast)], check=True, stderr=subprocess.DEVNULL)
         commands = {OURS: [sys.executable, str(scripts / "server.py"), "--ckpt-path", str(checkpoint)]}
+        commands[OURS] += ["--threads", str(args.threads)]
         if args.peer_python:
             commands[PEER] = [args.peer_python, "-m", "transformers.cli.transformers", "serve", str(checkpoint)]
         urls = {}
         for side, command in commands.items():
             port = free_port()
             log = folder / f"{re.sub(r'[^a-z]', '-', side)}.log"
-            urls[side] = stack.enter_context(running([*command, "--port", str(port)], f"http://127.0.0.1:{port}", log))
+            command, url = [*command, "--port", str(port)], f"http://127.0.0.1:{port}"
+            urls[side] = stack.enter_context(running(command, args.threads, url, log))
         models = {OURS: checkpoint.name, PEER: str(checkpoint)}
         for side, url in urls.items():  # the first answers of a process are slow
-            asyncio.run(load(url, models[side], questions(4, seed=0), [0.0] * 4))
+            asyncio.run(load(url, models[side], questions(2, seed=0), [0.0] * 2))
 
         rows = []
         for turn, rate in enumerate(map(float, args.rates.split(","))):
@@ -206,7 +211,7 @@ def main() -> None:
                 row["throughput_ratio"] = row[OURS]["tokens_per_second"] / row[PEER]["tokens_per_second"]
                 print(f"throughput ratio {row['throughput_ratio']:.2f}")
             rows.append(row)
-    results = {"checkpoint": "the demo in bfloat16", "requests": args.requests, "threads": torch.get_num_threads(),
+    results = {"checkpoint": "the demo in bfloat16", "requests": args.requests, "threads": args.threads,
                "bounds": {"first_token_s": first, "between_tokens_s": between}, "rows": rows}  # fmt: skip
     report.save(args.output, results)
 

@@ -1,8 +1,11 @@
 """The benchmarks run to their end without a GPU (and then say that they measured nothing), refuse what cannot run,
 report what is wrong, and the documents hold the committed figures."""
 
+import itertools
 import json
 import math
+import runpy
+import statistics
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,13 @@ import bench
 import bench_kernel
 import bench_model
 import bench_rank_slice
+import bench_server
 import tables
 import timing
 from config import load_config
 from timing import Case, Contestant, NoClock, Peer, Refused
+
+FIGURE = Path(__file__).parent.parent / "figures" / "server_load.py"
 
 
 @pytest.fixture
@@ -316,3 +322,43 @@ def test_every_benchmark_is_listed() -> None:
     assert {path.name for path in bench.HERE.glob("bench_*.py")} <= listed
     assert {f"kernel-{name}" for name in bench_kernel.BENCHES} <= set(bench.ON_A_GPU)
     assert set(tables.KEYS) == set(bench_kernel.BENCHES)
+
+
+def test_the_server_bench_arrives_and_counts_as_it_says() -> None:
+    dues = bench_server.arrivals(4000, rate=5.0, seed=1)
+    assert dues == bench_server.arrivals(4000, rate=5.0, seed=1) == sorted(dues)
+    gaps = [b - a for a, b in itertools.pairwise(dues)]
+    mean = statistics.mean(gaps)
+    assert mean == pytest.approx(0.2, rel=0.1) and statistics.stdev(gaps) == pytest.approx(mean, rel=0.1)  # exponential
+    assert bench_server.arrivals(3, math.inf, seed=1) == [0.0] * 3
+    assert bench_server.percentiles([float(i) for i in range(1, 101)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert bench_server.percentiles([3.0]) == {"p50": 3.0, "p90": 3.0, "p99": 3.0}
+    assert bench_server.percentiles([]) == {}
+
+    Outcome = bench_server.Outcome
+    outcomes = [
+        Outcome(0.5, 2.0, [0.1, 0.1], 3, True), Outcome(1.5, 2.0, [0.1], 2, True), Outcome(0.5, 2.0, [0.3, 0.2], 3),
+        Outcome(error="refused"),
+    ]  # fmt: skip
+    found = bench_server.summary(outcomes, 4.0, (1.0, 0.2))
+    assert (found["answers"], found["right"], found["errors"], found["tokens"]) == (3, 2, ["refused"], 8)
+    assert (found["tokens_per_second"], found["requests_per_second"]) == (2.0, 0.75)
+    assert found["good_requests_per_second"] == 0.25
+    assert found["first_token_s"]["p50"] == 0.5 and found["between_tokens_s"]["p99"] == 0.3
+
+
+def test_the_server_bench_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against server.py alone; and its picture is drawn."""
+    path = tmp_path / "server.json"
+    flags = ["--rates", "20,inf", "--requests", "1", "--threads", "1", "--peer-python", "", "--output", str(path)]
+    monkeypatch.setattr("sys.argv", ["bench_server.py", *flags])
+    bench_server.main()
+    record = json.loads(path.read_text())
+    assert [row["rate"] for row in record["results"]["rows"]] == [20.0, "all at once"]
+    for row in record["results"]["rows"]:
+        side = row["server.py"]
+        assert side["answers"] == side["right"] == 1 and side["errors"] == []
+        assert 0 < side["first_token_s"]["p50"] < side["end_to_end_s"]["p99"]
+        assert side["between_tokens_s"] and "throughput_ratio" not in row
+    runpy.run_path(str(FIGURE))["draw"](record, tmp_path / "server.png")
+    assert (tmp_path / "server.png").read_bytes().startswith(b"\x89PNG")
