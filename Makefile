@@ -1,6 +1,7 @@
 # make demo    two ranks answer demo/prompts.txt       make test    the test suite (CPU, about ten minutes at most)
 # make chat    talk to the demo                        make check   lint, types and tests
 # make bench   benchmarks, into the README             make trust   tests in their long form as well
+# make serve   the demo over HTTP, on port 8000        make gpu     on a GPU: every test that computes on it
 #
 # The first use of any of them makes .venv and installs the pinned requirements; nothing else is needed beforehand.
 # Another Python than python3:  make demo PYTHON=python3.12
@@ -12,12 +13,13 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 
 # An install is remembered by the contents of the requirements, so that it is repeated when they change, and only then.
 INSTALLED := $(VENV)/.installed-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
-DEVELOPER := $(VENV)/.developer-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
+SERVING   := $(VENV)/.serving-$(shell cat requirements.txt requirements-serve.txt | cksum | cut -d' ' -f1)
+DEVELOPER := $(VENV)/.developer-$(shell cat requirements.txt requirements-serve.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
 # The manifest is what convert.py writes last, so its date is the date of the whole conversion.
 CONVERTED := build/demo-mp2/model-mp2.index.json
 
-.PHONY: demo chat test trust lint types check bench clean
+.PHONY: demo chat serve test trust gpu lint types check bench clean
 
 demo: $(CONVERTED)
 	$(BIN)/torchrun --standalone --nproc-per-node 2 inference/generate.py --ckpt-path build/demo-mp2 \
@@ -26,12 +28,22 @@ demo: $(CONVERTED)
 chat: $(INSTALLED)
 	@$(BIN)/python inference/generate.py --ckpt-path demo/checkpoint --interactive --temperature 0 --max-new-tokens 400
 
+serve: $(SERVING)
+	$(BIN)/python inference/server.py --ckpt-path demo/checkpoint --model-name demo --mtp 1
+
 test: $(DEVELOPER)
 	$(BIN)/python -m pytest -n 2
 
 trust: $(DEVELOPER)
 	$(BIN)/python -m pytest -n 2 -m "trust or not trust" --timeout 7200 \
 	    --record benchmarks/results/trust.json
+
+# Without a GPU these run in Triton's interpreter, as a part of `make test`.
+gpu: $(DEVELOPER)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
+	    "error: make gpu needs a GPU that this build of torch can use")'
+	$(BIN)/python -m pytest -n 0 -m "trust or not trust" --timeout 7200 --table tests/test_kernel*.py tests/test_casts.py \
+	    tests/test_fused.py tests/test_attention.py tests/test_model.py
 
 lint: $(DEVELOPER)
 	$(BIN)/ruff check
@@ -61,6 +73,10 @@ $(INSTALLED): | $(BIN)/python
 	$(PIP) -r requirements.txt
 	@rm -f $(VENV)/.installed-* && touch $@
 
+$(SERVING): | $(BIN)/python
+	$(PIP) -r requirements-serve.txt
+	@rm -f $(VENV)/.serving-* && touch $@ $(INSTALLED)
+
 $(DEVELOPER): | $(BIN)/python
 	$(PIP) -r requirements-dev.txt
-	@rm -f $(VENV)/.developer-* && touch $@ $(INSTALLED)
+	@rm -f $(VENV)/.developer-* && touch $@ $(INSTALLED) $(SERVING)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import commandline
+import requestfields
 from commandline import Parser, complain
 from errors import UserError
 
@@ -181,43 +182,26 @@ def last_text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else ""
 
 
-NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-INTEGERS = {"top_k": "top_k", "n": "n", "seed": "seed", "max_tokens": "max_new_tokens",
-            "max_completion_tokens": "max_new_tokens"}  # fmt: skip
-WITHOUT_EFFECT = {"model", "user", "metadata", "store", "stream", "stream_options", "service_tier",
-                  "safety_identifier", "prompt_cache_key"}  # fmt: skip
-OFF: dict[str, tuple] = {  # what is not implemented, with the values that do not ask for it
-    "best_of": (1,), "logit_bias": ({},), "tools": ([],), "response_format": ({"type": "text"},),
-}  # fmt: skip
-
-
 def sampling_fields(body: dict[str, Any], kind: str) -> dict[str, Any]:
-    """SamplingParams' fields from a request's. Raises UserError for a field that would change the answer and is not
-    implemented: to leave it out silently would be to answer something else."""
-    fields: dict[str, Any] = {}
-    for name, value in body.items():
-        if name == kind or name in WITHOUT_EFFECT or value is None:
-            continue
-        if name in NUMBERS:
-            if not is_number(value):
-                raise UserError(f"body.{name} is {value!r}, expected a number")
-            fields[name] = float(value)
-        elif name in INTEGERS:
-            if type(value) is not int:
-                raise UserError(f"body.{name} is {value!r}, expected an integer")
-            if name != "max_tokens" or body.get("max_completion_tokens") is None:  # the older name of the two
-                fields[INTEGERS[name]] = value
-        elif name in ("logprobs", "top_logprobs"):
-            fields |= logprob_fields(body, kind)
-        elif name == "stop":
-            texts = [value] if isinstance(value, str) else value
-            if not isinstance(texts, list):
-                raise UserError(f"body.stop is {value!r}, expected a text or a list of texts")
-            fields[name] = tuple(texts)
-        elif name not in OFF:
-            raise UserError(f"body.{name} is not supported")
-        elif not any(type(value) is type(off) and value == off for off in OFF[name]):
-            raise UserError(f"body.{name} is not supported with the value {value!r}")
+    """SamplingParams' fields from a request's. Raises UserError for a field that cannot have its effect."""
+    known = {kind, "logprobs", "top_logprobs", "stop", *requestfields.NUMBERS, *requestfields.INTEGERS}
+    try:
+        values = requestfields.effective(body, known)
+    except UserError as e:
+        raise UserError(f"body.{e}") from None
+    for name, value in values.items():
+        if name in requestfields.NUMBERS and not is_number(value):
+            raise UserError(f"body.{name} is {value!r}, expected a number")
+        if name in requestfields.INTEGERS and type(value) is not int:
+            raise UserError(f"body.{name} is {value!r}, expected an integer")
+    fields = requestfields.sampling(values)
+    if "logprobs" in values or "top_logprobs" in values:
+        fields |= logprob_fields(body, kind)
+    if "stop" in values:
+        texts = [values["stop"]] if isinstance(values["stop"], str) else values["stop"]
+        if not isinstance(texts, list):
+            raise UserError(f"body.stop is {texts!r}, expected a text or a list of texts")
+        fields["stop"] = tuple(texts)
     return fields
 
 

@@ -328,6 +328,27 @@ def test_a_full_disk_keeps_what_was_there(small, outcome, tmp_path, monkeypatch)
             convert(small[0], out, 2)
 
 
+def test_files_are_durable_before_they_take_their_names(small, tmp_path, monkeypatch):
+    """After a power cut a name must not stand for bytes that never came to the disk."""
+    synced, renamed = set(), 0
+    fsync, give_name = os.fsync, os.replace
+
+    def note(fd):
+        synced.add(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    def rename(old, new):
+        nonlocal renamed
+        assert os.stat(old).st_ino in synced, f"{new} was not written through"
+        renamed += 1
+        give_name(old, new)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", rename)
+    convert(small[0], tmp_path, 2)
+    assert renamed > 4
+
+
 def test_an_exception_closes_everything_and_keeps_what_is_finished(small, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module, "commit", lambda *_: 1 / 0)
     fds = len(os.listdir("/proc/self/fd"))
