@@ -346,7 +346,8 @@ class Checkpoint:
         for file in self.files:
             metadata, tensors = self._header(file)
             if CAST_MARK.items() <= metadata.items():
-                raise UserError(f"{self.path / CAST_MANIFEST}: missing, though the cast wrote {file}; cast again")
+                at = self.path / CAST_MANIFEST
+                raise UserError(f"{at}: missing, though the cast wrote {file}; copy it too, or cast again")
             for name, entry in tensors.items():
                 if self._owner is not None and (where := self._owner.get(name)) != file:
                     said = f"places it in {where}" if where else "does not name it"

@@ -275,7 +275,7 @@ def test_the_loader_wants_the_manifest_and_its_sizes(write, written, tmp_path, c
     assert refusal() == (
         f"DIR/{first}: its manifest is missing; copy the directory or convert again"
         if write is convert_small
-        else f"DIR/{CAST_MANIFEST}: missing, though the cast wrote {first}; cast again"
+        else f"DIR/{CAST_MANIFEST}: missing, though the cast wrote {first}; copy it too, or cast again"
     )
 
 
@@ -452,6 +452,20 @@ def test_what_is_kept_is_checked(write, sources, written, tmp_path):
         assert killing.hashes(out) == killing.hashes(written[write])
         assert sum(wrote[name] > 0 for name in finished) == lost
         shutil.rmtree(out)
+
+
+@BOTH
+def test_a_damaged_temporary_beside_the_whole_file(write, sources, written, tmp_path):
+    """A second run of the same job was cut short: what it leaves never takes the place of what the first wrote."""
+    out = tmp_path / "out"
+    events = killing.events(lambda: write(sources[1], out), tmp_path / "log")
+    killing.kill(lambda: write(sources[1], out), int(len(events) * 0.6))
+    finished = finished_in(out)
+    for name in finished:
+        flip(out / (TEMPORARY + name), 5000)
+    wrote, _ = bytes_moved(lambda: write(sources[1], out))
+    assert killing.hashes(out) == killing.hashes(written[write])
+    assert finished and not any(wrote[name] for name in finished)
 
 
 @BOTH
