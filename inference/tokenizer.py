@@ -21,7 +21,7 @@ import tokenizers
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from config import read_json
+from config import read_json, read_text
 from errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -419,8 +419,8 @@ def _read_template(folder: Path, settings: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
         try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
+            return read_text(file)
+        except (OSError, ValueError) as e:
             raise UserError(f"{file}: not readable as text ({e})") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several templates by name
