@@ -9,6 +9,7 @@ import math
 import os
 import stat
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -253,9 +254,8 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; raises ValueError where a key is there twice, as readers differ in which they take."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"{twice!r} is there twice")
+        names = sorted(key for key, _ in pairs)
+        raise ValueError(f"{next(a for a, b in pairwise(names) if a == b)!r} is there twice")
     return found
 
 

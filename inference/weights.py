@@ -341,15 +341,18 @@ class Checkpoint:
         self.files = sorted(listed & set(self.files))
         return named
 
-    def _header(self, file: str, path: Path | None = None) -> tuple[dict[str, str], dict[str, Entry]] | None:
-        """A file's metadata and tensors; None, once that is reported, if it is not readable."""
-        if file not in self._headers and file not in self.unreadable:
-            try:
-                self._headers[file] = read_header(path or self.path / file)
-            except UserError as e:
-                self.unreadable.add(file)
-                self.report(e)
-        return self._headers.get(file)
+    def _header(self, file: str, path: Path | None = None) -> tuple[dict[str, str], dict[str, Entry]]:
+        if file not in self._headers:
+            self._headers[file] = read_header(path or self.path / file)
+        return self._headers[file]
+
+    def _tensors(self, file: str) -> dict[str, Entry]:
+        """A file's tensors; none, once that is reported, if it is not readable."""
+        try:
+            return {} if file in self.unreadable else self._header(file)[1]
+        except UserError as e:
+            self._lack(file, e)
+            return {}
 
     def on_disk(self, group: Group = SOLO) -> dict[str, Entry]:
         """The tensors on disk for a rank, by the names the files use; whole tensors in an "hf" directory.
@@ -360,17 +363,19 @@ class Checkpoint:
             made, n = " or ".join(map(str, self.ranks)), group.size
             raise UserError(f"{self.path}: converted for {made} ranks, not {n}; start as many, or convert for {n}")
         if self.kind == "converted":
-            return self._owner[group.size].entries(group.rank, self._header, self._lack)
+            try:
+                return self._owner[group.size].entries(group.rank, self._header)
+            except UserError as e:
+                self._lack(f"of rank {group.rank}", e)
+                return {}
         if self.kind == "upstream":
             files = [f"model{rank}-mp{group.size}.safetensors" for rank in range(min(group.size, len(self.files) + 1))]
             for missing in (file for file in files if file not in self.files):
                 self._lack(missing, Damage(f"{self.path / missing}: missing", self.path / missing))
-            header = self._header(files[group.rank]) if group.rank < len(files) else None
-            return header[1] if header else {}
+            return self._tensors(files[group.rank]) if group.rank < len(files) else {}
         found: dict[str, Entry] = {}
         for file in self.files:
-            header = self._header(file)
-            for name, entry in (header[1] if header else {}).items():
+            for name, entry in self._tensors(file).items():
                 if self._owner is not None and (where := self._owner.get(name)) != file:
                     said = f"places it in {where}" if where else "does not name it"
                     self.report(Damage(f"{entry}: {HF_INDEX} {said}", entry.file, name, where or "", file))
@@ -399,8 +404,7 @@ class Checkpoint:
             return dict.fromkeys(name for file in index.files.values() for name in file["tensors"])
         if self.kind == "hf" and self._owner is not None:
             return dict.fromkeys(self._owner)
-        headers = filter(None, map(self._header, self.files))
-        return {name: entry.dtype for _, tensors in headers for name, entry in tensors.items()}
+        return {name: entry.dtype for file in self.files for name, entry in self._tensors(file).items()}
 
     @functools.cached_property
     def has_mtp(self) -> bool:
@@ -532,32 +536,27 @@ class ConvertedIndex:
         temporary = self.folder / (TEMPORARY + file)
         return temporary if self.pending and temporary.exists() else self.folder / file
 
-    def entries(self, rank: int, header: Any, lack: Callable[[str, Damage], None]) -> dict[str, Entry]:
-        """A rank's tensors. `lack` is told when a file, of any rank, is missing or not as the index describes it."""
+    def entries(self, rank: int, header: Any) -> dict[str, Entry]:
+        """A rank's tensors. Raises UserError when a file, of any rank, is missing or not as the index describes it."""
         found: dict[str, Entry] = {}
         for file, facts in self.files.items():
             path = self.where(file)
             if not path.is_file():
-                lack(file, Damage(f"{path}: missing, but {self.path.name} names it", path))
-                continue
+                raise UserError(f"{path}: missing, but {self.path.name} names it")
             if (size := path.stat().st_size) != facts["bytes"]:
-                wanted, got = f"{facts['bytes']} bytes", f"{size}"
-                lack(file, Damage(f"{path}: expected {wanted}, found {got}", path, "", wanted, got))
+                raise UserError(f"{path}: expected {facts['bytes']} bytes, found {size}")
+            if facts["rank"] != rank:
                 continue
-            if facts["rank"] != rank or (read := header(file, path)) is None:
-                continue
-            metadata, tensors = read
-            mine = file_mark(rank, self.ranks, self.experts)
-            mark = {key: metadata.get(key) for key in mine} | {"experts": metadata.get("experts", "whole")}
-            if mark != mine:
+            metadata, tensors = header(file, path)
+            wanted = file_mark(rank, self.ranks, self.experts)
+            mark = {key: metadata.get(key) for key in wanted} | {"experts": metadata.get("experts", "whole")}
+            if mark != wanted:
                 what = f"rank {rank} of {self.ranks}, {self.experts} experts"
-                text = f"{path}: its metadata does not mark it as {what}: found {mark}"
-                lack(file, Damage(text, path, "", mine, mark))
-                continue
-            for name in sorted(tensors.keys() ^ facts["tensors"].keys()):
+                raise UserError(f"{path}: its metadata does not mark it as {what}: found {mark}")
+            if tensors.keys() != facts["tensors"].keys():
+                name = sorted(tensors.keys() ^ facts["tensors"].keys())[0]
                 verb = "does not name it" if name in tensors else "names it, but the file lacks it"
-                lack(file, Damage(f"{path}: {name}: {self.path.name} {verb}", path, name))
-            tensors = {name: entry for name, entry in tensors.items() if name in facts["tensors"]}
+                raise UserError(f"{path}: {name}: {self.path.name} {verb}")
             found |= {name: replace(entry, crc=facts["tensors"][name]) for name, entry in tensors.items()}
         return found
 
