@@ -107,6 +107,15 @@ class Tokenizer:
         return self._template_source is not None
 
     @property
+    def size(self) -> int:
+        """One more than its last id."""
+        return self._last_id + 1
+
+    @property
+    def control_tokens(self) -> set[str]:
+        return set(self._specials)
+
+    @property
     def has_thinking_switch(self) -> bool:
         """Whether the chat template reads `thinking`; if not, asking for it is a UserError."""
         return self.has_chat_template and self._template.has_thinking_switch
