@@ -32,6 +32,8 @@ SEARCHES = frozenset(
     {"split", "rsplit", "partition", "rpartition", "startswith", "endswith", "find", "rfind", "index", "rindex",
      "count", "replace", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "trim"}
 )  # fmt: skip
+STEP = "_step"  # what templates are made to call
+MAX_STEPS = 1_000_000  # of a template that renders one conversation, in both forms
 SURROGATES = range(0xD800, 0xE000)  # no valid text contains these, so they can stand for what is not text
 
 
@@ -298,6 +300,8 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         self._now = datetime.now()
         environment.globals["strftime_now"] = lambda form: self._now.strftime(form)
+        environment.globals[STEP] = self._step
+        self._steps = 0
 
         written = [text for text in specials if text in source or text in named.values()]
         if len(written) > len(SURROGATES):
@@ -307,12 +311,12 @@ class ChatTemplate:
         self.ids = {stand_ins[text]: specials[text] for text in written}
         self._expand = {ord(stand_in): text for text, stand_in in stand_ins.items()}
         try:
-            tree = environment.parse(source)
+            tree = _counted(environment.parse(source))
             self.has_thinking_switch = any(
                 name.ctx == "load" and name.name in ("thinking", "enable_thinking")
                 for name in tree.find_all(nodes.Name)
             )
-            self._as_written = environment.from_string(source)
+            self._as_written = environment.from_string(tree)
             self._marked = environment.from_string(_mark(tree, stand_ins))
         except jinja2.TemplateSyntaxError as e:
             raise UserError(f"the chat template has a mistake in line {e.lineno}: {e.message}") from None
@@ -332,6 +336,7 @@ class ChatTemplate:
                 raise UserError("this checkpoint's chat template does not let thinking be switched on or off")
             variables |= {"thinking": thinking, "enable_thinking": thinking}
         self._now = datetime.now()  # one moment for both forms
+        self._steps = 0
         try:
             text = self._as_written.render(variables | self._named)
             marked = self._marked.render(variables | self._marked_named)
@@ -346,9 +351,24 @@ class ChatTemplate:
                     raise UserError(f"the chat template assembles {token!r} from pieces, not supported; use --raw")
         return text, marked
 
+    def _step(self) -> str:
+        self._steps += 1
+        if self._steps > MAX_STEPS:
+            raise jinja2.TemplateError(f"it is not done after {MAX_STEPS} steps")
+        return ""
+
     def split(self, marked: str) -> list[str]:
         """Stand-ins and the runs of ordinary text between them, in order."""
         return [run for run in re.split(f"([{chr(SURROGATES[0])}-{chr(SURROGATES[-1])}])", marked) if run]
+
+
+def _counted(tree: nodes.Template) -> nodes.Template:
+    """Lets every turn of a loop and every call of a macro count as a step: nothing else ends an endless template."""
+    found: list[Any] = list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)))
+    for node in found:
+        step = nodes.Call(nodes.Name(STEP, "load"), [], [], None, None)
+        node.body.insert(0, nodes.Output([step]).set_lineno(node.lineno))
+    return tree
 
 
 def _mark(tree: nodes.Template, stand_ins: dict[str, str]) -> nodes.Template:
