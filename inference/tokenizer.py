@@ -33,7 +33,7 @@ SEARCHES = frozenset(
      "count", "replace", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "trim"}
 )  # fmt: skip
 STEP = "_step"  # what templates are made to call
-MAX_STEPS = 1_000_000  # of a template that renders one conversation, in both forms
+MAX_STEPS = 200_000  # of a template that renders one conversation, in both forms
 SURROGATES = range(0xD800, 0xE000)  # no valid text contains these, so they can stand for what is not text
 
 

@@ -1,11 +1,7 @@
 """Every kind of broken checkpoint is refused by everyone who must, in one line, and nothing is written."""
 
-import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
