@@ -446,6 +446,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, metavar="FILE", help="the model's config, where the directory has none")
     options = parser.parse_args()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    torch.set_num_threads(1)  # each of THREADS its own core
     try:
         report = check(options.checkpoint, options.quick, options.config)
     except UserError as e:
