@@ -1,6 +1,7 @@
 # make demo    two ranks answer demo/prompts.txt       make test    the test suite (CPU, about ten minutes at most)
 # make chat    talk to the demo                        make check   lint, types and tests
 # make bench   benchmarks, into the README             make trust   tests in their long form as well
+# make serve   the demo over HTTP, on port 8000
 #
 # The first use of any of them makes .venv and installs the pinned requirements; nothing else is needed beforehand.
 # Another Python than python3:  make demo PYTHON=python3.12
@@ -12,12 +13,13 @@ PIP    := $(BIN)/python -m pip install --disable-pip-version-check
 
 # An install is remembered by the contents of the requirements, so that it is repeated when they change, and only then.
 INSTALLED := $(VENV)/.installed-$(shell cat requirements.txt | cksum | cut -d' ' -f1)
-DEVELOPER := $(VENV)/.developer-$(shell cat requirements.txt requirements-dev.txt | cksum | cut -d' ' -f1)
+SERVING   := $(VENV)/.serving-$(shell cat requirements.txt requirements-serve.txt | cksum | cut -d' ' -f1)
+DEVELOPER := $(VENV)/.developer-$(shell cat requirements.txt requirements-serve.txt requirements-dev.txt | cksum | cut -d' ' -f1)
 
-# The index is what convert.py writes last, so its date is the date of the whole conversion.
+# The manifest is what convert.py writes last, so its date is the date of the whole conversion.
 CONVERTED := build/demo-mp2/model-mp2.index.json
 
-.PHONY: demo chat test trust lint types check bench clean
+.PHONY: demo chat serve test trust lint types check bench clean
 
 demo: $(CONVERTED)
 	$(BIN)/torchrun --standalone --nproc-per-node 2 inference/generate.py --ckpt-path build/demo-mp2 \
@@ -26,11 +28,15 @@ demo: $(CONVERTED)
 chat: $(INSTALLED)
 	@$(BIN)/python inference/generate.py --ckpt-path demo/checkpoint --interactive --temperature 0 --max-new-tokens 400
 
+serve: $(SERVING)
+	$(BIN)/python inference/server.py --ckpt-path demo/checkpoint --model-name demo --mtp 1
+
 test: $(DEVELOPER)
 	$(BIN)/python -m pytest -n 2
 
 trust: $(DEVELOPER)
-	$(BIN)/python -m pytest -n 2 -m "trust or not trust" --timeout 7200
+	$(BIN)/python -m pytest -n 2 -m "trust or not trust" --timeout 7200 \
+	    --record benchmarks/results/trust.json
 
 lint: $(DEVELOPER)
 	$(BIN)/ruff check
@@ -48,7 +54,7 @@ clean:
 	rm -rf build/demo-mp2 .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-$(CONVERTED): $(wildcard demo/checkpoint/*) inference/convert.py inference/weights.py inference/tensorfile.py | $(INSTALLED)
+$(CONVERTED): $(wildcard demo/checkpoint/*) $(addprefix inference/,convert.py weights.py manifest.py tensorfile.py) | $(INSTALLED)
 	$(BIN)/python inference/convert.py --hf-ckpt-path demo/checkpoint --save-path build/demo-mp2 --model-parallel 2
 
 $(BIN)/python:
@@ -60,6 +66,10 @@ $(INSTALLED): | $(BIN)/python
 	$(PIP) -r requirements.txt
 	@rm -f $(VENV)/.installed-* && touch $@
 
+$(SERVING): | $(BIN)/python
+	$(PIP) -r requirements-serve.txt
+	@rm -f $(VENV)/.serving-* && touch $@ $(INSTALLED)
+
 $(DEVELOPER): | $(BIN)/python
 	$(PIP) -r requirements-dev.txt
-	@rm -f $(VENV)/.developer-* && touch $@ $(INSTALLED)
+	@rm -f $(VENV)/.developer-* && touch $@ $(INSTALLED) $(SERVING)

@@ -41,6 +41,9 @@ class Request:
     params: SamplingParams
     choice: int = 0  # which of params.n answers to the prompt
     tokens: list[int] = field(default_factory=list)  # ids made, without the end token
+    drafted: list[bool] = field(default_factory=list)  # of each, whether the MTP module had proposed it
+    ends: list[int] = field(default_factory=list)  # of each, how long `text` was with it
+    controls: list[int] = field(default_factory=list)  # where in `text` control tokens begin (see Tokenizer.is_control)
     text: str = ""
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -132,38 +135,25 @@ class Engine:
         progress        whether rank 0 shows a bar while it records them
         """
         self.model, self.tokenizer, self.tp = model, tokenizer, model.tp
-        if not 0 <= mtp <= 4:
-            raise UserError(f"--mtp is {mtp}, expected from 0 to 4")
-        if mtp and not len(model.mtp):
-            raise UserError("--mtp needs an MTP module, and this checkpoint has none")
         self.mtp, self.deterministic = mtp, deterministic
         wanted = model.args.max_seq_len if max_model_len is None else max_model_len
-        if not 1 < wanted <= model.args.max_seq_len:
-            raise UserError(f"--max-model-len is {wanted}, expected from 2 to this model's {model.args.max_seq_len}")
-        if max_num_seqs < 1 or max_num_batched_tokens < 1:
-            raise UserError("--max-num-seqs and --max-num-batched-tokens must be at least 1")
+        asked = memory.Limits(wanted, max_num_seqs, max_num_batched_tokens, mtp)
+        check_limits(asked, model.args, len(model.mtp) > 0)
         if graphs is None:
             graphs = records(model.device.type == "cuda", model.num.dtype)
         if n_pages is None:
-            most = max_num_seqs * -(-(wanted + mtp) // PAGE_SIZE)
+            most = max_num_seqs * asked.pages
             if kv_cache_gib is None:
-                limits = memory.Limits(wanted, max_num_seqs, max_num_batched_tokens, mtp, bool(graphs))
+                limits = replace(asked, graphs=bool(graphs))
                 rank, free = rank_of(model), free_memory(model.device)
                 fit = min(most, memory.pages_that_fit(rank, limits, free, shrink=max_model_len is None))
             else:
                 fit = int(kv_cache_gib * 2**30) // model.page_bytes
             n_pages = self.tp.min_int(fit)
-        if n_pages * PAGE_SIZE < wanted + mtp:
-            holds = max(n_pages * PAGE_SIZE - mtp, 0)
-            if max_model_len is not None or holds < 2:
-                raise UserError(f"--max-model-len {wanted} needs {-(-(wanted + mtp) // PAGE_SIZE)} pages of cache and "
-                                f"memory holds {n_pages}; ask for at most {holds}")  # fmt: skip
-            wanted = holds
-        self.max_model_len = wanted
+        self.max_model_len = length_that_fits(asked, n_pages, shrink=max_model_len is None)
         self.cache = model.new_cache(n_pages + bool(graphs))  # one page more takes what fills a graph's batch up
         pool = PagePool(n_pages, PAGE_SIZE, lookahead=int(mtp > 0))
-        budget = max(max_num_batched_tokens, max_num_seqs * (1 + mtp))
-        self.scheduler = Scheduler(pool, max_num_seqs, budget, mtp, reuse)
+        self.scheduler = Scheduler(pool, max_num_seqs, asked.budget, mtp, reuse)
         self._step_graphs: Graphs | None = None
         self._draft_graphs: list[Graphs] = []
         if graphs:
@@ -221,7 +211,7 @@ class Engine:
                 if tp.size > 1:
                     print(why, file=sys.stderr)
             has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
-            check_memory(memory.Rank(args, num, tp.size, device.type != "cpu", has_mtp), device, limits)
+            check_start(memory.Rank(args, num, tp.size, device.type != "cpu", has_mtp), device, limits)
             return checkpoint, args, num, has_mtp
 
         checkpoint, args, num, has_mtp = tp.together(choose)  # what is free is looked at before any rank takes of it
@@ -441,9 +431,12 @@ class Engine:
                 finish = "stop"
             else:
                 request.tokens.append(token)
+                request.drafted.append(i + 1 < len(tokens))
                 if params.logprobs is not None:
                     request.logprobs.append(logprob(logits[i], token, params.logprobs))
-                if self._say(request, request._stream.push(token) if request._stream else ""):
+                found = self._say(request, self._spell(request, token))
+                request.ends.append(len(request.text))
+                if found:
                     finish = "stop"
                 elif job.n_known + i + 1 >= job.capacity:
                     finish = "length"
@@ -455,6 +448,17 @@ class Engine:
     def _ends(self, token: int, params: SamplingParams) -> bool:
         ends = self.tokenizer is not None and token in self.tokenizer.eos_ids and not params.ignore_eos
         return ends or token in params.stop_token_ids
+
+    def _spell(self, request: Request, token: int) -> str:
+        """The characters that a token completes."""
+        if request._stream is None:
+            return ""
+        assert self.tokenizer is not None
+        piece = request._stream.push(token)
+        if piece and self.tokenizer.is_control(token):
+            before = len(request.text) + len(request._held)
+            request.controls.append(before + len(piece) - len(self.tokenizer.name(token).decode()))
+        return piece
 
     def _say(self, request: Request, piece: str) -> bool:
         """Adds text to a request, up to the first stop text if there is one; True if there is. What may be the
@@ -671,19 +675,47 @@ def rank_of(model: Transformer) -> memory.Rank:
     return memory.Rank(model.args, model.num, model.tp.size, model.device.type != "cpu", len(model.mtp) > 0)
 
 
-def check_memory(rank: memory.Rank, device: torch.device, limits: dict[str, Any]) -> None:
-    """Refuses, before anything is loaded, a run that this rank's memory cannot hold. `limits` are the constructor's;
-    what they do not say is as the constructor has it. Raises UserError."""
+def check_limits(limits: memory.Limits, args: ModelArgs, has_mtp: bool) -> None:
+    """Raises UserError for what this model cannot do, whatever memory there is."""
+    if not 0 <= limits.mtp <= 4:
+        raise UserError(f"--mtp is {limits.mtp}, expected from 0 to 4")
+    if limits.mtp and not has_mtp:
+        raise UserError("--mtp needs an MTP module, and this checkpoint has none")
+    length, most = limits.max_model_len, args.max_seq_len
+    if not 1 < length <= most:
+        raise UserError(f"--max-model-len is {length}, expected from 2 to this model's {most}")
+    if limits.max_num_seqs < 1 or limits.max_num_batched_tokens < 1:
+        raise UserError("--max-num-seqs and --max-num-batched-tokens must be at least 1")
+
+
+def length_that_fits(limits: memory.Limits, n_pages: int, shrink: bool) -> int:
+    """The tokens of a conversation that a pool of so many pages holds: as asked, or with `shrink` fewer. Raises
+    UserError."""
+    if n_pages >= limits.pages:
+        return limits.max_model_len
+    holds = max(n_pages * PAGE_SIZE - limits.mtp, 0)
+    if not shrink or holds < 2:
+        raise UserError(f"--max-model-len {limits.max_model_len} needs {limits.pages} pages of cache and memory holds "
+                        f"{n_pages}; ask for at most {holds}")  # fmt: skip
+    return holds
+
+
+def check_start(rank: memory.Rank, device: torch.device, limits: dict[str, Any]) -> None:
+    """Refuses, before anything is loaded, limits that the model does not have, and a run that this rank's memory cannot
+    hold. `limits` are the constructor's; what they do not say is as the constructor has it. Raises UserError."""
     weights.check_ranks(rank.args, rank.ranks, rank.num.gemm is not None, rank.experts)
     shrink = limits.get("max_model_len") is None
     named = {f.name: limits[f.name] for f in fields(memory.Limits) if limits.get(f.name) is not None}
-    named["max_model_len"] = min(named.get("max_model_len", rank.args.max_seq_len), rank.args.max_seq_len)
-    asked = memory.Limits(**named)
-    cache = None
-    if limits.get("n_pages") is not None:
-        cache = limits["n_pages"] * memory.page_bytes(rank)
+    asked = memory.Limits(**{"max_model_len": rank.args.max_seq_len, **named})
+    check_limits(asked, rank.args, rank.mtp)
+    n_pages, cache = limits.get("n_pages"), None
+    if n_pages is not None:
+        cache = n_pages * memory.page_bytes(rank)
     elif limits.get("kv_cache_gib") is not None:
         cache = int(limits["kv_cache_gib"] * 2**30)
+        n_pages = cache // memory.page_bytes(rank)
+    if n_pages is not None:
+        length_that_fits(asked, n_pages, shrink)
     memory.check_fits(rank, asked, free_memory(device), cache, shrink)
 
 

@@ -15,19 +15,18 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+import commandline
+import requestfields
+from commandline import Parser, complain
 from errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
-    import torch
-
     from engine import Engine, Prompt, Request
     from parallel import Group
     from sampling import Logprob, SamplingParams
 
-VERSION = "0.1.0"
-TIMEOUT = 300.0
 LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # to some readers; JSON allows them bare
 HINT = "(Ctrl-C stops an answer, /clear forgets the conversation, /exit leaves)"
 
@@ -37,23 +36,11 @@ HINT = "(Ctrl-C stops an answer, /clear forgets the conversation, /exit leaves)"
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises UserError for wrong use, and lets only rank 0 speak."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            super()._print_message(message, file)
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Raises UserError for wrong use."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
+    commandline.add_checkpoint_flags(parser)
     add = parser.add_argument
-    add("--ckpt-path", required=True, metavar="DIR", help="checkpoint: Hugging Face's, or converted by convert.py")
-    add("--config", metavar="FILE", help="the model's config, where the checkpoint has no config.json")
     add("--interactive", action="store_true", help="a conversation in the terminal")
     add("--input-file", metavar="FILE", help="one prompt a line, or .jsonl requests in the OpenAI batch format")
     add("--output-file", metavar="FILE", help="also write the answers here, one JSON object a line")
@@ -70,27 +57,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--system", metavar="TEXT", help="a system message before each conversation")
     add("--no-thinking", action="store_true", help="for chat templates that can leave thinking out (DeepSeek-V3.1)")
     add("--raw", action="store_true", help="no chat template: complete the text (base models)")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="what to compute in")
-    add("--gemm", choices=("auto", "fp8", "bf16"), default="auto",
-        help="FP8 weights times FP8 (W8A8) or bf16 (W8A16) activations (default: as the GPU allows)")  # fmt: skip
-    add("--experts", choices=("auto", "whole", "split"), default="auto",
-        help="a rank has some whole, or a share of each (default: as converted, else split if that fits)")  # fmt: skip
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: a GPU if there is one")
-    add("--max-model-len", type=positive, metavar="N", help="most tokens of prompt and answer (default: as fit)")
-    add("--max-num-seqs", type=positive, default=8, metavar="N", help="prompts answered at a time (default: 8)")
-    add("--max-num-batched-tokens", type=positive, default=2048, metavar="N",
-        help="tokens one forward takes, prompts in chunks (default: 2048)")  # fmt: skip
-    add("--kv-cache-gib", type=gib, metavar="GIB", help="memory a rank gives the latent cache (default: as fits)")
-    add("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="fp8: latents in 0.57 of the bytes")
-    add("--mtp", type=int, default=0, metavar="K",
-        help="tokens the MTP module drafts a step, 0 to 4; greedy answers stay the same (default: 0)")  # fmt: skip
-    add("--deterministic", action="store_true", help="bitwise the same logits for a prompt in any company; slower")
-    add("--eager", action="store_true", help="no CUDA graphs: starts sooner, decodes slower")
     add("--stats", action="store_true", help="say at the end what the cache and the drafts were worth")
-    add("--threads", type=positive, metavar="N", help="CPU threads a rank (default: the cores over the host's ranks)")
-    add("--timeout", type=seconds, default=TIMEOUT, metavar="S",
-        help="seconds a rank waits for another before it gives up (default: 300)")  # fmt: skip
-    add("--version", action="version", version=f"generate.py {VERSION}")
+    commandline.add_engine_flags(parser)
     options = parser.parse_args(arguments)
     if options.interactive == (options.input_file is not None):
         parser.error("give either --interactive or --input-file")
@@ -101,41 +69,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.raw and options.no_thinking:
         parser.error("--no-thinking needs the chat template that --raw leaves out")
     return options
-
-
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
-def gib(text: str) -> float:
-    if not 0 < (value := float(text)) < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of GiB")
-    return value
-
-
-def seconds(text: str) -> float:
-    if not 1 <= (value := float(text)) <= 7 * 86400:
-        raise argparse.ArgumentTypeError(f"{text} is not from 1 second to a week")
-    return value
-
-
-def choose_device(name: str, local_rank: int, local_size: int) -> "torch.device":
-    """This rank's device. Raises UserError when a GPU is asked for and missing, or there are more ranks than GPUs."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU that this build of torch can use")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_size > (gpus := torch.cuda.device_count()):
-        raise UserError(
-            f"{local_size} ranks on a host with {gpus} GPU{'s' * (gpus > 1)}: start as many, or --device cpu"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 def default_params(options: argparse.Namespace) -> "SamplingParams":
@@ -249,43 +182,26 @@ def last_text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else ""
 
 
-NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-INTEGERS = {"top_k": "top_k", "n": "n", "seed": "seed", "max_tokens": "max_new_tokens",
-            "max_completion_tokens": "max_new_tokens"}  # fmt: skip
-WITHOUT_EFFECT = {"model", "user", "metadata", "store", "stream", "stream_options", "service_tier",
-                  "safety_identifier", "prompt_cache_key"}  # fmt: skip
-OFF: dict[str, tuple] = {  # what is not implemented, with the values that do not ask for it
-    "best_of": (1,), "logit_bias": ({},), "tools": ([],), "response_format": ({"type": "text"},),
-}  # fmt: skip
-
-
 def sampling_fields(body: dict[str, Any], kind: str) -> dict[str, Any]:
-    """SamplingParams' fields from a request's. Raises UserError for a field that would change the answer and is not
-    implemented: to leave it out silently would be to answer something else."""
-    fields: dict[str, Any] = {}
-    for name, value in body.items():
-        if name == kind or name in WITHOUT_EFFECT or value is None:
-            continue
-        if name in NUMBERS:
-            if not is_number(value):
-                raise UserError(f"body.{name} is {value!r}, expected a number")
-            fields[name] = float(value)
-        elif name in INTEGERS:
-            if type(value) is not int:
-                raise UserError(f"body.{name} is {value!r}, expected an integer")
-            if name != "max_tokens" or body.get("max_completion_tokens") is None:  # the older name of the two
-                fields[INTEGERS[name]] = value
-        elif name in ("logprobs", "top_logprobs"):
-            fields |= logprob_fields(body, kind)
-        elif name == "stop":
-            texts = [value] if isinstance(value, str) else value
-            if not isinstance(texts, list):
-                raise UserError(f"body.stop is {value!r}, expected a text or a list of texts")
-            fields[name] = tuple(texts)
-        elif name not in OFF:
-            raise UserError(f"body.{name} is not supported")
-        elif not any(type(value) is type(off) and value == off for off in OFF[name]):
-            raise UserError(f"body.{name} is not supported with the value {value!r}")
+    """SamplingParams' fields from a request's. Raises UserError for a field that cannot have its effect."""
+    known = {kind, "logprobs", "top_logprobs", "stop", *requestfields.NUMBERS, *requestfields.INTEGERS}
+    try:
+        values = requestfields.effective(body, known)
+    except UserError as e:
+        raise UserError(f"body.{e}") from None
+    for name, value in values.items():
+        if name in requestfields.NUMBERS and not is_number(value):
+            raise UserError(f"body.{name} is {value!r}, expected a number")
+        if name in requestfields.INTEGERS and type(value) is not int:
+            raise UserError(f"body.{name} is {value!r}, expected an integer")
+    fields = requestfields.sampling(values)
+    if "logprobs" in values or "top_logprobs" in values:
+        fields |= logprob_fields(body, kind)
+    if "stop" in values:
+        texts = [values["stop"]] if isinstance(values["stop"], str) else values["stop"]
+        if not isinstance(texts, list):
+            raise UserError(f"body.stop is {texts!r}, expected a text or a list of texts")
+        fields["stop"] = tuple(texts)
     return fields
 
 
@@ -457,7 +373,7 @@ def converse(engine: "Engine", params: "SamplingParams", options: argparse.Names
 
     assert engine.tokenizer is not None
     messages: list[dict] = []
-    with Terminal() as terminal:
+    with Terminal(engine.tp.stopped) as terminal:
         if terminal.is_tty:
             print(HINT, file=sys.stderr, flush=True)
         while (line := terminal.ask(meanwhile=engine.step, every=options.timeout / 3)) is not None:
@@ -513,49 +429,19 @@ def say(text: str) -> None:
 
 def run(options: argparse.Namespace, tp: "Group") -> int:
     """Loads and answers; returns the exit status, the same on every rank. Raises UserError on all ranks alike."""
-    import parallel
-    from engine import Engine
 
-    _, _, local_rank, local_size = parallel.environment()
-    parallel.choose_threads(options.threads, local_size)
-
-    def prepare() -> tuple["torch.device", "SamplingParams | None", list[Job]]:
-        device = choose_device(options.device, local_rank, local_size)
-        if tp.rank > 0:
-            return device, None, []
+    def prepare() -> tuple["SamplingParams", list[Job]]:
         params = default_params(options)
         jobs = [] if options.interactive else read_jobs(options, params)
         if options.output_file is not None:
             check_output(options.output_file, options.input_file)
-        return device, params, jobs
+        return params, jobs
 
-    device, params, jobs = tp.together(prepare)
-    agree_on_flags(options, device, tp)
     thinking = False if options.no_thinking else None
-    engine = Engine.from_pretrained(
-        options.ckpt_path,
-        config=options.config,
-        device=device,
-        dtype=options.dtype,
-        gemm=options.gemm,
-        tp=parallel.on(device, tp),
-        progress=True,
-        chat=not options.raw,
-        thinking=thinking,
-        kv_cache_dtype=options.kv_cache_dtype,
-        experts=options.experts,
-        max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        kv_cache_gib=options.kv_cache_gib,
-        mtp=options.mtp,
-        deterministic=options.deterministic,
-        graphs=False if options.eager else None,
-    )
-    if tp.rank > 0:
-        engine.serve()
-        return tp.broadcast_ints([])[0]
-    assert params is not None
+    engine, prepared = commandline.load(options, tp, prepare, chat=not options.raw, thinking=thinking)
+    if prepared is None:
+        return commandline.follow(engine)
+    params, jobs = prepared
     try:
         status = (
             converse(engine, params, options)
@@ -570,78 +456,11 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
     except UserError as e:  # an output file that cannot be written further
         complain(str(e))
         status = 1
-    engine.close()
-    return tp.broadcast_ints([status])[0]
-
-
-def agree_on_flags(options: argparse.Namespace, device: "torch.device", tp: "Group") -> None:
-    """Ranks that were started differently would wait for each other, or compute different things, without a word."""
-    names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gib", "kv_cache_dtype", "mtp",
-             "deterministic", "eager", "dtype", "gemm", "experts", "raw")  # fmt: skip
-    mine = {"device": device.type, **{name: getattr(options, name) for name in names}}
-    first = json.loads(bytes(tp.broadcast_ints(list(json.dumps(mine).encode()))))
-
-    def check() -> None:
-        different = [f"--{name.replace('_', '-')} {mine[name]} (rank 0: {first[name]})" for name in mine
-                     if mine[name] != first[name]]  # fmt: skip
-        if different:
-            raise UserError(f"{', '.join(different)}: start every host with the same flags")
-
-    tp.together(check)
-
-
-def complain(text: str) -> None:
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    return commandline.finish(engine, status)
 
 
 def main() -> int:
-    if sys.stdin is None:  # closed: the next file opened would pass for it
-        os.open(os.devnull, os.O_RDONLY)
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    problem = None
-    try:
-        options = parse(sys.argv[1:])
-    except UserError as e:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            complain(str(e))
-            return 2
-        problem = e  # told once all ranks are there, by rank 0
-    import torch
-
-    import parallel
-
-    tp = parallel.SOLO
-    try:
-        tp = parallel.join(TIMEOUT if problem else options.timeout)
-
-        def usage() -> None:
-            if problem is not None:
-                raise problem
-
-        tp.together(usage)
-        status = run(options, tp)
-        parallel.stop()
-        return status
-    except UserError as e:
-        if tp.rank == 0:
-            complain(str(e))
-        with contextlib.suppress(parallel.RankFailure):
-            tp.barrier(10)  # torchrun ends the others as soon as one leaves: not before rank 0 has spoken
-        parallel.stop()
-        return 2
-    except parallel.RankFailure as e:
-        if tp.speaks:
-            complain(str(e))
-        status = 1
-    except torch.OutOfMemoryError as e:
-        complain(f"rank {tp.rank} is out of GPU memory: {str(e).splitlines()[0]}")
-        status = 1
-    except KeyboardInterrupt:
-        complain("interrupted")
-        status = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # the other ranks are in an unknown state: leave without waiting for them
+    return commandline.main(parse, run)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Shapes in comments:
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -76,6 +76,8 @@ class Batch:
     pages: torch.Tensor  # (B, P) int32, each sequence's pages in order, padded with 0
     few: Extent = Extent()  # the first sequences, up to the first that has more than FEW_ROWS new tokens
     many: Extent = Extent()  # the others
+    # What attention works out from lengths and bounds, once for all layers; a changed batch starts without.
+    memo: dict[Any, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def whole(self) -> Extent:

@@ -13,8 +13,9 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from commandline import Parser, positive
 from errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
@@ -25,16 +26,9 @@ SEQUENCES = (1, 8, 32, 128)
 RANKS = (*range(1, 17), 24, 32, 48, 64, 128)
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises UserError for wrong use."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the flags)")
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Raises UserError for wrong use."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--ckpt-path", metavar="DIR", help="a checkpoint; or only")
     add("--config", metavar="FILE", help="the model's config")
@@ -58,12 +52,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.ckpt_path is None and options.config is None:
         parser.error("give --config or --ckpt-path")
     return options
-
-
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 def bandwidth(text: str) -> float:

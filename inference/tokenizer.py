@@ -79,15 +79,21 @@ class Tokenizer:
         return ([] if self.bos_id is None else [self.bos_id]) + self._encode_plain(text)
 
     def encode_chat(
-        self, messages: list[dict[str, Any]], *, thinking: bool | None = None, add_generation_prompt: bool = True
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        thinking: bool | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
     ) -> list[int]:
         """The prompt for a conversation of `{"role", "content"}` messages, with exactly one BOS.
 
-        `thinking` switches a template that offers it (DeepSeek-V3.1); None leaves the template's default.
+        `thinking` switches a template that offers it (DeepSeek-V3.1); None leaves the template's default. `tools` are
+        offered to the model, by a template that can.
         Equal to encoding `render_chat`'s text with the full tokenizer whenever no message spells an added token.
         Raises UserError without a chat template, for messages the template cannot render and for invalid Unicode.
         """
-        marked = self._template.render(_checked(messages), thinking, add_generation_prompt)[1]
+        marked = self._template.render(_checked(messages), thinking, add_generation_prompt, tools)[1]
         ids: list[int] = []
         for run in self._template.split(marked):
             if run in self._template.ids:
@@ -99,10 +105,15 @@ class Tokenizer:
         return ids
 
     def render_chat(
-        self, messages: list[dict[str, Any]], *, thinking: bool | None = None, add_generation_prompt: bool = True
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        thinking: bool | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
     ) -> str:
         """The text of the prompt that `encode_chat` encodes; the same errors."""
-        return self._template.render(_checked(messages), thinking, add_generation_prompt)[0]
+        return self._template.render(_checked(messages), thinking, add_generation_prompt, tools)[0]
 
     @property
     def has_chat_template(self) -> bool:
@@ -122,6 +133,11 @@ class Tokenizer:
         """Whether the chat template reads `thinking`; if not, asking for it is a UserError."""
         return self.has_chat_template and self._template.has_thinking_switch
 
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the chat template reads `tools`; if not, offering some is a UserError."""
+        return self.has_chat_template and self._template.knows_tools
+
     def starts_thinking(self, prompt_ids: list[int]) -> bool:
         """Whether the prompt already opened `<think>`, so that the output begins inside it, without the tag."""
         for token_id in reversed(prompt_ids):
@@ -140,6 +156,19 @@ class Tokenizer:
     def stream(self) -> "TextStream":
         """A decoder that takes one id at a time and hands out whole characters."""
         return TextStream(self)
+
+    def name(self, token_id: int) -> bytes:
+        """One token's bytes, which may end within a character; of a control token, its name."""
+        return self._added_text[token_id].encode() if self.is_control(token_id) else self._piece(token_id)
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether it stands for itself, and is not text that somebody may have written."""
+        return token_id in self._added_text
+
+    @property
+    def chat_template(self) -> str | None:
+        """Its source."""
+        return self._template_source
 
     def _piece(self, token_id: int) -> bytes:
         """The bytes one token stands for: none for a hidden one, or for an id that only pads the embedding."""
@@ -240,8 +269,9 @@ class Tokenizer:
                 raise UserError(f"{self._path.parent}: token id {token_id} is not below vocab_size {vocab_size}")
 
     def _encode_plain(self, text: str) -> list[int]:
-        """Ids of `text` as text. The check keeps the promise for vocabularies that list control tokens as words."""
-        ids = self._plain.encode(text, add_special_tokens=False).ids
+        """Ids of `text` as text. The check keeps the promise for vocabularies that list control tokens as words.
+        (A batch, because the library lets other threads run meanwhile only for those.)"""
+        ids = self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
         leaked = self._added_text.keys() & set(ids)
         if leaked:
             raise UserError(f"{self._path}: text turns into the control token {self._added_text[leaked.pop()]!r}")
@@ -298,10 +328,6 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
-        self._now = datetime.now()
-        environment.globals["strftime_now"] = lambda form: self._now.strftime(form)
-        environment.globals[STEP] = self._step
-        self._steps = 0
 
         written = [text for text in specials if text in source or text in named.values()]
         if len(written) > len(SURROGATES):
@@ -312,10 +338,9 @@ class ChatTemplate:
         self._expand = {ord(stand_in): text for text, stand_in in stand_ins.items()}
         try:
             tree = _counted(environment.parse(source))
-            self.has_thinking_switch = any(
-                name.ctx == "load" and name.name in ("thinking", "enable_thinking")
-                for name in tree.find_all(nodes.Name)
-            )
+            read = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
+            self.has_thinking_switch = bool(read & {"thinking", "enable_thinking"})
+            self.knows_tools = "tools" in read
             self._as_written = environment.from_string(tree)
             self._marked = environment.from_string(_mark(tree, stand_ins))
         except jinja2.TemplateSyntaxError as e:
@@ -325,18 +350,24 @@ class ChatTemplate:
         self._marked_named = {name: stand_ins[text] for name, text in named.items()}
 
     def render(
-        self, messages: list[dict[str, Any]], thinking: bool | None, add_generation_prompt: bool
+        self,
+        messages: list[dict[str, Any]],
+        thinking: bool | None,
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None = None,
     ) -> tuple[str, str]:
         """The prompt's text, and the same with a stand-in for each control token. Raises UserError."""
         variables: dict[str, Any] = {
-            "messages": messages, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None,
+            "messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools, "documents": None,
+            "strftime_now": datetime.now().strftime,  # one moment for both forms
+            STEP: _Steps(),
         }  # fmt: skip
+        if tools is not None and not self.knows_tools:
+            raise UserError("this checkpoint's chat template knows no tools")
         if thinking is not None:
             if not self.has_thinking_switch:
                 raise UserError("this checkpoint's chat template does not let thinking be switched on or off")
             variables |= {"thinking": thinking, "enable_thinking": thinking}
-        self._now = datetime.now()  # one moment for both forms
-        self._steps = 0
         try:
             text = self._as_written.render(variables | self._named)
             marked = self._marked.render(variables | self._marked_named)
@@ -344,22 +375,29 @@ class ChatTemplate:
             raise UserError(f"the chat template cannot render these messages: {e}") from None
         if marked.translate(self._expand) != text:
             raise UserError("the chat template handles its control tokens in a way that is not supported; use --raw")
-        said = json.dumps(messages, ensure_ascii=False)
+        said = json.dumps([messages, tools], ensure_ascii=False)
         for run in self.split(marked):
             for token in self._specials.findall(run):
                 if json.dumps(token, ensure_ascii=False)[1:-1] not in said:  # no message spells it as a whole either
                     raise UserError(f"the chat template assembles {token!r} from pieces, not supported; use --raw")
         return text, marked
 
-    def _step(self) -> str:
-        self._steps += 1
-        if self._steps > MAX_STEPS:
-            raise jinja2.TemplateError(f"it is not done after {MAX_STEPS} steps")
-        return ""
-
     def split(self, marked: str) -> list[str]:
         """Stand-ins and the runs of ordinary text between them, in order."""
         return [run for run in re.split(f"([{chr(SURROGATES[0])}-{chr(SURROGATES[-1])}])", marked) if run]
+
+
+class _Steps:
+    """Called at every step of a template; raises after so many."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __call__(self) -> str:
+        self.taken += 1
+        if self.taken > MAX_STEPS:
+            raise jinja2.TemplateError(f"it is not done after {MAX_STEPS} steps")
+        return ""
 
 
 def _counted(tree: nodes.Template) -> nodes.Template:
@@ -398,8 +436,21 @@ def _mark(tree: nodes.Template, stand_ins: dict[str, str]) -> nodes.Template:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """Matches any of `texts`, the longest where several fit, as the tokenizer itself does; nothing for none."""
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+    """Matches any of `texts`, the longest where several fit, as the tokenizer itself does; nothing for none.
+
+    Written as a tree by first characters, so that a text full of beginnings costs no more for there being many.
+    """
+
+    def tree(rests: set[str]) -> str:
+        by_letter: dict[str, set[str]] = {}
+        for rest in rests - {""}:
+            by_letter.setdefault(rest[0], set()).add(rest[1:])
+        branches = "|".join(re.escape(letter) + tree(after) for letter, after in sorted(by_letter.items()))
+        if not branches:
+            return ""
+        return f"(?:{branches})?" if "" in rests else f"(?:{branches})" if len(by_letter) > 1 else branches
+
+    return re.compile(tree(set(texts)) or "(?!)")
 
 
 def _checked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

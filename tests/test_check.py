@@ -13,8 +13,8 @@ import check_checkpoint
 import damage
 from check_checkpoint import check
 from damage import KINDS, change_tensor, edit, good_checkpoint, place, put
+from manifest import HF_INDEX
 from test_convert import DEMO
-from weights import HF_INDEX
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ As in test_kernel.py: interpreted without a GPU, outputs NaN beforehand, inputs 
 """
 
 import math
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 
 import ops
 import reference
+from launches import only_listed_launches
 from ops import Weight
 from reference import Quantised, Routing
 
@@ -451,44 +451,25 @@ def test_tables_serve_every_size() -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
 def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    class Recorder:
-        def __init__(self, name: str, arg_names: list[str]) -> None:
-            self.name, self.arg_names = name, arg_names
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def launch(*args: Any, **kwargs: Any) -> None:
-                constant = {n: a for n, a in zip(self.arg_names, args, strict=False) if a is None}
-                asked.append((self.name, constant | kwargs))
-
-            return launch
-
-    listed = [
-        (c.kernel.fn.__name__, c.constexprs | c.options) for c in kernel_moe.configurations() if c.target == "sm_90"
-    ]
-    for name in ("router_kernel", "sort_kernel", "grouped_gemm_kernel", "combine_kernel"):
-        monkeypatch.setattr(kernel_moe, name, Recorder(name, getattr(kernel_moe, name).arg_names))
-    for n_experts, rule in kernel_moe.RULES.values():
-        for tokens in (1, 4, 5, 64, 65, 512, 513, None):
-            dtype = torch.bfloat16 if tokens else torch.float32
-            x, w = torch.zeros(tokens or 1, 7168, dtype=dtype), torch.zeros(n_experts, 7168, dtype=dtype)
-            kernel_moe.router(x, w, gate_bias(n_experts, rule) if rule.score_func == "sigmoid" else None, rule)
-    for tokens, k, share in ((1, 7168, 8), (600, 7168, 8), (2000, 7168, 8), (1, 256, 1), (600, 256, 1), (2000, 256, 1)):
-        ids = torch.zeros(tokens, 8, dtype=torch.int64)
-        rows = tokens * 8 // share
-        for w in (
-            Weight(torch.zeros(256, 1, k, dtype=E4M3), torch.zeros(256, 1, k // BLOCK), "fp8"),
-            Weight(torch.zeros(256, 1, k, dtype=E4M3), torch.zeros(256, 1, k // BLOCK)),
-            Weight(torch.zeros(256, 1, k, dtype=torch.bfloat16)),
-            Weight(torch.zeros(256, 1, k)),
-        ):
-            tile = kernel_moe.tile_for(kernel_moe.table_for(w, ids.device), ids.numel() // 256)
-            order, tiles = kernel_moe.sort(ids, 0, 256, tile.block_m)
-            x = torch.zeros(rows, k, dtype=torch.float32 if w.data.dtype == torch.float32 else torch.bfloat16)
-            if w.fp8:
-                x = Quantised(torch.zeros(rows, k, dtype=E4M3), torch.zeros(rows, k // BLOCK))
-            kernel_moe.grouped_gemm(x, w, order, tiles, share, tile)
-        kernel_moe.combine(torch.zeros(tokens * 8, 1).bfloat16(), torch.zeros(tokens, 8), ids, 0, 256, torch.zeros(tokens, 1))
-    assert all(request in listed for request in asked), [request for request in asked if request not in listed]
-    assert all(configuration in asked for configuration in listed)
+    with only_listed_launches(kernel_moe, monkeypatch):
+        for n_experts, rule in kernel_moe.RULES.values():
+            for tokens in (1, 4, 5, 64, 65, 512, 513, None):
+                dtype = torch.bfloat16 if tokens else torch.float32
+                x, w = torch.zeros(tokens or 1, 7168, dtype=dtype), torch.zeros(n_experts, 7168, dtype=dtype)
+                kernel_moe.router(x, w, gate_bias(n_experts, rule) if rule.score_func == "sigmoid" else None, rule)
+        for tokens, k, share in ((1, 7168, 8), (600, 7168, 8), (2000, 7168, 8), (1, 256, 1), (600, 256, 1), (2000, 256, 1)):
+            ids = torch.zeros(tokens, 8, dtype=torch.int64)
+            rows = tokens * 8 // share
+            for w in (
+                Weight(torch.zeros(256, 1, k, dtype=E4M3), torch.zeros(256, 1, k // BLOCK), "fp8"),
+                Weight(torch.zeros(256, 1, k, dtype=E4M3), torch.zeros(256, 1, k // BLOCK)),
+                Weight(torch.zeros(256, 1, k, dtype=torch.bfloat16)),
+                Weight(torch.zeros(256, 1, k)),
+            ):
+                tile = kernel_moe.tile_for(kernel_moe.table_for(w, ids.device), ids.numel() // 256)
+                order, tiles = kernel_moe.sort(ids, 0, 256, tile.block_m)
+                x = torch.zeros(rows, k, dtype=torch.float32 if w.data.dtype == torch.float32 else torch.bfloat16)
+                if w.fp8:
+                    x = Quantised(torch.zeros(rows, k, dtype=E4M3), torch.zeros(rows, k // BLOCK))
+                kernel_moe.grouped_gemm(x, w, order, tiles, share, tile)
+            kernel_moe.combine(torch.zeros(tokens * 8, 1).bfloat16(), torch.zeros(tokens, 8), ids, 0, 256, torch.zeros(tokens, 1))

@@ -478,6 +478,8 @@ def test_template_file_wins_and_bos_is_added_where_asked(tmp_path: Path) -> None
     tokenizer = Tokenizer.from_pretrained(folder)
     assert tokenizer.render_chat(chat("a")) == "a</s>"
     assert tokenizer.encode_chat(chat("a")) == [0, *tokenizer.encode_text("a")[1:], 1]
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}", encoding="utf-8")
+    assert Tokenizer.from_pretrained(folder).encode_chat(chat("a")) == tokenizer.encode_text("a"), "one is enough"
 
 
 def test_named_templates(tmp_path: Path) -> None:

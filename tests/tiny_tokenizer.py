@@ -18,15 +18,16 @@ TEMPLATE = (
 VOCAB_SIZE = 320  # rows of the embedding, the last of them unused; divides by 2, 4 and 8
 
 
-def write_tokenizer(folder: Path, template: str | None = TEMPLATE) -> None:
-    """Writes tokenizer.json and tokenizer_config.json: BOS 0, EOS 1, a pad token, 256 bytes, User, Assistant."""
+def write_tokenizer(folder: Path, template: str | None = TEMPLATE, more: tuple[str, ...] = ()) -> None:
+    """Writes tokenizer.json and tokenizer_config.json: BOS 0, EOS 1, a pad token, 256 bytes, User, Assistant, and `more`
+    control tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [BOS, EOS, "<｜▁pad▁｜>", *letters, "<｜User｜>", "<｜Assistant｜>"]
+    tokens = [BOS, EOS, "<｜▁pad▁｜>", *letters, "<｜User｜>", "<｜Assistant｜>", *more]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens[:3]])
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens[-2:]])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens[259:]])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"bos_token": BOS, "eos_token": EOS, "add_bos_token": False}
     if template is not None:

@@ -1,0 +1,116 @@
+"""Answers over HTTP, in OpenAI's API, with a DeepSeek-V3, V2 or Kimi-K2 checkpoint.
+
+  python server.py --ckpt-path CKPT
+  torchrun --nproc-per-node 8 server.py --ckpt-path CKPT --host 0.0.0.0 --api-key @FILE
+
+Routes: /v1/chat/completions, /v1/completions, /v1/models, /health, /version, /metrics, and a page to talk to it at /.
+Listens on this machine only, unless an API key is given. The first SIGTERM or Ctrl-C lets running answers finish, the
+second ends at once.
+
+Exit status: 0 ended by a signal; 1 a rank was lost; 2 wrong use, or a checkpoint that cannot be used.
+"""
+
+import argparse
+import asyncio
+import ipaddress
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import commandline
+from commandline import Parser, positive
+from errors import UserError
+
+if TYPE_CHECKING:
+    from engine import Engine
+    from parallel import Group
+
+KEY_VARIABLE = "SERVER_API_KEY"
+SHORTEST_KEY = 8
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Raises UserError for wrong use."""
+    parser = Parser(__doc__)
+    commandline.add_checkpoint_flags(parser)
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default: 127.0.0.1)")
+    add("--port", type=port, default=8000, metavar="N", help="to listen on, 0 for any (default: 8000)")
+    add("--api-key", metavar="KEY", help=f"clients must send it; @FILE reads it from a file (default: ${KEY_VARIABLE}, "
+        "which unlike a flag other users cannot see); needed to listen on other addresses than loopback")  # fmt: skip
+    add("--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="let web pages of this origin (https://example.com) use the API; may be given several times")  # fmt: skip
+    add("--model-name", metavar="NAME", help="what clients call the model (default: the checkpoint directory's name)")
+    add("--max-queue", type=positive, default=256, metavar="N", help="requests that may wait (default: 256)")
+    add("--drain-seconds", type=float, default=20.0, metavar="S",
+        help="time running answers have to finish when the server is told to end (default: 20)")  # fmt: skip
+    commandline.add_engine_flags(parser)
+    options = parser.parse_args(arguments)
+    options.api_key = read_key(options.api_key or os.environ.get(KEY_VARIABLE) or None)
+    if not 0 <= options.drain_seconds <= 86400:
+        parser.error(f"--drain-seconds is {options.drain_seconds}, expected from 0 to a day")
+    if not is_loopback(options.host) and options.api_key is None:
+        parser.error(f"--host {options.host} lets other machines in: that needs --api-key")
+    if options.model_name is None:
+        options.model_name = Path(options.ckpt_path).resolve().name
+    return options
+
+
+def port(text: str) -> int:
+    if not 0 <= (value := int(text)) < 65536:
+        raise argparse.ArgumentTypeError(f"{text} is no port")
+    return value
+
+
+def read_key(given: str | None) -> str | None:
+    """Raises UserError for a key that a header cannot carry, or that is soon guessed."""
+    if given is not None and given.startswith("@"):
+        try:
+            given = Path(given[1:]).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--api-key {given}: {getattr(e, 'strerror', None) or e}") from None
+    if given is not None and (len(given) < SHORTEST_KEY or not all("!" <= letter <= "~" for letter in given)):
+        raise UserError(f"--api-key: expected at least {SHORTEST_KEY} printable ASCII characters, without spaces")
+    return given
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Raises UserError for an address that cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+    except OSError as e:
+        raise UserError(f"--host {host} --port {port}: {e.strerror or e}") from None
+    return listener
+
+
+def run(options: argparse.Namespace, tp: "Group") -> int:
+    """Serves until told to end; returns the exit status. Raises UserError on all ranks alike."""
+    listener = tp.together(lambda: listen(options.host, options.port) if tp.rank == 0 else None)
+    if listener is None:
+        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun tells every rank, and rank 0 may still have answers
+            signal.signal(number, signal.SIG_IGN)
+        return commandline.follow(commandline.load(options, tp, lambda: None, chat=False)[0])
+    import service
+
+    def load() -> "Engine":
+        return commandline.load(options, tp, lambda: None, chat=False)[0]
+
+    return asyncio.run(service.serve(options, listener, load))
+
+
+if __name__ == "__main__":
+    sys.exit(commandline.main(parse, run, heeds_signals=True))
