@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 HF_INDEX = "model.safetensors.index.json"
 EVERYBODY = ("load", "convert", "cast", "check")
 NOT_TO_CAST = ("load", "convert", "check")  # it is BF16 already
+SEALED = ("load", "check", "verify")  # a manifest says what was written
 LOADERS = ("load", "check")  # converted files are no source, and text is none of a converter's business
 WEIGHT, SCALE, BIAS = "layers.1.self_attn.o_proj.weight", "layers.1.self_attn.o_proj.weight_scale_inv", "correction_bias"
 
@@ -29,7 +30,7 @@ WEIGHT, SCALE, BIAS = "layers.1.self_attn.o_proj.weight", "layers.1.self_attn.o_
 class Kind(NamedTuple):
     good: str  # what it is made from: see good_checkpoint
     damage: Callable[[Path], Any]  # breaks a directory; returns names that the refusal must give
-    by: tuple[str, ...]  # who must refuse it: load, convert, cast, check
+    by: tuple[str, ...]  # who must refuse it: load, convert, cast, check, verify (generate.py --verify)
     says: tuple[str, ...]  # what else the refusal must say
 
 
@@ -52,10 +53,12 @@ def add_kinds(good: str, by: tuple[str, ...], cases: dict[str, tuple]) -> None:
 
 def good_checkpoint(folder: Path, good: str) -> None:
     """Writes a small random checkpoint: "fp8" in shards, "ue8m0" the same with powers of two as scales, "bf16" in one
-    file, "converted" by convert.py for two ranks, "upstream" as the V3 repository's converter leaves it."""
+    file, "converted" by convert.py for two ranks, "cast" by fp8_cast_bf16.py, "upstream" as the V3 repository's converter
+    leaves it."""
     from checkpoints import fp8_sizes, make_checkpoint
     from convert import convert
     from families import V3
+    from fp8_cast_bf16 import cast
     from test_weights import write_upstream
     from tiny_tokenizer import VOCAB_SIZE, write_tokenizer
 
@@ -63,11 +66,13 @@ def good_checkpoint(folder: Path, good: str) -> None:
     config = V3 | fp8_sizes(2) | experts | {"vocab_size": VOCAB_SIZE, "num_hidden_layers": 2}
     if good == "ue8m0":
         config["quantization_config"] = {"scale_fmt": "ue8m0"}
-    if good in ("converted", "upstream"):
+    if good in ("converted", "cast", "upstream"):
         source = folder.with_name(f"{folder.name}-source")
         good_checkpoint(source, "fp8")
         if good == "converted":
             convert(source, folder, 2)
+        elif good == "cast":
+            cast(source, folder, torch.device("cpu"))
         else:
             write_upstream(source, folder, 2, config)
             for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -765,7 +770,75 @@ def mixed_norm(folder: Path) -> str:
     return file.name
 
 
-add_kinds("converted", LOADERS, {
+def seal(change: Callable[[dict], Any], folder: Path) -> str:
+    """Changes the manifest of a conversion."""
+    edit_json(folder / MANIFEST, change)
+    return MANIFEST
+
+
+def first_of(raw: dict) -> dict[str, Any]:
+    return raw["files"][min(raw["files"])]
+
+
+def other_checksum(raw: dict) -> None:
+    tensors = first_of(raw)["tensors"]
+    tensors["layers.0.attn.wo.weight"] = "00000000" + tensors["layers.0.attn.wo.weight"][8:]
+
+
+def respace(folder: Path) -> str:
+    """Changes bytes of a header that mean nothing."""
+    file = files(folder)[0]
+    data = file.read_bytes()
+    end = 8 + text_of(data)
+    text = data[8:end].rstrip()
+    assert len(text) < end - 8
+    file.write_bytes(data[:8] + text + b"\n" * (end - 8 - len(text)) + data[end:])
+    return file.name
+
+
+MANIFEST = "model-mp2.index.json"
+DAMAGED = "damaged; copy the directory again or convert again"
+add_kinds("converted", SEALED, {
+    "manifest that is no JSON": (write_file, MANIFEST, "{", "not readable as JSON"),
+    "manifest that is a pipe": (pipe, MANIFEST, "not a regular file"),
+    "manifest of another version": (seal, lambda raw: raw.update(version=7), "'deepseek-v3-ranks' version 7: convert again"),
+    "manifest of other ranks": (seal, lambda raw: raw.update(ranks=4), DAMAGED),
+    "manifest of another layout": (seal, lambda raw: raw.update(experts="half"), DAMAGED),
+    "manifest without files": (seal, lambda raw: raw.update(files={}), DAMAGED),
+    "manifest with half a hash": (seal, lambda raw: first_of(raw).update(sha256="00"), DAMAGED),
+    "manifest without a rank": (seal, lambda raw: raw["files"].pop(min(raw["files"])) and None, DAMAGED),
+    "manifest with .. in a name": (seal, lambda raw: raw["files"].update({"../x.safetensors": first_of(raw)}), PLAIN),
+    "manifest with a newline in a name": (seal, lambda raw: raw["files"].update({"x\n.safetensors": first_of(raw)}), PLAIN),
+    "manifest with duplicate keys": (prepend, MANIFEST, '{"version": 2,', "'version' is there twice"),
+    "manifest with another size": (lambda folder: seal(lambda raw: first_of(raw).update(bytes=1), folder) and None,
+                                   "expected 1 bytes, found"),
+    "manifest with a file more": (lambda folder: seal(lambda raw: raw["files"].update(
+        {"model7.safetensors": first_of(raw)}), folder) and "model7.safetensors", "" ),
+    "manifest with a tensor more": (lambda folder: seal(lambda raw: first_of(raw)["tensors"].update(
+        {"stray.weight": "0" * 73}), folder) and "stray.weight", "names it, but the file lacks it"),
+    "manifest with another checksum": (lambda folder: seal(other_checksum, folder) and "layers.0.attn.wo.weight",
+                                       "damaged: its checksum is"),
+})  # fmt: skip
+add_kinds("converted", LOADERS, {"no manifest": (remove, MANIFEST, "its manifest is missing; copy the directory or convert")})
+add_kinds("converted", ("verify",), {
+    "spaces of a header changed": (respace, ""),
+    "tokenizer changed since": (tokenise_so, lambda raw: raw.update(version="1.1"), ""),
+})  # fmt: skip
+CAST_MANIFEST = "model.safetensors.manifest.json"
+add_kinds("cast", ("load", "convert", "check"), {
+    "cast without its manifest": (remove, CAST_MANIFEST, f"{CAST_MANIFEST}: missing, though the cast wrote"),
+})  # fmt: skip
+add_kinds("cast", ("load", "convert", "check", "verify"), {
+    "cast with a flipped bit": (set_byte, WEIGHT, 0x55, "damaged: its checksum is"),
+    "cast cut short": (rank_cut, "bytes, found"),
+    "cast with a shard missing": (rank_missing, "missing"),
+    "cast manifest that is no JSON": (write_file, CAST_MANIFEST, "", "not readable as JSON"),
+})  # fmt: skip
+add_kinds("cast", ("load", "convert", "check"), {
+    "cast with an index of another": (lambda folder: (reindex(folder, lambda m: m.popitem()) and HF_INDEX) or HF_INDEX,
+                                      "places tensors elsewhere than"),
+})  # fmt: skip
+add_kinds("converted", SEALED, {
     "rank missing": (rank_missing, "missing"),
     "rank cut short": (rank_cut, "bytes, found"),
     "rank of another conversion": (other_conversion, "damaged: its checksum is"),
