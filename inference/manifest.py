@@ -179,9 +179,9 @@ def check_target(target: Path, mark: dict[str, str], config: dict[str, Any]) -> 
 class Source:
     """The directory a checkpoint is made from, as it is now."""
 
-    def __init__(self, folder: Path, files: Iterable[Path]):
+    def __init__(self, folder: Path, files: Iterable[str]):
         """`files`: those with weights. Raises UserError for one that cannot be read."""
-        self.folder, self.files = folder, sorted(files)
+        self.folder, self.files = folder, [folder / file for file in sorted(files)]
         self.state = self._state()
         self.facts = {"config_sha256": _sha256(folder / "config.json")}
         if (folder / CAST_MANIFEST).exists():
@@ -191,8 +191,9 @@ class Source:
 
     def _state(self) -> list[tuple[str, int, int]]:
         """Where its bytes really are, how many, and when they were last written."""
-        paths = [path.resolve() for path in (self.folder / "config.json", *self.files)]
-        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        with reading(self.folder):
+            found = [(path.resolve(), path.stat()) for path in (self.folder / "config.json", *self.files)]
+        return [(str(path), info.st_size, info.st_mtime_ns) for path, info in found]
 
     def check_unchanged(self) -> None:
         """Raises UserError when something has been written there since."""
@@ -205,22 +206,29 @@ def hash_headers(folder: Path, files: Iterable[Path]) -> str:
     """SHA-256 of what a checkpoint says of itself: for each weight file its name, a zero byte, its size in 8 bytes and
     the header with its length before it, as they lie there, then the index file's bytes."""
     sha = hashlib.sha256()
-    for path in files:
-        with open(path, "rb", buffering=0) as f:
-            length = f.read(8)
-            sha.update(path.name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little") + length)
-            sha.update(f.read(int.from_bytes(length, "little")))
-    if (folder / HF_INDEX).exists():
-        sha.update((folder / HF_INDEX).read_bytes())
+    with reading(folder):
+        for path in files:
+            with open(path, "rb", buffering=0) as f:
+                length = f.read(8)
+                sha.update(path.name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little") + length)
+                sha.update(f.read(int.from_bytes(length, "little")))
+        if (folder / HF_INDEX).exists():
+            sha.update((folder / HF_INDEX).read_bytes())
     return sha.hexdigest()
 
 
 def _sha256(path: Path) -> str:
+    with reading(path), open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns an error of reading into one for the user; `path` where the error does not say of which file."""
     try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        yield
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+        raise UserError(f"{e.filename or path}: cannot be read ({e.strerror})") from None
 
 
 def versions() -> dict[str, str]:
