@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, get_args
 from tqdm import tqdm
 
 from config import PROGRAM_VERSION, read_json
-from errors import UserError
+from errors import Damage, UserError
 from parallel import ExpertLayout
 from tensorfile import TEMPORARY, Entry, Staging, hash_file, read_header
 
@@ -73,7 +73,7 @@ class Manifest:
         self.small: dict[str, dict[str, Any]] = raw.get("small", {})
         self.experts: ExpertLayout = raw.get("experts", "whole")
         if not self._well_formed(raw):
-            raise UserError(f"{self.path}: damaged; copy the directory again or convert again")
+            raise Damage(f"{self.path}: damaged; copy the directory again or convert again", self.path)
         for file in (*self.files, *(file for file in self.obsolete if file != HF_INDEX)):
             check_file_name(self.path, "files", file)
 
@@ -103,9 +103,10 @@ class Manifest:
         for file, facts in self.files.items():
             path = self.where(file)
             if not path.is_file():
-                raise UserError(f"{path}: missing, but {self.path.name} names it")
+                raise Damage(f"{path}: missing, but {self.path.name} names it", path)
             if (size := path.stat().st_size) != facts["bytes"]:
-                raise UserError(f"{path}: expected {facts['bytes']} bytes, found {size}")
+                text = f"{path}: expected {facts['bytes']} bytes, found {size}"
+                raise Damage(text, path, "", f"{facts['bytes']} bytes", f"{size} bytes")
 
     def changed(self) -> list[str]:
         """Sentences on the other files whose size is not what it was; a user may have edited them."""
@@ -128,11 +129,11 @@ class Manifest:
             wanted = self.mark(rank)
             if (mark := {key: metadata.get(key) for key in wanted}) != wanted:
                 what = "written by the cast" if rank is None else f"rank {rank} of {self.ranks}, {self.experts} experts"
-                raise UserError(f"{path}: its metadata does not mark it as {what}: found {mark}")
+                raise Damage(f"{path}: its metadata does not mark it as {what}: found {mark}", path, "", wanted, mark)
             if tensors.keys() != facts["tensors"].keys():
                 name = sorted(tensors.keys() ^ facts["tensors"].keys())[0]
                 verb = "does not name it" if name in tensors else "names it, but the file lacks it"
-                raise UserError(f"{path}: {name}: {self.path.name} {verb}")
+                raise Damage(f"{path}: {name}: {self.path.name} {verb}", path, name)
             found |= {name: replace(entry, crc=facts["tensors"][name][:8]) for name, entry in tensors.items()}
         return found
 
@@ -153,9 +154,11 @@ def manifests_in(folder: Path) -> list[int | None]:
 
 def check_file_name(index: Path, what: str, file: Any) -> None:
     """An index may name plain files of its own directory only (which may be links, as in Hugging Face's cache)."""
-    plain = isinstance(file, str) and file.endswith(".safetensors") and not re.search(r"[/\\\0]", file)
-    if not plain or file.startswith("."):
-        raise UserError(f"{index}: {what}: {file!r} is not the plain name of a .safetensors file")
+    plain = isinstance(file, str) and file.endswith(".safetensors") and not re.search(r"[/\\]", file)
+    if not plain or file.startswith(".") or not file.isprintable() or not what.isprintable():
+        what = what if what.isprintable() else repr(what)
+        text = f"{index}: {what}: {file!r} is not the plain name of a .safetensors file"
+        raise Damage(text, index, what, "the plain name of a .safetensors file", file)
 
 
 def check_target(target: Path, mark: dict[str, str], config: dict[str, Any]) -> None:
