@@ -16,8 +16,10 @@ A manifest is a JSON file, written last: with it a directory is a checkpoint, wi
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -180,20 +182,28 @@ class Source:
     """The directory a checkpoint is made from, as it is now."""
 
     def __init__(self, folder: Path, files: Iterable[str]):
-        """`files`: those with weights. Raises UserError for one that cannot be read."""
+        """`files`: those with weights. Made before any of them is read: what is wrong with them is for the checks."""
         self.folder, self.files = folder, [folder / file for file in sorted(files)]
         self.state = self._state()
-        self.facts = {"config_sha256": _sha256(folder / "config.json")}
-        if (folder / CAST_MANIFEST).exists():
-            self.facts["manifest_sha256"] = _sha256(folder / CAST_MANIFEST)
-        else:
-            self.facts["headers_sha256"] = hash_headers(folder, self.files)
+
+    @functools.cached_property
+    def facts(self) -> dict[str, str]:
+        """Hashes for a manifest, once the checks have found nothing. Raises UserError for what cannot be read."""
+        config = {"config_sha256": _sha256(self.folder / "config.json")}
+        if (self.folder / CAST_MANIFEST).exists():
+            return config | {"manifest_sha256": _sha256(self.folder / CAST_MANIFEST)}
+        return config | {"headers_sha256": hash_headers(self.folder, self.files)}
 
     def _state(self) -> list[tuple[str, int, int]]:
         """Where its bytes really are, how many, and when they were last written."""
-        with reading(self.folder):
-            found = [(path.resolve(), path.stat()) for path in (self.folder / "config.json", *self.files)]
-        return [(str(path), info.st_size, info.st_mtime_ns) for path, info in found]
+        found = []
+        for path in (self.folder / "config.json", *self.files):
+            try:
+                info = path.stat()
+                found.append((os.path.realpath(path), info.st_size, info.st_mtime_ns))
+            except OSError:
+                found.append((str(path), -1, -1))
+        return found
 
     def check_unchanged(self) -> None:
         """Raises UserError when something has been written there since."""
