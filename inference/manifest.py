@@ -180,8 +180,10 @@ class Source:
     """The directory a checkpoint is made from, as it is now."""
 
     def __init__(self, folder: Path, files: Iterable[str]):
-        """`files`: those with weights. Raises UserError for one that cannot be read."""
+        """`files`: those with weights. Raises UserError for one that cannot be read, or is damaged."""
         self.folder, self.files = folder, [folder / file for file in sorted(files)]
+        for path in self.files:
+            read_header(path)  # that of a damaged file may claim any length, and a pipe has no end
         self.state = self._state()
         self.facts = {"config_sha256": _sha256(folder / "config.json")}
         if (folder / CAST_MANIFEST).exists():
