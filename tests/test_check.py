@@ -185,7 +185,7 @@ def test_corpus_by_hand(good, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(KINDS)
     assert damage.main(["truncated by a byte", str(tmp_path / "a"), str(good)]) == 0
     assert damage.main(["rank missing", str(tmp_path / "b")]) == 0
-    assert capsys.readouterr().out.endswith("must be refused by: load, check\n")
+    assert capsys.readouterr().out.endswith("must be refused by: load, check, verify\n")
     assert "truncated: expected" in found(tmp_path / "a")[0] and "missing" in found(tmp_path / "b")[0]
     assert damage.main(["truncated by a byte", str(tmp_path / "a")]) == damage.main(["x", "y"]) == 2
     assert place(tmp_path / "a", damage.WEIGHT)
