@@ -27,7 +27,7 @@ from errors import UserError
 from fp8_cast_bf16 import cast
 from manifest import CAST_MANIFEST, HF_INDEX, read_manifests, require_hashes, verify
 from parallel import Group
-from tensorfile import JOURNAL, TEMPORARY, Writer, hash_file, read_header
+from tensorfile import JOURNAL, TEMPORARY, Digest, Writer, hash_both, hash_file, read_header
 from test_convert import SMALL, content
 from weights import Checkpoint
 
@@ -118,6 +118,10 @@ def test_large_blocks_are_hashed_beside_each_other(tmp_path):
         writer.write("x", data[at : at + (2 << 20)], at)
     assert writer.facts == hash_file(tmp_path / "a", lambda _: None)
     assert writer.facts["sha256"] == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+    slow = SimpleNamespace(seen=0)
+    slow.update = lambda view: time.sleep(0.05) or setattr(slow, "seen", len(view))
+    hash_both(slow, Digest(), memoryview(bytes(1 << 20)))
+    assert slow.seen == 1 << 20, "the next block may come before this one"
     raw = data.numpy().tobytes()
     assert writer.facts["tensors"]["x"] == f"{zlib.crc32(raw):08x} {hashlib.sha256(raw).hexdigest()}"
 
