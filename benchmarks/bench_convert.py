@@ -23,8 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
 import report
 from config import ModelArgs
+from manifest import HF_INDEX
 from tensorfile import Writer
-from weights import HF_INDEX, expected_tensors
+from weights import expected_tensors
 
 INFERENCE = Path(__file__).parent.parent / "inference"
 MIB = 1 << 20

@@ -30,13 +30,14 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def save(path: str | None, results: Any) -> None:
-    """Writes the results as JSON with machine, date and command; nothing when no path is given."""
+def save(path: str | None, results: Any, command: str | None = None) -> None:
+    """Writes the results as JSON with machine, date and command (this process's, if none is given); nothing when no
+    path is given."""
     if path is None:
         return
     record = {
         "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": command or shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "machine": machine(),
         "results": results,
     }

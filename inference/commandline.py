@@ -1,14 +1,16 @@
 """What the command lines that run a model have in common: the engine's flags, the ranks, and how a run ends."""
 
 import argparse
-import contextlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from errors import UserError
+from config import PROGRAM_VERSION
+from errors import UserError, describe, first_line
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
     import torch
@@ -17,7 +19,6 @@ if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered 
     from parallel import Group
 
 T = TypeVar("T")
-VERSION = "0.1.0"
 TIMEOUT = 300.0
 
 
@@ -51,6 +52,7 @@ def add_checkpoint_flags(parser: Parser) -> None:
 def add_engine_flags(parser: Parser) -> None:
     """What `load` reads, and the version, which names the program."""
     add = parser.add_argument
+    add("--verify", action="store_true", help="first compare the checkpoint with the hashes in its manifest")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="what to compute in")
     add("--gemm", choices=("auto", "fp8", "bf16"), default="auto",
         help="FP8 weights times FP8 (W8A8) or bf16 (W8A16) activations (default: as the GPU allows)")  # fmt: skip
@@ -70,7 +72,7 @@ def add_engine_flags(parser: Parser) -> None:
     add("--threads", type=positive, metavar="N", help="CPU threads a rank (default: the cores over the host's ranks)")
     add("--timeout", type=seconds, default=TIMEOUT, metavar="S",
         help="seconds a rank waits for another before it gives up (default: 300)")  # fmt: skip
-    add("--version", action="version", version=f"{parser.prog} {VERSION}")
+    add("--version", action="version", version=f"{parser.prog} {PROGRAM_VERSION}")
 
 
 def positive(text: str) -> int:
@@ -103,6 +105,7 @@ def load(
     loaded. `chat` and `thinking` are Engine.from_pretrained's. Raises UserError on all ranks alike."""
     import parallel
     from engine import Engine
+    from manifest import require_hashes
 
     _, _, local_rank, local_size = parallel.environment()
     parallel.choose_threads(options.threads, local_size)
@@ -113,6 +116,9 @@ def load(
 
     device, prepared = tp.together(check)
     agree_on_flags(options, device, tp)
+    if options.verify:
+        share = local_rank, local_size
+        tp.together(lambda: require_hashes(Path(options.ckpt_path), tp.size, share, progress=tp.rank == 0))
     engine = Engine.from_pretrained(
         options.ckpt_path,
         config=options.config,
@@ -156,7 +162,7 @@ def choose_device(name: str, local_rank: int, local_size: int) -> "torch.device"
 def agree_on_flags(options: argparse.Namespace, device: "torch.device", tp: "Group") -> None:
     """Ranks that were started differently would wait for each other, or compute different things, without a word."""
     names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gib", "kv_cache_dtype", "mtp",
-             "deterministic", "eager", "dtype", "gemm", "experts", "raw")  # fmt: skip
+             "deterministic", "eager", "dtype", "gemm", "experts", "raw", "verify")  # fmt: skip
     mine = {"device": device.type, **{name: getattr(options, name, None) for name in names}}
     first = json.loads(bytes(tp.broadcast_ints(list(json.dumps(mine).encode()))))
 
@@ -191,10 +197,15 @@ def complain(text: str) -> None:
 
 
 def main(
-    parse: Callable[[list[str]], argparse.Namespace], run: Callable[[argparse.Namespace, "Group"], int]
+    parse: Callable[[list[str]], argparse.Namespace],
+    run: Callable[[argparse.Namespace, "Group"], int],
+    *,
+    heeds_signals: bool = False,
 ) -> int:
     """Runs a command line on every rank and returns its exit status. `parse` raises UserError for wrong use; `run`
     returns the same status on every rank, and raises UserError on all ranks alike. What goes wrong is told in one line.
+
+    `heeds_signals` is for a `run` that answers SIGTERM itself.
     """
     if sys.stdin is None:  # closed: the next file opened would pass for it
         os.open(os.devnull, os.O_RDONLY)
@@ -214,6 +225,8 @@ def main(
     tp = parallel.SOLO
     try:
         tp = parallel.join(TIMEOUT if problem else options.timeout)
+        if not heeds_signals:
+            tp.heed_termination()
 
         def usage() -> None:
             if problem is not None:
@@ -221,28 +234,20 @@ def main(
 
         tp.together(usage)
         status = run(options, tp)
-        parallel.stop()
+        tp.part()
         return status
     except UserError as e:
         if tp.rank == 0:
             complain(str(e))
-        with contextlib.suppress(parallel.RankFailure):
-            tp.barrier(10)  # torchrun ends the others as soon as one leaves: not before rank 0 has spoken
-        parallel.stop()
+        tp.part()
         return 2
     except parallel.RankFailure as e:
-        if tp.speaks:
-            complain(str(e))
-        status = 1
-    except torch.OutOfMemoryError as e:
-        complain(f"rank {tp.rank} is out of GPU memory: {str(e).splitlines()[0]}")
-        status = 1
+        tp.leave(str(e), 1)
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        ways = "a smaller --max-num-batched-tokens, --max-num-seqs or --kv-cache-gib needs less"
+        tp.leave(f"rank {tp.rank} is out of memory: {first_line(e)} ({ways})", 1)
     except KeyboardInterrupt:
-        complain("interrupted")
-        status = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # the other ranks are in an unknown state: leave without waiting for them
-
-
-
+        tp.leave("interrupted", 130)
+    except Exception as e:  # a mistake of ours
+        traceback.print_exc()
+        tp.leave(f"rank {tp.rank} failed: {describe(e)}", 1)

@@ -15,6 +15,7 @@ from errors import UserError
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
 SCORE_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
+PROGRAM_VERSION = "0.1.0"
 BLOCK_SIZE = 128  # FP8 scales: one per 1x128 activations and per 128x128 weights (technical report, section 3.3.2)
 
 

@@ -3,15 +3,21 @@
     python convert.py --hf-ckpt-path /path/to/DeepSeek-V3 --save-path /path/to/DeepSeek-V3-Demo --model-parallel 16
 
 writes, for each rank, `model{rank}-mp{N}.safetensors`, or parts `…-00001-of-0000K.safetensors` of at most 1.5 GiB (a
-single larger tensor gets a part of its own), then `model-mp{N}.index.json`. FP8 weights and their scales stay as they
-are, byte for byte; the MTP module is kept; config, tokenizer and chat template files come along.
+single larger tensor gets a part of its own), then `model-mp{N}.index.json`, the manifest (see manifest.py). FP8 weights
+and their scales stay as they are, byte for byte; the MTP module is kept; config, tokenizer and chat template files come
+along.
+
+    python convert.py --verify /path/to/DeepSeek-V3-Demo
+
+reads everything back and compares it with the manifest.
 
 The source is read once, in the order it lies on disk, through one window of a few MiB; each rank's share of a tensor
 goes straight to its place in that rank's file, so memory does not depend on the size of the checkpoint or the number
 of ranks.
 
-Nothing is readable before everything is: files carry temporary names until all are durable, and the index is what
-makes them a checkpoint. An earlier conversion in the same directory stays readable until that very moment.
+Nothing is readable before everything is: files carry temporary names until all are durable, and the manifest is what
+makes them a checkpoint. An earlier conversion in the same directory stays readable until that very moment. A run that
+was cut short is taken up by the same command: what lies in finished files is not read or written again.
 """
 
 import argparse
@@ -27,23 +33,10 @@ from tqdm import tqdm
 
 from config import ModelArgs, read_json
 from errors import UserError
+from manifest import FORMAT, Source, check_target, commit, file_mark, finish_pending, needed, verify_command, versions
 from parallel import ExpertLayout, Group
 from tensorfile import Entry, Reader, Staging, Writer, small_files
-from weights import (
-    FORMAT,
-    VERSION,
-    AskedLayout,
-    Checkpoint,
-    ConvertedIndex,
-    Spec,
-    check_ranks,
-    check_target,
-    choose_experts,
-    expected_tensors,
-    file_mark,
-    index_name,
-    warn,
-)
+from weights import AskedLayout, Checkpoint, Spec, check_ranks, choose_experts, expected_tensors, warn
 
 MAX_FILE = 1536 << 20  # bytes
 COPIED = re.compile(r"(generation_)?config\.json|.*token.*|chat_template.*|vocab\..*|merges\.txt|.*\.(model|tiktoken)")
@@ -105,6 +98,7 @@ def convert(
     check_ranks(args, ranks, checkpoint.quantised, layout)
     if target.resolve() == source.resolve():
         raise UserError(f"{target}: the converted files cannot go where the checkpoint is")
+    made_from = Source(source, checkpoint.files)
     entries = checkpoint.check(args)
     if args.n_mtp_layers and not checkpoint.has_mtp:
         warn(f"{source} has no MTP module, though its config names one")
@@ -112,19 +106,16 @@ def convert(
     specs = expected_tensors(args, checkpoint.quantised, checkpoint.has_mtp)
     shares = list(share_out(args, entries, specs, ranks, layout))
 
-    with Staging(target, lambda staging: [file for index in pending(staging) for file in index.files]) as staging:
+    with Staging(target, needed) as staging:
         check_target(target, {"format": FORMAT}, read_json(source / "config.json"))
         finish_pending(staging)
-        staging.sweep()
-        files = lay_out(shares, ranks, layout, max_file, staging)
+        lay_out(shares, ranks, layout, max_file, staging)
         copies = [path for path in small_files(source) if COPIED.fullmatch(path.name) and path.suffix != ".py"]
-        staging.require(sum(w.size for w in files.values()) + sum(p.stat().st_size for p in copies))
-        try:
-            write(shares)
-        finally:
-            for writer in files.values():
-                writer.close()
-        commit(staging, ranks, layout, files, [staging.copy(path) for path in copies])
+        staging.resume([made_from.state, made_from.facts, versions()])
+        staging.require(sum(p.stat().st_size for p in copies))
+        write(shares)
+        old = [path.name for path in target.glob(f"model*-mp{ranks}*.safetensors")]
+        commit(staging, made_from, ranks, layout, [staging.copy(path) for path in copies], old)
 
 
 def share_out(
@@ -137,11 +128,8 @@ def share_out(
                 yield Share(name, rank, entry, cut)
 
 
-def lay_out(
-    shares: list[Share], ranks: int, experts: ExpertLayout, max_file: int, staging: Staging
-) -> dict[str, Writer]:
-    """Gives each share its file; returns the files by name."""
-    files: dict[str, Writer] = {}
+def lay_out(shares: list[Share], ranks: int, experts: ExpertLayout, max_file: int, staging: Staging) -> None:
+    """Gives each share its file."""
     for rank in range(ranks):
         parts: list[list[Share]] = []
         room = 0
@@ -155,19 +143,18 @@ def lay_out(
         for i, part in enumerate(parts):
             name = f"model{rank}-mp{ranks}" + (f"-{i + 1:05}-of-{len(parts):05}" if len(parts) > 1 else "")
             tensors = {share.name: (share.entry.dtype, share.shape) for share in part}
-            mark = file_mark(rank, ranks, experts)
-            writer = Writer(staging.temporary(f"{name}.safetensors"), tensors, mark)
-            files[f"{name}.safetensors"] = writer
+            writer = staging.writer(f"{name}.safetensors", tensors, file_mark(rank, ranks, experts))
             for share in part:
                 share.writer = writer
-    return files
 
 
 def write(shares: list[Share]) -> None:
-    """Reads each source tensor once and gives every rank its share of it."""
+    """Reads each source tensor once and gives every rank its share of it, but for those in files that are finished."""
     total = sum(share.nbytes for share in shares)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="converting") as bar, Reader() as reader:
-        for _, group in itertools.groupby(shares, key=lambda share: share.name):
+    missing = [share for share in shares if share.writer and share.writer.missing]
+    done = total - sum(share.nbytes for share in missing)
+    with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="converting") as bar, Reader() as reader:
+        for _, group in itertools.groupby(missing, key=lambda share: share.name):
             takers = list(group)
             for row, window in reader.rows(takers[0].entry):
                 for share in takers:
@@ -175,69 +162,27 @@ def write(shares: list[Share]) -> None:
             bar.update(sum(share.nbytes for share in takers))
 
 
-def commit(staging: Staging, ranks: int, experts: ExpertLayout, files: dict[str, Writer], copies: list[str]) -> None:
-    """Turns finished temporaries into the checkpoint of this directory.
-
-    The index is written first as `pending`: from then on the new files are what a reader gets, under their temporary
-    names where they have not yet been renamed. A run killed after that is completed by `finish_pending`.
-    """
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "ranks": ranks,
-        "experts": experts,
-        "files": {
-            name: {"rank": int(writer.metadata["rank"]), "bytes": writer.size, "tensors": writer.crcs}
-            for name, writer in files.items()
-        },
-    }
-    path = staging.folder / index_name(ranks)
-    old = set(ConvertedIndex(staging.folder, ranks).files) if path.exists() else set()
-    staging.settle(*copies)
-    staging.write_json(path.name, index | {"pending": True, "obsolete": sorted(old - files.keys())})
-    staging.settle(path.name)
-    finish_pending(staging)
-
-
-def finish_pending(staging: Staging) -> None:
-    """Completes commits that have begun: files take their names, those of an earlier conversion go."""
-    for index in pending(staging):
-        staging.settle(*(file for file in index.files if staging.temporary(file).exists()))
-        staging.remove(*index.obsolete)
-        raw = read_json(index.path)
-        del raw["pending"], raw["obsolete"]
-        staging.write_json(index.path.name, raw)
-        staging.settle(index.path.name)
-
-
-def pending(staging: Staging) -> list[ConvertedIndex]:
-    """Indices whose commit has begun but not ended."""
-    ranks = [re.fullmatch(r"model-mp(\d+)\.index\.json", path.name) for path in staging.folder.iterdir()]
-    indices = [ConvertedIndex(staging.folder, int(match[1])) for match in ranks if match]
-    return [index for index in indices if index.pending]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--hf-ckpt-path", type=Path, required=True, help="directory of the Hugging Face checkpoint")
-    parser.add_argument("--save-path", type=Path, required=True, help="directory for the converted files")
+    parser.add_argument("--hf-ckpt-path", type=Path, help="directory of the Hugging Face checkpoint")
+    parser.add_argument("--save-path", type=Path, help="directory for the converted files")
     parser.add_argument("--n-experts", type=int, help="number of routed experts, checked against config.json")
-    parser.add_argument("--model-parallel", type=int, required=True, help="number of ranks")
+    parser.add_argument("--model-parallel", type=int, help="number of ranks")
     parser.add_argument(
         "--experts",
         choices=("auto", "whole", "split"),
         default="auto",
         help="a rank gets some routed experts whole, or a share of each (default: split where their width divides)",
     )
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="instead: compare a directory with its manifest")
     options = parser.parse_args()
+    wanted = (options.hf_ckpt_path, options.save_path, options.model_parallel)
+    if (options.verify is None) == (None in wanted):
+        parser.error("give --hf-ckpt-path, --save-path and --model-parallel, or --verify alone")
     try:
-        convert(
-            options.hf_ckpt_path,
-            options.save_path,
-            options.model_parallel,
-            options.n_experts,
-            experts=options.experts,
-        )
+        if options.verify:
+            return verify_command(options.verify)
+        convert(*wanted, options.n_experts, experts=options.experts)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import math
 from bisect import bisect_right
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from model import Batch
 
 EXPANDED_BYTES = 1 << 30  # the most that one sequence's expanded keys and values may take
+BUNDLE_ROWS = 64  # of several experts together: with more the two products are what takes the time
 DECODE_ROWS = 16  # query rows of a sequence that still count as decoding: a token and its drafts
 
 
@@ -145,39 +147,48 @@ def experts(
     w2: list,
     inter: int,
 ) -> torch.Tensor:
-    """As reference.experts on packed weights: float32 (T, H). Half keeps float32 between its two products."""
+    """As reference.experts on packed weights: float32 (T, H). Half keeps float32 between its two products, and experts
+    with few rows share what lies there."""
     half = isinstance(w13[0], Half)
     if half:
         x, weights = x * w13[0].scale, weights * w2[0].scale
-    out = torch.zeros(x.shape, dtype=torch.float32)
-    if len(x) == 1 and half:  # nothing to sort
-        for e, weight in zip((ids[0] - first).tolist(), weights[0].tolist(), strict=True):
-            if 0 <= e < len(w13):
-                middle = _swiglu(torch.ops.quantized.linear_dynamic_fp16(x, w13[e].data), inter)
-                out.add_(torch.ops.quantized.linear_dynamic_fp16(middle, w2[e].data), alpha=weight)
-        return out
+    product = _unscaled if half else _product
     flat = ids.flatten()
     order = flat.argsort(stable=True)  # the assignments, expert by expert, tokens in order within each
-    tokens = order // ids.shape[1]
     counts = torch.bincount(flat, minlength=first + len(w13)).tolist()
-    begin = sum(counts[:first])
-    mine = slice(begin, begin + sum(counts[first : first + len(w13)]))
-    tokens, factors = tokens[mine], weights.flatten()[order[mine]].unsqueeze(-1)
-    rows = x[tokens]  # (A, H), A assignments
-    at, parts = 0, []
-    for e, n in enumerate(counts[first : first + len(w13)]):
-        if not n:
-            continue
-        here = slice(at, at + n)
-        if half:
-            gate_up = torch.ops.quantized.linear_dynamic_fp16(rows[here], w13[e].data)
-            middle = _swiglu(gate_up, inter).mul_(factors[here])
-            parts.append(torch.ops.quantized.linear_dynamic_fp16(middle, w2[e].data))
-        else:
-            middle = _swiglu(_product(rows[here], w13[e]), inter)
-            parts.append(_product(middle.to(x.dtype), w2[e]).float().mul_(factors[here]))
-        at += n
-    return out.index_add_(0, tokens, torch.cat(parts)) if parts else out
+    begin, counts = sum(counts[:first]), counts[first : first + len(w13)]
+    mine = order[begin : begin + sum(counts)]
+    tokens, factors = mine // ids.shape[1], weights.flatten()[mine].unsqueeze(-1)
+    rows, factor, parts = x[tokens].split(counts), factors.split(counts), []  # (A, H), A assignments
+    for some in _bundles(counts):
+        middle = _swiglu(_cat([product(rows[e], w13[e]) for e in some]), inter)
+        middle = middle.mul_(_cat([factor[e] for e in some])) if half else middle.to(x.dtype)
+        parts += [product(m, w2[e]) for m, e in zip(middle.split([counts[e] for e in some]), some, strict=True)]
+    out = torch.zeros(x.shape, dtype=torch.float32)
+    if not parts:
+        return out
+    every = torch.cat(parts)
+    return out.index_add_(0, tokens, every if half else every.float().mul_(factors))
+
+
+def _unscaled(x: torch.Tensor, w: Half) -> torch.Tensor:
+    return torch.ops.quantized.linear_dynamic_fp16(x, w.data)
+
+
+def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _bundles(counts: list[int]) -> Iterator[list[int]]:
+    """The experts that have rows: several together while they have no more than BUNDLE_ROWS, else one at a time."""
+    some: list[int] = []
+    for e in (e for e, n in enumerate(counts) if n):
+        if some and sum(counts[other] for other in some) + counts[e] > BUNDLE_ROWS:
+            yield some
+            some = []
+        some.append(e)
+    if some:
+        yield some
 
 
 def _swiglu(gate_up: torch.Tensor, inter: int) -> torch.Tensor:

@@ -4,7 +4,13 @@
 
 The shard files keep their names; the scales, wherever they lie, go, and the index is rewritten without them;
 config.json loses its quantization_config; everything else in the directory is copied. Memory does not depend on the
-checkpoint's size. The index (of a single file: the file) takes its name last: until then nothing loads.
+checkpoint's size.
+
+What it writes becomes the checkpoint of its directory at one moment (see manifest.py); an earlier one loads until then.
+Programs that know nothing of manifests find no index (of a single file: no file) while files take their names. A run
+that was cut short is taken up by the same command. To compare a directory with its manifest:
+
+    python fp8_cast_bf16.py --verify /path/to/bf16_weights
 """
 
 import argparse
@@ -17,10 +23,10 @@ from tqdm import tqdm
 import ops
 from config import BLOCK_SIZE, read_json
 from errors import UserError
+from manifest import CAST_MARK, HF_INDEX, Source, check_target, commit, finish_pending, needed, verify_command, versions
 from tensorfile import Entry, Reader, Staging, Writer, small_files
-from weights import HF_INDEX, Checkpoint, check_target
+from weights import Checkpoint
 
-MARK = {"format": "pt", "written_by": "fp8_cast_bf16"}  # transformers asks for the first
 SCALE = "_scale_inv"
 
 
@@ -39,6 +45,7 @@ def cast(source: Path, target: Path, device: torch.device) -> None:
         raise UserError(f"{source}: holds no FP8 weights, so there is nothing to cast")
     if target.resolve() == source.resolve():
         raise UserError(f"{target}: the output cannot go where the checkpoint is")
+    made_from = Source(source, checkpoint.files)
     checkpoint.check(checkpoint.args)
     entries = checkpoint.on_disk()
     config = read_json(source / "config.json")
@@ -46,34 +53,26 @@ def cast(source: Path, target: Path, device: torch.device) -> None:
     if "dtype" not in config:  # as transformers 5 spells it
         config["torch_dtype"] = "bfloat16"
 
-    with Staging(target) as staging:
-        check_target(target, MARK, config)
-        staging.sweep()
-        old = {path.name for path in target.glob("*.safetensors")}
+    with Staging(target, needed) as staging:
+        check_target(target, CAST_MARK, config)
+        finish_pending(staging)
         files = lay_out(entries, staging)
         copies = [path for path in small_files(source) if path.name != "config.json"]
-        staging.require(sum(w.size for w in files.values()) + sum(p.stat().st_size for p in copies))
-        try:
-            write(entries, files, device)
-        finally:
-            for writer in files.values():
-                writer.close()
-        names = [staging.copy(path) for path in copies]
+        staging.resume([made_from.state, made_from.facts, versions(), device.type])
+        staging.require(sum(path.stat().st_size for path in copies))
+        write(entries, files, device)
+        small = [staging.copy(path) for path in copies]
         staging.write_json("config.json", config)
-        staging.settle(*names, "config.json")
-        stale = sorted(old - files.keys())
+        old = [path.name for path in target.glob("*.safetensors") if not path.name.startswith(".")]
         if list(files) == ["model.safetensors"]:
-            staging.settle("model.safetensors")
-            staging.remove(HF_INDEX, *stale)
+            old.append(HF_INDEX)
         else:
             weight_map = {name: file for file, writer in files.items() for name in writer.starts}
             total = sum(writer.body for writer in files.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             staging.write_json(HF_INDEX, index)
-            staging.remove(HF_INDEX)
-            staging.settle(*files)
-            staging.remove(*stale)
-            staging.settle(HF_INDEX)
+            small.append(HF_INDEX)
+        commit(staging, made_from, None, "whole", [*small, "config.json"], old)
 
 
 def lay_out(entries: dict[str, Entry], staging: Staging) -> dict[str, Writer]:
@@ -83,15 +82,19 @@ def lay_out(entries: dict[str, Entry], staging: Staging) -> dict[str, Writer]:
         if not name.endswith(SCALE):
             dtype = torch.bfloat16 if entry.dtype == torch.float8_e4m3fn else entry.dtype
             files.setdefault(entry.file.name, {})[name] = dtype, entry.shape
-    return {file: Writer(staging.temporary(file), tensors, MARK) for file, tensors in sorted(files.items())}
+    return {file: staging.writer(file, tensors, CAST_MARK) for file, tensors in sorted(files.items())}
 
 
 def write(entries: dict[str, Entry], files: dict[str, Writer], device: torch.device) -> None:
-    """Fills the output files one after the other, a window of whole blocks at a time."""
+    """Fills the output files that are not finished one after the other, a window of whole blocks at a time."""
     order = sorted((e for e in entries.values() if not e.name.endswith(SCALE)), key=lambda e: (e.file, e.start))
+    missing = [e for e in order if files[e.file.name].missing]
     total = sum(e.nbytes for e in order)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="casting") as bar, Reader() as reader, Reader() as scales:
-        for entry in order:
+    bar = tqdm(
+        total=total, initial=total - sum(e.nbytes for e in missing), unit="B", unit_scale=True, desc="casting"
+    )
+    with bar, Reader() as reader, Reader() as scales:
+        for entry in missing:
             fp8 = entry.dtype == torch.float8_e4m3fn
             scale = scales.read(entries[entry.name + SCALE]) if fp8 else None
             for row, window in reader.rows(entry, step=BLOCK_SIZE):
@@ -113,12 +116,18 @@ def choose_device(name: str) -> torch.device:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--input-fp8-hf-path", type=Path, required=True, help="directory of the FP8 checkpoint")
-    parser.add_argument("--output-bf16-hf-path", type=Path, required=True, help="directory for the BF16 checkpoint")
+    parser.add_argument("--input-fp8-hf-path", type=Path, help="directory of the FP8 checkpoint")
+    parser.add_argument("--output-bf16-hf-path", type=Path, help="directory for the BF16 checkpoint")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to dequantise")
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="instead: compare a directory with its manifest")
     options = parser.parse_args()
+    wanted = (options.input_fp8_hf_path, options.output_bf16_hf_path)
+    if (options.verify is None) == (None in wanted):
+        parser.error("give --input-fp8-hf-path and --output-bf16-hf-path, or --verify alone")
     try:
-        cast(options.input_fp8_hf_path, options.output_bf16_hf_path, choose_device(options.device))
+        if options.verify:
+            return verify_command(options.verify)
+        cast(*wanted, choose_device(options.device))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

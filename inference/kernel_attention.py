@@ -4,7 +4,9 @@ Two kernels, one for each phase.
 
 - `decode` is for few query rows to a sequence: the absorbed form over the paged latents. All heads, and all the query
   tokens of a sequence, share its keys, so they are the rows of one tile. The keys are split over programs, each of
-  which leaves a normalised result with the logarithm of its weight, and a second kernel adds those up.
+  which leaves a normalised result with the logarithm of its weight, and a second kernel adds those up. How many
+  programs there are the host says, and a recorded graph once for all; what each has to do the device works out from
+  the lengths, once for all layers, so that in a graph for long sequences short ones are shared among all programs too.
 - `prefill` is for many: the multi-head form. Latents are gathered from their pages and expanded to keys and values with
   plain matrix products, as many at a time as a bounded workspace holds, and a flash kernel carries on over each such
   slab from where it stopped after the one before.
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 ByRows = Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor]
 SCALE_BLOCK = tl.constexpr(BLOCK)
+SEQUENCES = tl.constexpr(128)  # whose lengths share_kernel looks at at a time
 LOG2_E = math.log2(math.e)  # the kernels' exponentials are powers of two
 
 
@@ -67,31 +70,99 @@ def load_latents(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["pages_ptr", "bounds_ptr", "P", "first", "last", "split_keys", "split_stride"])
+@triton.jit
+def work_of(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE):
+    """Of the SEQUENCES sequences from `at` on: pages, and tiles of rows that are among [first, last); 0 from B on."""
+    b = at + tl.arange(0, SEQUENCES)
+    begin = tl.maximum(tl.load(bounds_ptr + b, mask=b < B, other=0), first)
+    stop = tl.minimum(tl.load(bounds_ptr + b + 1, mask=b < B, other=0), last)
+    pages = tl.cdiv(tl.load(lengths_ptr + b, mask=b < B, other=0), PAGE)
+    return pages, tl.cdiv(tl.maximum(stop - begin, 0) * N, ROWS)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "lengths_ptr", "bounds_ptr", "n_programs", "first", "last", "fixed_pages", "PROGRAMS", "N", "ROWS", "PAGE"
+    ]
+)  # fmt: skip
+def share_kernel(lengths_ptr, bounds_ptr, shares_ptr, n_programs, first, last, fixed_pages, PROGRAMS, N, ROWS, PAGE):
+    """One program per sequence says what falls to decode's programs for it, in shares (n_programs, 6): the sequence
+    (-1: nothing is left), its tokens' begin and end among [first, last), the tile of their rows, the first of its keys
+    and the keys of a split.
+
+    Decode's programs are numbered by sequence, split and tile. A split has fixed_pages; or, where that is 0, so many
+    as would share all pages, each counted once for every tile, evenly among PROGRAMS, and a sequence's splits are then
+    made of one size. As every tile rounds up once, there are never more than PROGRAMS and the tiles.
+    """
+    sequence, B = tl.program_id(0), tl.num_programs(0)
+    most = fixed_pages
+    if fixed_pages == 0:
+        total = 0
+        for at in range(0, B, SEQUENCES):
+            pages, tiles = work_of(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE)
+            total += tl.sum(pages * tiles)
+        most = tl.maximum(tl.cdiv(total, PROGRAMS), 1)
+    start = 0
+    for at in range(0, sequence, SEQUENCES):
+        pages, tiles = work_of(lengths_ptr, bounds_ptr, at, sequence, first, last, N, ROWS, PAGE)
+        start += tl.sum(tl.cdiv(pages, most) * tiles)
+
+    begin = tl.maximum(tl.load(bounds_ptr + sequence), first)
+    stop = tl.minimum(tl.load(bounds_ptr + sequence + 1), last)
+    its_tiles = tl.cdiv(tl.maximum(stop - begin, 0) * N, ROWS)
+    its_pages = tl.cdiv(tl.load(lengths_ptr + sequence), PAGE)
+    splits = tl.cdiv(its_pages, most)
+    keys = (tl.cdiv(its_pages, splits) if fixed_pages == 0 else most) * PAGE
+    end = start + splits * its_tiles
+    for at in range(start, end, SEQUENCES):
+        program = at + tl.arange(0, SEQUENCES)
+        ptrs, inside = shares_ptr + 6 * program, program < end
+        tl.store(ptrs, sequence, mask=inside)
+        tl.store(ptrs + 1, begin, mask=inside)
+        tl.store(ptrs + 2, stop, mask=inside)
+        tl.store(ptrs + 3, (program - start) % its_tiles, mask=inside)
+        tl.store(ptrs + 4, (program - start) // its_tiles * keys, mask=inside)
+        tl.store(ptrs + 5, keys, mask=inside)
+    if sequence == B - 1:
+        for at in range(end, n_programs, SEQUENCES):
+            program = at + tl.arange(0, SEQUENCES)
+            tl.store(shares_ptr + 6 * program, -1, mask=program < n_programs)
+
+
+@triton.jit(do_not_specialize=["pages_ptr", "positions_ptr", "P", "first", "width"])
 def decode_kernel(
-    q_ptr, q_pe_ptr, latents_ptr, scales_ptr, k_pe_ptr, pages_ptr, positions_ptr, bounds_ptr, out_ptr, lse_ptr,
-    P, first, last, split_keys, split_stride, scale,
+    q_ptr, q_pe_ptr, latents_ptr, scales_ptr, k_pe_ptr, pages_ptr, positions_ptr, shares_ptr, out_ptr, lse_ptr,
+    splits_ptr, P, first, width, scale,
     N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS of one sequence's (query token, head) rows against one split of its keys.
+    """ROWS of one sequence's (query token, head) rows against one split of its keys, as share_kernel says.
 
-    Of the flat tokens only [first, last) take part. q (T, N, C) absorbed, q_pe (T, N, R), out (splits, last - first, N,
-    C), lse (splits, last - first, N): the result of a split, normalised, and the binary logarithm of what it was
-    divided by, which are this row's weights' sum. `scale` includes log2(e). With SWAP all tiles are transposed.
+    q (T, N, C) absorbed, q_pe (T, N, R). out (programs, width, C) is the result, normalised, lse (programs, width) the
+    binary logarithm of what it was divided by, which are this row's weights' sum; no tile has more than `width` rows.
+    splits (tokens from `first` on, N, 3) says for each row where in lse its first split is, how far on the next, and
+    how many keys a split has. `scale` includes log2(e). With SWAP all tiles are transposed.
     """
-    tile, sequence, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    begin = tl.maximum(tl.load(bounds_ptr + sequence), first)
-    stop = tl.minimum(tl.load(bounds_ptr + sequence + 1), last)
+    program = tl.program_id(0)
+    shares_ptr += 6 * program
+    sequence = tl.load(shares_ptr)
+    if sequence < 0:
+        return
+    begin, stop, tile = tl.load(shares_ptr + 1), tl.load(shares_ptr + 2), tl.load(shares_ptr + 3)
+    low, keys = tl.load(shares_ptr + 4), tl.load(shares_ptr + 5)
     row = tile * ROWS + tl.arange(0, ROWS)
     real = row < (stop - begin) * N
     token = begin + row // N
     position = tl.load(positions_ptr + token, mask=real, other=-1).to(tl.int32)
-    low = split * split_keys
-    high = tl.minimum(low + split_keys, tl.max(position) + 1)
+    high = tl.minimum(low + keys, tl.max(position) + 1)
     if low >= high:
         return
 
+    if low == 0:
+        said = splits_ptr + 3 * ((token - first) * N + row % N)
+        tl.store(said, program * width + tl.arange(0, ROWS), mask=real)
+        tl.store(said + 1, tl.zeros_like(row) + tl.cdiv((stop - begin) * N, ROWS) * width, mask=real)
+        tl.store(said + 2, tl.zeros_like(row) + keys, mask=real)
     index = token.to(tl.int64) * N + row % N
     c, r = tl.arange(0, C_PAD)[None, :], tl.arange(0, R_PAD)[None, :]
     q = tl.load(q_ptr + index[:, None] * C + c, mask=real[:, None] & (c < C), other=0.0)
@@ -122,39 +193,40 @@ def decode_kernel(
         acc = tl.dot(c_kv.T, p, acc) if SWAP else tl.dot(p, c_kv, acc)
         best = peak
 
-    place = split.to(tl.int64) * split_stride + index - first.to(tl.int64) * N
+    place = program.to(tl.int64) * width + tl.arange(0, ROWS)
     total = tl.where(total == 0, 1.0, total)  # a row that saw none, whose result nobody will ask for
     tl.store(lse_ptr + place, best + tl.log2(total), mask=real)
     out = acc * tl.expand_dims(1.0 / total, axis)
     tl.store(out_ptr + place[:, None] * C + c, out.T if SWAP else out, mask=real[:, None] & (c < C))
 
 
-@triton.jit(do_not_specialize=["first", "split_keys", "split_stride"])
-def combine_kernel(
-    partial_ptr, lse_ptr, positions_ptr, out_ptr, first, split_keys, split_stride,
+@triton.jit(do_not_specialize=["positions_ptr", "first"])
+def combine_splits_kernel(
+    partial_ptr, lse_ptr, splits_ptr, positions_ptr, out_ptr, first,
     N: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS of one row's splits (see decode_kernel), those that hold a key it sees, added up one after the other."""
-    row = tl.program_id(0).to(tl.int64)
-    split_stride = split_stride.to(tl.int64)
+    """COLUMNS of one row's splits (see decode_kernel), those that hold a key it sees, added up SPLITS at a time."""
+    row = tl.program_id(0)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    token = first + row // N
-    n = tl.cdiv((tl.load(positions_ptr + token) + 1).to(tl.int32), split_keys)
+    splits_ptr += 3 * row
+    start, stride = tl.load(splits_ptr), tl.load(splits_ptr + 1)
+    n = tl.load(positions_ptr + first + row // N).to(tl.int32) // tl.load(splits_ptr + 2) + 1
     best = tl.full((SPLITS,), float("-inf"), tl.float32)
     for at in range(0, n, SPLITS):
         split = at + tl.arange(0, SPLITS)
-        lse = tl.load(lse_ptr + split * split_stride + row, mask=split < n, other=float("-inf"))
-        best = tl.maximum(best, lse)
+        best = tl.maximum(best, tl.load(lse_ptr + start + split * stride, mask=split < n, other=float("-inf")))
     peak = tl.max(best)
-    total = 0.0
-    acc = tl.zeros((COLUMNS,), tl.float32)
-    for split in tl.range(0, n, num_stages=4):
-        place = split * split_stride + row
-        weight = tl.exp2(tl.load(lse_ptr + place) - peak)
+    total = tl.zeros((SPLITS,), tl.float32)
+    acc = tl.zeros((SPLITS, COLUMNS), tl.float32)
+    for at in tl.range(0, n, SPLITS, num_stages=2):
+        split = at + tl.arange(0, SPLITS)
+        place = (start + split * stride).to(tl.int64)
+        weight = tl.exp2(tl.load(lse_ptr + place, mask=split < n, other=float("-inf")) - peak)
+        inside = (split < n)[:, None] & (c < C)[None, :]
+        acc += weight[:, None] * tl.load(partial_ptr + place[:, None] * C + c[None, :], mask=inside, other=0.0)
         total += weight
-        acc += weight * tl.load(partial_ptr + place * C + c, mask=c < C, other=0.0)
-    out_ptrs = out_ptr + (token.to(tl.int64) * N + row % N) * C + c
-    tl.store(out_ptrs, cast(acc / total, out_ptr.dtype.element_ty), mask=c < C)
+    out_ptrs = out_ptr + (first.to(tl.int64) * N + row) * C + c
+    tl.store(out_ptrs, cast(tl.sum(acc, 0) / tl.sum(total), out_ptr.dtype.element_ty), mask=c < C)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -220,7 +292,7 @@ def attend(
     return acc, best, total
 
 
-@triton.jit(do_not_specialize=["bounds_ptr", "lengths_ptr", "slab", "n_slab"])
+@triton.jit(do_not_specialize=["positions_ptr", "bounds_ptr", "lengths_ptr", "slab", "n_slab"])
 def prefill_kernel(
     q_ptr, q_pe_ptr, k_ptr, k_pe_ptr, v_ptr, positions_ptr, bounds_ptr, lengths_ptr, ends_ptr, out_ptr, state_ptr,
     lse_ptr, slab, n_slab, scale,
@@ -337,11 +409,9 @@ PREFILL = {
     "sm_100": (Tile(math.inf, 128, 64, 8, 2),),
     "gfx942": (Tile(math.inf, 64, 32, 4, 1),),
 }
-PROGRAMS = 264  # decode programs that a launch aims at: two for each multiprocessor of an H200
-LEAST_SPLIT = 128  # keys: fewer are not worth a program and a row to combine
+PROGRAMS = 264  # that decode's pages are shared among: two for each multiprocessor of an H200
 FIXED_SPLIT = 512  # keys of a split where a token's result may not depend on its company
-COLUMNS = 128  # of a combine program
-SPLITS = 64  # whose weights it compares at a time
+COLUMNS, SPLITS, COMBINE_WARPS = 128, 32, 4  # of a combine program; SPLITS it adds up at a time
 GATHERED, GATHER_WARPS = 64, 8  # keys and warps of a gather program
 SPLIT_BYTES = 256 << 20  # the most that the results of splits may take
 # The most that keys and values may take that are expanded at one time. A key takes N (dn + dv) values and its latent:
@@ -424,36 +494,55 @@ def decode(
     longest_rows = math.inf if fixed else extent.longest_q * n_heads
     tile = tile or _tile(DECODE[architecture(q.device), packed], longest_rows)
     assert q.is_contiguous() and page % tile.keys == 0 and n_tokens == extent.tokens
-    split_keys = split_keys or (FIXED_SPLIT if fixed else _split_keys(extent, n_heads, c, tile.rows, page))
+    split_keys = FIXED_SPLIT if fixed else split_keys or 0
     assert split_keys % page == 0
-    n_splits = triton.cdiv(extent.longest_kv, split_keys)
     out = torch.empty(n_tokens, n_heads, c, dtype=q.dtype, device=q.device)
-    at_once = max(1, min(n_tokens, SPLIT_BYTES // (n_splits * n_heads * c * 4)))
-    partial = torch.empty(n_splits, at_once, n_heads, c, dtype=torch.float32, device=q.device)
-    lse = torch.empty(n_splits, at_once, n_heads, dtype=torch.float32, device=q.device)
+
+    def programs(tokens: int) -> int:
+        return split_programs(extent, tokens, n_heads, tile.rows, page, split_keys)
+
+    def rows(tokens: int) -> int:
+        return min(tile.rows, min(extent.longest_q, tokens) * n_heads)
+
+    at_once = n_tokens
+    while at_once > 1 and programs(at_once) * rows(at_once) * c * 4 > SPLIT_BYTES:
+        at_once = triton.cdiv(at_once, 2)
+    width = rows(at_once)
+    partial = torch.empty(programs(at_once), width, c, dtype=torch.float32, device=q.device)
+    lse = torch.empty(programs(at_once), width, dtype=torch.float32, device=q.device)
+    splits = torch.empty(at_once, n_heads, 3, dtype=torch.int32, device=q.device)
     for first in range(0, n_tokens, at_once):
         last = min(first + at_once, n_tokens)
-        tiles = triton.cdiv(min(extent.longest_q, last - first) * n_heads, tile.rows)
-        decode_kernel[(tiles, extent.n, n_splits)](
-            q, q_pe.contiguous(), *_pool(latents, c), batch.pages, batch.positions, batch.cu_seqlens_q, partial, lse,
-            batch.pages.stride(0), first, last, split_keys, at_once * n_heads, scale * LOG2_E,
+        key = extent, first, last, n_heads, tile.rows, split_keys
+        if key not in batch.memo:
+            batch.memo[key] = torch.empty(programs(last - first), 6, dtype=torch.int32, device=q.device)
+            share_kernel[(extent.n,)](
+                batch.kv_lens, batch.cu_seqlens_q, batch.memo[key], programs(last - first), first, last,
+                split_keys // page, PROGRAMS, n_heads, tile.rows, page, num_warps=1,
+            )  # fmt: skip
+        decode_kernel[(programs(last - first),)](
+            q, q_pe.contiguous(), *_pool(latents, c), batch.pages, batch.positions, batch.memo[key], partial, lse,
+            splits, batch.pages.stride(0), first, width, scale * LOG2_E,
             N=n_heads, C=c, R=r, C_PAD=_pad(c), R_PAD=_pad(r), PAGE=page, SWAP=tile.swap,
             **tile.constexprs(), **tile.options(),
         )  # fmt: skip
-        combine_kernel[((last - first) * n_heads, triton.cdiv(c, COLUMNS))](
-            partial, lse, batch.positions, out, first, split_keys, at_once * n_heads,
-            N=n_heads, C=c, COLUMNS=COLUMNS, SPLITS=SPLITS, num_warps=1,
+        combine_splits_kernel[((last - first) * n_heads, triton.cdiv(c, COLUMNS))](
+            partial, lse, splits, batch.positions, out, first,
+            N=n_heads, C=c, COLUMNS=COLUMNS, SPLITS=SPLITS, num_warps=COMBINE_WARPS,
         )  # fmt: skip
     return out
 
 
-def _split_keys(extent: "Extent", n_heads: int, c: int, rows: int, page: int) -> int:
-    """Keys to a split: such that all programs have about the same work and there are about PROGRAMS of them."""
-    tiles = max(extent.n, triton.cdiv(extent.tokens * n_heads, rows))
-    keys = triton.cdiv(extent.total_kv * tiles, extent.n * PROGRAMS)
-    most = max(1, SPLIT_BYTES // (extent.tokens * n_heads * c * 4))
-    keys = max(keys, triton.cdiv(extent.longest_kv, most), LEAST_SPLIT)
-    return triton.cdiv(keys, page) * page
+def split_programs(extent: "Extent", tokens: int, n_heads: int, rows: int, page: int, split_keys: int) -> int:
+    """How many programs share_kernel numbers at most for so many tokens, in tiles of `rows`; split_keys 0: by its rule.
+    It depends on what the host knows beforehand, and little on the lengths allowed."""
+    sequences = min(extent.n, tokens)
+    most_tiles = triton.cdiv(min(extent.longest_q, tokens) * n_heads, rows)  # of one sequence
+    tiles = min(sequences * most_tiles, sequences + tokens * n_heads // rows)
+    programs = tiles * triton.cdiv(extent.longest_kv, split_keys or page)
+    if split_keys:
+        return min(programs, most_tiles * (extent.total_kv // split_keys + sequences))
+    return min(programs, tiles + PROGRAMS)
 
 
 def prefill(
@@ -519,7 +608,7 @@ def configurations() -> Iterator[Configuration]:
     """Every kernel as it is compiled for V3's dimensions, with all heads and with those of one rank of eight."""
     dims = {"C": 512, "R": 64, "C_PAD": 512, "R_PAD": 64, "PAGE": 64}
     heads = {"DN": 128, "R": 64, "DV": 128, "DN_PAD": 128, "R_PAD": 64, "DV_PAD": 128}
-    queries = {"q_ptr": "*bf16", "q_pe_ptr": "*bf16", "positions_ptr": "*i64", "bounds_ptr": "*i32", "scale": "fp32"}
+    queries = {"q_ptr": "*bf16", "q_pe_ptr": "*bf16", "positions_ptr": "*i64", "scale": "fp32"}
     slab = {"lengths_ptr": "*i32", "ends_ptr": "*i32", "slab": "i32", "n_slab": "i32"}
     for (target, packed), tiles in DECODE.items():
         native = "*fp8e4nv" if _converts(torch.float8_e4m3fn, target) else "*u8"
@@ -536,8 +625,8 @@ def configurations() -> Iterator[Configuration]:
                 target,
                 queries
                 | pool
-                | {"k_pe_ptr": "*bf16", "out_ptr": "*fp32", "lse_ptr": "*fp32"}
-                | dict.fromkeys(("first", "last", "split_keys", "split_stride"), "i32"),
+                | {"k_pe_ptr": "*bf16", "out_ptr": "*fp32", "lse_ptr": "*fp32", "splits_ptr": "*i32"}
+                | {"shares_ptr": "*i32", "first": "i32", "width": "i32"},
                 none | dims | {"N": n_heads, "SWAP": tile.swap} | tile.constexprs(),
                 tile.options(),
             )
@@ -557,17 +646,27 @@ def configurations() -> Iterator[Configuration]:
                 target,
                 queries
                 | slab
+                | {"bounds_ptr": "*i32"}
                 | dict.fromkeys(("k_ptr", "k_pe_ptr", "v_ptr", "out_ptr"), "*bf16")
                 | {"state_ptr": "*fp32", "lse_ptr": "*fp32"},
                 heads | {"N": n_heads, "Q_TOKEN": n_heads * 192, "Q_HEAD": 192} | tile.constexprs(),
                 tile.options(),
             )
+        numbers = ("n_programs", "first", "last", "fixed_pages", "PROGRAMS", "N", "ROWS", "PAGE")
+        yield Configuration(
+            f"share {target}",
+            share_kernel,
+            target,
+            dict.fromkeys(("lengths_ptr", "bounds_ptr", "shares_ptr"), "*i32") | dict.fromkeys(numbers, "i32"),
+            {},
+            {"num_warps": 1},
+        )
         yield Configuration(
             f"combine_splits {target}",
-            combine_kernel,
+            combine_splits_kernel,
             target,
-            {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "positions_ptr": "*i64", "out_ptr": "*bf16"}
-            | dict.fromkeys(("first", "split_keys", "split_stride"), "i32"),
+            {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "splits_ptr": "*i32", "positions_ptr": "*i64"}
+            | {"out_ptr": "*bf16", "first": "i32"},
             {"N": 128, "C": 512, "COLUMNS": COLUMNS, "SPLITS": SPLITS},
-            {"num_warps": 1},
+            {"num_warps": COMBINE_WARPS},
         )

@@ -31,7 +31,7 @@ GPU_SHARE = 0.9  # of what weights and a step leave: the rest is for the allocat
 HOST_SHARE = 0.5  # the same of a host, which others need too
 SCORED_ROWS = 256  # rows of prompt logits that exist at one time
 # As in kernel_attention.py, which needs Triton; a test holds them equal.
-SPLIT_BYTES, SLAB_BYTES, PROGRAMS, LEAST_SPLIT = 256 << 20, 1 << 30, 264, 128
+SPLIT_BYTES, SLAB_BYTES, PROGRAMS, DECODE_ROWS = 256 << 20, 1 << 30, 264, 64
 DRAWN_ROWS, SAMPLER_BYTES = 32, 56  # distributions the sampler makes at one time, and what it takes a token of one
 
 EMBEDDING, HEAD, ATTENTION, DENSE = "embedding", "head", "attention", "dense MLPs"
@@ -372,8 +372,10 @@ def _on_gpu(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) -> int:
     c, dn, r, dv = args.kv_lora_rank, args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim
 
     def decoded(few: int) -> tuple[int, int]:
-        splits = min(PROGRAMS, -(-limits.max_model_len // LEAST_SPLIT))
-        return 2 * few * n * c * b, min(SPLIT_BYTES, 4 * splits * few * n * c) * (c + 1) // c
+        width = min(DECODE_ROWS, min(rows, FEW_ROWS) * n)
+        tiles = min(few, limits.max_num_seqs) + few * n // width
+        split = width * min(tiles * -(-limits.max_model_len // PAGE_SIZE), tiles + PROGRAMS)
+        return 2 * few * n * c * b, min(SPLIT_BYTES, 4 * split * c) * (c + 1) // c + 12 * few * n
 
     if rows <= FEW_ROWS:
         return tokens * n * dv * b + sum(decoded(tokens))

@@ -11,7 +11,7 @@ Shapes in comments:
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -76,6 +76,8 @@ class Batch:
     pages: torch.Tensor  # (B, P) int32, each sequence's pages in order, padded with 0
     few: Extent = Extent()  # the first sequences, up to the first that has more than FEW_ROWS new tokens
     many: Extent = Extent()  # the others
+    # What attention works out from lengths and bounds, once for all layers; a changed batch starts without.
+    memo: dict[Any, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def whole(self) -> Extent:
@@ -313,6 +315,7 @@ class Experts(nn.Module):
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group):
         super().__init__()
         n, self.first, self.inner = args.n_routed_experts, 0, args.moe_inter_dim
+        self.n_experts = n
         if num.experts == "split":
             self.inner = tp.split(args.moe_inter_dim, "moe_inter_dim")
         else:
@@ -328,7 +331,8 @@ class Experts(nn.Module):
         ids: torch.Tensor,
         shared: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        return ops.experts(x, weights, ids, self.first, self.w13.w, self.w2.w, self.inner, shared)  # (T, H)
+        w13, w2 = self.w13.w, self.w2.w
+        return ops.experts(x, weights, ids, self.first, w13, w2, self.inner, shared, self.n_experts)  # (T, H)
 
 
 class MoE(nn.Module):

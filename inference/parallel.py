@@ -1,14 +1,18 @@
 """Ranks: who I am among how many, and the few collectives the network needs. Every collective is a no-op at size 1."""
 
+import contextlib
 import datetime
 import os
 import re
+import signal
 import socket
+import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +24,8 @@ ExpertLayout = Literal["whole", "split"]  # a rank has some experts whole, or a 
 JOINING_LIMIT = 600.0  # seconds for all ranks to come up; a later one may have torch to import from a slow disk
 LOADING_LIMIT = 6 * 3600.0  # seconds that the slowest rank may load longer than the fastest
 ERROR_BYTES = 2048  # of an error's text that travel between ranks
+STOPPED = "is stopped"
+STORE_LIMIT = 1.0  # seconds for a word to or from the meeting point, which may be on a host that is gone
 ONE_SHOT_BYTES = 384 << 10  # up to which reading every peer's part at once beats a ring of NCCL's on eight GPUs
 
 
@@ -40,6 +46,8 @@ class Group:
     ordered: bool = False  # sums are taken in rank order, whatever their size (batch-invariant mode)
     one_shot: Any = field(default=None, compare=False, repr=False)  # a OneShot, where the GPUs see each other's memory
     neighbours: tuple[tuple[int, int], ...] = field(default=(), compare=False)  # (rank, process id) on this host
+    store: Any = field(default=None, compare=False, repr=False)  # where the ranks met
+    leaving: Any = field(default_factory=threading.Lock, compare=False, repr=False)  # held by the thread that ends us
 
     def split(self, n: int, what: str) -> int:
         """n over the ranks; raises UserError when it does not divide."""
@@ -141,11 +149,86 @@ class Group:
         fates = [(rank, _fate(pid)) for rank, pid in self.neighbours if rank != self.rank]
         return [(rank, fate) for rank, fate in fates if fate]
 
-    @property
-    def speaks(self) -> bool:
-        """Whether it is for this rank to tell the user of a failure: the first on its host that still can."""
+    def lost(self) -> str:
+        """A line that says which ranks of this host cannot answer any more; empty while all can."""
+        missing = " and ".join(f"rank {rank}, which {fate}" for rank, fate in self.missing())
+        return missing and f"rank {self.rank} lost contact with {missing}"
+
+    def leave(self, line: str, status: int) -> NoReturn:
+        """Ends this process at once, whatever state the other ranks are in. The user is told `line`, on standard error,
+        by the first rank of a host to leave: later ones lost contact with the ones before. From another host than the
+        one where it began, the line is that of the first of all. A rank of this host that is stopped goes on, and finds
+        itself alone: it would outlive its run otherwise."""
+        self.leaving.acquire()  # never released
+        if line := self._line_to_tell(line):
+            begin = "\n" if self.size > 1 else ""  # rank 0's progress bar may be in the way
+            print(f"{begin}error: {line}", file=sys.stderr, flush=True)
+        for rank, pid in self.neighbours:
+            if rank != self.rank and _fate(pid) == STOPPED:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
+
+    def stopped(self, number: int) -> NoReturn:
+        """Leaves on a signal from outside: torchrun sends one when another rank has ended."""
+        lost = self.lost()
+        self.leave(lost or f"stopped from outside ({signal.Signals(number).name})", 1 if lost else 128 + number)
+
+    def part(self) -> None:
+        """Leaves the ranks when all have done their work, or none can. torchrun ends the others as soon as one is gone
+        with another status than 0: this one says no more, and waits for them to have got so far."""
+        self.leaving.acquire(blocking=False)
+        with contextlib.suppress(RankFailure):
+            self.barrier(10)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def heed_termination(self) -> None:
+        """From now on SIGTERM is answered with a line. torchrun sends it to all other ranks as soon as one has ended,
+        often before they notice, and then there would be nobody left to say what happened. A thread of its own
+        answers, because the main one may be waiting for a rank that is gone. Called on the main thread."""
+        if self.size == 1:
+            return
+        signals, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+        def wait() -> None:
+            while os.read(signals, 1)[0] != signal.SIGTERM:
+                pass
+            self.stopped(signal.SIGTERM)
+
+        threading.Thread(target=wait, name="termination", daemon=True).start()
+
+    def _line_to_tell(self, line: str) -> str:
+        """What this rank is to tell, empty if another of its host has told something; see `leave`."""
+        if self.size == 1:
+            return line
+        host = self.neighbours[0][0] if self.neighbours else self.rank
+
+        def ask() -> tuple[bool, str]:
+            first = self.store.add(f"last words of the host of {host}", 1) == 1
+            if self.store.add("last words", 1) == 1:
+                self.store.set("first words", line)
+                return first, line
+            return first, self.store.get("first words").decode() if self.store.check(["first words"]) else line
+
+        answers: list[tuple[bool, str]] = []
+
+        def call() -> None:
+            with contextlib.suppress(Exception):  # the meeting point may have gone with rank 0
+                answers.append(ask())
+
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(STORE_LIMIT)
+        if answers:
+            return answers[0][1] if answers[0][0] else ""
         gone = {rank for rank, _ in self.missing()}
-        return all(rank >= self.rank or rank in gone for rank, _ in self.neighbours)
+        return line if all(rank >= self.rank or rank in gone for rank, _ in self.neighbours) else ""
 
     def _gather_text(self, text: str) -> list[str]:
         """Every rank's text (cut to ERROR_BYTES), as bytes in a tensor: nothing is pickled."""
@@ -179,19 +262,44 @@ def environment() -> tuple[int, int, int, int]:
 def join(timeout: float) -> Group:
     """Joins the ranks torchrun started, with gloo, for tensors on CPUs; `on` follows for GPUs.
 
-    `timeout` (seconds) is how long a rank waits for another before it gives the run up.
+    `timeout` (seconds) is how long a rank waits for another before it gives the run up. Ranks of one host keep to its
+    loopback interface unless GLOO_SOCKET_IFNAME names another. Raises UserError and RankFailure.
     """
-    rank, size, _, _ = environment()
+    rank, size, _, local_size = environment()
     if size == 1:
         return SOLO
+    loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    if local_size == size and loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())  # gloo takes it from there and nowhere else
     with _speaking_of_ranks(Group(rank, size), "could not join the others"):
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=max(timeout, JOINING_LIMIT)))
+        wait = datetime.timedelta(seconds=max(timeout, JOINING_LIMIT))
+        store = _meeting_point(rank, size, wait)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
         hosts = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
         mine = torch.tensor([_host(), os.getpid()])
         places = [torch.empty_like(mine) for _ in range(size)]
         dist.all_gather(places, mine, group=hosts)
     pids = [(other, int(place[1])) for other, place in enumerate(places) if place[0] == mine[0]]
-    return Group(rank, size, hosts, hosts, timeout, neighbours=tuple(pids))
+    return Group(rank, size, hosts, hosts, timeout, neighbours=tuple(pids), store=store)
+
+
+def _meeting_point(rank: int, size: int, wait: datetime.timedelta) -> Any:
+    """The store at MASTER_ADDR: torchrun's own, which listens on all interfaces; without torchrun rank 0 keeps it, on
+    that address alone."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdecimal():
+        raise UserError(f"{size} ranks, but MASTER_ADDR is {host!r} and MASTER_PORT {port!r}: start with torchrun")
+    listener = None
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        try:
+            family, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+            listener = socket.create_server(address[:2], family=family, backlog=size).detach()
+        except OSError as e:
+            raise UserError(f"MASTER_ADDR {host}, MASTER_PORT {port}: {e.strerror or e}") from None
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, int(port), size, is_master=listener is not None, timeout=wait, wait_for_workers=False,
+        master_listen_fd=listener,
+    )  # fmt: skip
 
 
 def _host() -> int:
@@ -212,7 +320,7 @@ def _fate(pid: int) -> str:
     except OSError:
         return ""
     state = stat.rpartition(b")")[2].split()[0]  # after the name, which may hold anything
-    return {b"Z": "has died", b"X": "has died", b"T": "is stopped", b"t": "is stopped"}.get(state, "")
+    return {b"Z": "has died", b"X": "has died", b"T": STOPPED, b"t": STOPPED}.get(state, "")
 
 
 def on(device: torch.device, group: Group) -> Group:
@@ -261,12 +369,6 @@ class OneShot:
         return x.copy_(torch.ops.symm_mem.one_shot_all_reduce(part, "sum", self.name))
 
 
-def stop() -> None:
-    """Leaves the process group; safe to call twice, or when none was joined."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def choose_threads(asked: int | None, local_size: int) -> int:
     """CPU threads of this rank: as asked, else the cores over the ranks of this host.
 
@@ -288,15 +390,13 @@ class _speaking_of_ranks:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, RuntimeError) or isinstance(error, RankFailure):
+        if not isinstance(error, RuntimeError) or isinstance(error, RankFailure | torch.OutOfMemoryError):
             return
         until = time.monotonic() + 0.5  # a process closes its connections a moment before it is seen to be dead
-        while not (missing := self.group.missing()) and time.monotonic() < until:
+        while not (said := self.group.lost()) and time.monotonic() < until:
             time.sleep(0.02)
-        if missing:
-            said = "lost contact with " + " and ".join(f"rank {rank}, which {fate}" for rank, fate in missing)
-        else:
+        if not said:
             cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
             cause = re.sub(r"^\[\S+:\d+\] ", "", cause).partition(". This is typically")[0]  # gloo's own trimmings
-            said = f"{self.failure}: {cause}"
-        raise RankFailure(f"rank {self.group.rank} {said}") from error
+            said = f"rank {self.group.rank} {self.failure}: {cause}"
+        raise RankFailure(said) from error

@@ -113,4 +113,4 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(commandline.main(parse, run))
+    sys.exit(commandline.main(parse, run, heeds_signals=True))

@@ -33,7 +33,8 @@ import chat
 import commandline
 import protocol
 from bridge import Answer, Bridge
-from commandline import VERSION, complain
+from commandline import complain
+from config import PROGRAM_VERSION
 from engine import Engine
 from protocol import ChatChoice, CompletionChoice, Delta, Plan, Refused, Served, Update
 
@@ -191,7 +192,7 @@ class Routes:
         return JSONResponse({"status": self.bridge.state}, 200 if ready else 503)
 
     async def version(self, request: Request) -> Response:
-        return JSONResponse({"version": VERSION})
+        return JSONResponse({"version": PROGRAM_VERSION})
 
     async def metrics(self, request: Request) -> Response:
         return Response(self.bridge.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

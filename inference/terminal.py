@@ -28,8 +28,9 @@ class Terminal:
     two questions it watches for the interrupt key; lines typed ahead are kept for the questions to come.
     """
 
-    def __init__(self, prompt: str = ">>> "):
-        self.prompt = prompt
+    def __init__(self, stopped: Callable[[int], object], prompt: str = ">>> "):
+        """`stopped` ends the program, with a line, on the signal of that number."""
+        self.prompt, self._stopped = prompt, stopped
         self._fd = 0
         self.is_tty = os.isatty(self._fd)
         self._found: list[Any] | None = None  # the terminal's settings before us
@@ -57,7 +58,7 @@ class Terminal:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._handlers:
-            signal.set_wakeup_fd(-1)
+            signal.set_wakeup_fd(self._wakeup)
 
     def ask(self, meanwhile: Callable[[], object], every: float) -> str | None:
         """Shows the prompt and returns the next line, without its end, or None where the input ends.
@@ -99,7 +100,7 @@ class Terminal:
         os.set_blocking(writer, False)
         for number in (signal.SIGTERM, signal.SIGHUP):
             self._handlers[number] = signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self._await_signal, name="signals", daemon=True).start()
         termios.tcsetattr(self._fd, termios.TCSANOW, ours)
 
@@ -107,9 +108,9 @@ class Terminal:
         """Leaves on a signal from outside, by a thread because the main one may be waiting for another rank."""
         while (number := os.read(self._signals, 1)[0]) not in self._handlers:
             pass
-        name = signal.Signals(number).name
-        why = ": it does so when another rank has failed" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-        self._leave(f"error: stopped from outside ({name}){why and ' by torchrun' + why}", 128 + number)
+        self.give_back()
+        os.write(sys.stderr.fileno(), b"\n")
+        self._stopped(number)
 
     def _leave(self, line: str, status: int) -> None:
         self.give_back()

@@ -1,7 +1,8 @@
 """Which tensors a checkpoint holds, how they are shared out over ranks, and how they get into a model.
 
 Three kinds of directory are read: Hugging Face's, the ones `convert.py` writes (marked in each file's metadata, with
-an index), and those the original DeepSeek-V3 repository's converter wrote (no mark, no index, no MTP module).
+a manifest), and those the original DeepSeek-V3 repository's converter wrote (no mark, no manifest, no MTP module).
+What `fp8_cast_bf16.py` writes is Hugging Face's kind with a mark and a manifest.
 
 Names: "ours" are the names in memory and in converted files, which are upstream's, with the MTP module added.
 A `scale` is Hugging Face's `weight_scale_inv`: float32, one per 128x128 block, weight = FP8 value * scale.
@@ -12,9 +13,9 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -22,11 +23,10 @@ from tqdm import tqdm
 
 from config import BLOCK_SIZE, ModelArgs, load_config, read_json
 from errors import UserError
+from manifest import CAST_MANIFEST, CAST_MARK, FORMAT, HF_INDEX, Manifest, check_file_name, read_manifests
 from parallel import SOLO, ExpertLayout, Group
 from tensorfile import TEMPORARY, Entry, Reader, describe, read_header
 
-FORMAT, VERSION = "deepseek-v3-ranks", 1  # the mark in converted files; a reader refuses a version it does not know
-HF_INDEX = "model.safetensors.index.json"
 AskedLayout = ExpertLayout | Literal["auto"]
 IGNORED = "rotary_emb.inv_freq"  # a buffer some releases saved; it follows from the config
 
@@ -273,21 +273,26 @@ class Checkpoint:
         config = self.path / "config.json"
         self.args: ModelArgs | None = load_config(config) if config.is_file() else None
         self.files = sorted(p.name for p in self.path.glob("*.safetensors") if not p.name.startswith("."))
+        self.manifests = read_manifests(self.path)
         self.kind, self.ranks, self._owner = self._detect()
         self._headers: dict[str, tuple[dict[str, str], dict[str, Entry]]] = {}
 
-    def _detect(self) -> tuple[str, tuple[int, ...] | None, Any]:
+    def _detect(self) -> tuple[str, tuple[int, ...] | None, dict[str, str] | None]:
+        """The kind, the numbers of ranks, and the file of each tensor where an index tells."""
         names = {p.name for p in self.path.iterdir()}
-        indices = sorted(int(m[1]) for name in names if (m := re.fullmatch(r"model-mp([1-9]\d*)\.index\.json", name)))
-        if indices:
-            found = {n: ConvertedIndex(self.path, n) for n in indices}
-            known = {file for index in found.values() for file in (*index.files, *index.obsolete)}
+        if self.manifests:
+            known = {file for found in self.manifests.values() for file in (*found.files, *found.obsolete)}
             if extra := [file for file in self.files if file not in known]:
                 raise UserError(f"{self.path}: {extra[0]} belongs to no index here; remove it or convert again")
-            return "converted", tuple(indices), found
+            if cast := self.manifests.get(None):
+                owner = {name: file for file, facts in cast.files.items() for name in facts["tensors"]}
+                at = self.path / HF_INDEX
+                if at.exists() and not cast.pending and read_json(at).get("weight_map") != owner:
+                    raise UserError(f"{at}: places tensors elsewhere than {cast.path.name}; cast again")
+                return "hf", None, owner
+            return "converted", tuple(n for n in self.manifests if n is not None), None
         if HF_INDEX in names:
-            index = read_json(self.path / HF_INDEX).get("weight_map")
-            return "hf", None, self._hf_index(index)
+            return "hf", None, self._hf_index(read_json(self.path / HF_INDEX).get("weight_map"))
         if not self.files:
             if any(name.startswith(TEMPORARY) for name in names):
                 raise UserError(f"{self.path}: an unfinished conversion and nothing else; run the conversion again")
@@ -296,7 +301,7 @@ class Checkpoint:
         if all(ranked):
             for file in self.files:
                 if read_header(self.path / file)[0].get("format") == FORMAT:
-                    raise UserError(f"{self.path / file}: its index is missing; copy the directory or convert again")
+                    raise UserError(f"{self.path / file}: its manifest is missing; copy the directory or convert again")
             return "upstream", tuple(sorted({int(m[1]) for m in ranked if m})), None
         if self.files == ["model.safetensors"]:
             return "hf", None, None
@@ -328,8 +333,10 @@ class Checkpoint:
         if self.ranks is not None and group.size not in self.ranks:
             made, n = " or ".join(map(str, self.ranks)), group.size
             raise UserError(f"{self.path}: converted for {made} ranks, not {n}; start as many, or convert for {n}")
-        if self.kind == "converted":
-            return self._owner[group.size].entries(group.rank, self._header)
+        if manifest := self.manifest(group.size):
+            for sentence in manifest.changed() if group.rank == 0 else ():
+                warn(sentence)
+            return manifest.entries(group.rank if manifest.ranks else None, self._header)
         if self.kind == "upstream":
             files = [f"model{rank}-mp{group.size}.safetensors" for rank in range(group.size)]
             if missing := [file for file in files if file not in self.files]:
@@ -337,7 +344,10 @@ class Checkpoint:
             return self._header(files[group.rank])[1]
         found: dict[str, Entry] = {}
         for file in self.files:
-            for name, entry in self._header(file)[1].items():
+            metadata, tensors = self._header(file)
+            if CAST_MARK.items() <= metadata.items():
+                raise UserError(f"{self.path / CAST_MANIFEST}: missing, though the cast wrote {file}; cast again")
+            for name, entry in tensors.items():
                 if self._owner is not None and (where := self._owner.get(name)) != file:
                     said = f"places it in {where}" if where else "does not name it"
                     raise UserError(f"{entry}: {HF_INDEX} {said}")
@@ -346,17 +356,21 @@ class Checkpoint:
             raise UserError(f"{self.path / self._owner[gone[0]]}: {gone[0]} is missing, but {HF_INDEX} places it there")
         return found
 
+    def manifest(self, ranks: int) -> Manifest | None:
+        """What a load on that many ranks goes by, if this program wrote the directory."""
+        return self.manifests.get(ranks) or self.manifests.get(None)
+
     def experts(self, ranks: int) -> ExpertLayout | None:
         """How files made for that many ranks share the routed experts; None where the files are whole."""
-        if self.kind == "converted" and ranks in self._owner:
-            return self._owner[ranks].experts
+        if self.kind == "converted" and ranks in self.manifests:
+            return self.manifests[ranks].experts
         return None if self.kind == "hf" else "whole"
 
     def _names(self) -> dict[str, torch.dtype | None]:
         """Every rank's tensor names, with dtypes where a header had to be read for them."""
         if self.kind == "converted":
-            index = next(iter(self._owner.values()))
-            return dict.fromkeys(name for file in index.files.values() for name in file["tensors"])
+            manifest = next(iter(self.manifests.values()))
+            return dict.fromkeys(name for file in manifest.files.values() for name in file["tensors"])
         if self.kind == "hf" and self._owner is not None:
             return dict.fromkeys(self._owner)
         return {name: entry.dtype for file in self.files for name, entry in self._header(file)[1].items()}
@@ -435,96 +449,6 @@ class Checkpoint:
                 if bad:
                     found = scale[tuple(bad[0])].item()
                     raise UserError(f"{entry}: expected finite, positive scales, found {found} at {bad[0]}")
-
-
-class ConvertedIndex:
-    """The index convert.py writes last: for each file of each rank its size and its tensors' checksums.
-
-    While `pending`, its files are complete and durable but may still have their temporary names, and `obsolete` ones
-    of an earlier conversion may still be there.
-    """
-
-    def __init__(self, folder: Path, ranks: int):
-        self.folder, self.ranks = folder, ranks
-        self.path = folder / index_name(ranks)
-        raw = read_json(self.path)
-        if raw.get("format") != FORMAT or raw.get("version") != VERSION:
-            made = f"{raw.get('format')!r} version {raw.get('version')!r}"
-            raise UserError(f"{self.path}: this program reads {FORMAT!r} version {VERSION}, not {made}: convert again")
-        self.pending: bool = raw.get("pending") is True
-        self.obsolete: list[str] = raw.get("obsolete", [])
-        self.files: dict[str, dict[str, Any]] = raw.get("files", {})
-        self.experts: ExpertLayout = raw.get("experts", "whole")  # indices of before the choice do not say
-        if not self._well_formed(raw):
-            raise UserError(f"{self.path}: damaged; copy the directory again or convert again")
-        for file in (*self.files, *self.obsolete):
-            check_file_name(self.path, "files", file)
-
-    def _well_formed(self, raw: dict[str, Any]) -> bool:
-        try:
-            ranks = {facts["rank"] for facts in self.files.values()}
-            numbers = [facts["bytes"] for facts in self.files.values()]
-            numbers += [crc for facts in self.files.values() for crc in facts["tensors"].values()]
-        except (AttributeError, KeyError, TypeError):
-            return False
-        whole = raw.get("ranks") == self.ranks and ranks == set(range(self.ranks))
-        whole = whole and self.experts in get_args(ExpertLayout)
-        return whole and isinstance(self.obsolete, list) and all(type(n) is int for n in numbers)
-
-    def where(self, file: str) -> Path:
-        temporary = self.folder / (TEMPORARY + file)
-        return temporary if self.pending and temporary.exists() else self.folder / file
-
-    def entries(self, rank: int, header: Any) -> dict[str, Entry]:
-        """A rank's tensors. Raises UserError when a file, of any rank, is missing or not as the index describes it."""
-        found: dict[str, Entry] = {}
-        for file, facts in self.files.items():
-            path = self.where(file)
-            if not path.is_file():
-                raise UserError(f"{path}: missing, but {self.path.name} names it")
-            if (size := path.stat().st_size) != facts["bytes"]:
-                raise UserError(f"{path}: expected {facts['bytes']} bytes, found {size}")
-            if facts["rank"] != rank:
-                continue
-            metadata, tensors = header(file, path)
-            wanted = file_mark(rank, self.ranks, self.experts)
-            mark = {key: metadata.get(key) for key in wanted} | {"experts": metadata.get("experts", "whole")}
-            if mark != wanted:
-                what = f"rank {rank} of {self.ranks}, {self.experts} experts"
-                raise UserError(f"{path}: its metadata does not mark it as {what}: found {mark}")
-            if tensors.keys() != facts["tensors"].keys():
-                name = sorted(tensors.keys() ^ facts["tensors"].keys())[0]
-                verb = "does not name it" if name in tensors else "names it, but the file lacks it"
-                raise UserError(f"{path}: {name}: {self.path.name} {verb}")
-            found |= {name: replace(entry, crc=facts["tensors"][name]) for name, entry in tensors.items()}
-        return found
-
-
-def index_name(ranks: int) -> str:
-    return f"model-mp{ranks}.index.json"
-
-
-def file_mark(rank: int, ranks: int, experts: ExpertLayout) -> dict[str, str]:
-    """The safetensors metadata of a converted file."""
-    mark = {"format": FORMAT, "version": str(VERSION), "rank": str(rank), "ranks": str(ranks)}
-    return mark | {"experts": experts}
-
-
-def check_file_name(index: Path, what: str, file: Any) -> None:
-    """An index may name plain files of its own directory only (which may be links, as in Hugging Face's cache)."""
-    plain = isinstance(file, str) and file.endswith(".safetensors") and not re.search(r"[/\\\0]", file)
-    if not plain or file.startswith("."):
-        raise UserError(f"{index}: {what}: {file!r} is not the plain name of a .safetensors file")
-
-
-def check_target(target: Path, mark: dict[str, str], config: dict[str, Any]) -> None:
-    """Refuses a directory to write to whose weights lack the writer's mark, or belong to a model of another config."""
-    for path in sorted(target.glob("*.safetensors")):
-        if not path.name.startswith(TEMPORARY) and not mark.items() <= read_header(path)[0].items():
-            raise UserError(f"{path}: not written by this program; choose another directory or remove it")
-    path = target / "config.json"
-    if path.exists() and read_json(path) != config:
-        raise UserError(f"{path}: another model's; choose another directory or remove what is there")
 
 
 # --------------------------------------------------------------------------------------------------------------------

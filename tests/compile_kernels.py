@@ -33,12 +33,12 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def compile_(c: kernel.Configuration) -> Any:
-    """Compiles as a launch would: told that pointers, and all sizes it may look at (not M), are multiples of 16."""
+    """Compiles as a launch would: told that all pointers and sizes it may look at (not M) are multiples of 16."""
     names = c.kernel.arg_names
     assert set(names) == set(c.types) | set(c.constexprs), (c.name, names)
     signature = {n: c.types.get(n, "constexpr") for n in names}
     unseen = {p.name for p in c.kernel.params if p.do_not_specialize}
-    aligned = [n for n, t in c.types.items() if t.startswith("*") or (t == "i32" and n not in unseen)]
+    aligned = [n for n, t in c.types.items() if (t == "i32" or t.startswith("*")) and n not in unseen]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     amd = c.target.startswith("gfx")
     target = GPUTarget("hip", c.target, 64) if amd else GPUTarget("cuda", int(c.target.removeprefix("sm_")), 32)

@@ -3,6 +3,8 @@
 import errno
 import hashlib
 import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,12 +46,18 @@ def events(action: Callable[[], object], log: Path) -> list[str]:
             f.write(name + "\n")
         return real(*args)
 
+    log.unlink(missing_ok=True)
     assert _in_child(action, act) == 0
     return log.read_text().split()
 
 
 def kill(action: Callable[[], object], at: int) -> None:
     """Runs the action up to event number `at` (a write is done by half), where its process dies."""
+    assert not ends_before(action, at)
+
+
+def ends_before(action: Callable[[], object], at: int) -> bool:
+    """The same, where the action may end before it gets so far; says whether it did."""
     count = 0
 
     def act(name: str, real: Callable, args: tuple) -> object:
@@ -61,7 +69,26 @@ def kill(action: Callable[[], object], at: int) -> None:
         count += 1
         return real(*args)
 
-    assert _in_child(action, act) == KILLED
+    status = _in_child(action, act)
+    assert status in (0, KILLED)
+    return status == 0
+
+
+def kill_after(action: Callable[[], object], seconds: float) -> bool:
+    """Runs the action in a forked child, sends it SIGKILL that long after the fork, and says whether that hit it."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)  # the child is ours to wait for, so the number is still its own
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
 
 
 def fill_disk(monkeypatch, at: int) -> None:

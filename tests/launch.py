@@ -45,10 +45,10 @@ def command(*flags: object) -> list[str]:
     return [sys.executable, str(SCRIPT), *map(str, flags)]
 
 
-def torchrun(*flags: object, ranks: int = 2) -> list[str]:
+def torchrun(*flags: object, ranks: int = 2, script: Path = SCRIPT) -> list[str]:
     port = free_port()
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port)]
-    return [sys.executable, *launcher, str(SCRIPT), *map(str, flags)]
+    return [sys.executable, *launcher, str(script), *map(str, flags)]
 
 
 def start_rank(

@@ -37,7 +37,7 @@ def scripted(model, tokenizer, text: str | bytes, mtp: int = 0, end: bool = True
     """
     raw = text if isinstance(text, bytes) else text.encode()
     letters = {tokenizer._piece(i): i for i in range(VOCAB_SIZE) if len(tokenizer._piece(i)) == 1}
-    script = [letters[bytes([b])] for b in raw] + [tokenizer.eos_ids[0]] * end + [0] * 50
+    script = [letters[bytes([b])] for b in raw] + [tokenizer.eos_ids[0]] * end + [letters[b"x"]] * 50
     engine = Engine(model, tokenizer, n_pages=20, max_model_len=1000, mtp=mtp)
     verify, propose = engine._verify, engine._propose
 
@@ -84,6 +84,7 @@ def test_the_stream_adds_up(model, tokenizer, mtp):
         (("three",), "One, two, "),
         (("two, th", "One, tx"), "One, "),
         (("e. N", "ee"), "One, two, thr"),
+        (("ee", "three"), "One, two, "),  # both at once: up to the one that begins first
         (("🙂",), "One, two, three. Naïve 你好 "),
         (("好",), "One, two, three. Naïve 你"),
         (("absent", "One, two, three! "), TEXT),

@@ -109,6 +109,47 @@ def test_the_limit_of_a_rank_of_deepseek_v3() -> None:
     assert rows[0]["sent_bytes"] == 123 * 7168 * 2 + 129280 // 8 * 4
 
 
+def test_the_work_of_each_kernel_of_deepseek_v3() -> None:
+    """One of eight ranks: together what a step must read, and by kernel from its shapes."""
+    args = load_config(bench_rank_slice.CONFIGS / "config_671B.json")
+    model = bench_rank_slice.build(args, slice_options(), "meta").prepare()
+    weights = bench_rank_slice.weights_of(model)
+
+    def work(b: int, new: int, context: int, drafts: int = 0) -> dict[str, bench_rank_slice.Work]:
+        touched = 256 * bench_rank_slice.chosen(args, b * new)
+        return bench_rank_slice.work(model, b, new, context, drafts, touched, "sm_90")
+
+    reads = {"gemm_kernel", "grouped_gemm_kernel", "decode_kernel", "router_kernel"}
+    for b in (1, 32):
+        found = work(b, 1, 4096)
+        assert set(found) == {*reads, "norm_kernel", "silu_mul_kernel", "combine_kernel"}
+        absorbed = 61 * 2 * 16 * 128 * 512 * 2  # W^UK and W^UV, which a library multiplies
+        total = bench_rank_slice.decode_bytes(model, weights, b, 4096) - weights.head - absorbed
+        assert sum(found[name].nbytes for name in reads) == pytest.approx(total, rel=0.02)
+        assert found["decode_kernel"].nbytes == pytest.approx(b * 61 * 4097 * 1152, rel=0.02)
+        assert found["decode_kernel"].flops == b * 61 * 16 * 2 * (576 + 512) * 4097
+    assert work(1, 1, 0)["router_kernel"] == (58 * (256 * 7168 * 2 + 7168 * 2), 58 * 2 * 256 * 7168)
+    assert work(1, 1, 0)["combine_kernel"] == (58 * (8 + 2) * 7168 * 2, 0)
+    assert work(2, 2, 0, drafts=1)["router_kernel"].flops == 59 * 4 * 2 * 256 * 7168
+    found = work(1, 2000, 0)
+    linears, attention = bench_rank_slice.prefill_flops(model, weights, 2000)
+    products = ("gemm_kernel", "gemm_persistent_kernel", "grouped_gemm_kernel", "router_kernel")
+    outside = 2 * 2000 * 61 * 2 * 16 * 128 * 512  # the absorbed products again
+    assert sum(found[name].flops for name in products if name in found) == pytest.approx(linears - outside, rel=1e-3)
+    assert found["prefill_kernel"].flops == attention and "decode_kernel" not in found
+
+
+def test_a_breakdown_says_what_each_kernel_reached() -> None:
+    kernels = [{"kernel": "a", "launches": 1.0, "ms": 2.0, "share": 0.5}, {"kernel": "b", "launches": 1.0, "ms": 1.0, "share": 0.25},
+               {"kernel": "c", "launches": 1.0, "ms": 1.0, "share": 0.25}]  # fmt: skip
+    done = {"a": bench_rank_slice.Work(4e9, 6e12), "b": bench_rank_slice.Work(3e9, 0.0)}
+    rows = bench_rank_slice.rates(kernels, done)
+    assert rows[0]["gb_per_s"] == pytest.approx(2000) and rows[0]["tflops"] == pytest.approx(3000)
+    assert rows[1]["gb_per_s"] == pytest.approx(3000) and "tflops" not in rows[1] and rows[2] == kernels[2]
+    text = bench_rank_slice.breakdowns({"kernels": {"step": rows}})
+    assert "| 2000 | 3000 |" in " ".join(text.split()) and "| 3000 | – |" in " ".join(text.split())
+
+
 def test_links_take_as_long_as_they_must() -> None:
     links = bench_rank_slice.Links(inside=1e9, between=1e8, inside_start=0.0, between_start=0.0)
     reduce, gather = bench_rank_slice.Message("all_reduce", 8000), bench_rank_slice.Message("all_gather", 8000)

@@ -18,12 +18,13 @@ from checkpoints import fp8_sizes, make_checkpoint
 from errors import UserError
 from families import FAMILIES
 from fp8_cast_bf16 import cast
+from manifest import CAST_MANIFEST, HF_INDEX
 from model import Numerics
 from oracle import theirs
 from tensorfile import Reader
-from test_convert import OTHERS, SMALL
+from test_convert import OTHERS, SMALL, content
 from test_weights import assert_same, drop, loaded, multiplied_out, replace, whole
-from weights import HF_INDEX, Checkpoint
+from weights import Checkpoint
 
 CPU = torch.device("cpu")
 
@@ -97,7 +98,7 @@ def test_single_file(source, tmp_path):
     save_file(whole(source), tmp_path / "a" / "model.safetensors")
     shutil.copy(source / "config.json", tmp_path / "a")
     cast(tmp_path / "a", tmp_path / "b", CPU)
-    assert {p.name for p in (tmp_path / "b").iterdir()} == {"model.safetensors", "config.json"}
+    assert {p.name for p in (tmp_path / "b").iterdir()} == {"model.safetensors", "config.json", CAST_MANIFEST}
     assert_same(whole(tmp_path / "b"), multiplied_out(whole(source), torch.bfloat16))
     cast(source, tmp_path / "b", CPU)  # in shards, over it
     assert not (tmp_path / "b" / "model.safetensors").exists()
@@ -172,15 +173,16 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
     return folder / "old", folder / "new"
 
 
-def content(folder: Path) -> dict[str, str] | None:
-    """The weight files that load, by hash, or None: by our rules, and by transformers' (an index, or the one file)."""
-    try:
-        checkpoint = Checkpoint(folder)
-        checkpoint.check(checkpoint.args)
-    except UserError:
-        assert not (folder / HF_INDEX).exists() and not (folder / "model.safetensors").exists()
+def content_for_others(folder: Path) -> dict[str, str] | None:
+    """The weight files, by hash, that a program finds which knows no manifest (one file, or an index); None: none."""
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    if "model.safetensors" in names:
+        files = {"model.safetensors"}
+    elif HF_INDEX in names:
+        files = set(json.loads((folder / HF_INDEX).read_text())["weight_map"].values())
+    else:
         return None
-    return {name: digest for name, digest in killing.hashes(folder).items() if name.startswith("model")}
+    return {file: digest for file, digest in killing.hashes(folder).items() if file in files}
 
 
 @killing.HOW_MANY
@@ -189,7 +191,8 @@ def test_killed_at_any_moment(n, small, tmp_path):
     cast(small[0], before, CPU)
     cast(small[1], out, CPU)
     old, new, hashes = content(before), content(out), killing.hashes(out)
-    assert old is not None and new is not None and old != new
+    others = content_for_others(before), content_for_others(out)
+    assert None not in (old, new, *others) and old != new and others[0] != others[1]
 
     def start(fresh: bool) -> None:
         shutil.rmtree(out)
@@ -199,16 +202,18 @@ def test_killed_at_any_moment(n, small, tmp_path):
     for fresh in (True, False):
         start(fresh)
         log = killing.events(lambda: cast(small[1], out, CPU), tmp_path / f"log{fresh}")
-        written = max(i for i, name in enumerate(log) if name == "pwrite")
+        seen = []
         for at in killing.spread(len(log), n):
             start(fresh)
             killing.kill(lambda: cast(small[1], out, CPU), at)
             found = content(out)
-            assert found in ((None, new) if fresh else (old, None, new)), f"event {at} ({log[at]})"
-            if at <= written and not fresh:
-                assert found == old, f"event {at} ({log[at]}): lost before the new files were complete"
+            assert found in (None if fresh else old, new), f"event {at} ({log[at]})"
+            before_commit = None if fresh else others[0]
+            assert content_for_others(out) in ((before_commit, None, others[1]) if found == new else (before_commit,))
+            seen.append(found == new)
             cast(small[1], out, CPU)
             assert killing.hashes(out) == hashes
+        assert seen == sorted(seen) and {True, False} == set(seen)  # the new one from one moment on
 
 
 def test_a_full_disk_keeps_what_was_there(small, tmp_path, monkeypatch):

@@ -56,6 +56,14 @@ def test_families():
     assert args["v2"].topk_method == "group_limited_greedy" and not args["v2"].gate_bias
 
 
+def test_what_a_config_leaves_out():
+    """Is as the released code has it: V3 normalises and biases its router, V2 does neither."""
+    for family, wanted in (("v3", ("sigmoid", "noaux_tc", True, True)), ("v2-lite", ("softmax", "greedy", False, False))):
+        said = ("scoring_func", "topk_method", "norm_topk_prob")
+        args = ModelArgs.from_hf({k: v for k, v in FAMILIES[family].items() if k not in said})
+        assert (args.score_func, args.topk_method, args.norm_topk_prob, args.gate_bias) == wanted
+
+
 def test_transformers_5_spelling():
     """`rope_parameters` and `dtype`, as transformers 5 saves a config, mean the same."""
     rope = {**V3["rope_scaling"], "rope_type": "yarn", "rope_theta": 10000.0}

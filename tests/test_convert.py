@@ -21,7 +21,7 @@ from convert import convert
 from errors import UserError
 from families import FAMILIES
 from parallel import Group
-from tensorfile import Reader, Staging
+from tensorfile import TEMPORARY, Reader, Staging
 from test_weights import CONFIG, HF_INDEX, WIDE, drop, our_name, part, replace, whole, write_upstream
 from weights import Checkpoint
 
@@ -67,7 +67,7 @@ def assert_round_trip(
     for file in target.glob(f"model*-mp{ranks}*.safetensors"):
         rank = int(file.name.removeprefix("model").partition("-")[0])
         with safe_open(file, "pt") as f:
-            mark = {"format": "deepseek-v3-ranks", "version": "1", "rank": str(rank), "ranks": str(ranks)}
+            mark = {"format": "deepseek-v3-ranks", "version": "2", "rank": str(rank), "ranks": str(ranks)}
             assert f.metadata() == mark | {"experts": experts}
             for name in f.keys():  # noqa: SIM118 (not a dict)
                 assert name not in held[rank]
@@ -245,7 +245,7 @@ def test_two_at_once(small, tmp_path):
 # Killed, and failed -------------------------------------------------------------------------------------------------
 
 
-def content(folder: Path, ranks: int) -> dict[tuple[int, str], int] | None:
+def content(folder: Path, ranks: int = 1) -> dict[tuple[int, str], str | None] | None:
     """What loads from a directory: every byte of every rank, as checksums that were verified. None: nothing."""
     try:
         checkpoint = Checkpoint(folder)
@@ -328,12 +328,34 @@ def test_a_full_disk_keeps_what_was_there(small, outcome, tmp_path, monkeypatch)
             convert(small[0], out, 2)
 
 
-def test_an_exception_closes_and_removes_everything(small, tmp_path, monkeypatch):
+def test_files_are_durable_before_they_take_their_names(small, tmp_path, monkeypatch):
+    """After a power cut a name must not stand for bytes that never came to the disk."""
+    synced, renamed = set(), 0
+    fsync, give_name = os.fsync, os.replace
+
+    def note(fd):
+        synced.add(os.fstat(fd).st_ino)
+        fsync(fd)
+
+    def rename(old, new):
+        nonlocal renamed
+        assert os.stat(old).st_ino in synced, f"{new} was not written through"
+        renamed += 1
+        give_name(old, new)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", rename)
+    convert(small[0], tmp_path, 2)
+    assert renamed > 4
+
+
+def test_an_exception_closes_everything_and_keeps_what_is_finished(small, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module, "commit", lambda *_: 1 / 0)
     fds = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ZeroDivisionError):
         convert(small[0], tmp_path / "out", 2)
-    assert list((tmp_path / "out").iterdir()) == []
+    kept = {".progress", "model0-mp2.safetensors", "model1-mp2.safetensors"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {TEMPORARY + name for name in kept}
     assert len(os.listdir("/proc/self/fd")) == fds
 
 

@@ -2,21 +2,24 @@
 
 import contextlib
 import dataclasses
+import os
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import ops
 import reference
 from convert import convert
-from engine import Engine, choose_numerics
+from engine import Engine, choose_numerics, free_memory
 from errors import UserError
 from families import V3
 from graphs import Graphs, cuda_capture, records
 from model import FEW_ROWS, Batch, Extent, Numerics
 from oracle import hidden_states, ours, random_checkpoint, relative_error, theirs, tokens
-from parallel import Group
+from parallel import Group, choose_threads
 from sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
@@ -142,6 +145,24 @@ def test_nan_fails_its_request_alone(path, mtp, before):
     assert again.n_reused == 0 and again.finish_reason == "error"
 
 
+def test_nan_that_has_gone_is_not_found_again(path):
+    """What comes of it in the first chunks of a prompt fails that prompt, and nobody who asks the same later."""
+    model = ours(path)
+    [clean] = Engine(model, None, n_pages=8, max_model_len=256).generate([prompt := tokens(200, 70)], GREEDY)
+    engine = Engine(model, None, n_pages=8, max_model_len=256, max_num_batched_tokens=100)
+    weight = model.embed.weight[prompt[3]].clone()
+    model.embed.weight[prompt[3]] = float("nan")
+    request = engine.add(prompt, GREEDY)
+    engine.step()
+    model.embed.weight[prompt[3]] = weight
+    while engine.busy:
+        engine.step()
+    assert request.finish_reason == "error"
+    [again] = engine.generate([prompt], GREEDY)
+    assert again.n_reused == 0 and again.tokens == clean.tokens
+    engine.scheduler.check_integrity()
+
+
 def test_leaving_a_stream_early(model):
     engine = Engine(model, None, n_pages=8, max_model_len=256)
     for _ in engine.stream([[1, 2, 3], [4, 5]], GREEDY):
@@ -159,6 +180,19 @@ def test_limits_are_checked(model):
 
 
 # --- numerics --------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_of_a_host_share_it(monkeypatch):
+    """Its free memory and its cores."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    assert (choose_threads(None, 1), choose_threads(None, 4), choose_threads(3, 4), choose_threads(None, 16)) == (12, 3, 3, 1)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "read_text", lambda self: "MemTotal: 1000 kB\nMemAvailable: 800 kB\n")
+    for ranks in (1, 4):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert free_memory(torch.device("cpu")) == 800 * 1024 // ranks
 
 
 def test_choice_of_numerics(model):
@@ -234,6 +268,7 @@ def test_pages_for_a_quarter_of_the_demand(model, mtp, temperature):
     wanted = [tokens(60 + 11 * i, V3["vocab_size"], seed=i) for i in range(8)]
     params = SamplingParams(temperature=temperature, max_new_tokens=60)
     engine = Engine(model, None, n_pages=5, max_model_len=256, max_num_seqs=8, mtp=mtp)
+    assert sum(engine.scheduler.pages_for(len(prompt) + 60) for prompt in wanted) > 4 * 5
     got = engine.generate(wanted, params)
     assert engine.stats.preemptions > 0
     alone = answers_alone(model, wanted, params, mtp=mtp if temperature else 0)
@@ -325,10 +360,11 @@ def test_drafts_see_what_the_mtp_module_would_see_in_one_pass(model):
     params = SamplingParams(temperature=0, max_new_tokens=20)
     prompt = tokens(90, V3["vocab_size"], seed=3)
     [answer] = answers_alone(model, [prompt], params)
-    half = [t if i % 3 else (t + 1) % 256 for i, t in enumerate(answer)]  # some drafts right, some wrong
+    half = [(t + 1) % 256 if i in (4, 6, 13) else t for i, t in enumerate(answer)]  # wrong in either place, or right
     engine = Engine(model, None, n_pages=4, max_model_len=250, max_num_batched_tokens=16, mtp=2)
     Planted(engine, [half])
     engine.generate([prompt], params)
+    assert all(0 < a < d for a, d in zip(engine.stats.accepted, engine.stats.drafted, strict=True))
     everything = prompt + answer
     whole = Engine(model, None, n_pages=4, max_model_len=250, mtp=2)
     n = len(everything) - 1
@@ -340,13 +376,44 @@ def test_drafts_see_what_the_mtp_module_would_see_in_one_pass(model):
         assert relative_error(a, b) < 1e-5, layer
 
 
-def test_mtp_is_refused_where_there_is_none(tmp_path):
+def test_drafts_follow_the_module_applied_again(model):
+    """Each draft but the first is made from the one before it, and its state, one position further."""
+    for n in (5, 40, 70):
+        ids = tokens(n, V3["vocab_size"], seed=n)
+        engine = Engine(model, None, n_pages=4, max_model_len=200, mtp=4)
+        request = engine.add(ids, GREEDY)
+        engine.step()
+        cache, pages = model.new_cache(2), [0, 1]
+        hidden = model(Batch.pack([(ids, 0, pages)]), cache)
+        followers = [*ids[1:], *request.tokens]
+        states = model.draft(Batch.pack([(followers, 0, pages)]), hidden, cache)[-1:]
+        drafts = [int(model.logits(states).argmax())]
+        for k in range(1, 4):
+            states = model.draft(Batch.pack([(drafts[-1:], n - 1 + k, pages)]), states, cache)
+            drafts.append(int(model.logits(states).argmax()))
+        assert request.draft.tokens == drafts
+
+
+def test_drafts_do_not_reuse_what_another_token_followed(model):
+    """The module's latent of a token depends on the next one: with drafts a page is shared only if that agrees too."""
+    page = tokens(64, V3["vocab_size"])
+    for mtp, reused in ((0, [0, 64, 64]), (1, [0, 0, 64])):
+        engine = Engine(model, None, n_pages=12, max_model_len=128, max_num_seqs=1, mtp=mtp)
+        asked = [[*page, 1, 2], [*page, 3, 2], [*page, 1, 4]]
+        assert [r.n_reused for r in engine.generate(asked, GREEDY)] == reused
+
+
+def test_mtp_is_refused_where_there_is_none(tmp_path, monkeypatch):
+    """By the constructor, and before anything is loaded."""
     config = {**V3, "num_nextn_predict_layers": 0, "num_hidden_layers": 1}
-    model = ours(random_checkpoint(tmp_path / "c", config))
+    model = ours(path := random_checkpoint(tmp_path / "c", config))
     with pytest.raises(UserError, match="--mtp needs an MTP module, and this checkpoint has none"):
         Engine(model, None, n_pages=4, mtp=1)
     with pytest.raises(UserError, match="--mtp is 5, expected from 0 to 4"):
         Engine(model, None, n_pages=4, mtp=5)
+    monkeypatch.setattr("weights.load_into", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match="--mtp needs an MTP module, and this checkpoint has none"):
+        Engine.from_pretrained(path, mtp=1)
 
 
 # --- recorded steps --------------------------------------------------------------------------------------------------
@@ -494,6 +561,16 @@ def test_batch_invariant_mode_is_bitwise(path, dtype):
     seen = logits_of_mixes(ours(path, Numerics(dtype)), True, 25, seed=1)
     assert sum(len(places) for places in seen.values()) > 50
     assert all(len(bits) == 1 for places in seen.values() for bits in places if bits)
+
+
+def test_one_set_of_bits_in_a_router_of_any_width():
+    """A row's scores do not depend on how many rows are behind it, where rows end in the middle of a vector too."""
+    rule = reference.Routing(4, "sigmoid", "noaux_tc", 4, 2, True, 2.5)
+    logits = torch.randn(40, 16)
+    with ops.batch_invariant():
+        whole = ops.route(logits, None, rule)
+        for n in range(1, 40):
+            assert all(torch.equal(a, b[:n]) for a, b in zip(ops.route(logits[:n], None, rule), whole, strict=True)), n
 
 
 def test_one_set_of_bits_over_many_key_tiles(path):

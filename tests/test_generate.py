@@ -22,6 +22,7 @@ from convert import convert
 from engine import Engine, Request
 from errors import UserError
 from sampling import SamplingParams
+from tensorfile import read_header
 from tiny_tokenizer import write_tokenizer
 
 EXACT = ("--device", "cpu", "--dtype", "float32", "--threads", "1")
@@ -112,6 +113,9 @@ def test_wrong_flags(run: Any, flags: str, message: str) -> None:
         ("--seed -1", "seed is -1, expected from 0 to 2^64 - 1"),
         ("--max-new-tokens 0", "max_new_tokens is 0, expected at least 1"),
         ("--max-model-len 4000", "--max-model-len is 4000, expected from 2 to this model's 2560"),
+        ("--mtp 9", "--mtp is 9, expected from 0 to 4"),
+        ("--kv-cache-gib 0.0001 --max-model-len 500",
+         "--max-model-len 500 needs 8 pages of cache and memory holds 1; ask for at most 64"),
         ("--gemm fp8 --dtype float32", "--gemm fp8 and --dtype float32 contradict each other; leave one out"),
     ],
 )
@@ -119,10 +123,11 @@ def test_wrong_values(run: Any, tiny: Path, tmp_path: Path, flags: str, message:
     prompts = prompts_file(tmp_path, "hello")
     status, out, err = run("--ckpt-path", tiny, "--input-file", prompts, "--device", "cpu", *flags.split())
     assert (status, out, without_progress(err)) == (2, "", f"error: {message}")
+    assert "loading" not in err, "found out before anything is loaded"
 
 
 def test_help_and_version(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for flag, expected in (("--version", commandline.VERSION), ("--help", "--max-model-len")):
+    for flag, expected in (("--version", commandline.PROGRAM_VERSION), ("--help", "--max-model-len")):
         for rank, speaks in (("0", True), ("1", False)):
             monkeypatch.setenv("RANK", rank)
             with pytest.raises(SystemExit) as left:
@@ -251,6 +256,26 @@ def test_bad_checkpoint(run: Any, copy: Path, tmp_path: Path, damage: Any) -> No
     assert (status, out) == (2, "")
     assert said[-1].startswith(f"error: {message}")
     assert all(line.startswith("warning: ") for line in said[:-1])
+
+
+def test_verify(run: Any, tiny: Path, tmp_path: Path) -> None:
+    """With --verify a flipped bit is found before anything is loaded; without a manifest there is nothing to verify."""
+    folder = tmp_path / "converted"
+    convert(tiny, folder, ranks=1)
+    prompts = prompts_file(tmp_path, "hello")
+    flags = ("--input-file", prompts, "--verify", "--max-new-tokens", "2", *EXACT)
+    status, _, err = run("--ckpt-path", folder, *flags)
+    assert status == 0 and "verifying: 100%" in err
+    status, out, err = run("--ckpt-path", tiny, *flags)
+    message = f"error: {tiny}: --verify needs the manifest that convert.py and fp8_cast_bf16.py write"
+    assert (status, out, without_progress(err)) == (2, "", message)
+    name, entry = list(read_header(folder / "model0-mp1.safetensors")[1].items())[3]
+    data = bytearray((folder / "model0-mp1.safetensors").read_bytes())
+    data[entry.start] ^= 1
+    (folder / "model0-mp1.safetensors").write_bytes(data)
+    status, out, err = run("--ckpt-path", folder, *flags)
+    assert (status, out) == (2, "") and "loading" not in err
+    assert f"error: {folder}/model0-mp1.safetensors: {name}: expected CRC32 and SHA-256 " in err
 
 
 def test_config(run: Any, copy: Path, tmp_path: Path) -> None:

@@ -175,10 +175,10 @@ def test_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     p = Problem([300, 1, 130], [2, 1, 5])
     inputs = p.inputs()
     whole = attention.mla(*inputs)
-    monkeypatch.setattr(attention, "LEAST_SPLIT", 64)
-    monkeypatch.setattr(attention, "_split_keys", lambda *_: 128)
-    monkeypatch.setattr(attention, "SPLIT_BYTES", 3 * p.n * p.c * 4 * 2 + 1)
-    assert error(attention.mla(*inputs), whole.cpu().double()) < EXACT / 2
+    monkeypatch.setattr(attention, "SPLIT_BYTES", 10 * p.n * 2 * p.c * 4 + 1)  # two tokens' five pages each
+    batch = p.batch
+    assert error(attention.mla(*p.inputs(batch)), whole.cpu().double()) < EXACT / 2
+    assert [key[1:3] for key in batch.memo] == [(0, 2), (2, 4), (4, 6), (6, 8)]
 
 
 @pytest.mark.parametrize("keys", [64, 100, 231])
@@ -191,13 +191,92 @@ def test_prefill_in_slabs(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_extents_may_be_upper_bounds() -> None:
-    """As they are where a captured graph is used for less than it was captured for."""
     for new in ([1, 2, 1], [70, 80, 66]):
         p = Problem([100, 90, 66], new)
         batch = p.batch
         name = "few" if batch.few.n else "many"
         extent = replace(batch.whole, longest_q=2 * max(new), longest_kv=2048, total_kv=3000)
         assert error(attention.mla(*p.inputs(replace(batch, **{name: extent}))), p.expected()) < EXACT
+
+
+# How decode shares its work
+
+
+def shared_out(pages: list[int], tiles: list[int], fixed: int = 0, programs: int = attention.PROGRAMS) -> list[Any]:
+    """share_kernel's rule: for each program (sequence, tile, first page, pages of a split)."""
+    most = fixed or max(1, -(-sum(p * t for p, t in zip(pages, tiles, strict=True)) // programs))
+    found = []
+    for i, (p, t) in enumerate(zip(pages, tiles, strict=True)):
+        splits = -(-p // most)
+        own = fixed or -(-p // splits)
+        found += [(i, tile, split * own, own) for split in range(splits) for tile in range(t)]
+    return found
+
+
+@pytest.mark.parametrize("fixed", [0, 8])
+def test_the_shares_are_as_the_rule_says(fixed: int) -> None:
+    """With more sequences than are looked at at a time, and without those whose tokens are left out."""
+    g = torch.Generator().manual_seed(1)
+    lengths, new = torch.randint(1, 40_000, (150,), generator=g), torch.randint(1, 5, (150,), generator=g)
+    bounds = torch.cat((torch.zeros(1, dtype=torch.int64), new.cumsum(0))).int()
+    pages, (first, last) = (-(-lengths // 64)).tolist(), (4, 370)
+    begins, stops = bounds[:-1].clamp(min=first).tolist(), bounds[1:].clamp(max=last).tolist()
+    tiles = [max(0, -(-(stop - begin) * 6 // 16)) for begin, stop in zip(begins, stops, strict=True)]
+    assert min(tiles) == 0 and max(tiles) == 2
+    expected = [
+        [i, begins[i], stops[i], tile, 64 * page, 64 * own] for i, tile, page, own in shared_out(pages, tiles, fixed)
+    ]
+    extent = Extent(150, int(bounds[-1]), 4, 40_000, int(lengths.sum()))
+    programs = attention.split_programs(extent, last - first, 6, 16, 64, 64 * fixed)
+    assert len(expected) <= programs
+    shares = torch.empty(programs, 6, dtype=torch.int32, device=DEVICE)
+    attention.share_kernel[(150,)](
+        guarded(lengths.int()), guarded(bounds), shares, programs, first, last, fixed, attention.PROGRAMS, 6, 16, 64
+    )
+    assert shares[: len(expected)].tolist() == expected and (shares[len(expected) :, 0] == -1).all()
+
+
+@pytest.mark.parametrize("many", [1, 2, 3, 8, 32, 64, 128, 256])
+def test_short_sequences_in_a_graph_for_long_ones_occupy_the_whole_gpu(many: int) -> None:
+    """4,096 keys each where 163,840 are allowed, on 132 multiprocessors that take two programs: as many have work as
+    there are pages for, and the longest share is not much longer than the mean one."""
+    longest = 163_840
+    programs = attention.split_programs(Extent(many, many, 1, longest, many * longest), many, 16, 16, 64, 0)
+    work = [own for *_, own in shared_out([64] * many, [1] * many)]
+    assert len(work) <= programs <= many + 2 * 132
+    assert len(work) >= min(64 * many, 0.9 * 2 * 132)
+    assert max(work) <= max(1, 1.5 * 64 * many / (2 * 132))
+
+
+def test_one_long_sequence_is_shared_out_among_all() -> None:
+    """1,600 pages beside 127 sequences of 16: about as evenly as in one piece."""
+    work = shared_out([1600] + [16] * 127, [1] * 128)
+    assert max(own for *_, own in work) <= 14 and len(work) <= 2 * 132 + 128
+    assert len(shared_out([1600], [2])) <= 2 * 132 + 2  # with two tiles of rows half as many splits
+
+
+MIXED = [4096, 1, 65, 64, 700, 63]
+
+
+@pytest.mark.parametrize(
+    "lengths, packed",
+    [([1], False), ([63], True), ([64], False), ([65], True), ([4096], False), (MIXED, False)]
+    + [pytest.param(n, True, marks=pytest.mark.trust) for n in ([4096], MIXED)],
+)
+def test_a_table_much_wider_than_needed(lengths: list[int], packed: bool) -> None:
+    """As where a graph for long contexts is used for short ones: the bits are those of the batch by itself."""
+    p = Problem(lengths, [min(3, n) for n in lengths], TINY, packed)
+    batch = p.batch
+    wide = torch.full((len(lengths), 2560), 1 << 20, dtype=torch.int32)
+    wide[:, : batch.pages.shape[1]] = batch.pages.cpu()
+    few = replace(batch.few, longest_kv=163_840, total_kv=len(lengths) * 163_840)
+    recorded = replace(batch, pages=wide.to(DEVICE), few=few)
+    out = attention.mla(*p.inputs(recorded))
+    assert error(out, p.expected()) < EXACT
+    assert same(attention.mla(*p.inputs(batch)), out)
+    together = in_mode(p, recorded)
+    assert error(together, p.expected()) < EXACT and same(in_mode(p, batch), together)
+    assert same(part(p, 0, 0, p.new[0]), together[: p.new[0]])
 
 
 # Batch-invariant mode
@@ -238,12 +317,12 @@ def test_the_same_bits_at_every_cut(monkeypatch: pytest.MonkeyPatch) -> None:
         assert same(torch.cat((part(p, 0, 0, cut), part(p, 0, cut, 20))), whole)
 
 
-def test_without_the_mode_bits_may_differ() -> None:
+def test_without_the_mode_bits_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PROGRAMS", 12)
     p = Problem([600, 130], [3, 1], TINY)
     alone = Problem([600], [3], TINY)
     vars(alone).update(pool=p.pool, pages=p.pages[:1], q_nope=p.q_nope[:3], q_pe=p.q_pe[:3])
-    with_others = attention.mla(*p.inputs(replace(p.batch, few=replace(p.batch.few, total_kv=100_000))))
-    assert not same(attention.mla(*alone.inputs()), with_others[:3])
+    assert not same(attention.mla(*alone.inputs()), attention.mla(*p.inputs())[:3])
 
 
 # What the host does
@@ -306,7 +385,7 @@ class TestLaunches:
 
         monkeypatch.setattr(attention, "architecture", lambda device: "sm_90")
         monkeypatch.setattr(attention, "INTERPRETED", attention.tl.constexpr(False))
-        for name in ("decode_kernel", "combine_kernel", "gather_kernel", "prefill_kernel"):
+        for name in LAUNCHED:
             monkeypatch.setattr(attention, name, Recorder(name, getattr(attention, name).arg_names))
         return asked
 
@@ -338,13 +417,13 @@ class TestLaunches:
         self.run(n_heads, [(1, 131_000), (5, 3), (2000, 0), (100, 70_000)], packed)
         self.run(n_heads, [(2, 131_000)], packed)
         self.run(n_heads, [(3, 600), (40, 0)], packed, fixed=True)
-        assert {name for name, *_ in launched} == {"decode_kernel", "combine_kernel", "gather_kernel", "prefill_kernel"}
+        assert {name for name, *_ in launched} == LAUNCHED
         listed: dict[str, list[tuple[dict[str, Any], dict[str, str]]]] = {}
         for c in attention.configurations():
             if c.target == "sm_90":
                 listed.setdefault(c.kernel.name, []).append((c.constexprs | c.options, c.types))
         for name, constants, types in launched:
-            if name == "combine_kernel":
+            if name == "combine_splits_kernel":
                 constants["N"] = 128  # it only divides by it
             assert any(constants == known and all(of[n] == types[n] for n in types) for known, of in listed[name]), (
                 name,
@@ -388,4 +467,5 @@ NAMES = {
     torch.int64: "*i64",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
-UNALIGNED = ("bounds_ptr", "lengths_ptr", "pages_ptr")  # parts of a batch's tables
+UNALIGNED = ("bounds_ptr", "lengths_ptr", "pages_ptr", "positions_ptr")  # parts of a batch's tables
+LAUNCHED = {"share_kernel", "decode_kernel", "combine_splits_kernel", "gather_kernel", "prefill_kernel"}

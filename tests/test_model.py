@@ -8,7 +8,7 @@ import torch
 from checkpoints import fp8_sizes
 from config import ModelArgs
 from families import FAMILIES, V3
-from model import PAGE_SIZE, Batch, Linear, Numerics, Transformer
+from model import PAGE_SIZE, Batch, Linear, Numerics, Transformer, yarn_frequencies
 from oracle import hidden_states, ours, random_checkpoint, relative_error, their_mtp, theirs, tokens
 
 
@@ -31,6 +31,15 @@ def test_logits_are_transformers(checkpoint):
     assert torch.equal(chunked.argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_computes_what_a_cpu_computes(checkpoint):
+    """In float32: norms, SwiGLU, cache write, router and experts by their kernels."""
+    on_cpu, on_gpu = ours(checkpoint), ours(checkpoint, device="cuda")
+    ids = tokens(100, on_cpu.args.vocab_size)
+    expected = hidden_states(on_cpu, ids, [1, 70, 29])
+    assert relative_error(hidden_states(on_gpu, ids, [1, 70, 29]).cpu(), expected) < 1e-4
+
+
 @torch.no_grad()
 def test_router_chooses_what_transformers_chooses(checkpoint):
     """The same experts for every token of a layer's input, not only logits near enough."""
@@ -41,6 +50,42 @@ def test_router_chooses_what_transformers_chooses(checkpoint):
     _, their_weights, their_ids = oracle.model.layers[i].mlp.gate(x)
     dense = torch.zeros(500, model.args.n_routed_experts)
     assert relative_error(dense.scatter(1, ids, weights), dense.scatter(1, their_ids, their_weights)) < 1e-6
+
+
+@torch.no_grad()
+def test_two_mscales(tmp_path):
+    """No release has two that differ; then the softmax takes one of them, and the angles their ratio."""
+    rope = {**V3["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 0.5}
+    path = random_checkpoint(tmp_path / "c", V3 | {"rope_scaling": rope, "num_nextn_predict_layers": 0})
+    model, oracle = ours(path), theirs(path)
+    ids = tokens(100, model.args.vocab_size)
+    assert relative_error(model.logits(hidden_states(model, ids)), oracle(torch.tensor([ids])).logits[0]) < 1e-5
+
+
+@torch.no_grad()
+def test_inner_norms_have_an_eps_of_their_own(tmp_path):
+    """Shown by inputs so small that it matters."""
+    path = random_checkpoint(tmp_path / "c", V3 | {"rms_norm_eps": 1e-5, "num_nextn_predict_layers": 0})
+    model, oracle = ours(path), theirs(path)
+    for layer, other in zip(model.layers, oracle.model.layers, strict=True):
+        layer.attn.wqkv_a.weight.mul_(0.01)
+        other.self_attn.q_a_proj.weight.mul_(0.01)
+        other.self_attn.kv_a_proj_with_mqa.weight.mul_(0.01)
+    ids = tokens(100, model.args.vocab_size)
+    assert relative_error(model.logits(hidden_states(model, ids)), oracle(torch.tensor([ids])).logits[0]) < 1e-5
+
+
+def test_yarn_applies_whatever_the_context_limit():
+    args = ModelArgs.from_hf(V3)
+    short = dataclasses.replace(args, max_seq_len=args.original_seq_len // 2)
+    assert torch.equal(yarn_frequencies(short), yarn_frequencies(args))
+
+
+def test_a_ramp_without_width_is_a_step():
+    """One pair before it, the others behind: nothing is divided by zero."""
+    args = dataclasses.replace(ModelArgs.from_hf(V3), beta_fast=18.0, beta_slow=18.0)
+    plain = yarn_frequencies(dataclasses.replace(args, rope_factor=1.0))
+    assert torch.equal(yarn_frequencies(args), torch.cat((plain[:1], plain[1:] / 40)))
 
 
 @torch.no_grad()
@@ -118,6 +163,11 @@ def test_dtypes_of_the_sensitive_parts(tmp_path):
     logits = model.logits(hidden)
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float()), "logits were rounded to bfloat16"
+    exact = ours(tmp_path / "c")
+    x = torch.randn(50, model.args.dim).bfloat16()
+    assert relative_error(gate(x)[0], exact.layers[1].ffn.gate(x.float())[0]) < 1e-6, "the router was rounded"
+    positions = torch.tensor([257, 1001, 100_003])
+    assert all(map(torch.equal, model.angles(positions), exact.angles(positions))), "positions were rounded"
 
 
 @pytest.mark.parametrize("gemm", ["fp8", "bf16"])

@@ -292,8 +292,9 @@ def test_a_step_of_deepseek_v3_takes_what_is_said(step, numerics, ranks, experts
 
 
 def test_constants_are_the_kernels():
-    for name in ("SPLIT_BYTES", "SLAB_BYTES", "PROGRAMS", "LEAST_SPLIT"):
+    for name in ("SPLIT_BYTES", "SLAB_BYTES", "PROGRAMS"):
         assert getattr(memory, name) == getattr(kernel_attention, name)
+    assert max(tile.rows for tiles in kernel_attention.DECODE.values() for tile in tiles) == memory.DECODE_ROWS
 
 
 def test_graphs_keep_a_step_and_a_page(side):

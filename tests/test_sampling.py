@@ -292,6 +292,12 @@ def test_extreme_rows():
             assert token == int(row.argmax())
 
 
+def test_draws_at_the_borders():
+    """The least noise and the greatest draw no token of probability 0."""
+    p = torch.tensor([[0.0, 0.5, 0.5, 0.0]], dtype=torch.float64)
+    assert [draw(p, [noise]).item() for noise in (0.0, 0.5, 1 - 2**-53)] == [1, 2, 2]
+
+
 def test_logprobs():
     logits = torch.tensor([0.0, 2.0, 1.0])
     expected = logits.double().log_softmax(-1)

@@ -120,6 +120,35 @@ def test_lookahead_keeps_pages_apart_that_end_alike():
         assert second.n_reused == reused
 
 
+def test_a_page_is_known_by_all_that_is_before_it():
+    scheduler = Scheduler(PagePool(10, PAGE), 2, 100)
+    first = Job(0, [*[1] * PAGE, *[2] * PAGE, 9], 20)
+    scheduler.add(first)
+    run(scheduler, first, 1)
+    second = Job(1, [*[2] * PAGE, 9], 20)  # the same tokens as in first's second page, at another place
+    scheduler.add(second)
+    scheduler.schedule()
+    assert second.n_reused == 0
+
+
+def test_a_released_beginning_outlives_its_end():
+    pool = PagePool(4, PAGE)
+    pages = pool.take(2)
+    for page, digest in zip(pages, (b"a", b"b"), strict=True):
+        pool.learn(page, digest)
+    pool.release(pages)
+    assert pool.take(3) is not None  # the two that are free, and one of those that are known
+    assert pool.find([b"a", b"b"]) == pages[:1]
+
+
+def test_drafts_take_their_part_of_the_budget():
+    """Of a job that was preempted with drafts too, whose last tokens are run as a prompt's are."""
+    scheduler = Scheduler(PagePool(16, PAGE), 2, 8, n_drafts=2)
+    scheduler.add(Job(0, [1] * 4, 16, drafts=[5, 6]))
+    scheduler.add(Job(1, [2] * 8, 16))
+    assert [c.tokens for c in scheduler.schedule()] == [[1, 1, 1, 1, 5, 6], [2, 2]]
+
+
 def test_least_recently_used_pages_go_first():
     pool = PagePool(4, PAGE)
     a, b = pool.take(1), pool.take(1)
@@ -134,16 +163,17 @@ def test_least_recently_used_pages_go_first():
 
 def test_the_youngest_is_preempted_and_resumed():
     scheduler = Scheduler(PagePool(4, PAGE), 2, 100)
-    old, young = Job(0, [1] * 7, 16), Job(1, [2] * 6, 16)
-    scheduler.add(old)
-    scheduler.add(young)
+    old, young, late = Job(0, [1] * 7, 16), Job(1, [2] * 6, 16), Job(2, [3], 16)
+    for job in (old, young, late):
+        scheduler.add(job)
     for _ in range(10):
         for chunk in scheduler.schedule():
             scheduler.commit(chunk, [7] if chunk.samples else [])
         scheduler.check_integrity()
         if old.n_known == old.capacity:
             break
-    assert scheduler.preemptions == 1 and young in scheduler.waiting and old in scheduler.running
+    assert scheduler.preemptions == 1 and scheduler.running == [old]
+    assert list(scheduler.waiting) == [young, late], "whoever was preempted comes before those that have not begun"
     scheduler.remove(old)
     while young.n_known < young.capacity:
         for chunk in scheduler.schedule():

@@ -17,10 +17,11 @@ from config import ModelArgs
 from convert import convert
 from errors import UserError
 from families import FAMILIES
+from manifest import HF_INDEX
 from model import Numerics, Transformer
 from parallel import SOLO, Group
 from tensorfile import Reader, read_header
-from weights import HF_INDEX, Checkpoint, check_ranks, choose_experts, expected_tensors, load_into
+from weights import Checkpoint, check_ranks, choose_experts, expected_tensors, load_into
 
 FP8 = Numerics(torch.bfloat16, gemm="fp8")
 CONFIG = FAMILIES["v3"] | fp8_sizes(8) | {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_hidden_layers": 2}
@@ -371,15 +372,9 @@ def test_layouts_that_do_not_fit(wide, tmp_path):
         load_into(model, Checkpoint(upstream), Group(0, 2), progress=False)
 
 
-def test_files_converted_before_there_was_a_choice(wide, tmp_path):
-    """They say nothing of a layout, and are whole."""
+def test_another_layout_than_the_manifest_says(wide, tmp_path):
     convert(wide, tmp_path, 2, experts="whole")
-    for file in tmp_path.glob("*.safetensors"):
-        file.write_bytes(file.read_bytes().replace(b'"experts":"whole"', b'"former":"nobody"'))
     index = tmp_path / "model-mp2.index.json"
-    index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "experts"}))
-    assert Checkpoint(tmp_path).experts(2) == "whole"
-    assert_same(loaded(tmp_path, FP8, Group(1, 2)), in_memory(wide, 1, 2, WIDE))
     index.write_text(json.dumps(json.loads(index.read_text()) | {"experts": "split"}))
     message = "model1-mp2.safetensors: its metadata does not mark it as rank 1 of 2, split experts: found {'format': "
     assert refusal(tmp_path, FP8, Group(1, 2)).startswith(message)
@@ -767,20 +762,23 @@ def test_damaged_converted_directories(converted):
     assert refusal(converted) == "DIR: model9-mp2.safetensors belongs to no index here; remove it or convert again"
     (converted / "model9-mp2.safetensors").unlink()
     index = json.loads((converted / "model-mp2.index.json").read_text())
-    for change in ({"format": "x"}, {"version": 2}):
+    for change in ({"format": "x"}, {"version": 1}):
         (converted / "model-mp2.index.json").write_text(json.dumps(index | change))
-        assert "this program reads 'deepseek-v3-ranks' version 1, not" in refusal(converted, FP8, Group(0, 2))
+        assert "this program reads 'deepseek-v3-ranks' version 2, not" in refusal(converted, FP8, Group(0, 2))
+    first = next(iter(index["files"]))
     for change in ({"ranks": 4}, {"experts": "half"}, {"files": {}}, {"files": []}, {"files": {"a": {}}}, {"obsolete": 1},
-                   {"files": index["files"] | {"x.safetensors": {"rank": 2, "bytes": 1, "tensors": {}}}}):  # fmt: skip
+                   {"files": index["files"] | {"x.safetensors": index["files"][first] | {"rank": 2}}},
+                   {"files": index["files"] | {first: index["files"][first] | {"tensors": {"a": "0"}}}},
+                   {"small": {"../a": {"bytes": 1, "sha256": "0" * 64}}}, {"small": {"a": {"bytes": 1}}}):  # fmt: skip
         (converted / "model-mp2.index.json").write_text(json.dumps(index | change))
         message = "model-mp2.index.json: damaged; copy the directory again or convert again"
         assert refusal(converted, FP8, Group(0, 2)) == message
 
 
-def test_converted_without_its_index_is_not_taken_for_upstreams(source, tmp_path):
+def test_converted_without_its_manifest_is_not_taken_for_upstreams(source, tmp_path):
     convert(source, tmp_path / "c", 2)
     (tmp_path / "c" / "model-mp2.index.json").unlink()
-    message = "model0-mp2.safetensors: its index is missing; copy the directory or convert again"
+    message = "model0-mp2.safetensors: its manifest is missing; copy the directory or convert again"
     assert refusal(tmp_path / "c", FP8, Group(0, 2)) == message
 
 
