@@ -2,7 +2,7 @@
 
     pip install "transformers[serving]"            # into any environment; --peer-python names its interpreter
     python benchmarks/bench_server.py --output benchmarks/results/server.json
-    python figures/server_load.py                     # draws it
+    python figures/server_load.py                  # draws it
 
 The checkpoint is the demo cast to bfloat16, because transformers computes with FP8 weights on GPUs only. Both servers
 run all the time, each with its defaults, and take turns: at each rate both get the same held-out questions of all kinds
@@ -52,7 +52,7 @@ class Outcome:
     first: float = math.nan
     end: float = math.nan
     gaps: list[float] = field(default_factory=list)
-    tokens: int = 0  # as the server counts them
+    tokens: int = 0  # as the server counts them; transformers counts the end token too
     right: bool = False
     error: str | None = None
 
@@ -171,7 +171,7 @@ def healthy(url: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", default="0.25,1,4,16", help="requests a second, by commas; inf is all at once")
+    parser.add_argument("--rates", default="0.5,2,8,32", help="requests a second, by commas; inf is all at once")
     parser.add_argument("--requests", type=int, default=44, help="of each rate")
     parser.add_argument("--bounds", default="1,0.1", help="seconds to the first token and between tokens, for goodput")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each server")
