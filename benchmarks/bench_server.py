@@ -2,10 +2,10 @@
 
     pip install "transformers[serving]"            # into any environment; --peer-python names its interpreter
     python benchmarks/bench_server.py --output benchmarks/results/server.json
-    python figures/server_load.py                     # draws it
+    python figures/server_load.py                  # draws it
 
 The checkpoint is the demo cast to bfloat16, because transformers computes with FP8 weights on GPUs only. Both servers
-run all the time, each with its defaults, and take turns: at each rate both get the same held-out questions of all kinds
+run all the time, each with its defaults (but --flags), and take turns: at each rate both get the same held-out questions of all kinds
 at the same moments, which follow a Poisson process. Latencies count from the moment a question was due, so a client
 that falls behind hides nothing. `between_tokens` are the gaps between two texts that reach a client, one token each.
 Goodput counts the requests with a first token and a mean gap within the bounds. Answers are greedy.
@@ -18,6 +18,7 @@ import math
 import os
 import random
 import re
+import shlex
 import socket
 import statistics
 import subprocess
@@ -52,7 +53,7 @@ class Outcome:
     first: float = math.nan
     end: float = math.nan
     gaps: list[float] = field(default_factory=list)
-    tokens: int = 0  # as the server counts them
+    tokens: int = 0  # as the server counts them; transformers counts the end token too
     right: bool = False
     error: str | None = None
 
@@ -171,10 +172,11 @@ def healthy(url: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", default="0.25,1,4,16", help="requests a second, by commas; inf is all at once")
+    parser.add_argument("--rates", default="0.5,2,8,32", help="requests a second, by commas; inf is all at once")
     parser.add_argument("--requests", type=int, default=44, help="of each rate")
     parser.add_argument("--bounds", default="1,0.1", help="seconds to the first token and between tokens, for goodput")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each server")
+    parser.add_argument("--flags", default="", help='more of server.py, as in --flags="--max-num-batched-tokens 256"')
     parser.add_argument("--peer-python", default=sys.executable, help='with transformers[serving]; "" for no peer')
     parser.add_argument("--output", help="JSON file for the results")
     args = parser.parse_args()
@@ -187,7 +189,7 @@ def main() -> None:
         cast = [scripts / "fp8_cast_bf16.py", "--input-fp8-hf-path", demo, "--output-bf16-hf-path", checkpoint]
         subprocess.run([sys.executable, *map(str, cast)], check=True, stderr=subprocess.DEVNULL)
         commands = {OURS: [sys.executable, str(scripts / "server.py"), "--ckpt-path", str(checkpoint)]}
-        commands[OURS] += ["--threads", str(args.threads)]
+        commands[OURS] += ["--threads", str(args.threads), *shlex.split(args.flags)]
         if args.peer_python:
             commands[PEER] = [args.peer_python, "-m", "transformers.cli.transformers", "serve", str(checkpoint)]
         urls = {}
