@@ -20,7 +20,7 @@ import jinja2
 import tokenizers
 from jinja2 import nodes
 
-from config import read_json
+from config import read_json, read_text
 from errors import UserError
 from sandbox import ROOM, Room, Sandbox
 
@@ -123,6 +123,15 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._template_source is not None
+
+    @property
+    def size(self) -> int:
+        """One more than its last id."""
+        return self._last_id + 1
+
+    @property
+    def control_tokens(self) -> set[str]:
+        return set(self._specials)
 
     @property
     def has_thinking_switch(self) -> bool:
@@ -479,8 +488,8 @@ def _read_template(folder: Path, settings: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
         try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
+            return read_text(file)
+        except (OSError, ValueError) as e:
             raise UserError(f"{file}: not readable as text ({e})") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several templates by name

@@ -27,7 +27,7 @@ from errors import UserError
 from fp8_cast_bf16 import cast
 from manifest import CAST_MANIFEST, HF_INDEX, read_manifests, require_hashes, verify
 from parallel import Group
-from tensorfile import JOURNAL, TEMPORARY, Writer, hash_file, read_header
+from tensorfile import JOURNAL, TEMPORARY, Digest, Writer, hash_both, hash_file, read_header
 from test_convert import SMALL, content
 from weights import Checkpoint
 
@@ -118,6 +118,10 @@ def test_large_blocks_are_hashed_beside_each_other(tmp_path):
         writer.write("x", data[at : at + (2 << 20)], at)
     assert writer.facts == hash_file(tmp_path / "a", lambda _: None)
     assert writer.facts["sha256"] == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+    slow = SimpleNamespace(seen=0)
+    slow.update = lambda view: time.sleep(0.05) or setattr(slow, "seen", len(view))
+    hash_both(slow, Digest(), memoryview(bytes(1 << 20)))
+    assert slow.seen == 1 << 20, "the next block may come before this one"
     raw = data.numpy().tobytes()
     assert writer.facts["tensors"]["x"] == f"{zlib.crc32(raw):08x} {hashlib.sha256(raw).hexdigest()}"
 
@@ -275,7 +279,7 @@ def test_the_loader_wants_the_manifest_and_its_sizes(write, written, tmp_path, c
     assert refusal() == (
         f"DIR/{first}: its manifest is missing; copy the directory or convert again"
         if write is convert_small
-        else f"DIR/{CAST_MANIFEST}: missing, though the cast wrote {first}; cast again"
+        else f"DIR/{CAST_MANIFEST}: missing, though the cast wrote {first}; copy it too, or cast again"
     )
 
 
@@ -452,6 +456,20 @@ def test_what_is_kept_is_checked(write, sources, written, tmp_path):
         assert killing.hashes(out) == killing.hashes(written[write])
         assert sum(wrote[name] > 0 for name in finished) == lost
         shutil.rmtree(out)
+
+
+@BOTH
+def test_a_damaged_temporary_beside_the_whole_file(write, sources, written, tmp_path):
+    """A second run of the same job was cut short: what it leaves never takes the place of what the first wrote."""
+    out = tmp_path / "out"
+    events = killing.events(lambda: write(sources[1], out), tmp_path / "log")
+    killing.kill(lambda: write(sources[1], out), int(len(events) * 0.6))
+    finished = finished_in(out)
+    for name in finished:
+        flip(out / (TEMPORARY + name), 5000)
+    wrote, _ = bytes_moved(lambda: write(sources[1], out))
+    assert killing.hashes(out) == killing.hashes(written[write])
+    assert finished and not any(wrote[name] for name in finished)
 
 
 @BOTH
