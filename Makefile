@@ -1,7 +1,7 @@
 # make demo    two ranks answer demo/prompts.txt       make test    the test suite (CPU, about ten minutes at most)
 # make chat    talk to the demo                        make check   lint, types and tests
 # make bench   benchmarks, into the README             make trust   tests in their long form as well
-# make serve   the demo over HTTP, on port 8000
+# make serve   the demo over HTTP, on port 8000        make gpu     on a GPU: every test that computes on it
 #
 # The first use of any of them makes .venv and installs the pinned requirements; nothing else is needed beforehand.
 # Another Python than python3:  make demo PYTHON=python3.12
@@ -19,7 +19,7 @@ DEVELOPER := $(VENV)/.developer-$(shell cat requirements.txt requirements-serve.
 # The manifest is what convert.py writes last, so its date is the date of the whole conversion.
 CONVERTED := build/demo-mp2/model-mp2.index.json
 
-.PHONY: demo chat serve test trust lint types check bench clean
+.PHONY: demo chat serve test trust gpu lint types check bench clean
 
 demo: $(CONVERTED)
 	$(BIN)/torchrun --standalone --nproc-per-node 2 inference/generate.py --ckpt-path build/demo-mp2 \
@@ -37,6 +37,13 @@ test: $(DEVELOPER)
 trust: $(DEVELOPER)
 	$(BIN)/python -m pytest -n 2 -m "trust or not trust" --timeout 7200 \
 	    --record benchmarks/results/trust.json
+
+# Without a GPU these run in Triton's interpreter, as a part of `make test`.
+gpu: $(DEVELOPER)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
+	    "error: make gpu needs a GPU that this build of torch can use")'
+	$(BIN)/python -m pytest -n 0 -m "trust or not trust" --timeout 7200 --table tests/test_kernel*.py tests/test_casts.py \
+	    tests/test_fused.py tests/test_attention.py tests/test_model.py
 
 lint: $(DEVELOPER)
 	$(BIN)/ruff check

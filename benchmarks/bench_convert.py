@@ -83,10 +83,11 @@ def make(folder: Path, config: dict[str, Any]) -> int:
     return total
 
 
-def measure(command: list[str]) -> dict[str, float]:
-    """Runs a command: seconds, and its peak memory, whole (which the kernel keeps count of) and anonymous, in MiB."""
+def measure(command: list[str], output: Any = None, status: int = 0) -> dict[str, float]:
+    """Runs a command, which has to end with that status: seconds, and its peak memory in MiB, whole (which the kernel
+    keeps count of) and anonymous."""
     began = time.monotonic()
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
     peak = {"VmHWM": 0, "RssAnon": 0}
     while process.poll() is None:
         for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
@@ -94,7 +95,7 @@ def measure(command: list[str]) -> dict[str, float]:
             if name in peak:
                 peak[name] = max(peak[name], int(value.split()[0]))
         time.sleep(0.01)
-    if process.returncode:
+    if process.returncode != status:
         sys.exit(f"{' '.join(command)} failed with status {process.returncode}")
     seconds = round(time.monotonic() - began, 1)
     return {"seconds": seconds, "peak_mib": peak["VmHWM"] // 1024, "peak_anonymous_mib": peak["RssAnon"] // 1024}

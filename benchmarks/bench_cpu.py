@@ -77,7 +77,9 @@ class Ours:
 
 class Theirs:
     def __init__(self, path: Path):
-        self.model = transformers.DeepseekV3ForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+        self.model = transformers.DeepseekV3ForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16, local_files_only=True
+        ).eval()
         self.past = transformers.DynamicCache()
 
     @torch.inference_mode()

@@ -28,10 +28,12 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
+import kernel
 import memory
 import report
+import tiles
 from config import ModelArgs, load_config
-from model import PAGE_SIZE, Batch, Gate, Numerics, Transformer
+from model import FEW_ROWS, MLP, PAGE_SIZE, Batch, Block, Gate, Linear, MoE, Numerics, Transformer
 from parallel import Group
 from timing import (
     NO_TIMING,
@@ -178,6 +180,80 @@ def prefill_flops(model: Transformer, weights: Weights, n: int) -> tuple[float, 
 
 def limit_ms(nbytes: float, linears: float, attention: float, clock: Clock, gemm: str) -> float:
     return 1e3 * max(nbytes / clock.copy, linears / clock.peaks[gemm] + attention / clock.peaks["bf16"])
+
+
+class Work(NamedTuple):
+    """What a kernel has to do in a step: bytes to read or write at least once, and operations."""
+
+    nbytes: float
+    flops: float
+
+
+def work(model: Transformer, b: int, new: int, context: int, drafts: int, touched: float, arch: str) -> dict[str, Work]:
+    """By kernel, of those whose time is not that of a launch alone: a step of b sequences with `new` tokens each after
+    `context`; with drafts the MTP module takes as many. `touched`: how many of a layer's routed experts are chosen.
+    Products in the libraries (the head, W^UK and W^UV) are not among them.
+    """
+    args, t = model.args, b * new
+    found: dict[str, Work] = {}
+    moved: float
+
+    def add(name: str, nbytes: float, flops: float = 0.0) -> None:
+        before = found.get(name, Work(0.0, 0.0))
+        found[name] = Work(before.nbytes + nbytes, before.flops + flops)
+
+    width = 1 if model.num.gemm == "fp8" else 2  # bytes of a number that goes into a product
+    chosen_rows = t * args.n_activated_experts
+    layers = [*model.layers, *(model.mtp if drafts else [])]
+    latents = model.page_bytes / PAGE_SIZE / (len(model.layers) + len(model.mtp))
+    heads, c, r = args.n_heads // model.tp.size, args.kv_lora_rank, args.qk_rope_head_dim
+    for block in layers:
+        assert isinstance(block, Block)
+        linears = [m for m in block.modules() if isinstance(m, Linear) and m.weight.dim() == 2 and m.scale is not None]
+        for m in linears:
+            assert m.scale is not None
+            n, k = m.weight.shape
+            tile = tiles.choose("fp8_gemm" if width == 1 else "w8a16_gemm", arch, n, k, t)
+            out = 4 * tile.split if tile.split > 1 else 2
+            moved = m.weight.nbytes + m.scale.nbytes + t * (k * width + n * out)
+            add("gemm_persistent_kernel" if tile.persistent else "gemm_kernel", moved, 2.0 * t * n * k)
+        for mlp in (m for m in block.modules() if isinstance(m, MLP)):
+            add("silu_mul_kernel", t * mlp.inner * (2 * 2 + width))
+        if isinstance(block.ffn, MoE):
+            gate, experts = block.ffn.gate, block.ffn.experts
+            rows = chosen_rows * experts.w13.weight.shape[0] // args.n_routed_experts  # of these ranks, the mean one's
+            held = [m.weight.nbytes + (0 if m.scale is None else m.scale.nbytes) for m in (experts.w13, experts.w2)]
+            moved = sum(held) * touched / args.n_routed_experts + t * args.dim * width
+            moved += rows * (experts.inner * (2 * 2 + width) + args.dim * 2)
+            add("grouped_gemm_kernel", moved, 6.0 * rows * experts.inner * args.dim)
+            add("silu_mul_kernel", rows * experts.inner * (2 * 2 + width))
+            add("combine_kernel", (rows + 2 * t) * args.dim * 2)
+            add("router_kernel", gate.weight.nbytes + t * args.dim * 2, 2.0 * t * gate.weight.numel())
+        # two norms: each reads x and what is added, and writes the sum, its norm as the product takes it and, before an
+        # FFN in W8A8, as it is; and the query latent's
+        written = 2 * width + (2 if width == 1 else 0)
+        add("norm_kernel", t * (args.dim * (2 * 6 + written) + (args.q_lora_rank or 0) * (2 + width)))
+        pairs = t * (context + (new + 1) / 2)  # of a query token and a key that it sees
+        if new <= FEW_ROWS:
+            moved = b * (context + new) * latents + t * heads * (2 * (c + r) + 4 * c)
+            add("decode_kernel", moved, 2.0 * heads * (2 * c + r) * pairs)
+        else:
+            sizes = args.qk_head_dim + args.v_head_dim
+            moved = 2 * heads * sizes * (t + b * (context + new))
+            add("prefill_kernel", moved, 2.0 * heads * sizes * pairs)
+    return found
+
+
+def rates(kernels: list[dict[str, Any]], done: dict[str, Work]) -> list[dict[str, Any]]:
+    """A breakdown with GB/s and TFLOPS wherever a kernel's work is known and it took time."""
+    rows = []
+    for row in map(dict, kernels):
+        known = done.get(row["kernel"])
+        if known and row.get("ms"):
+            row["gb_per_s"] = known.nbytes / row["ms"] / 1e6
+            row |= {"tflops": known.flops / row["ms"] / 1e9} if known.flops else {}
+        rows.append(row)
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -338,7 +414,13 @@ def run(args: ModelArgs, options: argparse.Namespace, clock: Clock, done: Callab
             flops = prefill_flops(rank.model, rank.weights, context) if prefill else (0.0, 0.0)
             row |= {"tokens": tokens, "read_bytes": nbytes, "limit_ms": limit_ms(nbytes, *flops, clock, options.gemm)}
             if options.profile and (clock.timing or not found["kernels"]):
-                found["kernels"][f"{kind} B={b} {context}"] = profiled(step, clock)
+                kernels = profiled(step, clock)
+                if clock.timing:
+                    new, before = (context, 0) if prefill else (1 + drafts, context)
+                    arch = kernel.architecture(clock.device)
+                    done_by = work(rank.model, b, new, before, drafts, row["experts_touched"] or 0.0, arch)
+                    kernels = rates(kernels, done_by)
+                found["kernels"][f"{kind} B={b} {context}"] = kernels
         except Exception as e:  # too large for this GPU, say: the others go on
             row["refused"] = reason(e)
         found["rows"].append(row)
@@ -438,10 +520,11 @@ def breakdowns(found: dict[str, Any], longest: int = 20) -> str:
         rows = []
         for k in kernels[:longest]:
             spent = [f"{k['ms']:.3f}", f"{100 * k['share']:.1f}"] if "ms" in k else ["(none)", "(none)"]
-            rows.append([k["kernel"][:70], f"{k['launches']:.0f}", *spent])
+            reached = [f"{k[name]:.0f}" if name in k else "–" for name in ("gb_per_s", "tflops")]
+            rows.append([k["kernel"][:70], f"{k['launches']:.0f}", *spent, *reached])
         launches = sum(k["launches"] for k in kernels)
         text.append(f"{name}: {launches:.0f} launches a step\n")
-        text.append(report.table(["kernel", "launches", "ms", "%"], rows) + "\n")
+        text.append(report.table(["kernel", "launches", "ms", "%", "GB/s", "TFLOPS"], rows) + "\n")
     return "\n".join(text)
 
 

@@ -165,7 +165,9 @@ def main() -> None:
         from bench_cpu import Ours
 
         engine = Engine(Ours(path).model, None, **limits)  # type: ignore[arg-type]
-        theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+        theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(
+            path, dtype=torch.bfloat16, local_files_only=True
+        ).eval()
     vocab = engine.model.args.vocab_size
     load = demo_load(engine, args.requests) if demo else random_load(vocab, args.requests, args.lengths)
     eos = engine.tokenizer.eos_ids[0] if engine.tokenizer else None

@@ -102,6 +102,32 @@ def demo(record: dict[str, Any]) -> str:
     return report.table(["kind", "example", "held-out questions right"], rows)
 
 
+def server(record: dict[str, Any]) -> str:
+    sides = ("server.py", "transformers serve")
+
+    def both(row: dict[str, Any], form: str, *path: str) -> str:
+        found = []
+        for side in sides:
+            value = row[side]
+            for name in path:
+                value = value[name]
+            found.append(form.format(value))
+        return " / ".join(found)
+
+    header = ["requests a second", "tokens/s", "ratio", "first token, p50, s", "p99, s", "between tokens, p99, s",
+              "whole answer, p99, s", "good answers a second"]  # fmt: skip
+    rows = [
+        [
+            str(row["rate"]), both(row, "{:.1f}", "tokens_per_second"), f"{row['throughput_ratio']:.2f}",
+            both(row, "{:.2f}", "first_token_s", "p50"), both(row, "{:.2f}", "first_token_s", "p99"),
+            both(row, "{:.3f}", "between_tokens_s", "p99"), both(row, "{:.2f}", "end_to_end_s", "p99"),
+            both(row, "{:.2f}", "good_requests_per_second"),
+        ]
+        for row in record["results"]["rows"]
+    ]  # fmt: skip
+    return report.table(header, rows)
+
+
 def kernel(record: dict[str, Any], bench: str) -> str:
     """One table of one of bench_kernel's benches, a line to a shape."""
     import timing

@@ -50,7 +50,7 @@ def stack_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load_transformers(folder: Path, dtype: torch.dtype) -> tuple[DeepseekV3ForCausalLM, MtpModel]:
     """The main model and the MTP module of a checkpoint; the routers' selection biases stay float32."""
-    config = DeepseekV3Config.from_pretrained(folder)
+    config = DeepseekV3Config.from_pretrained(folder, local_files_only=True)
     main = DeepseekV3ForCausalLM(config)
     mtp = MtpModel(main, 1)
     tensors = stack_experts(read_checkpoint(folder))

@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DeepseekV3Config, DeepseekV3ForCausalLM
@@ -39,6 +41,7 @@ from export import CONFIG, export, fake_quantize, is_fp8
 from tasks import EOS, Conversation, Questions, render
 
 SEED = 1
+STATE = "state.safetensors"  # in the work folder
 WORKERS, TOKENS = 2, 2048  # a step's gradient comes from this many rows of this many tokens, one thread each
 LONG_TOKENS = 2400  # of a row with only long conversations
 FUSED_FROM = 600  # segments longer than this use fused attention
@@ -317,13 +320,16 @@ class Optimizer:
             parameter.copy_(fake_quantize(master) if rounded and is_fp8(name) else master)
             parameter.grad = None
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Tensor]:
         """What a resumed run needs."""
-        return {"masters": self.masters, "first": self.first, "second": self.second}
+        parts = {"masters": self.masters, "first": self.first, "second": self.second}
+        return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: dict[str, Tensor]) -> None:
         """Take over a saved state."""
-        self.masters, self.first, self.second = state["masters"], state["first"], state["second"]
+        for tensors, part in ((self.masters, "masters/"), (self.first, "first/"), (self.second, "second/")):
+            for name in tensors:
+                tensors[name] = state[part + name]
 
 
 # -- training ------------------------------------------------------------------------------------------------------
@@ -347,7 +353,7 @@ class Trainer:
             router.register_forward_hook(lambda _m, _i, out, i=i: self._count(i, out[2]))
         self.step, self.seconds = 0, 0.0
         self.optimizer.copy(False)
-        if (work / "state.pt").exists():
+        if (work / STATE).exists():
             self.load()
 
     def _count(self, layer: int, chosen: Tensor) -> None:
@@ -355,24 +361,22 @@ class Trainer:
 
     def save(self) -> None:
         """Write the run's state, whole or not at all."""
-        state = {
-            "optimizer": self.optimizer.state(),
-            "biases": [router.e_score_correction_bias for router in self.routers],
-            "step": self.step,
-            "seconds": self.seconds,
-            "random": self.packer.questions.rng.getstate(),
-        }
-        torch.save(state, self.work / "state.tmp")
-        (self.work / "state.tmp").replace(self.work / "state.pt")
+        biases = {f"bias/{i}": router.e_score_correction_bias for i, router in enumerate(self.routers)}
+        facts = {"step": self.step, "seconds": self.seconds, "random": self.packer.questions.rng.getstate()}
+        save_file(self.optimizer.state() | biases, self.work / "state.tmp", metadata={"facts": json.dumps(facts)})
+        (self.work / "state.tmp").replace(self.work / STATE)
 
     def load(self) -> None:
         """Go on from a saved state."""
-        state = torch.load(self.work / "state.pt", weights_only=True)  # tensors and numbers, no code
-        self.optimizer.load(state["optimizer"])
-        for router, bias in zip(self.routers, state["biases"], strict=True):
-            router.e_score_correction_bias.copy_(bias)
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.packer.questions.rng.setstate(state["random"])
+        with safe_open(self.work / STATE, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
+            facts = json.loads(file.metadata()["facts"])
+        self.optimizer.load(state)
+        for i, router in enumerate(self.routers):
+            router.e_score_correction_bias.copy_(state[f"bias/{i}"])
+        self.step, self.seconds = facts["step"], facts["seconds"]
+        version, numbers, pending = facts["random"]
+        self.packer.questions.rng.setstate((version, tuple(numbers), pending))
         self.optimizer.copy(False)
 
     def losses(self, batch: Batch, with_mtp: bool) -> tuple[Tensor, Tensor]:

@@ -205,7 +205,7 @@ class Bridge:
     def _obey(self, engine: Engine) -> bool:
         """Carries out what was ordered, waiting for work if there is none; False for the order to end. Other ranks wait
         for our steps, and a dead one is noticed by them: so every now and then there is one without work."""
-        patience = 0.0 if engine.busy else COMPANY if engine.tp.size > 1 else None
+        patience = 0.0 if engine.busy else min(COMPANY, engine.tp.timeout / 3) if engine.tp.size > 1 else None
         while True:
             try:
                 order = self._orders.get(timeout=patience) if patience != 0 else self._orders.get_nowait()

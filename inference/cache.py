@@ -86,6 +86,12 @@ class PagePool:
         if page not in self._digest_of and digest not in self._page_of:
             self._page_of[digest], self._digest_of[page] = page, digest
 
+    def forget(self, pages: Sequence[int]) -> None:
+        """Held pages lose their digests: nobody else is to find what is in them."""
+        for page in pages:
+            if page in self._digest_of:
+                del self._page_of[self._digest_of.pop(page)]
+
     def forget_all(self) -> None:
         """Forgets every digest, so that nothing computed so far is found again; holders keep their pages."""
         for page in self._idle:

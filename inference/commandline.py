@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from config import PROGRAM_VERSION
-from errors import UserError
+from errors import UserError, describe, first_line
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
     import torch
@@ -245,13 +245,9 @@ def main(
         tp.leave(str(e), 1)
     except (torch.OutOfMemoryError, MemoryError) as e:
         ways = "a smaller --max-num-batched-tokens, --max-num-seqs or --kv-cache-gib needs less"
-        tp.leave(f"rank {tp.rank} is out of memory: {one_line(e)} ({ways})", 1)
+        tp.leave(f"rank {tp.rank} is out of memory: {first_line(e)} ({ways})", 1)
     except KeyboardInterrupt:
         tp.leave("interrupted", 130)
     except Exception as e:  # a mistake of ours
         traceback.print_exc()
-        tp.leave(f"rank {tp.rank} failed: {type(e).__name__}: {one_line(e)}", 1)
-
-
-def one_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no more is known")
+        tp.leave(f"rank {tp.rank} failed: {describe(e)}", 1)

@@ -6,15 +6,20 @@ not implement is refused by name: a silent default would be a silent loss of qua
 
 import json
 import math
+import os
+import stat
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from errors import UserError
+from errors import Damage, UserError
 
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
 SCORE_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
+MAX_JSON = 256 << 20  # bytes; the index of V3 has 9 MB
+MAX_LAYERS, MAX_EXPERTS = 1000, 1 << 17  # in all layers together; V3 has 15,104: more is a damaged number
 PROGRAM_VERSION = "0.1.0"
 BLOCK_SIZE = 128  # FP8 scales: one per 1x128 activations and per 128x128 weights (technical report, section 3.3.2)
 
@@ -65,20 +70,31 @@ class ModelArgs:
     block_size: int = BLOCK_SIZE
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int:
+                self._require(type(value) is int and 0 <= value < 1 << 31, f.name, "a whole number")
+            elif f.type is float:
+                self._require(type(value) in (int, float) and math.isfinite(value), f.name, "a number")
+            elif f.type is bool:
+                self._require(type(value) is bool, f.name, "true or false")
         self._choice("score_func", SCORE_FUNCS)
         self._choice("topk_method", TOPK_METHODS)
         self._choice("dtype", ("fp8", "bf16", "fp32"))
         self._choice("scale_fmt", (None, "ue8m0"))
         for name in ("vocab_size", "dim", "inter_dim", "n_layers", "n_heads", "kv_lora_rank", "qk_nope_head_dim",
                      "qk_rope_head_dim", "v_head_dim", "max_seq_len", "original_seq_len"):  # fmt: skip
-            self._require(isinstance(getattr(self, name), int) and getattr(self, name) > 0, name, "a positive integer")
+            self._require(getattr(self, name) > 0, name, "a positive integer")
+        self._require(self.n_layers <= MAX_LAYERS, "n_layers", f"at most {MAX_LAYERS}")
+        self._require(self.n_layers * self.n_routed_experts <= MAX_EXPERTS, "n_routed_experts",
+                      f"at most {MAX_EXPERTS // self.n_layers} in each of {self.n_layers} layers")  # fmt: skip
         self._require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number")
         self._require(0 <= self.n_dense_layers <= self.n_layers, "n_dense_layers", f"from 0 to {self.n_layers}")
         self._require(self.n_mtp_layers in (0, 1), "n_mtp_layers", "0 or 1")
         self._require(self.block_size == BLOCK_SIZE, "block_size", str(BLOCK_SIZE))
         self._require(self.rope_factor >= 1, "rope_factor", "at least 1")
         for name in ("rope_theta", "norm_eps", "route_scale"):
-            self._require(math.isfinite(getattr(self, name)) and getattr(self, name) > 0, name, "a positive number")
+            self._require(getattr(self, name) > 0, name, "a positive number")
         if self.n_moe_layers:
             self._require(self.moe_inter_dim > 0, "moe_inter_dim", "a positive integer")
             self._require(self.n_routed_experts > 0, "n_routed_experts", "a positive integer")
@@ -210,21 +226,45 @@ class ModelArgs:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; raises UserError naming the file when it is absent, unreadable or something else."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(read_text(path), object_pairs_hook=unique)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise UserError(f"{path}: not readable as JSON ({e})") from None
+        raise Damage(f"{path}: no such file", path) from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise Damage(f"{path}: not readable as JSON ({e})", path) from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     return raw
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises OSError or ValueError; a pipe, which would be waited for, or a device is no file."""
+    with open(path, encoding="utf-8", opener=without_waiting) as f:
+        info = os.fstat(f.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("not a regular file")
+        if info.st_size > MAX_JSON:
+            raise ValueError(f"{info.st_size} bytes, expected at most {MAX_JSON}")
+        return f.read()
+
+
+def without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError where a key is there twice, as readers differ in which they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = sorted(key for key, _ in pairs)
+        raise ValueError(f"{next(a for a, b in pairwise(names) if a == b)!r} is there twice")
+    return found
 
 
 def parse(raw: dict[str, Any]) -> ModelArgs:
     """Tells the two styles apart: a Hugging Face config names its `model_type`."""
     try:
         return ModelArgs.from_hf(raw) if "model_type" in raw or "architectures" in raw else ModelArgs.from_upstream(raw)
-    except (TypeError, ValueError) as e:  # a string where a number belongs
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:  # a string where a number or an object belongs
         raise UserError(f"config: a field has the wrong type ({e})") from None
 
 
@@ -234,7 +274,7 @@ def load_config(path: str | Path) -> ModelArgs:
     try:
         return parse(raw)
     except UserError as e:
-        raise UserError(f"{path}: {e}") from None
+        raise Damage(f"{path}: {e}", path) from None
 
 
 def agree(path: str | Path, checkpoint: ModelArgs) -> None:

@@ -98,14 +98,13 @@ def convert(
     check_ranks(args, ranks, checkpoint.quantised, layout)
     if target.resolve() == source.resolve():
         raise UserError(f"{target}: the converted files cannot go where the checkpoint is")
+    made_from = Source(source, checkpoint.files)
     entries = checkpoint.check(args)
     if args.n_mtp_layers and not checkpoint.has_mtp:
         warn(f"{source} has no MTP module, though its config names one")
     print(why, file=sys.stderr, flush=True)
     specs = expected_tensors(args, checkpoint.quantised, checkpoint.has_mtp)
     shares = list(share_out(args, entries, specs, ranks, layout))
-
-    made_from = Source(source, {entry.file for entry in entries.values()})
 
     with Staging(target, needed) as staging:
         check_target(target, {"format": FORMAT}, read_json(source / "config.json"))

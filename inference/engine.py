@@ -6,10 +6,11 @@ Every rank runs the same engine. Rank 0 alone takes requests, samples and answer
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -18,7 +19,7 @@ import ops
 import weights
 from cache import PagePool
 from config import ModelArgs, agree, load_config
-from errors import UserError
+from errors import UserError, describe
 from graphs import Capture, Forward, Graphs, Place, cuda_capture, records
 from model import FEW_ROWS, PAGE_SIZE, Batch, Numerics, Transformer
 from parallel import SOLO, Group, environment
@@ -26,6 +27,7 @@ from sampling import Ask, Draft, Logprob, SamplingParams, logprob, propose, rele
 from scheduler import Chunk, Job, Scheduler
 from tokenizer import TextStream, Tokenizer
 
+T = TypeVar("T")
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 Prompt = str | list[int] | list[dict]  # raw text, token ids, or chat messages
 _FINISH: list[FinishReason | None] = [None, "stop", "length", "error", "cancelled"]  # as numbers on the wire
@@ -266,12 +268,12 @@ class Engine:
             if len(request.prompt) >= self.max_model_len:
                 raise UserError(f"the prompt has {len(request.prompt)} tokens and leaves no room for an answer in the "
                                 f"context of {self.max_model_len} (--max-model-len)")  # fmt: skip
-        except UserError as e:
-            request.finish_reason, request.error = "error", str(e)
+            if self.tokenizer:
+                request._stream = self.tokenizer.stream()
+                request.opens_thinking = self.tokenizer.starts_thinking(request.prompt)
+        except Exception as e:  # of our own mistakes too only this request shall suffer
+            request.finish_reason, request.error = "error", describe(e)
             return request
-        if self.tokenizer:
-            request._stream = self.tokenizer.stream()
-            request.opens_thinking = self.tokenizer.starts_thinking(request.prompt)
         self.stats.prompt += len(request.prompt)
         job = self._next_job
         self._next_job += 1
@@ -280,7 +282,7 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Ends a request; it is finished, as "cancelled", after the next step."""
+        """Ends a request; it is finished, as "cancelled" (or "error", if it has one), after the next step."""
         if request in self._job_of:
             self._cancelled.append(self._job_of[request])
 
@@ -388,22 +390,39 @@ class Engine:
         wire = torch.zeros(len(spans), 2 + 1 + self.mtp, dtype=torch.int64)  # verdict, number of tokens, tokens
         if self.tp.rank == 0:
             sampling = [chunk for chunk, _ in spans]
-            verified = self._verify(sampling, logits)
             parts = logits.split([len(rows) for _, rows in spans])
+            verified = self._verify(sampling, logits, parts)
             for i, found in enumerate(zip(sampling, verified, parts, strict=True)):
-                tokens, finish = self._decide(*found)
+                request = self._live[sampling[i].job.id]
+                tokens, finish = self._guarded(request, partial(self._decide, *found)) or ([], "error")
                 wire[i, : 2 + len(tokens)] = torch.tensor([_FINISH.index(finish), len(tokens), *tokens])
         return [(row[2 : 2 + row[1]], _FINISH[row[0]]) for row in self.tp.broadcast(wire).tolist()]
 
-    def _verify(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> list[list[int] | None]:
-        """Rank 0: what each chunk's request is to say next, from its rows of logits, all of them at once."""
+    def _verify(
+        self, chunks: Sequence[Chunk], logits: torch.Tensor, parts: Sequence[torch.Tensor]
+    ) -> list[list[int] | None]:
+        """Rank 0: what each chunk's request is to say next, from its rows of logits, all of them at once; None for one
+        that fails."""
         asks = []
         for chunk in chunks:
             request, n = self._live[chunk.job.id], len(chunk.drafts)
             draft = Draft(request.draft.tokens[:n], request.draft.q[:n])
             asks.append(self._ask(chunk.job, draft))
             request.draft = Draft()
-        return verify(logits, asks)
+        try:
+            return verify(logits, asks)
+        except Exception:  # whose mistake it is shows when each is judged alone
+            requests = [self._live[chunk.job.id] for chunk in chunks]
+            works = [partial(verify, rows, [ask]) for rows, ask in zip(parts, asks, strict=True)]
+            return [(self._guarded(*one) or [None])[0] for one in zip(requests, works, strict=True)]
+
+    def _guarded(self, request: Request, work: Callable[[], T]) -> T | None:
+        """Rank 0's work for one request. If it goes wrong that is the request's error, and nobody else's."""
+        try:
+            return work()
+        except Exception as e:
+            request.error = request.error or describe(e)
+            return None
 
     def _ask(self, job: Job, draft: Draft) -> Ask:
         request = self._live[job.id]
@@ -419,7 +438,7 @@ class Engine:
         if not request.tokens:
             request.n_reused = min(job.n_reused, len(request.prompt))
             self.stats.reused += request.n_reused
-        if tokens is None:
+        if tokens is None or request.error:
             return [], "error"
         self.stats.sampled_steps += 1
         for place in range(len(chunk.drafts)):
@@ -480,13 +499,16 @@ class Engine:
         request = self._live.get(job.id)
         if request is not None and finish is not None:
             if finish == "error":
-                request.error = "the model's output holds NaN or infinity"
+                request.error = request.error or "the model's output holds NaN or infinity"
             self._finish(request, finish)
         return request
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         del self._live[self._job_of.pop(request)]
-        request.finish_reason = reason
+        self._guarded(request, partial(self._say_rest, request))
+        request.finish_reason = "error" if request.error else reason
+
+    def _say_rest(self, request: Request) -> None:
         rest = request._stream.finish() if request._stream else ""
         if not request._cut:
             self._say(request, rest)
@@ -506,10 +528,15 @@ class Engine:
                 job.n_scored = hi
                 request = self._live.get(job.id)
                 if request is not None and request.params.prompt_logprobs is not None:
-                    top = request.params.prompt_logprobs
-                    scored = zip(logits, job.tokens[lo + 1 : hi + 1], strict=True)
-                    request.prompt_logprobs += [logprob(row, token, top) for row, token in scored]
+                    scored = list(zip(logits, job.tokens[lo + 1 : hi + 1], strict=True))
+                    self._guarded(request, partial(self._score, request, scored))
+                    if request.error:
+                        self.cancel(request)
             at += len(chunk.tokens)
+
+    def _score(self, request: Request, scored: Sequence[tuple[torch.Tensor, int]]) -> None:
+        top = request.params.prompt_logprobs or 0
+        request.prompt_logprobs += [logprob(row, token, top) for row, token in scored]
 
     # ----------------------------------------------------------------------------------------------------------------
     # Drafts (every rank)
@@ -555,8 +582,17 @@ class Engine:
         """Rank 0's next draft for each job, on every rank."""
         wire = torch.zeros(len(jobs), dtype=torch.int64)
         if self.tp.rank == 0:
-            asks = [self._ask(job, self._live[job.id].draft) for job in jobs]
-            propose(logits, asks)
+            requests = [self._live[job.id] for job in jobs]
+            asks = [self._ask(job, request.draft) for job, request in zip(jobs, requests, strict=True)]
+            try:
+                propose(logits, asks)
+            except Exception:  # as in _verify
+                for request, ask, row in zip(requests, asks, logits.split(1), strict=True):
+                    self._guarded(request, partial(propose, row, [ask]))
+                    if request.error:
+                        ask.draft.tokens.append(0)
+                        ask.draft.q.append(None)
+                        self.cancel(request)
             wire = torch.tensor([ask.draft.tokens[-1] for ask in asks])
         return self.tp.broadcast(wire).tolist()
 

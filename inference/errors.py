@@ -1,5 +1,28 @@
-"""The one exception that means "the user can mend this": a single line on what was wrong and what to do."""
+"""The one exception that means "the user can mend this", and one line about any other."""
+
+import traceback
+from pathlib import Path
 
 
 class UserError(Exception):
     """A mistake in a command, a prompt or a checkpoint. Scripts print it as `error: …` and exit with status 2."""
+
+
+class Damage(UserError):
+    """What is wrong with a checkpoint: a whole line for people, and its place and facts apart for programs."""
+
+    def __init__(self, text: str, file: object = None, tensor: str = "", expected: object = None, found: object = None):
+        super().__init__(text)
+        self.file, self.tensor, self.expected, self.found = file, tensor, expected, found
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no more is known")
+
+
+def describe(error: BaseException) -> str:
+    """One line: a UserError's own, or what sort of mistake of ours it is, and where it was made."""
+    if isinstance(error, UserError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {first_line(error)} ({Path(place.filename).name}, line {place.lineno})"

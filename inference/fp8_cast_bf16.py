@@ -45,14 +45,13 @@ def cast(source: Path, target: Path, device: torch.device) -> None:
         raise UserError(f"{source}: holds no FP8 weights, so there is nothing to cast")
     if target.resolve() == source.resolve():
         raise UserError(f"{target}: the output cannot go where the checkpoint is")
+    made_from = Source(source, checkpoint.files)
     checkpoint.check(checkpoint.args)
     entries = checkpoint.on_disk()
     config = read_json(source / "config.json")
     del config["quantization_config"]
     if "dtype" not in config:  # as transformers 5 spells it
         config["torch_dtype"] = "bfloat16"
-
-    made_from = Source(source, {entry.file for entry in entries.values()})
 
     with Staging(target, needed) as staging:
         check_target(target, CAST_MARK, config)

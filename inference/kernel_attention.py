@@ -292,7 +292,7 @@ def attend(
     return acc, best, total
 
 
-@triton.jit(do_not_specialize=["bounds_ptr", "lengths_ptr", "slab", "n_slab"])
+@triton.jit(do_not_specialize=["positions_ptr", "bounds_ptr", "lengths_ptr", "slab", "n_slab"])
 def prefill_kernel(
     q_ptr, q_pe_ptr, k_ptr, k_pe_ptr, v_ptr, positions_ptr, bounds_ptr, lengths_ptr, ends_ptr, out_ptr, state_ptr,
     lse_ptr, slab, n_slab, scale,

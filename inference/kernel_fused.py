@@ -138,21 +138,31 @@ def _quantised_buffers(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def sum_of_parts(ptrs, inside, part_stride, PARTS: tl.constexpr, ROUNDED: tl.constexpr):
+    """float32: what is there, or the sum of PARTS, in their order, rounded as if it had been there."""
+    total = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(ptrs + part * part_stride, mask=inside, other=0.0)
+    return total if PARTS == 1 else cast(total, ROUNDED).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["M"])
 def silu_mul_kernel(
-    gate_up_ptr, y_ptr, q_ptr, s_ptr, M, inter, up, stride,
-    GROUPS: tl.constexpr, UE8M0: tl.constexpr, FNUZ: tl.constexpr,
+    gate_up_ptr, y_ptr, q_ptr, s_ptr, M, inter, up, stride, part_stride,
+    GROUPS: tl.constexpr, UE8M0: tl.constexpr, FNUZ: tl.constexpr, PARTS: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """GROUPS blocks of 128 channels, numbered along the rows; either y_ptr or q_ptr and s_ptr is None."""
+    """GROUPS blocks of 128 channels, numbered along the rows; either y_ptr or q_ptr and s_ptr is None. gate_up comes
+    in PARTS float32 to be added up, or is one of type ROUNDED."""
     blocks = tl.cdiv(inter, SCALE_BLOCK)
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     row = group // blocks
     channel = ((group % blocks) * SCALE_BLOCK)[:, None] + tl.arange(0, SCALE_BLOCK)[None, :]
     inside = (row < M)[:, None] & (channel < inter)
     gate_ptrs = gate_up_ptr + row[:, None] * stride + channel
-    gate = tl.load(gate_ptrs, mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(gate_ptrs + up, mask=inside, other=0.0).to(tl.float32)
-    y = cast(tl.div_rn(gate, 1.0 + tl.exp(-gate)) * value, gate_up_ptr.dtype.element_ty)
+    gate = sum_of_parts(gate_ptrs, inside, part_stride, PARTS, ROUNDED)
+    value = sum_of_parts(gate_ptrs + up, inside, part_stride, PARTS, ROUNDED)
+    y = cast(tl.div_rn(gate, 1.0 + tl.exp(-gate)) * value, ROUNDED)
     offset = row[:, None] * inter + channel
     if y_ptr is not None:
         tl.store(y_ptr + offset, y, mask=inside)
@@ -162,6 +172,7 @@ def silu_mul_kernel(
         tl.store(s_ptr + group, s, mask=row < M)
 
 
+TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 FEW_BLOCKS = 1024  # of 128 channels: up to here each gets a program of its own, to occupy the whole GPU
 
 
@@ -170,25 +181,35 @@ def silu_mul_tile(blocks: int) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def silu_mul(
-    gate_up: torch.Tensor, inter: int, fp8: Scales | None = None, dtype: torch.dtype | None = None
+    gate_up: torch.Tensor,
+    inter: int,
+    fp8: Scales | None = None,
+    dtype: torch.dtype | None = None,
+    rounded: torch.dtype | None = None,
 ) -> torch.Tensor | Quantised:
-    """As reference.silu_mul, in the FP8 type of the device unless dtype says another. Rows may lie apart."""
-    rows, width = gate_up.shape
+    """As reference.silu_mul, in the FP8 type of the device unless dtype says another. Rows may lie apart.
+
+    gate_up may be float32 sums over parts of K (parts, T, 2 I'): they are added up, and rounded to `rounded`.
+    """
+    parts, rows, width = gate_up.shape if gate_up.dim() == 3 else (1, *gate_up.shape)
+    rounded = gate_up.dtype if parts == 1 or rounded is None else rounded
     assert width % 2 == 0 and inter <= width // 2, (gate_up.shape, inter)
-    gate_up = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
-    y = None if fp8 else torch.empty(rows, inter, dtype=gate_up.dtype, device=gate_up.device)
+    assert parts == 1 or (gate_up.dtype == torch.float32 and gate_up.numel() < 1 << 31), (gate_up.shape, gate_up.dtype)
+    gate_up = gate_up if gate_up.stride(-1) == 1 else gate_up.contiguous()
+    y = None if fp8 else torch.empty(rows, inter, dtype=rounded, device=gate_up.device)
     q, s = _quantised_buffers(rows, inter, dtype, gate_up.device) if fp8 else (None, None)
     if rows:
         blocks = rows * triton.cdiv(inter, BLOCK)
         tile, options = silu_mul_tile(blocks)
         silu_mul_kernel[(triton.cdiv(blocks, tile["GROUPS"]),)](
-            gate_up, y, None if q is None else _view(q), s, rows, inter, width // 2, gate_up.stride(0),
+            gate_up, y, None if q is None else _view(q), s, rows, inter, width // 2, gate_up.stride(-2),
+            gate_up.stride(0), PARTS=parts, ROUNDED=TYPES[rounded],
             **tile, UE8M0=fp8 == "ue8m0", FNUZ=q is not None and q.dtype == torch.float8_e4m3fnuz, **options,
         )  # fmt: skip
     if q is None or s is None:
         assert y is not None
         return y
-    return Quantised(q, s, None, gate_up.dtype)
+    return Quantised(q, s, None, rounded)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -336,18 +357,25 @@ def configurations() -> Iterator[Configuration]:
             constexprs = {"UE8M0": fp8 == "ue8m0", "FNUZ": fnuz and fp8 is not None}
             yield configuration(name, norm_kernel, pointers, sizes, norm_tile(h), constexprs)
 
-        sizes = {"M": size, "inter": size, "up": size, "stride": size}
-        for blocks, fp8 in ((FEW_BLOCKS + 1, None), (1, "float32"), (FEW_BLOCKS + 1, "ue8m0")):
+        sizes = {"M": size, "inter": size, "up": size, "stride": size, "part_stride": size}
+        for blocks, fp8, parts in (
+            (FEW_BLOCKS + 1, None, 1),
+            (1, "float32", 1),
+            (FEW_BLOCKS + 1, "ue8m0", 1),
+            (1, None, 2),
+            (1, "float32", 16),
+        ):
             if fp8 and target not in W8A8:
                 continue
             pointers = {
-                "gate_up_ptr": bf16,
+                "gate_up_ptr": bf16 if parts == 1 else f32,
                 "y_ptr": None if fp8 else bf16,
                 "q_ptr": native if fp8 else None,
                 "s_ptr": f32 if fp8 else None,
             }
-            constexprs = {"UE8M0": fp8 == "ue8m0", "FNUZ": fnuz and fp8 is not None}
-            name = f"silu_mul {'few' if blocks <= FEW_BLOCKS else 'many'} {fp8}"
+            formats = {"UE8M0": fp8 == "ue8m0", "FNUZ": fnuz and fp8 is not None}
+            constexprs = formats | {"PARTS": parts, "ROUNDED": tl.bfloat16}
+            name = f"silu_mul {'few' if blocks <= FEW_BLOCKS else 'many'} {fp8}{f' {parts} parts' * (parts > 1)}"
             yield configuration(name, silu_mul_kernel, pointers, sizes, silu_mul_tile(blocks), constexprs)
 
         strides = ("c_kv_stride", "k_pe_stride", "q_token_stride", "q_head_stride")

@@ -14,7 +14,7 @@ expert.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ import kernel
 import kernel_fused
 from kernel import SCALE_BLOCK, Configuration, Tile, architecture, cast, dot_operand
 from reference import BLOCK, Quantised, Routing
+from tiles import PROCESSORS, split_for
 
 if TYPE_CHECKING:
     from ops import Weight
@@ -319,16 +320,17 @@ def sort(ids: torch.Tensor, first: int, n_local: int, block_m: int) -> tuple[tor
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["m_tiles"])
+@triton.jit(do_not_specialize=["m_tiles", "assignments"])
 def grouped_gemm_kernel(
-    x_ptr, x_s_ptr, w_ptr, w_s_ptr, out_ptr, order_ptr, tiles_ptr, m_tiles, N, K, SHARE: tl.constexpr,
+    x_ptr, x_s_ptr, w_ptr, w_s_ptr, out_ptr, order_ptr, tiles_ptr, m_tiles, assignments, N, K, SHARE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out[a] = x[a // SHARE] times its expert's w (N, K) transposed, for the assignments a of one row tile.
 
     FP8 by FP8; without x_s_ptr bfloat16 by FP8; without w_s_ptr as well, bfloat16 or float32 by the same. See
     reference.grouped_gemm, and kernel.gemm_kernel, which this follows. Rows past a tile's end repeat its last one and
-    are not stored.
+    are not stored. With SPLIT the grid's second axis cuts K in parts, and out[part, a] takes the sum of each.
     """
     FP8: tl.constexpr = x_s_ptr is not None
     SCALED: tl.constexpr = w_s_ptr is not None
@@ -347,17 +349,29 @@ def grouped_gemm_kernel(
     n_read = tl.minimum(n, N - 1).to(tl.int64)
     k = tl.arange(0, SCALE_BLOCK)
 
-    k_blocks = tl.cdiv(K, SCALE_BLOCK)
-    x_ptrs = x_ptr + x_row[:, None] * K + k[None, :]
-    w_ptrs = w_ptr + (expert * N + n_read)[:, None] * K + k[None, :]
+    k_blocks = tl.cdiv(K, SCALE_BLOCK)  # in a row, that is; `blocks` are this program's, `channels` as far as the end
+    blocks, channels = k_blocks, K
     if SCALED:  # BLOCK_N divides 128: one scale to a tile
         w_s_ptr += (expert * tl.cdiv(N, SCALE_BLOCK) + pid_n * BLOCK_N // SCALE_BLOCK) * k_blocks
+    if SPLIT:
+        per_part = tl.cdiv(k_blocks, tl.num_programs(1))
+        first = tl.program_id(1) * per_part
+        blocks = tl.minimum(per_part, k_blocks - first)  # below 1 where earlier parts took them all
+        channels -= first * SCALE_BLOCK
+        x_ptr += first * SCALE_BLOCK
+        w_ptr += first * SCALE_BLOCK
+        if SCALED:
+            w_s_ptr += first
+        if FP8:
+            x_s_ptr += first
+    x_ptrs = x_ptr + x_row[:, None] * K + k[None, :]
+    w_ptrs = w_ptr + (expert * N + n_read)[:, None] * K + k[None, :]
     if FP8:
         x_s_ptrs = x_s_ptr + x_row * k_blocks
 
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
-    for i in tl.range(0, k_blocks, num_stages=STAGES):
-        inside = (k < K - i * SCALE_BLOCK)[None, :]
+    for i in tl.range(0, blocks, num_stages=STAGES):
+        inside = (k < channels - i * SCALE_BLOCK)[None, :]
         x, w = tl.load(x_ptrs, mask=inside, other=0.0), tl.load(w_ptrs, mask=inside, other=0.0)
         if w.dtype != tl.float32:
             x, w = dot_operand(x, FP8), dot_operand(w, FP8)
@@ -376,6 +390,8 @@ def grouped_gemm_kernel(
         w_ptrs += SCALE_BLOCK
 
     out = cast(acc, out_ptr.dtype.element_ty)
+    if SPLIT:
+        a += tl.program_id(1).to(tl.int64) * assignments
     out_ptrs = out_ptr + a[:, None] * N + n[None, :]
     tl.store(out_ptrs, out.T if SWAP else out, mask=(m < rows)[:, None] & (n < N)[None, :])
 
@@ -473,6 +489,7 @@ def grouped_gemm(
 ) -> torch.Tensor:
     """As reference.grouped_gemm, with the table of tiles in the place of bounds: x (R, K) and w (E, N, K) to
     (R * share, N) in x's dtype, of which only the rows in `order` are written. tiles are `sort`'s for tile.block_m.
+    Where the tile splits K: to float32 sums (parts, R * share, N), which silu_mul adds up.
     """
     values, scales, dtype = (x.q, x.s, x.dtype) if isinstance(x, Quantised) else (x, None, x.dtype)
     (rows, k), (n_experts, n, _) = values.shape, w.data.shape
@@ -482,12 +499,13 @@ def grouped_gemm(
     assert (scales is not None) == (w.fp8 is not None) and (scales is None or scales.shape == (rows, blocks[1]))
     assert len(order) == rows * share and all(t.is_contiguous() for t in (values, w.data, order, tiles))
     assert values.dtype == (w.data.dtype if w.scale is None or w.fp8 else torch.bfloat16), (values.dtype, w.data.dtype)
-    out = torch.empty(rows * share, n, dtype=dtype, device=values.device)
+    shape, dtype = ((tile.split, rows * share, n), torch.float32) if tile.split > 1 else ((rows * share, n), dtype)
+    out = torch.empty(shape, dtype=dtype, device=values.device)
     if out.numel():
-        grouped_gemm_kernel[(len(tiles) * triton.cdiv(n, tile.block_n),)](
+        grouped_gemm_kernel[(len(tiles) * triton.cdiv(n, tile.block_n), tile.split)](
             values if scales is None else kernel._view(values), scales,
             w.data if w.scale is None else kernel._view(w.data), w.scale,
-            out, order, tiles, len(tiles), n, k, SHARE=share, **constexprs(tile, k), **tile.options(),
+            out, order, tiles, len(tiles), rows * share, n, k, SHARE=share, **constexprs(tile, k), **tile.options(),
         )  # fmt: skip
     return out
 
@@ -496,12 +514,20 @@ def constexprs(tile: Tile, k: int) -> dict[str, Any]:
     """A tile's, with no more stages than there are steps: an expert cut on its inner width has two of them."""
     stages = max(2, min(tile.stages, triton.cdiv(k, BLOCK)))
     sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "GROUP_M": GROUP_M}
-    return sizes | {"SWAP": tile.swap, "STAGES": stages}
+    return sizes | {"SWAP": tile.swap, "STAGES": stages, "SPLIT": tile.split > 1}
 
 
 def tile_for(table: tuple[Any, ...], size: float) -> Any:
     """The row of a table that serves so many tokens, or rows to an expert."""
     return next(tile for tile in table if size <= tile.up_to)
+
+
+def split_up(tile: Tile, rows: float, n_local: int, n: int, k: int, arch: str) -> Tile:
+    """For gate and up, of the tile for the fewest rows to an expert: with K in so many parts that (nearly) every
+    multiprocessor has a program, when all experts together are expected to have so many rows here."""
+    used = min(math.ceil(rows), n_local)  # row tiles: with few rows hardly one falls to an expert that has one already
+    programs = used * triton.cdiv(n, tile.block_n)
+    return replace(tile, split=split_for(programs, triton.cdiv(k, BLOCK), PROCESSORS[arch]))
 
 
 def quantise(x: torch.Tensor, w: "Weight") -> torch.Tensor | Quantised:
@@ -565,13 +591,17 @@ def experts(
     w2: "Weight",
     inter: int,
     shared: Callable[[], torch.Tensor] | None = None,
+    n_experts: int | None = None,
     invariant: bool = False,
 ) -> torch.Tensor:
-    """As ops.experts. With `invariant` the tile is the same for any T, so that a token's bits do not depend on its
-    company."""
-    n_local = len(w13.data)
+    """As ops.experts. With `invariant` the tile is the same for any T and K is not split, so that a token's bits do
+    not depend on its company."""
+    n_local, (n, k) = len(w13.data), w13.data.shape[1:]
     table = table_for(w13, weights.device)
-    tile = table[0] if invariant else tile_for(table, triton.cdiv(ids.numel(), n_local))
+    rows = ids.numel() / (n_experts or n_local)  # to an expert, in the mean
+    tile = up_tile = table[0] if invariant else tile_for(table, math.ceil(rows))
+    if tile is table[0] and not invariant:
+        up_tile = split_up(tile, rows * n_local, n_local, n, k, architecture(weights.device))
     join = beside(shared, weights.device) if shared else None
     if isinstance(x, torch.Tensor):
         x = quantise(x, w13)
@@ -579,8 +609,8 @@ def experts(
         assert x.x is not None, "activations that are only there quantised, by weights that take plain ones"
         x = x.x
     order, tiles = sort(ids, first, n_local, tile.block_m)
-    gate_up = grouped_gemm(x, w13, order, tiles, ids.shape[1], tile)
-    y = grouped_gemm(kernel_fused.silu_mul(gate_up, inter, w2.fp8), w2, order, tiles, 1, tile)
+    gate_up = grouped_gemm(x, w13, order, tiles, ids.shape[1], up_tile)
+    y = grouped_gemm(kernel_fused.silu_mul(gate_up, inter, w2.fp8, rounded=x.dtype), w2, order, tiles, 1, tile)
     return combine(y, weights, ids, first, n_local, join() if join else None)
 
 
@@ -652,16 +682,20 @@ def configurations() -> Iterator[Configuration]:
             ("plain", PLAIN, plain, plain),
             ("float32", {target: FLOAT32}, scale, scale),
         ):
-            for tile in tables.get(target, ()):
-                for k, share in ((7168, 8), (256, 1)):  # gate and up, and down when the inner width is split 8 ways
-                    out = scale if op == "float32" else plain
+            table = tables.get(target, ())
+            for row in table:
+                # gate and up, and down when the inner width is split 8 ways; gate and up for the fewest rows in parts
+                halved = [(replace(row, split=2), 7168, 8)] if row is table[0] else []
+                for tile, k, share in [(row, 7168, 8), (row, 256, 1), *halved]:
+                    out = scale if op == "float32" or tile.split > 1 else plain
                     types = {"x_ptr": x, "x_s_ptr": scale, "w_ptr": w, "w_s_ptr": scale, "out_ptr": out}
-                    types |= {"order_ptr": index, "tiles_ptr": index, "m_tiles": "i32", "N": "i32", "K": "i32"}
+                    types |= {"order_ptr": index, "tiles_ptr": index, "m_tiles": "i32", "assignments": "i32"}
+                    types |= {"N": "i32", "K": "i32"}
                     constant = constexprs(tile, k) | {"SHARE": share}
                     for absent in {"w8a8": (), "w8a16": ("x_s_ptr",)}.get(op, ("x_s_ptr", "w_s_ptr")):
                         del types[absent]
                         constant[absent] = None
-                    name = f"grouped_{op} {target} {tile.block_m}x{tile.block_n} K={k}"
+                    name = f"grouped_{op} {target} {tile.block_m}x{tile.block_n} K={k}{' split' * (tile.split > 1)}"
                     yield Configuration(name, grouped_gemm_kernel, target, types, constant, tile.options())
         types = {"y_ptr": plain, "weights_ptr": scale, "ids_ptr": "*i64", "shared_ptr": plain, "out_ptr": plain}
         types |= {"H": "i32", "first": "i32", "n_local": "i32"}

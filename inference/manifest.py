@@ -16,8 +16,10 @@ A manifest is a JSON file, written last: with it a directory is a checkpoint, wi
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple, get_args
 from tqdm import tqdm
 
 from config import PROGRAM_VERSION, read_json
-from errors import UserError
+from errors import Damage, UserError
 from parallel import ExpertLayout
 from tensorfile import TEMPORARY, Entry, Staging, hash_file, read_header
 
@@ -73,7 +75,7 @@ class Manifest:
         self.small: dict[str, dict[str, Any]] = raw.get("small", {})
         self.experts: ExpertLayout = raw.get("experts", "whole")
         if not self._well_formed(raw):
-            raise UserError(f"{self.path}: damaged; copy the directory again or convert again")
+            raise Damage(f"{self.path}: damaged; copy the directory again or convert again", self.path)
         for file in (*self.files, *(file for file in self.obsolete if file != HF_INDEX)):
             check_file_name(self.path, "files", file)
 
@@ -103,9 +105,10 @@ class Manifest:
         for file, facts in self.files.items():
             path = self.where(file)
             if not path.is_file():
-                raise UserError(f"{path}: missing, but {self.path.name} names it")
+                raise Damage(f"{path}: missing, but {self.path.name} names it", path)
             if (size := path.stat().st_size) != facts["bytes"]:
-                raise UserError(f"{path}: expected {facts['bytes']} bytes, found {size}")
+                text = f"{path}: expected {facts['bytes']} bytes, found {size}"
+                raise Damage(text, path, "", f"{facts['bytes']} bytes", f"{size} bytes")
 
     def changed(self) -> list[str]:
         """Sentences on the other files whose size is not what it was; a user may have edited them."""
@@ -128,11 +131,11 @@ class Manifest:
             wanted = self.mark(rank)
             if (mark := {key: metadata.get(key) for key in wanted}) != wanted:
                 what = "written by the cast" if rank is None else f"rank {rank} of {self.ranks}, {self.experts} experts"
-                raise UserError(f"{path}: its metadata does not mark it as {what}: found {mark}")
+                raise Damage(f"{path}: its metadata does not mark it as {what}: found {mark}", path, "", wanted, mark)
             if tensors.keys() != facts["tensors"].keys():
                 name = sorted(tensors.keys() ^ facts["tensors"].keys())[0]
                 verb = "does not name it" if name in tensors else "names it, but the file lacks it"
-                raise UserError(f"{path}: {name}: {self.path.name} {verb}")
+                raise Damage(f"{path}: {name}: {self.path.name} {verb}", path, name)
             found |= {name: replace(entry, crc=facts["tensors"][name][:8]) for name, entry in tensors.items()}
         return found
 
@@ -153,9 +156,11 @@ def manifests_in(folder: Path) -> list[int | None]:
 
 def check_file_name(index: Path, what: str, file: Any) -> None:
     """An index may name plain files of its own directory only (which may be links, as in Hugging Face's cache)."""
-    plain = isinstance(file, str) and file.endswith(".safetensors") and not re.search(r"[/\\\0]", file)
-    if not plain or file.startswith("."):
-        raise UserError(f"{index}: {what}: {file!r} is not the plain name of a .safetensors file")
+    plain = isinstance(file, str) and file.endswith(".safetensors") and not re.search(r"[/\\]", file)
+    if not plain or file.startswith(".") or not file.isprintable() or not what.isprintable():
+        what = what if what.isprintable() else repr(what)
+        text = f"{index}: {what}: {file!r} is not the plain name of a .safetensors file"
+        raise Damage(text, index, what, "the plain name of a .safetensors file", file)
 
 
 def check_target(target: Path, mark: dict[str, str], config: dict[str, Any]) -> None:
@@ -176,20 +181,29 @@ def check_target(target: Path, mark: dict[str, str], config: dict[str, Any]) -> 
 class Source:
     """The directory a checkpoint is made from, as it is now."""
 
-    def __init__(self, folder: Path, files: Iterable[Path]):
-        """`files`: those with weights. Raises UserError for one that cannot be read."""
-        self.folder, self.files = folder, sorted(files)
+    def __init__(self, folder: Path, files: Iterable[str]):
+        """`files`: those with weights. Made before any of them is read: what is wrong with them is for the checks."""
+        self.folder, self.files = folder, [folder / file for file in sorted(files)]
         self.state = self._state()
-        self.facts = {"config_sha256": _sha256(folder / "config.json")}
-        if (folder / CAST_MANIFEST).exists():
-            self.facts["manifest_sha256"] = _sha256(folder / CAST_MANIFEST)
-        else:
-            self.facts["headers_sha256"] = hash_headers(folder, self.files)
+
+    @functools.cached_property
+    def facts(self) -> dict[str, str]:
+        """Hashes for a manifest, once the checks have found nothing. Raises UserError for what cannot be read."""
+        config = {"config_sha256": _sha256(self.folder / "config.json")}
+        if (self.folder / CAST_MANIFEST).exists():
+            return config | {"manifest_sha256": _sha256(self.folder / CAST_MANIFEST)}
+        return config | {"headers_sha256": hash_headers(self.folder, self.files)}
 
     def _state(self) -> list[tuple[str, int, int]]:
         """Where its bytes really are, how many, and when they were last written."""
-        paths = [path.resolve() for path in (self.folder / "config.json", *self.files)]
-        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        found = []
+        for path in (self.folder / "config.json", *self.files):
+            try:
+                info = path.stat()
+                found.append((os.path.realpath(path), info.st_size, info.st_mtime_ns))
+            except OSError:
+                found.append((str(path), -1, -1))
+        return found
 
     def check_unchanged(self) -> None:
         """Raises UserError when something has been written there since."""
@@ -202,22 +216,29 @@ def hash_headers(folder: Path, files: Iterable[Path]) -> str:
     """SHA-256 of what a checkpoint says of itself: for each weight file its name, a zero byte, its size in 8 bytes and
     the header with its length before it, as they lie there, then the index file's bytes."""
     sha = hashlib.sha256()
-    for path in files:
-        with open(path, "rb", buffering=0) as f:
-            length = f.read(8)
-            sha.update(path.name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little") + length)
-            sha.update(f.read(int.from_bytes(length, "little")))
-    if (folder / HF_INDEX).exists():
-        sha.update((folder / HF_INDEX).read_bytes())
+    with reading(folder):
+        for path in files:
+            with open(path, "rb", buffering=0) as f:
+                length = f.read(8)
+                sha.update(path.name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little") + length)
+                sha.update(f.read(int.from_bytes(length, "little")))
+        if (folder / HF_INDEX).exists():
+            sha.update((folder / HF_INDEX).read_bytes())
     return sha.hexdigest()
 
 
 def _sha256(path: Path) -> str:
+    with reading(path), open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns an error of reading into one for the user; `path` where the error does not say of which file."""
     try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        yield
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+        raise UserError(f"{e.filename or path}: cannot be read ({e.strerror})") from None
 
 
 def versions() -> dict[str, str]:

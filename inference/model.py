@@ -315,6 +315,7 @@ class Experts(nn.Module):
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group):
         super().__init__()
         n, self.first, self.inner = args.n_routed_experts, 0, args.moe_inter_dim
+        self.n_experts = n
         if num.experts == "split":
             self.inner = tp.split(args.moe_inter_dim, "moe_inter_dim")
         else:
@@ -330,7 +331,8 @@ class Experts(nn.Module):
         ids: torch.Tensor,
         shared: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        return ops.experts(x, weights, ids, self.first, self.w13.w, self.w2.w, self.inner, shared)  # (T, H)
+        w13, w2 = self.w13.w, self.w2.w
+        return ops.experts(x, weights, ids, self.first, w13, w2, self.inner, shared, self.n_experts)  # (T, H)
 
 
 class MoE(nn.Module):

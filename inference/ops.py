@@ -192,7 +192,11 @@ def route(
     logits: torch.Tensor, bias: torch.Tensor | None, rule: reference.Routing
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Router logits (T, E) float32 to weights (T, K) float32 and expert ids (T, K). See reference.route."""
-    return reference.route(logits, bias, rule)
+    n = len(logits)
+    if _invariant.get():  # torch's sigmoid on a CPU takes the numbers behind the last whole vectors another way
+        logits = F.pad(logits, (0, 0, 0, -n % ROW_BLOCK))
+    weights, ids = reference.route(logits, bias, rule)
+    return weights[:n], ids[:n]
 
 
 def router(
@@ -215,16 +219,18 @@ def experts(
     w2: Weight,
     inter: int,
     shared: Callable[[], torch.Tensor] | None = None,
+    n_experts: int | None = None,
 ) -> torch.Tensor:
     """The weighted sum of the SwiGLU experts this rank holds, numbered from `first`, and of what `shared` gives (T, H).
 
     x (T, H), weights (T, K) float32, ids (T, K); w13 stacked (E_local, 2 I', H), each expert's gate and up as silu_mul
-    wants them, w2 (E_local, H, inter). Summed in float32, rounded once to x's dtype: (T, H).
+    wants them, w2 (E_local, H, inter). Summed in float32, rounded once to x's dtype: (T, H). n_experts: how many there
+    are on all ranks, by which is judged how many tokens fall to one (without it those here are all).
     """
     if _fast(weights):
         import kernel_moe
 
-        return kernel_moe.experts(x, weights, ids, first, w13, w2, inter, shared, _invariant.get())
+        return kernel_moe.experts(x, weights, ids, first, w13, w2, inter, shared, n_experts, _invariant.get())
     if isinstance(x, Quantised):
         assert x.x is not None
         x = x.x

@@ -19,7 +19,7 @@ from engine import Request
 from errors import UserError
 from requestfields import shown
 from sampling import Logprob, SamplingParams
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, TooLong
 
 VALUES = 1 << 20  # in one body: what makes Python objects of it holds all other threads up
 FIELDS = 64  # of one object that has a schema
@@ -265,7 +265,9 @@ def read_chat(raw: bytes, served: Served) -> Plan:
         raise Refused("top_logprobs needs logprobs: true", "top_logprobs")
     try:
         messages = [message.for_template for message in body.messages]
-        prompt = served.tokenizer.encode_chat(messages, thinking=thinking, tools=tools)
+        prompt = served.tokenizer.encode_chat(messages, thinking=thinking, tools=tools, most=served.context)
+    except TooLong:
+        raise too_long("messages", served) from None
     except UserError as e:
         raise Refused(str(e), "messages") from None
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -286,7 +288,9 @@ def read_completion(raw: bytes, served: Served) -> Plan:
     if not 1 <= len(asked) * body.n <= CHOICES:
         raise Refused(f"prompt and n ask for {len(asked) * body.n} answers, expected from 1 to {CHOICES}", "prompt")
     try:
-        prompts = [served.tokenizer.encode_text(p) if isinstance(p, str) else p for p in asked]
+        prompts = [served.tokenizer.encode_text(p, served.context) if isinstance(p, str) else p for p in asked]
+    except TooLong:
+        raise too_long("prompt", served) from None
     except UserError as e:
         raise Refused(str(e), "prompt") from None
     for ids in prompts:
@@ -297,6 +301,11 @@ def read_completion(raw: bytes, served: Served) -> Plan:
             raise Refused("a prompt is empty", "prompt")
     params = sampling_params(body, served, prompts, "max_tokens", "prompt", body.logprobs)
     return Plan(body, prompts, replace(params, prompt_logprobs=body.logprobs if body.echo else None))
+
+
+def too_long(source: str, served: Served) -> Refused:
+    return Refused(f"{source} leaves no room for an answer in the context of {served.context} tokens", source,
+                   code="context_length_exceeded")  # fmt: skip
 
 
 def offers_tools(body: ChatBody) -> bool:
@@ -314,10 +323,8 @@ def sampling_params(
 ) -> SamplingParams:
     """As the body says, else as the checkpoint's generation_config.json does. `length` and `source` name the fields for
     the answer's length and the prompt."""
-    longest = max(map(len, prompts))
-    if longest >= served.context:
-        raise Refused(f"{source} has {longest} tokens, which leaves no room for an answer in the context of "
-                      f"{served.context}", source, code="context_length_exceeded")  # fmt: skip
+    if max(map(len, prompts)) >= served.context:
+        raise too_long(source, served)
     values = body.given
     asked = values.get(length)
     if asked is not None and not 1 <= asked <= served.context:

@@ -73,6 +73,7 @@ def released_params(folder: Path, **given: Any) -> SamplingParams:
     path = folder / "generation_config.json"
     released = read_json(path) if path.is_file() else {}
     chosen = {name: value for name, value in given.items() if value is not None}
+    written: dict[str, Any] = {}
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         value = released.get(name)
         if name == "temperature" and released.get("do_sample") is False:
@@ -81,8 +82,14 @@ def released_params(folder: Path, **given: Any) -> SamplingParams:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise UserError(f"{path}: {name} is {value!r}, expected a number")
-        chosen[name] = int(value) if name == "top_k" else float(value)
-    return SamplingParams(**chosen)
+        if not math.isfinite(value):
+            raise UserError(f"{path}: {name} is {value!r}, expected a number")
+        written[name] = int(value) if name == "top_k" else float(value)
+    try:
+        SamplingParams(**written)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from None
+    return SamplingParams(**written, **chosen)
 
 
 # What a draw is for: each use of a position has noise of its own.

@@ -160,7 +160,9 @@ class Scheduler:
         """After a step: the chunk's known tokens are cached, and `tokens` follow them, all but the last of which were
         drafts and so are cached as well. Pages that this fills become known."""
         job, page_size = chunk.job, self.pool.page_size
-        failed = chunk.samples and not tokens  # what it computed is not fit to be found by others
+        failed = chunk.samples and not tokens
+        if failed:
+            self.pool.forget(job.pages)  # what it computed, in earlier chunks too, is not fit to be found by others
         job.drafts = []
         job.tokens += tokens
         job.n_cached += chunk.n + max(len(tokens) - 1, 0)

@@ -26,12 +26,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from errors import UserError
+from config import unique, without_waiting
+from errors import Damage, UserError
 
 WINDOW = 16 << 20  # bytes read at a time
 TEMPORARY = ".tmp-"  # what a file's name begins with until it is complete
 JOURNAL = ".progress"  # under a temporary name; names with two dots in front are nobody else's
 MAX_HEADER = 100 << 20  # the format's own limit
+MAX_NAME = 500  # characters of a tensor's name
 
 DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -77,65 +79,62 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
     Raises UserError, naming the file and where possible the tensor, for anything but a whole, well-formed file.
     """
     try:
-        with open(path, "rb", buffering=0) as f:
+        with open(path, "rb", buffering=0, opener=without_waiting) as f:
             info = os.fstat(f.fileno())
             if not stat.S_ISREG(info.st_mode):
-                raise UserError(f"{path}: not a regular file")
+                raise Damage(f"{path}: not a regular file", path)
             length = int.from_bytes(f.read(8), "little")
             if info.st_size < 8 or not 2 <= length <= min(MAX_HEADER, info.st_size - 8):
-                raise UserError(f"{path}: truncated, or not a safetensors file ({info.st_size} bytes)")
+                raise Damage(f"{path}: truncated, or not a safetensors file ({info.st_size} bytes)", path)
             text = f.read(length)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise Damage(f"{path}: no such file", path) from None
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+        raise Damage(f"{path}: cannot be read ({e.strerror})", path) from None
     try:
-        header = json.loads(text.decode(), object_pairs_hook=_unique)
+        header = json.loads(text.decode(), object_pairs_hook=unique)
         if not isinstance(header, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path}: header is not valid JSON ({e})") from None
+        raise Damage(f"{path}: header is not valid JSON ({e})", path) from None
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise UserError(f"{path}: __metadata__ is not an object of strings")
+        raise Damage(f"{path}: __metadata__ is not an object of strings", path)
     entries = [_entry(path, name, fields, 8 + length) for name, fields in header.items()]
     entries.sort(key=lambda e: (e.start, e.nbytes))
     end = 8 + length
     for entry in entries:
         if entry.start != end:
-            raise UserError(f"{entry}: data_offsets leave a gap or overlap another tensor")
+            text = f"{entry}: data_offsets leave a gap or overlap another tensor"
+            raise Damage(text, path, entry.name, end - 8 - length, entry.start - 8 - length)
         end += entry.nbytes
     if end != info.st_size:
         kind = "truncated" if end > info.st_size else "has bytes no tensor owns"
-        raise UserError(f"{path}: {kind}: expected {end} bytes, found {info.st_size}")
+        text = f"{path}: {kind}: expected {end} bytes, found {info.st_size}"
+        raise Damage(text, path, "", f"{end} bytes", f"{info.st_size} bytes")
     return metadata, {entry.name: entry for entry in entries}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"{key!r} is there twice")
-        found[key] = value
-    return found
 
 
 def _entry(path: Path, name: str, fields: Any, base: int) -> Entry:
     def sizes(value: Any) -> bool:
         return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
 
+    if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
+        wanted, found = f"1 to {MAX_NAME} printable characters", repr(name[:MAX_NAME])
+        raise Damage(f"{path}: a tensor's name is {found}, expected {wanted}", path, "", wanted, found)
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
-        raise UserError(f"{path}: {name}: expected dtype, shape and data_offsets in the header")
+        raise Damage(f"{path}: {name}: expected dtype, shape and data_offsets in the header", path, name)
     shape, offsets = fields["shape"], fields["data_offsets"]
     if not sizes(shape) or not sizes(offsets) or len(offsets) != 2:
-        raise UserError(f"{path}: {name}: shape or data_offsets in the header are not sizes")
-    if fields["dtype"] not in DTYPES:
-        raise UserError(f"{path}: {name}: unknown dtype {fields['dtype']!r}")
+        raise Damage(f"{path}: {name}: shape or data_offsets in the header are not sizes", path, name)
+    if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
+        raise Damage(f"{path}: {name}: unknown dtype {fields['dtype']!r}", path, name, "", fields["dtype"])
     dtype = DTYPES[fields["dtype"]]
     nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
         what, span = describe(dtype, tuple(shape)), offsets[1] - offsets[0]
-        raise UserError(f"{path}: {name}: {what} takes {nbytes} bytes, its data_offsets span {span}")
+        text = f"{path}: {name}: {what} takes {nbytes} bytes, its data_offsets span {span}"
+        raise Damage(text, path, name, f"{nbytes} bytes", f"{span} bytes")
     return Entry(path, name, dtype, tuple(shape), base + offsets[0], nbytes)
 
 
@@ -183,7 +182,8 @@ class Reader:
                 crc = zlib.crc32(view, crc)
             yield row, data.view(count, entry.row_bytes)
         if entry.crc is not None and last - first == entry.rows and f"{crc:08x}" != entry.crc:
-            raise UserError(f"{entry}: damaged: its checksum is {crc:08x}, {entry.crc} was written")
+            text = f"{entry}: damaged: its checksum is {crc:08x}, {entry.crc} was written"
+            raise Damage(text, entry.file, entry.name, entry.crc, f"{crc:08x}")
 
     def windows(self, entry: Entry) -> Iterator[memoryview]:
         """The tensor's bytes in windows, whatever its rows. Valid and wrong as `rows` says."""
@@ -204,10 +204,10 @@ class Reader:
             while view:
                 got = os.preadv(self.fd, [view], at)
                 if not got:
-                    raise UserError(f"{entry}: the file ends before the tensor does")
+                    raise Damage(f"{entry}: the file ends before the tensor does", entry.file, entry.name)
                 view, at = view[got:], at + got
         except OSError as e:
-            raise UserError(f"{entry}: cannot be read ({e.strerror})") from None
+            raise Damage(f"{entry}: cannot be read ({e.strerror})", entry.file, entry.name) from None
 
 
 class Digest:
@@ -541,8 +541,6 @@ def _journal_lines(text: bytes) -> dict[str, str]:
     for line in text.splitlines(keepends=True):
         try:
             name, sha = json.loads(line)
-            if line != _journal_line(name, sha):
-                break
             found[name] = sha
         except (ValueError, TypeError):
             break

@@ -19,10 +19,10 @@ from typing import Any
 import jinja2
 import tokenizers
 from jinja2 import nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from config import read_json
+from config import read_json, read_text
 from errors import UserError
+from sandbox import ROOM, Room, Sandbox
 
 ROLES = ("system", "user", "assistant", "tool")
 ROUND_TRIP = "Hello  world, 3.14 and 1024\n\tdéjà vu — 你好，世界 🙂 end"
@@ -33,6 +33,10 @@ SEARCHES = frozenset(
      "count", "replace", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "trim"}
 )  # fmt: skip
 SURROGATES = range(0xD800, 0xE000)  # no valid text contains these, so they can stand for what is not text
+
+
+class TooLong(UserError):
+    """A prompt that comes to more tokens than were wanted."""
 
 
 class Tokenizer:
@@ -71,10 +75,11 @@ class Tokenizer:
 
     # ---------------------------------------------------------------- text to ids
 
-    def encode_text(self, text: str) -> list[int]:
-        """A raw completion prompt: BOS, then `text` as nothing but text. Raises UserError for invalid Unicode."""
+    def encode_text(self, text: str, most: int | None = None) -> list[int]:
+        """A raw completion prompt: BOS, then `text` as nothing but text. Raises UserError for invalid Unicode, and
+        TooLong for a text of more than `most` tokens, without making a list of them."""
         _require_unicode(text, "the prompt")
-        return ([] if self.bos_id is None else [self.bos_id]) + self._encode_plain(text)
+        return ([] if self.bos_id is None else [self.bos_id]) + self._encode_plain(text, most)
 
     def encode_chat(
         self,
@@ -83,13 +88,15 @@ class Tokenizer:
         thinking: bool | None = None,
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        most: int | None = None,
     ) -> list[int]:
         """The prompt for a conversation of `{"role", "content"}` messages, with exactly one BOS.
 
         `thinking` switches a template that offers it (DeepSeek-V3.1); None leaves the template's default. `tools` are
         offered to the model, by a template that can.
         Equal to encoding `render_chat`'s text with the full tokenizer whenever no message spells an added token.
-        Raises UserError without a chat template, for messages the template cannot render and for invalid Unicode.
+        Raises UserError without a chat template, for messages the template cannot render and for invalid Unicode, and
+        TooLong for a message of more than `most` tokens, as `encode_text` does.
         """
         marked = self._template.render(_checked(messages), thinking, add_generation_prompt, tools)[1]
         ids: list[int] = []
@@ -97,7 +104,7 @@ class Tokenizer:
             if run in self._template.ids:
                 ids.append(self._template.ids[run])
             else:
-                ids += self._encode_plain(run)
+                ids += self._encode_plain(run, most)
         if self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)  # the checkpoint asks for one and its template leaves it to the tokenizer
         return ids
@@ -116,6 +123,15 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self._template_source is not None
+
+    @property
+    def size(self) -> int:
+        """One more than its last id."""
+        return self._last_id + 1
+
+    @property
+    def control_tokens(self) -> set[str]:
+        return set(self._specials)
 
     @property
     def has_thinking_switch(self) -> bool:
@@ -257,10 +273,13 @@ class Tokenizer:
             if token_id is not None and token_id >= vocab_size:
                 raise UserError(f"{self._path.parent}: token id {token_id} is not below vocab_size {vocab_size}")
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, most: int | None = None) -> list[int]:
         """Ids of `text` as text. The check keeps the promise for vocabularies that list control tokens as words.
         (A batch, because the library lets other threads run meanwhile only for those.)"""
-        ids = self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        (encoding,) = self._plain.encode_batch_fast([text], add_special_tokens=False)
+        if most is not None and len(encoding) > most:
+            raise TooLong(f"{len(encoding)} tokens, expected at most {most}")
+        ids = encoding.ids
         leaked = self._added_text.keys() & set(ids)
         if leaked:
             raise UserError(f"{self._path}: text turns into the control token {self._added_text[leaked.pop()]!r}")
@@ -312,9 +331,7 @@ class ChatTemplate:
 
         Raises UserError when the source does not compile.
         """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
 
@@ -324,16 +341,18 @@ class ChatTemplate:
         stand_ins = {text: chr(code) for text, code in zip(written, SURROGATES, strict=False)}
         self.ids_by_text = {text: specials[text] for text in written}
         self.ids = {stand_ins[text]: specials[text] for text in written}
-        self._expand = {ord(stand_in): text for text, stand_in in stand_ins.items()}
+        self._expand = {stand_in: text for text, stand_in in stand_ins.items()}
         try:
             tree = environment.parse(source)
             read = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
             self.has_thinking_switch = bool(read & {"thinking", "enable_thinking"})
             self.knows_tools = "tools" in read
-            self._as_written = environment.from_string(source)
-            self._marked = environment.from_string(_mark(tree, stand_ins))
+            self._as_written = environment.compiled(environment.parse(source))
+            self._marked = environment.compiled(_mark(tree, stand_ins))
         except jinja2.TemplateSyntaxError as e:
             raise UserError(f"the chat template has a mistake in line {e.lineno}: {e.message}") from None
+        except RecursionError:
+            raise UserError("the chat template is nested too deeply") from None
         self._specials = _any_of(specials)
         self._named = named
         self._marked_named = {name: stand_ins[text] for name, text in named.items()}
@@ -357,14 +376,18 @@ class ChatTemplate:
                 raise UserError("this checkpoint's chat template does not let thinking be switched on or off")
             variables |= {"thinking": thinking, "enable_thinking": thinking}
         try:
-            text = self._as_written.render(variables | self._named)
-            marked = self._marked.render(variables | self._marked_named)
+            text, marked = (
+                room.joined(form.generate(variables | named | {ROOM: room}))
+                for form, named, room in ((self._as_written, self._named, Room()),
+                                          (self._marked, self._marked_named, Room()))
+            )  # fmt: skip
         except Exception as e:  # a template may fail as any program may
             raise UserError(f"the chat template cannot render these messages: {e}") from None
-        if marked.translate(self._expand) != text:
+        runs = self.split(marked)
+        if "".join(self._expand.get(run, run) for run in runs) != text:
             raise UserError("the chat template handles its control tokens in a way that is not supported; use --raw")
         said = json.dumps([messages, tools], ensure_ascii=False)
-        for run in self.split(marked):
+        for run in runs:
             for token in self._specials.findall(run):
                 if json.dumps(token, ensure_ascii=False)[1:-1] not in said:  # no message spells it as a whole either
                     raise UserError(f"the chat template assembles {token!r} from pieces, not supported; use --raw")
@@ -465,8 +488,8 @@ def _read_template(folder: Path, settings: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
         try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
+            return read_text(file)
+        except (OSError, ValueError) as e:
             raise UserError(f"{file}: not readable as text ({e})") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several templates by name

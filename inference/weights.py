@@ -12,7 +12,7 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from config import BLOCK_SIZE, ModelArgs, load_config, read_json
-from errors import UserError
+from errors import Damage, UserError
 from manifest import CAST_MANIFEST, CAST_MARK, FORMAT, HF_INDEX, Manifest, check_file_name, read_manifests
 from parallel import SOLO, ExpertLayout, Group
 from tensorfile import TEMPORARY, Entry, Reader, describe, read_header
@@ -265,14 +265,25 @@ class Checkpoint:
     ranks    the numbers of ranks it can be loaded with; None: any
     """
 
-    def __init__(self, path: str | Path):
-        """Raises UserError when this is no directory, or holds no checkpoint, or half of one."""
+    def __init__(self, path: str | Path, report: Callable[[UserError], object] | None = None):
+        """Raises UserError when this is no directory, or holds no checkpoint, or half of one.
+
+        `report` gets each fault beyond which there is something left to look at; by default the first one is raised.
+        """
         self.path = Path(path)
+        self.report = report or _fail
+        self.unreadable: set[str] = set()  # names of files, reported already
         if not self.path.is_dir():
             raise UserError(f"{self.path}: no such directory")
         config = self.path / "config.json"
-        self.args: ModelArgs | None = load_config(config) if config.is_file() else None
+        self.args: ModelArgs | None = None
+        try:
+            self.args = load_config(config) if config.is_file() else None
+        except UserError as e:
+            self.report(e)
         self.files = sorted(p.name for p in self.path.glob("*.safetensors") if not p.name.startswith("."))
+        if odd := [file for file in self.files if not file.isprintable()]:
+            raise Damage(f"{self.path}: {odd[0]!r} is not the name of a file of weights", repr(odd[0]))
         self.manifests = read_manifests(self.path)
         self.kind, self.ranks, self._owner = self._detect()
         self._headers: dict[str, tuple[dict[str, str], dict[str, Entry]]] = {}
@@ -282,13 +293,14 @@ class Checkpoint:
         names = {p.name for p in self.path.iterdir()}
         if self.manifests:
             known = {file for found in self.manifests.values() for file in (*found.files, *found.obsolete)}
-            if extra := [file for file in self.files if file not in known]:
-                raise UserError(f"{self.path}: {extra[0]} belongs to no index here; remove it or convert again")
+            for extra in (file for file in self.files if file not in known):
+                text = f"{self.path}: {extra} belongs to no index here; remove it or convert again"
+                self.report(Damage(text, self.path / extra))
             if cast := self.manifests.get(None):
                 owner = {name: file for file, facts in cast.files.items() for name in facts["tensors"]}
                 at = self.path / HF_INDEX
                 if at.exists() and not cast.pending and read_json(at).get("weight_map") != owner:
-                    raise UserError(f"{at}: places tensors elsewhere than {cast.path.name}; cast again")
+                    self.report(Damage(f"{at}: places tensors elsewhere than {cast.path.name}; cast again", at))
                 return "hf", None, owner
             return "converted", tuple(n for n in self.manifests if n is not None), None
         if HF_INDEX in names:
@@ -297,12 +309,18 @@ class Checkpoint:
             if any(name.startswith(TEMPORARY) for name in names):
                 raise UserError(f"{self.path}: an unfinished conversion and nothing else; run the conversion again")
             raise UserError(f"{self.path}: no checkpoint here (no .safetensors files)")
-        ranked = [re.fullmatch(r"model\d+-mp([1-9]\d*)(-\d+-of-\d+)?\.safetensors", file) for file in self.files]
+        ranked = [re.fullmatch(r"model(\d+)-mp([1-9]\d*)(-\d+-of-\d+)?\.safetensors", file) for file in self.files]
         if all(ranked):
             for file in self.files:
                 if read_header(self.path / file)[0].get("format") == FORMAT:
-                    raise UserError(f"{self.path / file}: its manifest is missing; copy the directory or convert again")
-            return "upstream", tuple(sorted({int(m[1]) for m in ranked if m})), None
+                    text = f"{self.path / file}: its manifest is missing; copy the directory or convert again"
+                    raise Damage(text, self.path / file)
+            counts = {int(m[2]) for m in ranked if m}
+            for m in filter(None, ranked):
+                if m[3] or int(m[1]) >= int(m[2]):
+                    text = f"{self.path / m[0]}: not a file of {m[2]} ranks, which are model0-mp{m[2]} …; remove it"
+                    self.report(Damage(text, self.path / m[0]))
+            return "upstream", tuple(sorted(counts)), None
         if self.files == ["model.safetensors"]:
             return "hf", None, None
         raise UserError(f"{self.path}: {len(self.files)} .safetensors files but no {HF_INDEX} beside them")
@@ -310,20 +328,36 @@ class Checkpoint:
     def _hf_index(self, index: Any) -> dict[str, str]:
         at = self.path / HF_INDEX
         if not isinstance(index, dict) or not index:
-            raise UserError(f"{at}: expected a weight_map of tensor names to files")
+            raise Damage(f"{at}: expected a weight_map of tensor names to files", at, "", "a weight_map")
+        named: dict[str, str] = {}
         for name, file in index.items():
-            check_file_name(at, name, file)
-        listed = set(index.values())
-        if missing := sorted(listed - set(self.files)):
-            raise UserError(f"{self.path / missing[0]}: missing, but {HF_INDEX} names it")
-        if extra := sorted(set(self.files) - listed):
-            raise UserError(f"{self.path / extra[0]}: not named by {HF_INDEX}; remove it or repair the index")
-        return index
+            try:
+                check_file_name(at, name, file)
+                named[name] = file
+            except UserError as e:
+                self.report(e)
+        listed = set(named.values())
+        for missing in sorted(listed - set(self.files)):
+            self.report(Damage(f"{self.path / missing}: missing, but {HF_INDEX} names it", self.path / missing))
+            self.unreadable.add(missing)
+        for extra in sorted(set(self.files) - listed):
+            text = f"{self.path / extra}: not named by {HF_INDEX}; remove it or repair the index"
+            self.report(Damage(text, self.path / extra))
+        self.files = sorted(listed & set(self.files))
+        return named
 
     def _header(self, file: str, path: Path | None = None) -> tuple[dict[str, str], dict[str, Entry]]:
         if file not in self._headers:
             self._headers[file] = read_header(path or self.path / file)
         return self._headers[file]
+
+    def _tensors(self, file: str) -> dict[str, Entry]:
+        """A file's tensors; none, once that is reported, if it is not readable."""
+        try:
+            return {} if file in self.unreadable else self._header(file)[1]
+        except UserError as e:
+            self._lack(file, e)
+            return {}
 
     def on_disk(self, group: Group = SOLO) -> dict[str, Entry]:
         """The tensors on disk for a rank, by the names the files use; whole tensors in an "hf" directory.
@@ -336,25 +370,38 @@ class Checkpoint:
         if manifest := self.manifest(group.size):
             for sentence in manifest.changed() if group.rank == 0 else ():
                 warn(sentence)
-            return manifest.entries(group.rank if manifest.ranks else None, self._header)
+            try:
+                return manifest.entries(group.rank if manifest.ranks else None, self._header)
+            except UserError as e:
+                self._lack(f"of rank {group.rank}", e)
+                return {}
         if self.kind == "upstream":
-            files = [f"model{rank}-mp{group.size}.safetensors" for rank in range(group.size)]
-            if missing := [file for file in files if file not in self.files]:
-                raise UserError(f"{self.path / missing[0]}: missing")
-            return self._header(files[group.rank])[1]
+            files = [f"model{rank}-mp{group.size}.safetensors" for rank in range(min(group.size, len(self.files) + 1))]
+            for missing in (file for file in files if file not in self.files):
+                self._lack(missing, Damage(f"{self.path / missing}: missing", self.path / missing))
+            return self._tensors(files[group.rank]) if group.rank < len(files) else {}
         found: dict[str, Entry] = {}
         for file in self.files:
-            metadata, tensors = self._header(file)
-            if CAST_MARK.items() <= metadata.items():
-                raise UserError(f"{self.path / CAST_MANIFEST}: missing, though the cast wrote {file}; cast again")
+            tensors = self._tensors(file)
+            if file not in self.unreadable and CAST_MARK.items() <= self._header(file)[0].items():
+                text = f"{self.path / CAST_MANIFEST}: missing, though the cast wrote {file}; copy it too, or cast again"
+                self.report(Damage(text, self.path / CAST_MANIFEST))
             for name, entry in tensors.items():
                 if self._owner is not None and (where := self._owner.get(name)) != file:
                     said = f"places it in {where}" if where else "does not name it"
-                    raise UserError(f"{entry}: {HF_INDEX} {said}")
+                    self.report(Damage(f"{entry}: {HF_INDEX} {said}", entry.file, name, where or "", file))
                 found[name] = entry
-        if self._owner is not None and (gone := sorted(self._owner.keys() - found.keys())):
-            raise UserError(f"{self.path / self._owner[gone[0]]}: {gone[0]} is missing, but {HF_INDEX} places it there")
+        owner = self._owner or {}
+        for name in sorted(owner.keys() - found.keys()):
+            if (file := owner[name]) not in self.unreadable:
+                text = f"{self.path / file}: {name} is missing, but {HF_INDEX} places it there"
+                self.report(Damage(text, self.path / file, name, "the tensor", "nothing"))
         return found
+
+    def _lack(self, file: str, problem: UserError) -> None:
+        """A file that is not there, or not what it should be: its tensors are not asked for."""
+        self.unreadable.add(file)
+        self.report(problem)
 
     def manifest(self, ranks: int) -> Manifest | None:
         """What a load on that many ranks goes by, if this program wrote the directory."""
@@ -373,7 +420,7 @@ class Checkpoint:
             return dict.fromkeys(name for file in manifest.files.values() for name in file["tensors"])
         if self.kind == "hf" and self._owner is not None:
             return dict.fromkeys(self._owner)
-        return {name: entry.dtype for file in self.files for name, entry in self._header(file)[1].items()}
+        return {name: entry.dtype for file in self.files for name, entry in self._tensors(file).items()}
 
     @functools.cached_property
     def has_mtp(self) -> bool:
@@ -387,7 +434,20 @@ class Checkpoint:
         return any(d == fp8 or n.endswith((".scale", ".weight_scale_inv")) for n, d in self._names().items())
 
     def check(self, args: ModelArgs, group: Group = SOLO, experts: AskedLayout = "auto") -> dict[str, Entry]:
-        """Everything that can be known without reading the weights: files, names, shapes, dtypes, scales.
+        """Everything that can be known without reading the weights: what `match` finds, and bad scales.
+
+        Returns and raises as `match` does.
+        """
+        found = self.match(args, group, experts)
+        scales = [entry for name, entry in found.items() if name.endswith(".scale")]
+        with Reader() as reader:
+            for entry in sorted(scales, key=lambda e: (e.file, e.start)):
+                if problem := bad_scale(entry, reader.read(entry)):
+                    self.report(problem)
+        return found
+
+    def match(self, args: ModelArgs, group: Group = SOLO, experts: AskedLayout = "auto") -> dict[str, Entry]:
+        """Holds the headers to the config: files, names, shapes, dtypes.
 
         Returns the entries a rank needs, by our names; in an "hf" directory they are whole tensors, of which the rank
         may need a part (of routed experts as `experts` says, see choose_experts). Raises UserError naming file, tensor,
@@ -398,9 +458,8 @@ class Checkpoint:
         check_ranks(args, group.size, fp8=False, experts=layout)
         if self.args is not None and (self.args.dtype == "fp8") != self.quantised:
             said, held = ("no", "") if self.quantised else ("a", "no ")
-            raise UserError(
-                f"{self.path}: config.json has {said} quantization_config, but the files hold {held}FP8 scales"
-            )
+            text = f"{self.path}: config.json has {said} quantization_config, but the files hold {held}FP8 scales"
+            self.report(Damage(text, self.path / "config.json"))
         on_disk = self.on_disk(group)
         expected = expected_tensors(args, self.quantised, self.has_mtp)
         hf = self.kind == "hf"
@@ -419,9 +478,11 @@ class Checkpoint:
                 dtype, rounded = entry.dtype, entry.name  # as transformers saves it; widening it loses nothing more
             if (entry.dtype, entry.shape) != (dtype, shape):
                 wanted, got = describe(spec.dtype, shape), describe(entry.dtype, entry.shape)
-                raise UserError(f"{entry}: expected {wanted}, found {got}")
+                self.report(Damage(f"{entry}: expected {wanted}, found {got}", entry.file, entry.name, wanted, got))
+                continue
             if cut is None and not hf:
-                raise UserError(f"{entry}: belongs to another rank than {group.rank} of {group.size}")
+                text = f"{entry}: belongs to another rank than {group.rank} of {group.size}"
+                self.report(Damage(text, entry.file, entry.name))
             if cut is not None:
                 found[name] = entry
         if rounded and group.rank == 0:
@@ -429,26 +490,28 @@ class Checkpoint:
         known = {spec.hf for spec in expected.values()} if hf else expected.keys()
         for name, entry in on_disk.items():
             if name not in known and not name.endswith(IGNORED):
-                raise UserError(f"{entry}: the config has no such tensor")
-        self._check_scales(found)
+                self.report(Damage(f"{entry}: the config has no such tensor", entry.file, name, "nothing", str(entry)))
         return found
 
     def _missing(self, name: str, spec: Spec) -> None:
+        if self.unreadable:
+            return  # it may have been there
         wanted = describe(spec.dtype, spec.shape)
-        if name.endswith((".scale", "_scale_inv")):
-            raise UserError(f"{self.path}: {name} is missing: an FP8 weight without its scale ({wanted})")
-        raise UserError(f"{self.path}: {name} is missing ({wanted})")
+        why = "missing: an FP8 weight without its scale" if name.endswith((".scale", "_scale_inv")) else "missing"
+        self.report(Damage(f"{self.path}: {name} is {why} ({wanted})", self.path, name, wanted, "nothing"))
 
-    @staticmethod
-    def _check_scales(entries: dict[str, Entry]) -> None:
-        scales = [entry for name, entry in entries.items() if name.endswith(".scale")]
-        with Reader() as reader:
-            for entry in sorted(scales, key=lambda e: (e.file, e.start)):
-                scale = reader.read(entry)
-                bad = (~(scale.isfinite() & (scale > 0))).nonzero().tolist()
-                if bad:
-                    found = scale[tuple(bad[0])].item()
-                    raise UserError(f"{entry}: expected finite, positive scales, found {found} at {bad[0]}")
+
+def bad_scale(entry: Entry, scale: torch.Tensor) -> Damage | None:
+    """What is wrong with an FP8 weight's scales: float32, one a block."""
+    bad = (~(scale.isfinite() & (scale > 0))).nonzero().tolist()
+    if not bad:
+        return None
+    wanted, found = "finite, positive scales", f"{scale[tuple(bad[0])].item()} at {bad[0]}"
+    return Damage(f"{entry}: expected {wanted}, found {found}", entry.file, entry.name, wanted, found)
+
+
+def _fail(problem: UserError) -> None:
+    raise problem
 
 
 # --------------------------------------------------------------------------------------------------------------------

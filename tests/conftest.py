@@ -1,9 +1,11 @@
-"""Set before anything imports Triton: without a GPU its kernels run in Triton's interpreter. And `--record FILE`."""
+"""Set before anything imports Triton: without a GPU its kernels run in Triton's interpreter. `--record`, `--table`."""
 
 import datetime
 import json
 import os
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,9 +35,28 @@ class Record:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", type=Path, metavar="FILE", help="adds the long tests' outcomes to this JSON file")
+    parser.addoption("--table", action="store_true", help="say at the end how each file of tests came out, and where")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--record")
     if path is not None and not hasattr(config, "workerinput"):  # once, not in each of xdist's workers
         config.pluginmanager.register(Record(path))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table that `make gpu` ends with: a line to a file, with its tests by outcome and the seconds they took."""
+    if not config.getoption("--table"):
+        return
+    counts, seconds = defaultdict(Counter), Counter()
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            name = Path(report.nodeid.split("::")[0]).name
+            counts[name][outcome] += 1
+            seconds[name] += report.duration
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: Triton's interpreter"
+    terminalreporter.section(where)
+    terminalreporter.line(f"{'file':28}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}")
+    for name, found in sorted(counts.items()):
+        wrong = found["failed"] + found["error"]
+        terminalreporter.line(f"{name:28}{found['passed']:8}{wrong:8}{found['skipped']:9}{seconds[name]:9.1f}")

@@ -14,11 +14,16 @@ from parallel import SOLO, Group
 from weights import Checkpoint, load_into
 
 
-def ours(path: Path, num: Numerics = Numerics(torch.float32), tp: Group = SOLO) -> Transformer:  # noqa: B008
+def ours(
+    path: Path,
+    num: Numerics = Numerics(torch.float32),  # noqa: B008
+    tp: Group = SOLO,
+    device: torch.device | str = "cpu",
+) -> Transformer:
     """Our model, float32 unless told otherwise, with the checkpoint's weights."""
     checkpoint = Checkpoint(path)
     assert checkpoint.args is not None
-    model = Transformer(checkpoint.args, num, tp, mtp=checkpoint.has_mtp)
+    model = Transformer(checkpoint.args, num, tp, device, mtp=checkpoint.has_mtp)
     load_into(model, checkpoint, tp, progress=False)
     return model.prepare()
 
@@ -73,7 +78,7 @@ def hidden_states(model: Transformer, ids: list[int], chunks: list[int] | None =
     pages = torch.randperm(n_pages, generator=torch.Generator().manual_seed(2)).tolist()
     cache, out, at = model.new_cache(n_pages), [], 0
     for n in chunks or [len(ids)]:
-        out.append(model(Batch.pack([(ids[at : at + n], at, pages)]), cache))
+        out.append(model(Batch.pack([(ids[at : at + n], at, pages)], model.device), cache))
         at += n
     assert at == len(ids)
     return torch.cat(out)

@@ -103,7 +103,7 @@ def serving(
 
 
 class Gate:
-    """Holds an engine's steps up until it is opened; `step_once` lets one through."""
+    """Holds an engine's steps up until it is opened, as it is when left; `step_once` lets one through."""
 
     def __init__(self, engine: Engine):
         self._permits = threading.Semaphore(0)
@@ -116,6 +116,12 @@ class Gate:
             return step()
 
         engine.step = gated  # type: ignore[method-assign]
+
+    def __enter__(self) -> "Gate":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.open()
 
     def step_once(self) -> None:
         self._permits.release()

@@ -7,7 +7,7 @@ import cpu
 import ops
 import reference
 from families import V3
-from model import Batch
+from model import Batch, Numerics
 from oracle import hidden_states, ours, random_checkpoint, relative_error, tokens
 
 N, DN, R, DV, C = 5, 24, 16, 20, 48
@@ -107,14 +107,18 @@ def test_bfloat16_attention_on_either_processor(new, slow, monkeypatch):
     assert out.dtype == torch.bfloat16 and relative_error(out, exact) < 6e-3
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, in which kernels take tensors of a CPU")
 def test_the_model_on_the_attention_kernels(tmp_path, monkeypatch):
-    """A prompt, its continuation and single tokens, through every layer."""
+    """A prompt, its continuation and single tokens, through every layer. On a GPU in bfloat16, as compiled kernels
+    multiply it, and without routed experts, for others may be chosen after a rounding."""
     attention = pytest.importorskip("kernel_attention")
-    model, ids = ours(random_checkpoint(tmp_path, V3)), tokens(75, V3["vocab_size"])
-    expected = hidden_states(model, ids)
+    gpu, ids = torch.cuda.is_available(), tokens(75, V3["vocab_size"])
+    config = V3 | {"first_k_dense_replace": V3["num_hidden_layers"], "num_nextn_predict_layers": 0} if gpu else V3
+    num = Numerics(torch.bfloat16 if gpu else torch.float32)
+    model = ours(random_checkpoint(tmp_path, config), num, device="cuda" if gpu else "cpu")
+    with ops.use("reference" if gpu else "auto"):
+        expected = hidden_states(model, ids)
     monkeypatch.setattr(ops, "mla", attention.mla)
-    assert relative_error(hidden_states(model, ids, [66, 7, 1, 1]), expected) < 1e-5
+    assert relative_error(hidden_states(model, ids, [66, 7, 1, 1]), expected) < (5e-2 if gpu else 1e-5)
 
 
 def test_the_threshold_is_where_the_costs_cross():

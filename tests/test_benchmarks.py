@@ -1,8 +1,11 @@
 """The benchmarks run to their end without a GPU (and then say that they measured nothing), refuse what cannot run,
 report what is wrong, and the documents hold the committed figures."""
 
+import itertools
 import json
 import math
+import runpy
+import statistics
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,13 @@ import bench
 import bench_kernel
 import bench_model
 import bench_rank_slice
+import bench_server
 import tables
 import timing
 from config import load_config
 from timing import Case, Contestant, NoClock, Peer, Refused
+
+FIGURE = Path(__file__).parent.parent / "figures" / "server_load.py"
 
 
 @pytest.fixture
@@ -101,6 +107,47 @@ def test_the_limit_of_a_rank_of_deepseek_v3() -> None:
     rows = bench_rank_slice.limits(args, slice_options())["rows"]
     assert [row["sums"] for row in rows] == [123] * 4
     assert rows[0]["sent_bytes"] == 123 * 7168 * 2 + 129280 // 8 * 4
+
+
+def test_the_work_of_each_kernel_of_deepseek_v3() -> None:
+    """One of eight ranks: together what a step must read, and by kernel from its shapes."""
+    args = load_config(bench_rank_slice.CONFIGS / "config_671B.json")
+    model = bench_rank_slice.build(args, slice_options(), "meta").prepare()
+    weights = bench_rank_slice.weights_of(model)
+
+    def work(b: int, new: int, context: int, drafts: int = 0) -> dict[str, bench_rank_slice.Work]:
+        touched = 256 * bench_rank_slice.chosen(args, b * new)
+        return bench_rank_slice.work(model, b, new, context, drafts, touched, "sm_90")
+
+    reads = {"gemm_kernel", "grouped_gemm_kernel", "decode_kernel", "router_kernel"}
+    for b in (1, 32):
+        found = work(b, 1, 4096)
+        assert set(found) == {*reads, "norm_kernel", "silu_mul_kernel", "combine_kernel"}
+        absorbed = 61 * 2 * 16 * 128 * 512 * 2  # W^UK and W^UV, which a library multiplies
+        total = bench_rank_slice.decode_bytes(model, weights, b, 4096) - weights.head - absorbed
+        assert sum(found[name].nbytes for name in reads) == pytest.approx(total, rel=0.02)
+        assert found["decode_kernel"].nbytes == pytest.approx(b * 61 * 4097 * 1152, rel=0.02)
+        assert found["decode_kernel"].flops == b * 61 * 16 * 2 * (576 + 512) * 4097
+    assert work(1, 1, 0)["router_kernel"] == (58 * (256 * 7168 * 2 + 7168 * 2), 58 * 2 * 256 * 7168)
+    assert work(1, 1, 0)["combine_kernel"] == (58 * (8 + 2) * 7168 * 2, 0)
+    assert work(2, 2, 0, drafts=1)["router_kernel"].flops == 59 * 4 * 2 * 256 * 7168
+    found = work(1, 2000, 0)
+    linears, attention = bench_rank_slice.prefill_flops(model, weights, 2000)
+    products = ("gemm_kernel", "gemm_persistent_kernel", "grouped_gemm_kernel", "router_kernel")
+    outside = 2 * 2000 * 61 * 2 * 16 * 128 * 512  # the absorbed products again
+    assert sum(found[name].flops for name in products if name in found) == pytest.approx(linears - outside, rel=1e-3)
+    assert found["prefill_kernel"].flops == attention and "decode_kernel" not in found
+
+
+def test_a_breakdown_says_what_each_kernel_reached() -> None:
+    kernels = [{"kernel": "a", "launches": 1.0, "ms": 2.0, "share": 0.5}, {"kernel": "b", "launches": 1.0, "ms": 1.0, "share": 0.25},
+               {"kernel": "c", "launches": 1.0, "ms": 1.0, "share": 0.25}]  # fmt: skip
+    done = {"a": bench_rank_slice.Work(4e9, 6e12), "b": bench_rank_slice.Work(3e9, 0.0)}
+    rows = bench_rank_slice.rates(kernels, done)
+    assert rows[0]["gb_per_s"] == pytest.approx(2000) and rows[0]["tflops"] == pytest.approx(3000)
+    assert rows[1]["gb_per_s"] == pytest.approx(3000) and "tflops" not in rows[1] and rows[2] == kernels[2]
+    text = bench_rank_slice.breakdowns({"kernels": {"step": rows}})
+    assert "| 2000 | 3000 |" in " ".join(text.split()) and "| 3000 | – |" in " ".join(text.split())
 
 
 def test_links_take_as_long_as_they_must() -> None:
@@ -275,3 +322,43 @@ def test_every_benchmark_is_listed() -> None:
     assert {path.name for path in bench.HERE.glob("bench_*.py")} <= listed
     assert {f"kernel-{name}" for name in bench_kernel.BENCHES} <= set(bench.ON_A_GPU)
     assert set(tables.KEYS) == set(bench_kernel.BENCHES)
+
+
+def test_the_server_bench_arrives_and_counts_as_it_says() -> None:
+    dues = bench_server.arrivals(4000, rate=5.0, seed=1)
+    assert dues == bench_server.arrivals(4000, rate=5.0, seed=1) == sorted(dues)
+    gaps = [b - a for a, b in itertools.pairwise(dues)]
+    mean = statistics.mean(gaps)
+    assert mean == pytest.approx(0.2, rel=0.1) and statistics.stdev(gaps) == pytest.approx(mean, rel=0.1)  # exponential
+    assert bench_server.arrivals(3, math.inf, seed=1) == [0.0] * 3
+    assert bench_server.percentiles([float(i) for i in range(1, 101)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert bench_server.percentiles([3.0]) == {"p50": 3.0, "p90": 3.0, "p99": 3.0}
+    assert bench_server.percentiles([]) == {}
+
+    Outcome = bench_server.Outcome
+    outcomes = [
+        Outcome(0.5, 2.0, [0.1, 0.1], 3, True), Outcome(1.5, 2.0, [0.1], 2, True), Outcome(0.5, 2.0, [0.3, 0.2], 3),
+        Outcome(error="refused"),
+    ]  # fmt: skip
+    found = bench_server.summary(outcomes, 4.0, (1.0, 0.2))
+    assert (found["answers"], found["right"], found["errors"], found["tokens"]) == (3, 2, ["refused"], 8)
+    assert (found["tokens_per_second"], found["requests_per_second"]) == (2.0, 0.75)
+    assert found["good_requests_per_second"] == 0.25
+    assert found["first_token_s"]["p50"] == 0.5 and found["between_tokens_s"]["p99"] == 0.3
+
+
+def test_the_server_bench_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against server.py alone; and its picture is drawn."""
+    path = tmp_path / "server.json"
+    flags = ["--rates", "20,inf", "--requests", "1", "--threads", "1", "--peer-python", "", "--output", str(path)]
+    monkeypatch.setattr("sys.argv", ["bench_server.py", *flags])
+    bench_server.main()
+    record = json.loads(path.read_text())
+    assert [row["rate"] for row in record["results"]["rows"]] == [20.0, "all at once"]
+    for row in record["results"]["rows"]:
+        side = row["server.py"]
+        assert side["answers"] == side["right"] == 1 and side["errors"] == []
+        assert 0 < side["first_token_s"]["p50"] < side["end_to_end_s"]["p99"]
+        assert side["between_tokens_s"] and "throughput_ratio" not in row
+    runpy.run_path(str(FIGURE))["draw"](record, tmp_path / "server.png")
+    assert (tmp_path / "server.png").read_bytes().startswith(b"\x89PNG")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chat
@@ -207,6 +207,7 @@ PARTS = [
 texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=14).map("".join)
 
 
+@settings(deadline=None, derandomize=True, database=None, max_examples=300)
 @given(text=texts, style=st.sampled_from([None, "v3", "v3.1"]), thinking=st.booleans(), draw=st.randoms())
 def test_every_split_says_the_same(text: str, style: str | None, thinking: bool, draw: random.Random) -> None:
     whole = joined(parse([text], style, thinking))
@@ -215,20 +216,21 @@ def test_every_split_says_the_same(text: str, style: str | None, thinking: bool,
     assert joined(parse([text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)], style, thinking)) == whole
 
 
+@settings(deadline=None, derandomize=True, database=None, max_examples=300)
 @given(text=texts, style=st.sampled_from(["v3", "v3.1"]))
 def test_nothing_is_lost(text: str, style: str) -> None:
-    """Every character comes out, but for markers, fences, a call's type and whitespace."""
-    reasoning, content, calls = joined(parse([text], style))
+    """Every character comes out, in order, but for markers, fences, a call's type and whitespace."""
+    said = "".join(piece.name if isinstance(piece, ToolCallStart) else piece.text for piece in parse([text], style))
 
     def bare(text: str) -> str:
-        for layout in (chat.THINK, chat.THOUGHT, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR):
+        for layout in (chat.THINK, chat.THOUGHT, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR, "`", "json"):
             text = text.replace(layout, "")
-        return "".join(text.replace("```json", "").replace("`", "").split())
+        return "".join(text.split()).replace("function", "")
 
-    left = bare(reasoning + content + "".join(name + arguments for name, arguments in calls))
-    assert left.replace("function", "") == bare(text).replace("function", "")
+    assert bare(said) == bare(text)
 
 
+@settings(deadline=None, derandomize=True, database=None, max_examples=300)
 @given(text=texts, thinking=st.booleans())
 def test_reasoning_is_that_of_the_engine(text: str, thinking: bool) -> None:
     request = Request(0, [], SamplingParams(), text=text, opens_thinking=thinking)

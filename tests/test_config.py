@@ -90,7 +90,7 @@ def test_transformers_5_spelling():
         ({"num_experts_per_tok": 13}, "n_activated_experts is 13, expected from 1 to 12"),
         ({"n_group": 5}, "n_expert_groups is 5, expected a divisor of 32 experts"),
         ({"qk_rope_head_dim": 15}, "qk_rope_head_dim is 15, expected an even number"),
-        ({"hidden_size": None}, "dim is None, expected a positive integer"),
+        ({"hidden_size": None}, "dim is None, expected a whole number"),
         ({"num_nextn_predict_layers": 2}, "n_mtp_layers is 2, expected 0 or 1"),
     ],
 )

@@ -135,6 +135,28 @@ def test_a_second_turn_remembers_and_reuses(tokenizer):
     assert answers[0].n_reused >= 64 and answers[1].n_reused == 0
 
 
+def test_training_resumes_where_it_was(tmp_path, monkeypatch):
+    """Step, clock, random numbers, weights, moments and the routers' biases come back from the saved state."""
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    import train
+
+    first = train.Trainer(tmp_path)
+    first.step, first.seconds = 7, 1.5
+    first.packer.questions.rng.random()
+    for i, tensor in enumerate([*first.optimizer.state().values(), *(r.e_score_correction_bias for r in first.routers)]):
+        tensor.fill_(i)
+    first.save()
+    again = train.Trainer(tmp_path)
+    assert (again.step, again.seconds) == (7, 1.5)
+    assert again.packer.questions.rng.getstate() == first.packer.questions.rng.getstate()
+    for a, b in zip(again.optimizer.state().items(), first.optimizer.state().items(), strict=True):
+        assert a[0] == b[0] and torch.equal(a[1], b[1])
+    for a, b in zip(again.routers, first.routers, strict=True):
+        assert torch.equal(a.e_score_correction_bias, b.e_score_correction_bias)
+    name, parameter = next(iter(again.optimizer.parameters.items()))
+    assert torch.equal(parameter.float(), again.optimizer.masters[name]), "the copies that compute follow"
+
+
 def test_readme_python_runs():
     """The ten lines of Python in the README, as they stand there, from the project's root."""
     section = (ROOT / "README.md").read_text().partition("## From Python")[2]

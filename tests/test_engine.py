@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import ops
 import reference
 from convert import convert
 from engine import Engine, choose_numerics, free_memory
@@ -144,6 +145,24 @@ def test_nan_fails_its_request_alone(path, mtp, before):
     assert again.n_reused == 0 and again.finish_reason == "error"
 
 
+def test_nan_that_has_gone_is_not_found_again(path):
+    """What comes of it in the first chunks of a prompt fails that prompt, and nobody who asks the same later."""
+    model = ours(path)
+    [clean] = Engine(model, None, n_pages=8, max_model_len=256).generate([prompt := tokens(200, 70)], GREEDY)
+    engine = Engine(model, None, n_pages=8, max_model_len=256, max_num_batched_tokens=100)
+    weight = model.embed.weight[prompt[3]].clone()
+    model.embed.weight[prompt[3]] = float("nan")
+    request = engine.add(prompt, GREEDY)
+    engine.step()
+    model.embed.weight[prompt[3]] = weight
+    while engine.busy:
+        engine.step()
+    assert request.finish_reason == "error"
+    [again] = engine.generate([prompt], GREEDY)
+    assert again.n_reused == 0 and again.tokens == clean.tokens
+    engine.scheduler.check_integrity()
+
+
 def test_leaving_a_stream_early(model):
     engine = Engine(model, None, n_pages=8, max_model_len=256)
     for _ in engine.stream([[1, 2, 3], [4, 5]], GREEDY):
@@ -249,6 +268,7 @@ def test_pages_for_a_quarter_of_the_demand(model, mtp, temperature):
     wanted = [tokens(60 + 11 * i, V3["vocab_size"], seed=i) for i in range(8)]
     params = SamplingParams(temperature=temperature, max_new_tokens=60)
     engine = Engine(model, None, n_pages=5, max_model_len=256, max_num_seqs=8, mtp=mtp)
+    assert sum(engine.scheduler.pages_for(len(prompt) + 60) for prompt in wanted) > 4 * 5
     got = engine.generate(wanted, params)
     assert engine.stats.preemptions > 0
     alone = answers_alone(model, wanted, params, mtp=mtp if temperature else 0)
@@ -541,6 +561,16 @@ def test_batch_invariant_mode_is_bitwise(path, dtype):
     seen = logits_of_mixes(ours(path, Numerics(dtype)), True, 25, seed=1)
     assert sum(len(places) for places in seen.values()) > 50
     assert all(len(bits) == 1 for places in seen.values() for bits in places if bits)
+
+
+def test_one_set_of_bits_in_a_router_of_any_width():
+    """A row's scores do not depend on how many rows are behind it, where rows end in the middle of a vector too."""
+    rule = reference.Routing(4, "sigmoid", "noaux_tc", 4, 2, True, 2.5)
+    logits = torch.randn(40, 16)
+    with ops.batch_invariant():
+        whole = ops.route(logits, None, rule)
+        for n in range(1, 40):
+            assert all(torch.equal(a, b[:n]) for a, b in zip(ops.route(logits[:n], None, rule), whole, strict=True)), n
 
 
 def test_one_set_of_bits_over_many_key_tiles(path):

@@ -103,15 +103,21 @@ def test_latent_write_is_a_norm_two_rotations_and_a_copy(packed: bool) -> None:
     ],
     ids=["V3", "V2-Lite, FP8 latents", "V3 in W8A8"],
 )
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter: the models are on the CPU")
 def test_a_model_by_the_kernels(config: dict, num: Numerics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call the model makes, with its own strides and columns."""
+    """Every call the model makes, with its own strides and columns. On a GPU the other ops are kernels too, and its FP8
+    products add up in fewer bits than the reference's."""
     pytest.importorskip("triton")
     import kernel_fused
 
-    model = ours(random_checkpoint(tmp_path / "c", config, fp8=num.gemm is not None), num)
+    gpu = torch.cuda.is_available()
+    if gpu and num.gemm == "fp8" and not ops.has_fp8(torch.device("cuda")):
+        pytest.skip("this GPU has no FP8 tensor cores")
+    path = random_checkpoint(tmp_path / "c", config, fp8=num.gemm is not None)
+    model = ours(path, num, device="cuda" if gpu else "cpu")
     ids = tokens(8, model.args.vocab_size)
-    expected = hidden_states(model, ids, [7, 1])
+    with ops.use("reference" if gpu else "auto"):
+        expected = hidden_states(model, ids, [7, 1])
     for name in ("norm", "silu_mul", "latent_write"):
         monkeypatch.setattr(ops, name, getattr(kernel_fused, name))
-    assert relative_error(hidden_states(model, ids, [7, 1]), expected) < 1e-5
+    limit = 1e-5 if not gpu else 1e-4 if num.gemm is None else 0.1
+    assert relative_error(hidden_states(model, ids, [7, 1]), expected) < limit

@@ -166,6 +166,21 @@ def test_silu_mul_far_out() -> None:
     assert torch.allclose(y, expected, rtol=1e-6, atol=1e-36, equal_nan=True)
 
 
+@pytest.mark.parametrize("fp8", [None, "float32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul_of_partial_sums(dtype: torch.dtype, fp8: str | None) -> None:
+    """The bits of their sum, taken in order and rounded; each is followed by NaN."""
+    parts = torch.full((3, 5, 2, 128), math.nan)
+    parts[..., :100] = torch.randn(3, 5, 2, 100)
+    summed = (parts[0] + parts[1] + parts[2]).to(dtype)
+    found = kernel_fused.silu_mul(guarded(parts.flatten(2)), 100, fp8, rounded=dtype)
+    expected = kernel_fused.silu_mul(guarded(summed.flatten(1)), 100, fp8)
+    if fp8:
+        assert found.dtype == expected.dtype == dtype and same(found.q, expected.q) and same(found.s, expected.s)
+    else:
+        assert same(found, expected)
+
+
 def test_silu_mul_of_nothing() -> None:
     empty = torch.zeros(0, 256, dtype=torch.bfloat16, device=DEVICE)
     assert kernel_fused.silu_mul(empty, 100).shape == (0, 100)
@@ -298,6 +313,8 @@ def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch)
         kernel_fused.norm(x, weight, EPS, x, "ue8m0", keep=False)
         kernel_fused.norm(x[:, :1536], weight[:1536], EPS, fp8="float32", keep=False)
         kernel_fused.silu_mul(x[:1, :512], 256, "float32")
+        for parts, fp8 in ((2, None), (16, "float32")):
+            kernel_fused.silu_mul(torch.zeros(parts, 8, 512), 256, fp8, rounded=torch.bfloat16)
         for fp8 in (None, "ue8m0"):
             kernel_fused.silu_mul(x.expand(1000, 3, 7168).flatten(0, 1), 3584, fp8)
         for packed in (False, True):

@@ -245,6 +245,18 @@ EVERY_TILE = [
 def test_every_grouped_tile(kind: str, tile: kernel.Tile) -> None:
     """Gate and up's product of shared rows and down's of rows of their own: an expert with more than a tile, one with
     none, experts of other ranks; half blocks of channels and a ragged last column tile."""
+    check_grouped(kind, tile)
+
+
+@pytest.mark.parametrize("split", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_grouped_gemm_in_parts(kind: str, split: int) -> None:
+    """Two and a half blocks of channels, so that the last part is a short one, or has nothing."""
+    [row, *_] = TABLES[kind][kernel.architecture(torch.device(DEVICE))]
+    check_grouped(kind, replace(row, split=split))
+
+
+def check_grouped(kind: str, tile: kernel.Tile) -> None:
     tokens, top_k, first, n_local, n, k = tile.block_m + 5, 2, 1, 3, tile.block_n + 28, 320
     ids = torch.randint(3, 6, (tokens, top_k))
     ids[:, 0] = 1
@@ -253,6 +265,9 @@ def test_every_grouped_tile(kind: str, tile: kernel.Tile) -> None:
     for share in (top_k, 1):
         x, exact_x = inputs(kind, tokens * top_k // share, k)
         y = kernel_moe.grouped_gemm(x, w, order, tiles, share, tile).cpu()
+        if tile.split > 1:
+            assert y.shape[0] == tile.split and y.dtype == torch.float32
+            y = y.sum(0)
         layout = reference.sort(ids, first, n_local, tile.block_m)
         expected = reference.grouped_gemm(exact_x, *layout, share, lambda e, rows: rows @ exact[e].T)
         size = reference.grouped_gemm(exact_x.abs(), *layout, share, lambda e, rows: rows @ exact[e].abs().T)
@@ -261,6 +276,34 @@ def test_every_grouped_tile(kind: str, tile: kernel.Tile) -> None:
         wide_out = y.dtype == torch.float32
         bound = LIMITS[kind] * size[here] + (0 if wide_out else expected[here].abs() / 256)
         assert ((y[here].double() - expected[here]).abs() <= bound).all()
+
+
+def test_few_rows_are_cut_in_as_many_parts_as_occupy_the_gpu() -> None:
+    """Gate and up of V3, split over eight and sixteen ranks, of whole experts, and where there is nothing to gain."""
+
+    def parts(tokens: int, n: int, n_local: int = 256, k: int = 7168, arch: str = "sm_90") -> int:
+        table = kernel_moe.W8A8[arch]
+        return kernel_moe.split_up(table[0], tokens * 8 * n_local / 256, n_local, n, k, arch).split
+
+    assert [parts(tokens, 512) for tokens in (1, 2, 4, 64)] == [2, 1, 1, 1]  # 64 programs and 128
+    assert [parts(tokens, 256) for tokens in (1, 2, 4, 64)] == [4, 2, 1, 1]
+    assert [parts(tokens, 4096, 32) for tokens in (1, 2, 16)] == [2, 1, 1]  # one expert here, two, sixteen
+    assert parts(1, 512, k=512) == 1 and parts(1, 512, arch="gfx942") == 4
+
+
+@pytest.mark.parametrize("n_local, tokens", [(12, 24), (3, 24)])
+def test_a_tile_is_as_high_as_the_rows_of_an_expert(
+    n_local: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six rows to each, whichever part of the experts is here."""
+    heights = []
+    sort = kernel_moe.sort
+    monkeypatch.setattr(kernel_moe, "sort", lambda *args: heights.append(args[-1]) or sort(*args))
+    x, ids = token_rows("bf16", tokens).to(DEVICE), routed(tokens, TOP_K, N_EXPERTS).to(DEVICE)
+    rest = torch.rand(tokens, TOP_K, device=DEVICE), ids, 0, *layer("bf16", n_local), INTER
+    kernel_moe.experts(x, *rest, n_experts=N_EXPERTS)
+    table = kernel_moe.PLAIN[kernel.architecture(torch.device(DEVICE))]
+    assert heights == [kernel_moe.tile_for(table, tokens * TOP_K / N_EXPERTS).block_m]
 
 
 def test_grouped_gemm_refuses_mistaken_shapes() -> None:
@@ -340,6 +383,24 @@ def test_experts(kind: str, first: int, n_local: int) -> None:
         with ops.use("reference"):
             expected = ops.experts(*arguments)
         compare(kernel_moe.experts(*arguments), expected, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up's partial sums go through silu_mul, quantised or not; another order of adding up is all it changes."""
+    w13, w2 = layer(kind)
+    x, weights = token_rows(kind, 1).to(DEVICE), torch.rand(1, TOP_K, device=DEVICE)
+    arguments = x, weights, routed(1, TOP_K, N_EXPERTS).to(DEVICE), 0, w13, w2, INTER
+    shapes = []
+    silu_mul = kernel_moe.kernel_fused.silu_mul
+    monkeypatch.setattr(
+        kernel_moe.kernel_fused, "silu_mul", lambda y, *a, **how: shapes.append(y.shape) or silu_mul(y, *a, **how)
+    )
+    whole = kernel_moe.experts(*arguments)
+    monkeypatch.setattr(kernel_moe, "split_for", lambda *_: 2)
+    compare(kernel_moe.experts(*arguments), whole, kind)
+    kernel_moe.experts(*arguments, invariant=True)
+    assert [len(shape) for shape in shapes] == [2, 3, 2]
 
 
 @needs_fp8
@@ -472,4 +533,6 @@ def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch)
                 if w.fp8:
                     x = Quantised(torch.zeros(rows, k, dtype=E4M3), torch.zeros(rows, k // BLOCK))
                 kernel_moe.grouped_gemm(x, w, order, tiles, share, tile)
+                if tokens == 1 and share == 8:
+                    kernel_moe.grouped_gemm(x, w, order, tiles, share, replace(tile, split=8))
             kernel_moe.combine(torch.zeros(tokens * 8, 1).bfloat16(), torch.zeros(tokens, 8), ids, 0, 256, torch.zeros(tokens, 1))

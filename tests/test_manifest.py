@@ -1,5 +1,6 @@
 """Manifests and what they are for: every damage is found, and a run that was cut short goes on as if it had not been."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,9 +25,9 @@ from checkpoints import make_checkpoint
 from convert import convert
 from errors import UserError
 from fp8_cast_bf16 import cast
-from manifest import CAST_MANIFEST, HF_INDEX, read_manifests, verify
+from manifest import CAST_MANIFEST, HF_INDEX, read_manifests, require_hashes, verify
 from parallel import Group
-from tensorfile import JOURNAL, TEMPORARY, Writer, hash_file, read_header
+from tensorfile import JOURNAL, TEMPORARY, Digest, Writer, hash_both, hash_file, read_header
 from test_convert import SMALL, content
 from weights import Checkpoint
 
@@ -107,6 +109,21 @@ def test_a_file_of_any_shapes_in_any_order(tmp_path):
         assert all(entry.start % entry.dtype.itemsize == 0 for entry in read_header(path)[1].values())
         with safe_open(path, "pt") as f:
             assert all(torch.equal(f.get_tensor(name), t) for name, t in tensors.items())
+
+
+def test_large_blocks_are_hashed_beside_each_other(tmp_path):
+    data = torch.randint(0, 256, (5 << 20,), dtype=torch.uint8)
+    writer = Writer(tmp_path / "a", {"x": (data.dtype, data.shape)}, {})
+    for at in range(0, len(data), 2 << 20):
+        writer.write("x", data[at : at + (2 << 20)], at)
+    assert writer.facts == hash_file(tmp_path / "a", lambda _: None)
+    assert writer.facts["sha256"] == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+    slow = SimpleNamespace(seen=0)
+    slow.update = lambda view: time.sleep(0.05) or setattr(slow, "seen", len(view))
+    hash_both(slow, Digest(), memoryview(bytes(1 << 20)))
+    assert slow.seen == 1 << 20, "the next block may come before this one"
+    raw = data.numpy().tobytes()
+    assert writer.facts["tensors"]["x"] == f"{zlib.crc32(raw):08x} {hashlib.sha256(raw).hexdigest()}"
 
 
 @BOTH
@@ -202,6 +219,25 @@ def test_everything_else_is_found(write, written, tmp_path):
     assert finding() == "DIR/model-9.safetensors: expected no such file, found one that no manifest names"
 
 
+@BOTH
+def test_ranks_share_the_work_of_verifying(write, written, tmp_path):
+    """Together the ranks of a host look at every file, each at its own, before a load."""
+    folder = damaged_copy(written[write], tmp_path / "copy")
+    for i in range(3):
+        require_hashes(folder, ranks_of(write), (i, 3))
+    for path in folder.iterdir():
+        if "manifest" not in path.name and "-mp2.index" not in path.name:
+            flip(path, path.stat().st_size - 1)
+            refused = []
+            for i in range(3):
+                with contextlib.suppress(UserError):
+                    require_hashes(folder, ranks_of(write), (i, 3))
+                    continue
+                refused.append(i)
+            assert len(refused) == 1, path
+            flip(path, path.stat().st_size - 1)
+
+
 def test_verify_cannot_read(written, monkeypatch):
     real = os.preadv
     failed: list[int] = []
@@ -243,7 +279,7 @@ def test_the_loader_wants_the_manifest_and_its_sizes(write, written, tmp_path, c
     assert refusal() == (
         f"DIR/{first}: its manifest is missing; copy the directory or convert again"
         if write is convert_small
-        else f"DIR/{CAST_MANIFEST}: missing, though the cast wrote {first}; cast again"
+        else f"DIR/{CAST_MANIFEST}: missing, though the cast wrote {first}; copy it too, or cast again"
     )
 
 
@@ -420,6 +456,20 @@ def test_what_is_kept_is_checked(write, sources, written, tmp_path):
         assert killing.hashes(out) == killing.hashes(written[write])
         assert sum(wrote[name] > 0 for name in finished) == lost
         shutil.rmtree(out)
+
+
+@BOTH
+def test_a_damaged_temporary_beside_the_whole_file(write, sources, written, tmp_path):
+    """A second run of the same job was cut short: what it leaves never takes the place of what the first wrote."""
+    out = tmp_path / "out"
+    events = killing.events(lambda: write(sources[1], out), tmp_path / "log")
+    killing.kill(lambda: write(sources[1], out), int(len(events) * 0.6))
+    finished = finished_in(out)
+    for name in finished:
+        flip(out / (TEMPORARY + name), 5000)
+    wrote, _ = bytes_moved(lambda: write(sources[1], out))
+    assert killing.hashes(out) == killing.hashes(written[write])
+    assert finished and not any(wrote[name] for name in finished)
 
 
 @BOTH

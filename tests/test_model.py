@@ -31,6 +31,15 @@ def test_logits_are_transformers(checkpoint):
     assert torch.equal(chunked.argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_computes_what_a_cpu_computes(checkpoint):
+    """In float32: norms, SwiGLU, cache write, router and experts by their kernels."""
+    on_cpu, on_gpu = ours(checkpoint), ours(checkpoint, device="cuda")
+    ids = tokens(100, on_cpu.args.vocab_size)
+    expected = hidden_states(on_cpu, ids, [1, 70, 29])
+    assert relative_error(hidden_states(on_gpu, ids, [1, 70, 29]).cpu(), expected) < 1e-4
+
+
 @torch.no_grad()
 def test_router_chooses_what_transformers_chooses(checkpoint):
     """The same experts for every token of a layer's input, not only logits near enough."""

@@ -9,6 +9,7 @@ import json
 import random
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,71 @@ def test_template_tools_of_transformers(tmp_path: Path) -> None:
         tokenizer.render_chat(chat("no"))
     with pytest.raises(UserError, match="cannot render these messages"):
         small_with(tmp_path, "{{ messages.__class__.__mro__ }}").render_chat(chat("Hi"))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for a in range(10**9) %}{% endfor %}", "Range too big"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 200000 passes"),
+        ("{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}", "recursion depth|more than 200000 passes"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion depth"),
+        ("{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(40) }}", "200000 passes"),
+        ("{{ 'a' * 10**10 }}", "more than 268435456 characters"),
+        ("{{ 10**10 * 'a' }}", "more than 268435456 characters"),
+        ("{{ ([1] * 10**9) | length }}", "more than 1000000 elements"),
+        ("{% set n = namespace(l=[1]) %}{% for a in range(40) %}{% set n.l = n.l + n.l %}{% endfor %}", "elements"),
+        ("{% set n = namespace(t='a') %}{% for a in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}", "characters"),
+        ("{% set n = namespace(t='a') %}{% for a in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}", "characters"),
+        ("{% set t = 'a' * 99999 %}{{ t.replace('a', t) }}", "characters"),
+        ("{% set t = 'a' * 99999 %}{{ t | replace('a', t) }}", "characters"),
+        ("{% set t = 'a' * 99999 %}{{ ([t] * 99999) | join }}", "characters"),
+        ("{% set t = 'a' * 99999 %}{{ 'x'.join([t] * 99999) }}", "characters"),
+        ("{% set t = 'a' * 9999 %}{% for a in range(99999) %}{{ t }}{% endfor %}", "characters"),
+        ("{{ 9 ** (9 ** 9) }}", "more than 4096 bits"),
+        ("{{ '%1000000000d' % 1 }}", "% with a text"),
+        ("{{ '{:>1000000000}'.format(1) }}", "'format' of 'str' object is unsafe"),
+        ("{{ 'a'.center(10**10) }}", "'center' of 'str' object is unsafe"),
+        ("{{ 'a' | center(10**10) }}", "No filter named 'center'"),
+        ("{{ lipsum(10**9) }}", "'lipsum' is undefined"),
+        ("{{ ''.__class__.__mro__ }}", "'__class__' of 'str' object is unsafe"),
+        ("{{ messages.append(1) }}", "'append' of 'list' object is unsafe"),
+        ("{{ (messages | attr('__class__')).mro() }}", "unsafe|undefined"),
+        ("{{ cycler.__init__.__globals__.os.system('ls') }}", "unsafe|undefined"),
+        ("{{ raise_exception.__globals__.os }}", "'__globals__' of 'function' object is unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ("{% import 'os' as os %}", "no loader"),
+        ("{% extends 'x' %}", "no loader"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "nested too deeply"),
+    ],
+)
+def test_hostile_templates(tmp_path: Path, template: str, message: str) -> None:
+    """None hangs, fills the memory, or comes by anything of Python's."""
+    began = time.monotonic()
+    with pytest.raises(UserError, match=message) as caught:
+        small_with(tmp_path, "{{ bos_token }}" + template).encode_chat(chat("Hi"))
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - began < 60
+
+
+def test_a_template_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sandbox.SECONDS", 0.1)
+    slow = "{% for a in range(9999) %}{% set b = range(99999) | list %}{% endfor %}"
+    with pytest.raises(UserError, match="cannot render these messages: more than 0 seconds"):
+        small_with(tmp_path, slow).render_chat(chat("Hi"))
+
+
+def test_every_control_token_whole_and_in_pieces(v3: Tokenizer) -> None:
+    """All 818, whole and cut in two over neighbouring messages: the template's own are all that there are."""
+    rng, added = random.Random(6), spelled_added_tokens()
+    for at in range(0, len(added), 20):
+        contents = []
+        for token in added[at : at + 20]:
+            cut = rng.randint(1, len(token) - 1)
+            contents += [token[:cut], token[cut:], "x" if token == "</think>" else f"a{token}"]  # that one cuts answers
+        messages, innocent = chat(*contents, "end"), chat(*("x" for _ in contents), "end")
+        ids, expected = (v3.encode_chat(m) for m in (messages, innocent))
+        assert [i for i in ids if i in v3._added_text] == [i for i in expected if i in v3._added_text]
 
 
 # -------------------------------------------------------------------- streams

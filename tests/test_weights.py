@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import weights
 from checkpoints import dequantise, fp8_sizes, make_checkpoint
 from config import ModelArgs
 from convert import convert
+from damage import add, drop, edit, file_of, header_of, reindex, replace, whole
 from errors import UserError
 from families import FAMILIES
 from manifest import HF_INDEX
@@ -49,21 +50,6 @@ def wide(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(source, tmp_path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "copy"))
-
-
-def whole(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
-def file_of(folder: Path, name: str) -> Path:
-    return folder / json.loads((folder / HF_INDEX).read_text())["weight_map"][name]
-
-
-def edit(file: Path, change) -> None:
-    """Rewrites a safetensors file after `change` has had its tensors."""
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def upstream_name(hf: str) -> str:
@@ -524,34 +510,6 @@ def test_every_parameter_is_filled_or_nothing_is(source):
 # Damage -------------------------------------------------------------------------------------------------------------
 
 
-def drop(folder: Path, where) -> None:
-    """Takes tensors out of the files and the index."""
-    for file in folder.glob("*.safetensors"):
-        edit(file, lambda tensors: [tensors.pop(name) for name in list(tensors) if where(name)])
-        if not load_file(file):
-            file.unlink()
-    reindex(folder, lambda m: [m.pop(name) for name in list(m) if where(name)])
-
-
-def add(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    file = min(folder.glob("*.safetensors"))
-    edit(file, lambda held: held.update(tensors))
-    reindex(folder, lambda m: m.update(dict.fromkeys(tensors, file.name)))
-
-
-def reindex(folder: Path, change) -> None:
-    index = json.loads((folder / HF_INDEX).read_text())
-    change(index["weight_map"])
-    (folder / HF_INDEX).write_text(json.dumps(index))
-
-
-def replace(folder: Path, name: str, change) -> str:
-    """Changes one tensor; returns the name of its file."""
-    file = file_of(folder, name)
-    edit(file, lambda tensors: tensors.update({name: change(tensors[name])}))
-    return file.name
-
-
 WO = "model.layers.0.self_attn.o_proj.weight"
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
@@ -662,12 +620,6 @@ def test_truncated_and_padded_files(copy):
     assert refusal(copy) == f"{file.name}: truncated: expected {len(data)} bytes, found {len(data) - 1}"
     file.write_bytes(data + b"x")
     assert refusal(copy) == f"{file.name}: has bytes no tensor owns: expected {len(data)} bytes, found {len(data) + 1}"
-
-
-def header_of(file: Path) -> tuple[dict, bytes]:
-    data = file.read_bytes()
-    n = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + n]), data[8 + n :]
 
 
 @pytest.mark.parametrize(
