@@ -223,6 +223,17 @@ class ModelArgs:
             raise UserError(f"config: {_join(missing)} missing") from None
 
 
+def require_folder(folder: Path) -> None:
+    """Raises UserError unless it is a directory whose files can be looked up."""
+    try:
+        os.listdir(folder)
+        os.stat(os.path.join(folder, os.curdir))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no such directory") from None
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be read ({e.strerror})") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; raises UserError naming the file when it is absent, unreadable or something else."""
     try:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, get_args
 
 from tqdm import tqdm
 
-from config import PROGRAM_VERSION, read_json
+from config import PROGRAM_VERSION, read_json, require_folder
 from errors import Damage, UserError
 from parallel import ExpertLayout
 from tensorfile import TEMPORARY, Entry, Staging, hash_file, read_header
@@ -142,8 +142,7 @@ class Manifest:
 
 def read_manifests(folder: Path) -> dict[int | None, Manifest]:
     """All manifests of a directory by number of ranks (None: a cast's). Raises UserError for a damaged one."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such directory")
+    require_folder(folder)
     return {ranks: Manifest(folder, ranks) for ranks in manifests_in(folder)}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -330,6 +331,31 @@ def test_commands(sources, written, tmp_path, monkeypatch, capsys):
         for options in ((), ("--verify", folder, *WANTED[script]), WANTED[script][:2]):
             status, _, err = run(script, *options)
             assert status == 2 and "or --verify alone" in err
+
+
+@pytest.mark.parametrize("name", ["listdir", "stat"])
+def test_a_directory_that_may_not_be_read(name, written, tmp_path, monkeypatch, capsys):
+    """Whoever asks: one line, and the status of wrong use."""
+    folder, real = written[convert_small], getattr(os, name)
+
+    def deny(path, *args, **options):
+        if Path(path) == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, name, deny)
+    for script, *options in (
+        ("convert", "--verify", folder),
+        ("convert", "--hf-ckpt-path", folder, "--save-path", tmp_path / "out", "--model-parallel", 1),
+        ("fp8_cast_bf16", "--input-fp8-hf-path", folder, "--output-bf16-hf-path", tmp_path / "out"),
+        ("check_checkpoint", folder),
+        ("plan", "--ckpt-path", folder),
+        ("generate", "--ckpt-path", folder, "--interactive", "--device", "cpu"),
+    ):
+        monkeypatch.setattr("sys.argv", [script, *map(str, options)])
+        assert importlib.import_module(script).main() == 2, script
+        assert capsys.readouterr().err == f"error: {folder}: cannot be read (Permission denied)\n", script
+    assert not (tmp_path / "out").exists()
 
 
 # A run that was cut short goes on ----------------------------------------------------------------------------------
