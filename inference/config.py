@@ -18,7 +18,7 @@ from errors import Damage, UserError
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
 SCORE_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
-MAX_JSON = 256 << 20  # bytes; the index of V3 has 9 MB
+MAX_JSON = 1 << 30  # bytes; the manifest of V3 for 16 ranks, experts split, has 175 MB
 MAX_LAYERS, MAX_EXPERTS = 1000, 1 << 17  # in all layers together; V3 has 15,104: more is a damaged number
 PROGRAM_VERSION = "0.1.0"
 BLOCK_SIZE = 128  # FP8 scales: one per 1x128 activations and per 128x128 weights (technical report, section 3.3.2)
