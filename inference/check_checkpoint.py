@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from config import ModelArgs
+from config import ModelArgs, require_folder
 from engine import choose_args
 from errors import Damage, UserError
 from parallel import Group
@@ -154,8 +154,7 @@ def check(path: Path, quick: bool = False, config: Path | None = None) -> Report
     Raises UserError for wrong use: no such directory, a --config that cannot be read or is missing and needed.
     """
     start = time.perf_counter()
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory")
+    require_folder(path)
     report = Report(path)
     checkpoint, args = open_checkpoint(path, config, report)
     parts = {} if checkpoint is None else read_headers(checkpoint, args, report)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from config import PROGRAM_VERSION
+from config import PROGRAM_VERSION, require_folder
 from errors import UserError, describe, first_line
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
@@ -111,6 +111,7 @@ def load(
     parallel.choose_threads(options.threads, local_size)
 
     def check() -> tuple["torch.device", T | None]:
+        require_folder(Path(options.ckpt_path))
         device = choose_device(options.device, local_rank, local_size)
         return device, prepare() if tp.rank == 0 else None
 

@@ -18,7 +18,7 @@ from errors import Damage, UserError
 MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
 SCORE_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
-MAX_JSON = 256 << 20  # bytes; the index of V3 has 9 MB
+MAX_JSON = 1 << 30  # bytes; the manifest of V3 for 16 ranks, experts split, has 175 MB
 MAX_LAYERS, MAX_EXPERTS = 1000, 1 << 17  # in all layers together; V3 has 15,104: more is a damaged number
 PROGRAM_VERSION = "0.1.0"
 BLOCK_SIZE = 128  # FP8 scales: one per 1x128 activations and per 128x128 weights (technical report, section 3.3.2)
@@ -221,6 +221,17 @@ class ModelArgs:
             needed = {f.name for f in fields(cls)} - set(facts)
             missing = sorted(n for n in needed if n in cls.__match_args__[:10])
             raise UserError(f"config: {_join(missing)} missing") from None
+
+
+def require_folder(folder: Path) -> None:
+    """Raises UserError unless it is a directory whose files can be looked up."""
+    try:
+        os.listdir(folder)
+        os.stat(os.path.join(folder, os.curdir))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no such directory") from None
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be read ({e.strerror})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def convert(
         staging.resume([made_from.state, made_from.facts, versions()])
         staging.require(sum(p.stat().st_size for p in copies))
         write(shares)
-        old = [path.name for path in target.glob(f"model*-mp{ranks}*.safetensors")]
+        old = [path.name for path in target.glob("model*.safetensors") if re.match(rf"model\d+-mp{ranks}\D", path.name)]
         commit(staging, made_from, ranks, layout, [staging.copy(path) for path in copies], old)
 
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, get_args
 
 from tqdm import tqdm
 
-from config import PROGRAM_VERSION, read_json
+from config import PROGRAM_VERSION, read_json, require_folder
 from errors import Damage, UserError
 from parallel import ExpertLayout
 from tensorfile import TEMPORARY, Entry, Staging, hash_file, read_header
@@ -52,10 +52,6 @@ def file_mark(rank: int, ranks: int, experts: ExpertLayout) -> dict[str, str]:
     return mark | {"experts": experts}
 
 
-class OtherVersion(UserError):
-    """A manifest of a version, or of a kind, that this program does not know."""
-
-
 class Manifest:
     """A manifest that was read. While it is `pending`, its files are complete and durable but may have temporary names
     still."""
@@ -68,7 +64,7 @@ class Manifest:
         format = CAST_FORMAT if ranks is None else FORMAT
         if raw.get("format") != format or raw.get("version") != VERSION:
             reads, made = f"{format!r} version {VERSION}", f"{raw.get('format')!r} version {raw.get('version')!r}"
-            raise OtherVersion(f"{self.path}: this program reads {reads}, not {made}: convert again")
+            raise UserError(f"{self.path}: this program reads {reads}, not {made}: convert again")
         self.pending: bool = raw.get("pending") is True
         self.obsolete: list[str] = raw.get("obsolete", [])
         self.files: dict[str, dict[str, Any]] = raw.get("files", {})
@@ -142,8 +138,7 @@ class Manifest:
 
 def read_manifests(folder: Path) -> dict[int | None, Manifest]:
     """All manifests of a directory by number of ranks (None: a cast's). Raises UserError for a damaged one."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such directory")
+    require_folder(folder)
     return {ranks: Manifest(folder, ranks) for ranks in manifests_in(folder)}
 
 
@@ -274,18 +269,19 @@ def commit(
         "small": {name: staging.small[name] for name in small},
         "files": files,
     }
-    staging.settle(*(name for name in small if name != HF_INDEX))
     name = manifest_name(ranks)
     staging.write_json(name, manifest | {"pending": True, "obsolete": sorted(set(old) - files.keys())})
+    staging.settle(*(name for name in small if name != HF_INDEX))
     staging.settle(name)
-    finish_pending(staging)
+    finish(staging, Manifest(staging.folder, ranks))
 
 
 def pending(staging: Staging) -> list[Manifest]:
-    """Commits that have begun but not ended. Manifests of another version are nobody's concern here."""
+    """Commits that have begun but not ended. Manifests that are damaged or of another version are not loaded from, and
+    the new one may take their place."""
     found: list[Manifest] = []
     for ranks in manifests_in(staging.folder):
-        with contextlib.suppress(OtherVersion):
+        with contextlib.suppress(UserError):
             found.append(Manifest(staging.folder, ranks))
     return [manifest for manifest in found if manifest.pending]
 
@@ -296,16 +292,21 @@ def needed(staging: Staging) -> list[str]:
 
 
 def finish_pending(staging: Staging) -> None:
-    """Completes commits that have begun: files take their names, those of an earlier checkpoint go."""
+    """Completes commits that have begun."""
     for manifest in pending(staging):
-        if staging.temporary(HF_INDEX).exists():  # nobody may find an index while files of two checkpoints lie there
-            staging.remove(HF_INDEX)
-        staging.settle(*manifest.files)
-        staging.remove(*manifest.obsolete)
-        staging.settle(HF_INDEX)
-        raw = {key: value for key, value in manifest.raw.items() if key not in ("pending", "obsolete")}
-        staging.write_json(manifest.path.name, raw)
-        staging.settle(manifest.path.name)
+        finish(staging, manifest)
+
+
+def finish(staging: Staging, manifest: Manifest) -> None:
+    """Completes a commit: files take their names, those of an earlier checkpoint go."""
+    if staging.temporary(HF_INDEX).exists():  # nobody may find an index while files of two checkpoints lie there
+        staging.remove(HF_INDEX)
+    staging.settle(*manifest.files)
+    staging.remove(*manifest.obsolete)
+    staging.settle(HF_INDEX)
+    raw = {key: value for key, value in manifest.raw.items() if key not in ("pending", "obsolete")}
+    staging.write_json(manifest.path.name, raw)
+    staging.settle(manifest.path.name)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import jinja2
 import tokenizers
 from jinja2 import nodes
 
-from config import read_json, read_text
+from config import read_json, read_text, require_folder
 from errors import UserError
 from sandbox import ROOM, Room, Sandbox
 
@@ -197,8 +197,7 @@ class Tokenizer:
 
     def _load(self, folder: Path) -> None:
         """Builds the tokenizer without added tokens and the table of the added ones."""
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such directory")
+        require_folder(folder)
         if not self._path.exists():
             tiktoken = (folder / "tiktoken.model").exists()
             hint = "convert tiktoken.model to it" if tiktoken else "copy the tokenizer files beside the weights"

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import BLOCK_SIZE, ModelArgs, load_config, read_json
+from config import BLOCK_SIZE, ModelArgs, load_config, read_json, require_folder
 from errors import Damage, UserError
 from manifest import CAST_MANIFEST, CAST_MARK, FORMAT, HF_INDEX, Manifest, check_file_name, read_manifests
 from parallel import SOLO, ExpertLayout, Group
@@ -273,8 +273,7 @@ class Checkpoint:
         self.path = Path(path)
         self.report = report or _fail
         self.unreadable: set[str] = set()  # names of files, reported already
-        if not self.path.is_dir():
-            raise UserError(f"{self.path}: no such directory")
+        require_folder(self.path)
         config = self.path / "config.json"
         self.args: ModelArgs | None = None
         try:

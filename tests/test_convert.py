@@ -20,6 +20,7 @@ from checkpoints import fp8_sizes, make_checkpoint
 from convert import convert
 from errors import UserError
 from families import FAMILIES
+from manifest import read_manifests, verify
 from parallel import Group
 from tensorfile import TEMPORARY, Reader, Staging
 from test_weights import CONFIG, HF_INDEX, WIDE, drop, our_name, part, replace, whole, write_upstream
@@ -376,6 +377,15 @@ def test_several_numbers_of_ranks_side_by_side(small, tmp_path):
     convert(small[0], tmp_path, 2)
     assert_round_trip(small[0], tmp_path, 1, 2, 4)
     assert_round_trip(small[0], tmp_path, 2, 2, 4)
+
+
+def test_a_number_of_ranks_that_begins_with_another(tmp_path):
+    """1 is the beginning of 16, and not its earlier conversion."""
+    make_checkpoint(tmp_path / "source", SMALL | {"num_attention_heads": 16, "num_key_value_heads": 16})
+    for ranks in (16, 1):
+        convert(tmp_path / "source", tmp_path / "out", ranks)
+    assert {manifest.ranks for manifest in read_manifests(tmp_path / "out").values()} == {1, 16}
+    assert list(verify(tmp_path / "out")) == []
 
 
 def test_command_line(small, tmp_path):

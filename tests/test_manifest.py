@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -292,12 +293,17 @@ def test_a_cast_whose_index_says_otherwise(written, tmp_path):
         Checkpoint(folder)
 
 
-def test_converting_over_what_an_earlier_version_wrote(sources, written, tmp_path):
-    """It does not load, and a conversion takes its place."""
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda text: text.replace('"version": 2', '"version": 1'), "version 2, not 'deepseek-v3-ranks' version 1: convert"),
+    (lambda text: text.replace('"ranks": 2', '"ranks": 3'), "damaged; copy the directory again or convert again"),
+    (lambda text: text[:-9], "not readable as JSON"),
+])  # fmt: skip
+def test_converting_again_as_one_is_told_to(change, said, sources, written, tmp_path):
+    """Over a manifest of an earlier version or a damaged one: it does not load, and a conversion takes its place."""
     folder = damaged_copy(written[convert_small], tmp_path / "copy")
     path = folder / "model-mp2.index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
-    with pytest.raises(UserError, match=r"this program reads 'deepseek-v3-ranks' version 2, not .* 1: convert again"):
+    path.write_text(change(path.read_text()))
+    with pytest.raises(UserError, match=said):
         Checkpoint(folder)
     convert(sources[1], folder, 2)
     assert content(folder, 2) is not None and list(verify(folder)) == []
@@ -330,6 +336,31 @@ def test_commands(sources, written, tmp_path, monkeypatch, capsys):
         for options in ((), ("--verify", folder, *WANTED[script]), WANTED[script][:2]):
             status, _, err = run(script, *options)
             assert status == 2 and "or --verify alone" in err
+
+
+@pytest.mark.parametrize("name", ["listdir", "stat"])
+def test_a_directory_that_may_not_be_read(name, written, tmp_path, monkeypatch, capsys):
+    """Whoever asks: one line, and the status of wrong use."""
+    folder, real = written[convert_small], getattr(os, name)
+
+    def deny(path, *args, **options):
+        if Path(path) == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(os, name, deny)
+    for script, *options in (
+        ("convert", "--verify", folder),
+        ("convert", "--hf-ckpt-path", folder, "--save-path", tmp_path / "out", "--model-parallel", 1),
+        ("fp8_cast_bf16", "--input-fp8-hf-path", folder, "--output-bf16-hf-path", tmp_path / "out"),
+        ("check_checkpoint", folder),
+        ("plan", "--ckpt-path", folder),
+        ("generate", "--ckpt-path", folder, "--interactive", "--device", "cpu"),
+    ):
+        monkeypatch.setattr("sys.argv", [script, *map(str, options)])
+        assert importlib.import_module(script).main() == 2, script
+        assert capsys.readouterr().err == f"error: {folder}: cannot be read (Permission denied)\n", script
+    assert not (tmp_path / "out").exists()
 
 
 # A run that was cut short goes on ----------------------------------------------------------------------------------
@@ -388,6 +419,14 @@ def test_finished_files_are_not_written_again(write, sources, written, tmp_path)
     shards = {path.name for path in sources[1].glob("*.safetensors")}
     again = sum(read[name] for name in shards) - (sum(read[name] for name in finished) if write is cast_small else 0)
     assert again < sum(whole_run[1][name] for name in shards) - sum(manifest.files[n]["bytes"] for n in finished) / 4
+
+
+@BOTH
+def test_the_manifest_is_ready_before_anything_changes(write, sources, tmp_path):
+    """An earlier checkpoint's tokenizer is not replaced minutes before its weights are."""
+    events = killing.events(lambda: write(sources[1], tmp_path / "out"), tmp_path / "log")
+    config, tokenizer, manifest, *_ = (at for at, name in enumerate(events) if name == "replace")
+    assert "pwrite" not in events[config:manifest] and config < tokenizer < manifest
 
 
 @BOTH
