@@ -85,7 +85,7 @@ class Function(Schema):
 
 class ToolCall(Schema):
     id: str = ""
-    type: Literal["function"] = "function"
+    type: Literal["function"]
     function: Function
     index: int = 0  # streams carry it, and clients send it back
 
@@ -260,7 +260,8 @@ def read_chat(raw: bytes, served: Served) -> Plan:
                       "chat_template_kwargs")  # fmt: skip
     tools = [tool.given for tool in body.tools] if offers_tools(body) else None
     if tools and (served.tool_style is None or not served.tokenizer.knows_tools):
-        raise Refused("tools are not supported: this checkpoint's chat template knows none", "tools")
+        raise Refused("tools are not supported: this checkpoint's chat template offers none to the model; a "
+                      "chat_template.jinja beside its weights that does would be used instead", "tools")  # fmt: skip
     if body.top_logprobs is not None and not body.logprobs:
         raise Refused("top_logprobs needs logprobs: true", "top_logprobs")
     try:
