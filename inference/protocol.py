@@ -173,7 +173,7 @@ class CompletionBody(Sampled):
 Body = TypeVar("Body", ChatBody, CompletionBody)
 
 
-def parsed(kind: type[Body], raw: bytes) -> Body:
+def parsed(kind: type[Body], raw: bytes | bytearray) -> Body:
     """Raises Refused, naming the field."""
     if sum(map(raw.count, (b",", b"[", b"{"))) > VALUES:
         raise Refused(f"the body has more than {VALUES} values", status=413)
@@ -245,7 +245,7 @@ class Plan:
         return [(i, c) for i in range(len(self.prompts)) for c in range(self.params.n)]
 
 
-def read_chat(raw: bytes, served: Served) -> Plan:
+def read_chat(raw: bytes | bytearray, served: Served) -> Plan:
     """Raises Refused."""
     body = parsed(ChatBody, raw)
     check_model(body, served)
@@ -276,7 +276,7 @@ def read_chat(raw: bytes, served: Served) -> Plan:
     return Plan(body, [prompt], sampling_params(body, served, [prompt], name, "messages", logprobs))
 
 
-def read_completion(raw: bytes, served: Served) -> Plan:
+def read_completion(raw: bytes | bytearray, served: Served) -> Plan:
     """Raises Refused."""
     body = parsed(CompletionBody, raw)
     check_model(body, served)
