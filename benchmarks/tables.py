@@ -155,7 +155,7 @@ def model(record: dict[str, Any]) -> str:
     return bench_model.table(record["results"])
 
 
-BY_NAME: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": cpu, "convert": convert, "demo": demo}
+BY_NAME: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": cpu, "convert": convert, "demo": demo, "server": server}
 
 
 def made(name: str) -> str:

@@ -29,7 +29,7 @@ STYLES = {"": "-", "p50": "-", "p99": "--"}
 def draw(record: dict[str, Any], target: Path) -> None:
     """A panel for each measure; a line for each server, and for latencies the median and the 99th percentile."""
     rows = record["results"]["rows"]
-    rates = [str(row["rate"] if isinstance(row["rate"], str) else f"{row['rate']:g}") for row in rows]
+    rates = ["all" if isinstance(row["rate"], str) else f"{row['rate']:g}" for row in rows]
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color": "#20242c"})
     figure, panels = plt.subplots(1, len(PANELS), figsize=(13, 3.8), dpi=160)
     for axes, (title, values, scale) in zip(panels, PANELS, strict=True):
