@@ -53,7 +53,7 @@ types: $(DEVELOPER)
 
 check: lint types test
 
-bench: $(INSTALLED)
+bench: $(DEVELOPER)
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/tables.py
 

@@ -18,6 +18,7 @@ RESULTS = HERE / "results"
 COMMANDS: dict[str, list[Path | str]] = {
     "cpu": [HERE / "bench_cpu.py", "--output", RESULTS / "cpu.json"],
     "serve": [HERE / "bench_serve.py", "--output", RESULTS / "serve.json"],
+    "server": [HERE / "bench_server.py", "--output", RESULTS / "server.json"],
     "check": [HERE / "bench_check.py", "--output", RESULTS / "check.json"],
     "convert": [HERE / "bench_convert.py", "--output", RESULTS / "convert.json"],
     "demo": [HERE.parent / "demo" / "evaluate.py", "--output", RESULTS / "demo.json"],

@@ -5,10 +5,11 @@
     python figures/server_load.py                  # draws it
 
 The checkpoint is the demo cast to bfloat16, because transformers computes with FP8 weights on GPUs only. Both servers
-run all the time, each with its defaults (but --flags), and take turns: at each rate both get the same held-out questions of all kinds
-at the same moments, which follow a Poisson process. Latencies count from the moment a question was due, so a client
-that falls behind hides nothing. `between_tokens` are the gaps between two texts that reach a client, one token each.
-Goodput counts the requests with a first token and a mean gap within the bounds. Answers are greedy.
+run all the time, with their defaults (ours with --flags), and take turns: at each rate both get the same held-out
+questions of all kinds at the same moments, which follow a Poisson process. Latencies count from the moment a question
+was due, so a client that falls behind hides nothing. `between_tokens` are the gaps between two texts that reach a
+client, one token each. Goodput counts the requests with a first token and a mean gap within the bounds. Answers are
+greedy, and counted where they are right.
 """
 
 import argparse

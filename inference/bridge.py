@@ -95,15 +95,18 @@ class Bridge:
     def admit(self) -> None:
         """Raises Refused when the engine is not there, or too many requests are."""
         if self.state != "ready":
-            why = {"loading": "is loading", "draining": "is shutting down", "dead": "has failed"}
-            raise unavailable(f"the engine {why[self.state]}")
+            raise self._unavailable
         self._make_room(1)
+
+    @property
+    def _unavailable(self) -> Refused:
+        why = {"loading": "is loading", "draining": "is shutting down", "dead": "has failed"}
+        return unavailable(f"the engine {why[self.state]}")
 
     def _make_room(self, more: int) -> None:
         assert self.engine is not None
         if self._pending + more > self.engine.scheduler.max_num_seqs + self._max_queue:
-            raise Refused(f"{self._pending} requests are waiting or running already; try again later", status=429,
-                          code="queue_full", kind="rate_limit_error", headers={"Retry-After": "1"})  # fmt: skip
+            raise busy(f"{self._pending} requests are waiting or running already")
 
     async def prepare(self, work: Callable[[], T]) -> T:
         """Runs what takes a processor long, such as making tokens of a text, beside the event loop; it holds a place in
@@ -117,8 +120,8 @@ class Bridge:
 
     def submit(self, plan: Plan, arrived: float) -> Answer:
         """Raises Refused when its choices are too many more. Whoever submits ends with `leave`, however that goes."""
-        if self.state == "dead":
-            raise unavailable("the engine has failed")
+        if self.ended.is_set():
+            raise self._unavailable
         self._make_room(len(plan.choices))
         answer = Answer(plan, arrived, open=len(plan.choices))
         self._answers.add(answer)
@@ -134,13 +137,13 @@ class Bridge:
 
     async def drain(self, seconds: float) -> None:
         """Takes nothing new, lets what runs finish, for so long, then cancels it and ends the engine's thread."""
-        if self.state == "ready":
+        if not self.ended.is_set():
             self.state = "draining"
         until = time.monotonic() + seconds
         while self._pending and time.monotonic() < until and not self.ended.is_set():
             await asyncio.sleep(0.05)
         for answer in list(self._answers):
-            self._fail(answer, unavailable("the server is shutting down"))
+            self._fail(answer, self._unavailable)
         self._orders.put(None)
 
     async def order(self, work: Callable[[Engine], T]) -> T:
@@ -173,9 +176,10 @@ class Bridge:
             self._when_ready()
 
     def _end(self, error: BaseException | None) -> None:
-        self.state, self.error = "dead", error
+        self.error = error
+        self.state = "draining" if error is None else "dead"
         for answer in list(self._answers):
-            self._fail(answer, unavailable("the engine has failed"))
+            self._fail(answer, self._unavailable)
         self._readers.shutdown(wait=False)
         self.ended.set()
 
@@ -268,6 +272,11 @@ class Bridge:
             self._last[request] = now
         if request.finish_reason in ("stop", "length"):
             self.metrics.whole.observe(now - answer.arrived)
+
+
+def busy(why: str) -> Refused:
+    return Refused(f"{why}; try again later", status=429, kind="rate_limit_error", code="queue_full",
+                   headers={"Retry-After": "1"})  # fmt: skip
 
 
 def unavailable(why: str) -> Refused:

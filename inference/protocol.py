@@ -85,7 +85,7 @@ class Function(Schema):
 
 class ToolCall(Schema):
     id: str = ""
-    type: Literal["function"] = "function"
+    type: Literal["function"]
     function: Function
     index: int = 0  # streams carry it, and clients send it back
 
@@ -173,7 +173,7 @@ class CompletionBody(Sampled):
 Body = TypeVar("Body", ChatBody, CompletionBody)
 
 
-def parsed(kind: type[Body], raw: bytes) -> Body:
+def parsed(kind: type[Body], raw: bytes | bytearray) -> Body:
     """Raises Refused, naming the field."""
     if sum(map(raw.count, (b",", b"[", b"{"))) > VALUES:
         raise Refused(f"the body has more than {VALUES} values", status=413)
@@ -245,7 +245,7 @@ class Plan:
         return [(i, c) for i in range(len(self.prompts)) for c in range(self.params.n)]
 
 
-def read_chat(raw: bytes, served: Served) -> Plan:
+def read_chat(raw: bytes | bytearray, served: Served) -> Plan:
     """Raises Refused."""
     body = parsed(ChatBody, raw)
     check_model(body, served)
@@ -260,7 +260,8 @@ def read_chat(raw: bytes, served: Served) -> Plan:
                       "chat_template_kwargs")  # fmt: skip
     tools = [tool.given for tool in body.tools] if offers_tools(body) else None
     if tools and (served.tool_style is None or not served.tokenizer.knows_tools):
-        raise Refused("tools are not supported: this checkpoint's chat template knows none", "tools")
+        raise Refused("tools are not supported: this checkpoint's chat template offers none to the model; a "
+                      "chat_template.jinja beside its weights that does would be used instead", "tools")  # fmt: skip
     if body.top_logprobs is not None and not body.logprobs:
         raise Refused("top_logprobs needs logprobs: true", "top_logprobs")
     try:
@@ -275,7 +276,7 @@ def read_chat(raw: bytes, served: Served) -> Plan:
     return Plan(body, [prompt], sampling_params(body, served, [prompt], name, "messages", logprobs))
 
 
-def read_completion(raw: bytes, served: Served) -> Plan:
+def read_completion(raw: bytes | bytearray, served: Served) -> Plan:
     """Raises Refused."""
     body = parsed(CompletionBody, raw)
     check_model(body, served)

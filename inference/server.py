@@ -92,24 +92,27 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen()
-    except OSError as e:
-        raise UserError(f"--host {host} --port {port}: {e.strerror or e}") from None
+    except (OSError, UnicodeError) as e:  # the latter for a name that can be none
+        raise UserError(f"--host {host} --port {port}: {getattr(e, 'strerror', None) or e}") from None
     return listener
 
 
 def run(options: argparse.Namespace, tp: "Group") -> int:
     """Serves until told to end; returns the exit status. Raises UserError on all ranks alike."""
     listener = tp.together(lambda: listen(options.host, options.port) if tp.rank == 0 else None)
-    if listener is None:
-        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun tells every rank, and rank 0 may still have answers
-            signal.signal(number, signal.SIG_IGN)
-        return commandline.follow(commandline.load(options, tp, lambda: None, chat=False)[0])
-    import service
 
     def load() -> "Engine":
         return commandline.load(options, tp, lambda: None, chat=False)[0]
 
-    return asyncio.run(service.serve(options, listener, load))
+    if listener is None:
+        tp.heed_termination()
+        engine = load()
+        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun tells every rank, and rank 0 may still have answers
+            signal.signal(number, signal.SIG_IGN)
+        return commandline.follow(engine)
+    import service
+
+    return asyncio.run(service.serve(options, tp, listener, load))
 
 
 if __name__ == "__main__":

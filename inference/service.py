@@ -4,20 +4,20 @@ import argparse
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import json
-import os
 import re
 import signal
 import socket
 import sys
+import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -32,14 +32,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import chat
 import commandline
 import protocol
-from bridge import Answer, Bridge
-from commandline import complain
+from bridge import Answer, Bridge, busy
 from config import PROGRAM_VERSION
 from engine import Engine
+from parallel import Group
 from protocol import ChatChoice, CompletionChoice, Delta, Plan, Refused, Served, Update
 
 PAGE = Path(__file__).parent / "page.html"
 BODY = 16 << 20  # bytes of a request: a million characters, each escaped
+BODIES = 16 * BODY  # of all requests that have come, in part or whole, and are not token ids yet
 HEADERS = 32 << 10
 BODY_SECONDS = 60.0  # that a body may take to come
 CLOSING_SECONDS = 5  # that clients have to read the last of an answer
@@ -156,7 +157,7 @@ def application(bridge: Bridge, name: str, key: str | None, host: str, origins: 
         exception_handlers={Refused: refused, HTTPException: no_route, Exception: failed},
     )
     app.router.redirect_slashes = False  # type: ignore[attr-defined]
-    local = {"localhost", "127.0.0.1", "[::1]", host.lower(), f"[{host.lower()}]"}
+    local = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host.lower()}
     app = Guard(app, key, local, {origin.lower() for origin in origins})
     if origins:  # outside the guard: a browser's question whether it may ask carries no key
         app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"],
@@ -171,6 +172,7 @@ class Routes:
         self.bridge, self.name = bridge, name
         self._served: Served | None = None
         self._page = PAGE.read_bytes()
+        self._held = 0  # bytes of bodies
 
     @property
     def served(self) -> Served:
@@ -221,15 +223,18 @@ class Routes:
         return await self._answer(request, protocol.read_completion, Completion)
 
     async def _answer(
-        self, request: Request, read: Callable[[bytes, Served], Plan], kind: "type[Chat] | type[Completion]"
+        self, request: Request, read: Callable[[bytearray, Served], Plan], kind: "type[Chat] | type[Completion]"
     ) -> Response:
         arrived, served = time.monotonic(), self.served
         self.bridge.admit()
+        raw = bytearray()
         try:
-            raw = await body_of(request)
+            await self._read(request, raw)
+            plan = await self.bridge.prepare(partial(read, raw, served))
         except ClientDisconnect:
             return Response(status_code=400)
-        plan = await self.bridge.prepare(partial(read, raw, served))
+        finally:
+            self._held -= len(raw)
         del raw
         answer = self.bridge.submit(plan, arrived)
         reply = kind(answer, served)
@@ -239,6 +244,25 @@ class Routes:
             return await self._whole(reply, request.receive)
         finally:
             self.bridge.leave(answer)
+
+    async def _read(self, request: Request, body: bytearray) -> None:
+        """Adds the request's body to `body`. Raises Refused for one that is too long, too slow or too much beside all
+        others, as soon as it is, and ClientDisconnect."""
+        too_long = Refused(f"the body has more than {BODY} bytes", status=413)
+        announced = request.headers.get("content-length", "0")
+        if announced.isdigit() and int(announced) > BODY:
+            raise too_long
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    if len(body) + len(part) > BODY:
+                        raise too_long
+                    if self._held + len(part) > BODIES:
+                        raise busy(f"{self._held} bytes of requests are being read already")
+                    body += part
+                    self._held += len(part)
+        except TimeoutError:
+            raise Refused("the body did not come in time", status=408) from None
 
     async def _whole(self, reply: "Reply", receive: Receive) -> Response:
         """The answer in one piece, unless the client goes away meanwhile."""
@@ -266,23 +290,6 @@ def page_headers(page: bytes) -> dict[str, str]:
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
-
-
-async def body_of(request: Request) -> bytes:
-    """Raises Refused for a body that is too long or too slow, as soon as it is, and ClientDisconnect."""
-    too_long = Refused(f"the body has more than {BODY} bytes", status=413)
-    if request.headers.get("content-length", "0").isdigit() and int(request.headers.get("content-length", "0")) > BODY:
-        raise too_long
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                body += part
-                if len(body) > BODY:
-                    raise too_long
-    except TimeoutError:
-        raise Refused("the body did not come in time", status=408) from None
-    return bytes(body)
 
 
 async def until_gone(receive: Receive) -> None:
@@ -464,11 +471,19 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._signalled = signalled
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._signalled(sig)
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """For good: uvicorn would give them back as soon as it has ended, and what is told after that is told in
+        peace."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda number, frame: self._signalled(number))
+        yield
 
 
-async def serve(options: argparse.Namespace, listener: socket.socket, load: Callable[[], Engine]) -> int:
+async def serve(
+    options: argparse.Namespace, tp: Group, listener: socket.socket, load: Callable[[], Engine]
+) -> int:  # fmt: skip
     """Loads the engine while it listens already, serves until a signal or a failure, and returns the exit status.
     Raises what the engine failed of."""
     loop = asyncio.get_running_loop()
@@ -479,10 +494,11 @@ async def serve(options: argparse.Namespace, listener: socket.socket, load: Call
     signals: list[int] = []
 
     def signalled(number: int) -> None:
+        if bridge.error is not None or tp.leaving.locked():
+            return  # the end is near, and has a line of its own
         signals.append(number)
         if len(signals) > 1 or bridge.state == "loading":
-            complain(f"stopped by {signal.Signals(number).name}" + (" while loading" if len(signals) == 1 else ""))
-            os._exit(128 + number)
+            tp.stopped(number)
         loop.call_soon_threadsafe(told.set)
 
     told = asyncio.Event()
@@ -511,6 +527,5 @@ async def serve(options: argparse.Namespace, listener: socket.socket, load: Call
     if bridge.error is not None:
         raise bridge.error
     if not bridge.ended.is_set():
-        complain("the running step did not end in time")
-        os._exit(1)
+        tp.leave(tp.lost() or "the running step did not end in time", 1)
     return 0

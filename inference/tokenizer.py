@@ -39,6 +39,11 @@ class TooLong(UserError):
     """A prompt that comes to more tokens than were wanted."""
 
 
+class Json(str):
+    """JSON already: `tojson` leaves it as it is. A tool call's arguments are, and some templates pass them through that
+    filter, while others write them as they are."""
+
+
 class Tokenizer:
     """A checkpoint's tokenizer. Public facts: `bos_id` (None if there is none), `eos_ids`, `think_open_id` and
     `think_close_id` (None where the vocabulary has no `<think>`), `has_chat_template`."""
@@ -364,6 +369,22 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
     ) -> tuple[str, str]:
         """The prompt's text, and the same with a stand-in for each control token. Raises UserError."""
+        try:
+            return self._render(messages, thinking, add_generation_prompt, tools)
+        except UserError:
+            # Of a message that is tool calls alone some templates want to see no content, and others fail of that.
+            texts = [message | {"content": message.get("content") or ""} for message in messages]
+            if texts == messages:
+                raise
+        return self._render(texts, thinking, add_generation_prompt, tools)
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        thinking: bool | None,
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None,
+    ) -> tuple[str, str]:
         variables: dict[str, Any] = {
             "messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools, "documents": None,
             "strftime_now": datetime.now().strftime,  # one moment for both forms
@@ -442,7 +463,8 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 def _checked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with their content as one string (or None beside tool calls); raises UserError naming the message.
+    """The messages with their content as one string (or None beside tool calls), and calls' arguments as Json; raises
+    UserError naming the message.
 
     A role no template knows is refused here, because templates silently drop such messages.
     """
@@ -466,8 +488,18 @@ def _checked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             _require_unicode(json.dumps(message, ensure_ascii=False), f"message {i}")
         except (TypeError, ValueError) as e:
             raise UserError(f"message {i}: not plain JSON data ({e})") from None
-        checked.append(message)
+        checked.append(_with_arguments(message))
     return checked
+
+
+def _with_arguments(part: Any) -> Any:
+    """A copy of a message in which every tool call's arguments, where they are text, are Json."""
+    match part:
+        case {"tool_calls": list(calls)}:
+            return part | {"tool_calls": [_with_arguments(call) for call in calls]}
+        case {"function": {"arguments": str(text)}}:
+            return part | {"function": part["function"] | {"arguments": Json(text)}}
+    return part
 
 
 def _require_unicode(text: str, what: str) -> None:
@@ -515,6 +547,8 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes HTML, which no model was trained on; transformers replaces it in the same way."""
+    if isinstance(value, Json):
+        return value
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -41,10 +41,11 @@ def scripted(model, tokenizer, text: str | bytes, mtp: int = 0, end: bool = True
     engine = Engine(model, tokenizer, n_pages=20, max_model_len=1000, mtp=mtp)
     verify, propose = engine._verify, engine._propose
 
-    def verify_scripted(chunks, logits):
+    def verify_scripted(chunks, logits, parts):
         at = [len(chunk.job.tokens) - chunk.job.n_prompt for chunk in chunks]
         wanted = [token for i, c in zip(at, chunks, strict=True) for token in script[i : i + len(c.drafts) + 1]]
-        return verify(chunks, torch.nn.functional.one_hot(torch.tensor(wanted), VOCAB_SIZE).float() * 50 - 20)
+        said = torch.nn.functional.one_hot(torch.tensor(wanted), VOCAB_SIZE).float() * 50 - 20
+        return verify(chunks, said, said.split([len(rows) for rows in parts]))
 
     def propose_scripted(jobs, logits):
         out = propose(jobs, logits)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import weakref
@@ -359,7 +360,7 @@ def refusal(rank: Rank, limits: Limits, gb: float, **more) -> str:
 
 def test_what_cannot_fit_is_refused_with_what_would_help(monkeypatch):
     assert refusal(TP8, LIMITS, 80) == (
-        "a rank needs 91.04 GB of memory and 80.00 GB are free (weights 86.93 GB, a step 1.51 GB, latents of 32768 tokens "
+        "a rank needs 91.02 GB of memory and 80.00 GB are free (weights 86.93 GB, a step 1.48 GB, latents of 32768 tokens "
         "2.34 GB, kept free 0.26 GB); 16 ranks with as much memory each would do"
     )
     assert refusal(TP8, LIMITS, 90).endswith(
@@ -525,3 +526,13 @@ def test_wrong_use(capsys, flags, text):
 def test_wrong_use_is_answered_without_torch():
     code = "import sys, plan; sys.argv[1:] = ['--tp']; assert plan.main() == 2; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], env=environment(PYTHONPATH=str(INFERENCE)), check=True)
+
+
+def test_readme_shows_what_plan_says(capsys, monkeypatch):
+    root = Path(__file__).parent.parent
+    readme = (root / "README.md").read_text()
+    [command] = re.findall(r"^python plan\.py (.*)$", readme, re.MULTILINE)
+    monkeypatch.chdir(root / "inference")
+    monkeypatch.setattr(sys, "argv", ["plan.py", *command.split()])
+    assert plan.main() == 0
+    assert capsys.readouterr().out in readme

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import copy
 import json
+import os
 import random
 import re
 import signal
@@ -21,6 +22,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch.distributed as dist
 
 import engine as engine_module
 import launch
@@ -30,6 +32,7 @@ import service
 from chat import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 from engine import Engine
 from errors import UserError
+from parallel import SOLO
 from protocol import ChatBody, CompletionBody
 from sampling import SamplingParams
 from serving import GENEROUS, Gate, House, await_that, serving
@@ -277,7 +280,9 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         (CHAT, chat(chat_template="{{ x }}"), "chat_template", "is not supported"),
         (CHAT, chat(chat_template_kwargs={"thinking": True}), "chat_template_kwargs", "does not let thinking be switched"),
         (CHAT, chat(chat_template_kwargs={"x": 1}), "chat_template_kwargs.x", "is not supported"),
-        (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools", "knows none"),
+        (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools", "offers none to the model"),
+        (CHAT, chat(messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}]),
+         "messages.0.tool_calls.0.type", "is missing"),
         (CHAT, chat(tool_choice="required"), "tool_choice", "expected 'none' or 'auto'"),
         (CHAT, chat(n=1_000_000), "n", "less than or equal to 16"),
         (CHAT, chat(n=0), "n", "greater than or equal to 1"),
@@ -350,6 +355,25 @@ def test_body_without_a_length(demo: tuple[House, Engine]) -> None:
             client.sendall(part)
     assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
     client.close()
+
+
+def test_bodies_are_bounded_together(tiny: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has come of requests that are still being sent counts; when one is given up, its bytes are free again."""
+    monkeypatch.setattr(service, "BODIES", 1000)
+    with serving(again(tiny)) as house:
+        slow = socket.create_connection(("127.0.0.1", house.port), timeout=GENEROUS)
+        slow.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2000\r\n\r\n" % CHAT.encode() + b" " * 900)
+
+        def ask() -> tuple[int, str | None]:
+            status, headers, said = house.send("POST", COMPLETIONS, {"prompt": "x" * 300, "max_tokens": 1})
+            assert status == 200 or "bytes of requests are being read already" in said["error"]["message"]
+            return status, headers.get("retry-after")
+
+        await_that(lambda: ask() == (429, "1"), "it has come")
+        slow.close()
+        await_that(lambda: ask() == (200, None), "it is forgotten")
+        for _ in range(4):
+            assert ask() == (200, None)
 
 
 def test_errors_in_the_client(client: openai.OpenAI, demo: tuple[House, Engine]) -> None:
@@ -827,6 +851,32 @@ def test_ranks_let_answers_finish(endless: Path, processes: list[Process]) -> No
     assert launch.errors("".join(processes[0].said + processes[1].said)) == []
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    caught = re.search(r"SigCgt:\t(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+def test_ranks_end_while_they_load(endless: Path, processes: list[Process], tmp_path: Path) -> None:
+    """Told to end, or alone because the other was: nobody loads on, and one line is told."""
+    port = launch.free_port()
+    for file in endless.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "tokenizer.json")  # rank 0 waits for what it says
+    keeper = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # as torchrun's agent does
+    for rank in range(2):
+        run = launch.start_rank(rank, 2, port, run=command("--ckpt-path", tmp_path, *FLAGS), agent=True)
+        processes.append(Process(run=run))
+    processes[0].says("listening on")
+    for process in processes:
+        await_that(lambda process=process: catches(process.child.pid, signal.SIGTERM), "it listens to signals")
+        process.child.send_signal(signal.SIGTERM)
+    assert [process.left() for process in processes] == [128 + signal.SIGTERM] * 2
+    assert launch.errors("".join(processes[0].said + processes[1].said)) == ["error: stopped from outside (SIGTERM)"]
+    del keeper
+
+
 @pytest.mark.parametrize("busy", [False, pytest.param(True, marks=pytest.mark.trust)])
 def test_a_dead_rank_ends_the_server(endless: Path, processes: list[Process], busy: bool) -> None:
     """Idle or answering: noticed within seconds, told to whoever waits, and the exit status says so."""
@@ -854,7 +904,7 @@ def test_a_second_signal_ends_at_once(endless: Path, processes: list[Process]) -
     process.says("ending: running answers may finish")
     process.child.send_signal(signal.SIGINT)
     assert process.left() == 128 + signal.SIGINT
-    assert launch.errors("".join(process.said)) == ["error: stopped by SIGINT"]
+    assert launch.errors("".join(process.said)) == ["error: stopped from outside (SIGINT)"]
     client.close()
 
 
@@ -864,9 +914,9 @@ def test_draining_has_an_end(tiny: Engine) -> None:
         assert b"200 OK" in client.recv(1000)
         house.inside(house.bridge.drain(0))
         text = rest(client, until=b"\r\n0\r\n\r\n")
-        assert b"the server is shutting down" in text and b"[DONE]" not in text
+        assert b"the engine is shutting down" in text and b"[DONE]" not in text
         house.inside(house.bridge.ended.wait())
-        assert house.send("POST", COMPLETIONS, LONG)[2]["error"]["message"] == "the engine has failed"
+        assert house.send("POST", COMPLETIONS, LONG)[2]["error"]["message"] == "the engine is shutting down"
 
 
 def test_an_engine_that_does_not_load_or_fails(tiny: Engine) -> None:
@@ -888,7 +938,7 @@ def test_an_engine_that_does_not_load_or_fails(tiny: Engine) -> None:
         return engine
 
     with ThreadPoolExecutor(1) as pool:
-        serving = pool.submit(lambda: asyncio.run(service.serve(options, listener, load)))
+        serving = pool.submit(lambda: asyncio.run(service.serve(options, SOLO, listener, load)))
         assert asked.wait(GENEROUS)
         assert house.send("GET", "/health")[::2] == (503, {"status": "loading"})
         for method, path in (("POST", CHAT), ("GET", "/v1/models")):
