@@ -13,10 +13,12 @@ Exit status: 0 nothing found (there may be remarks); 1 faults found; 2 wrong use
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -253,16 +255,23 @@ def check_values(entries: list[Entry], args: ModelArgs | None, report: Report) -
             room = BATCH
         batches[-1].append(entry)
         room -= entry.nbytes
+    stopping = threading.Event()
+
+    def look_at(batch: list[Entry]) -> list[tuple[str, UserError]]:
+        wanted = itertools.takewhile(lambda _: not stopping.is_set(), batch)
+        return list(look(wanted, powers, bar.update))
+
     with (
         tqdm(total=sum(e.nbytes for e in entries), unit="B", unit_scale=True, desc="checking") as bar,
         ThreadPoolExecutor(THREADS) as pool,
     ):
         try:
-            for problems in pool.map(lambda batch: list(look(batch, powers, bar.update)), batches):
+            for problems in pool.map(look_at, batches):
                 for check, problem in problems:
                     with report.checking(check):
                         raise problem
         except BaseException:
+            stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     scales = sum(is_scale(entry) for entry in entries)

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,6 +87,30 @@ def test_windows_of_any_size(copy, window, monkeypatch):
     monkeypatch.setattr(check_checkpoint, "WINDOW", window)
     monkeypatch.setattr(check_checkpoint, "BATCH", 1 << 16)
     assert found(copy) == [f"{file}: {name}: expected finite values, found NaN or infinity at [2, 5], 2 such"]
+
+
+def test_interrupted(good, monkeypatch):
+    """Ctrl-C waits for the tensor in hand, and not for the gigabyte that its thread has taken on."""
+    looked: list[str] = []
+    stopped = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, *args, **options):
+            stopped.set()
+            super().shutdown(*args, **options)
+
+    def problems(entry, *_):
+        looked.append(entry.name)
+        if len(looked) == 3:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            assert stopped.wait(30)
+        return iter(())
+
+    monkeypatch.setattr(check_checkpoint, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(check_checkpoint, "weight_problems", problems)
+    with pytest.raises(KeyboardInterrupt):
+        check(good)
+    assert len(looked) == 3
 
 
 def test_a_hole_in_a_weight(copy, monkeypatch):

@@ -625,7 +625,7 @@ def test_killed_at_random_times(write, n, sources, written, tmp_path):
     old, new = content(earlier, ranks_of(write)), content(written[write], ranks_of(write))
     began = time.monotonic()
     write(sources[1], out)
-    length = time.monotonic() - began
+    length = min(time.monotonic() - began, 2)  # where the disk was slow, most kills come early
     draw = random.Random(n)
     for i in range(n):
         shutil.rmtree(out)
