@@ -7,6 +7,7 @@ ready for more. So a slow reader delays nobody, and is cut off where it falls to
 
 import asyncio
 import contextlib
+import gc
 import queue
 import threading
 import time
@@ -191,6 +192,8 @@ class Bridge:
         error: BaseException | None = None
         try:
             engine = self._load()
+            gc.collect()
+            gc.freeze()  # looking all of torch through for cycles, now and then, would hold everybody up for 0.1 s
             self._tell(self._ready, engine)
             while self._obey(engine):
                 advanced = engine.step()
