@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,14 @@ KILLED = 9
 tqdm.tqdm.monitor_interval = 0  # no thread of its own: we fork
 
 
+def _fork() -> int:
+    """os.fork, where the child does not share a lock with us: tqdm's is one between processes, and a child that is killed
+    while it holds it would leave it held for good."""
+    if not (pid := os.fork()):
+        tqdm.tqdm.set_lock(threading.RLock())
+    return pid
+
+
 def _patch(act: Callable[[str, Callable, tuple], object]) -> None:
     for name in EVENTS:
         real = getattr(os, name)
@@ -25,7 +34,7 @@ def _patch(act: Callable[[str, Callable, tuple], object]) -> None:
 
 def _in_child(action: Callable[[], object], act: Callable[[str, Callable, tuple], object] | None) -> int:
     """Runs the action in a forked child with the events going through `act`; returns its exit status."""
-    pid = os.fork()
+    pid = _fork()
     if pid == 0:
         status = 1
         try:
@@ -76,7 +85,7 @@ def ends_before(action: Callable[[], object], at: int) -> bool:
 
 def kill_after(action: Callable[[], object], seconds: float) -> bool:
     """Runs the action in a forked child, sends it SIGKILL that long after the fork, and says whether that hit it."""
-    pid = os.fork()
+    pid = _fork()
     if pid == 0:
         status = 1
         try:
@@ -112,7 +121,9 @@ def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
-def spread(total: int, n: int) -> list[int]:
-    """About n numbers below total: the first, the last twenty or so, and some between."""
-    tail = range(max(total - 20, 0), total)
-    return sorted({*range(0, total, max(total // n, 1)), *tail})
+def moments(log: list[str], n: int) -> list[int]:
+    """Moments of a run to be killed at, as numbers of events: about n over its length, the last, those before and after
+    each file takes its name, and those where removing begins and ends."""
+    steps = {at + d for at, name in enumerate(log) for d in (0, 1) if name == "replace"}
+    steps |= {at for at in range(1, len(log)) if (log[at] == "unlink") != (log[at - 1] == "unlink")}
+    return sorted({at for at in steps if at < len(log)} | {*range(0, len(log), max(len(log) // n, 1)), len(log) - 1})

@@ -889,7 +889,7 @@ MUTANTS = [Mutant(*row) for row in (
     ("convert-manifest-before-files", "manifest.py",
      'manifest | {"pending": True, "obsolete"',
      'manifest | {"pending": False, "obsolete"',
-     "test_convert.py::test_killed_at_any_moment_leaves_nothing_that_loads[8]", "the manifest says that the files have their names before they do"),
+     "test_convert.py::test_killed_at_any_moment_keeps_what_was_there[8]", "the manifest says that the files have their names before they do"),
     ("convert-not-durable", "tensorfile.py",
      "        sync(self.fd)\n        if hasattr(os, \"posix_fadvise\")",
      "        if hasattr(os, \"posix_fadvise\")",

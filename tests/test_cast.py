@@ -203,7 +203,7 @@ def test_killed_at_any_moment(n, small, tmp_path):
         start(fresh)
         log = killing.events(lambda: cast(small[1], out, CPU), tmp_path / f"log{fresh}")
         seen = []
-        for at in killing.spread(len(log), n):
+        for at in killing.moments(log, n):
             start(fresh)
             killing.kill(lambda: cast(small[1], out, CPU), at)
             found = content(out)

@@ -619,8 +619,10 @@ def watched(house: House) -> Iterator[list[float]]:
 
     with ThreadPoolExecutor(1) as pool:
         watching = pool.submit(watch)
-        yield times
-        done.set()
+        try:
+            yield times
+        finally:
+            done.set()
         watching.result()
 
 
@@ -661,39 +663,40 @@ def junk(draw: random.Random) -> Any:
     return copy.deepcopy(draw.choice(JUNK))
 
 
-def from_schema(schema: dict[str, Any], root: dict[str, Any], draw: random.Random, depth: int = 0) -> Any:
-    """A value that a JSON schema describes, or near it."""
-    if draw.random() < 0.06 or depth > 8:
+def from_schema(schema: dict[str, Any], root: dict[str, Any], draw: random.Random, wrong: float, depth: int = 0) -> Any:
+    """A value that a JSON schema describes, with parts of it junk at that rate."""
+    if draw.random() < wrong or depth > 8:
         return junk(draw)
     if "$ref" in schema:
-        return from_schema(root["$defs"][schema["$ref"].rpartition("/")[2]], root, draw, depth + 1)
+        return from_schema(root["$defs"][schema["$ref"].rpartition("/")[2]], root, draw, wrong, depth + 1)
     for either in ("anyOf", "oneOf"):
         if either in schema:
-            return from_schema(draw.choice(schema[either]), root, draw, depth + 1)
+            return from_schema(draw.choice(schema[either]), root, draw, wrong, depth + 1)
     if "const" in schema or "enum" in schema:
         return draw.choice(schema.get("enum", [schema.get("const")]))
     kind = schema.get("type")
     if kind == "object":
         names = schema.get("properties", {})
         needed = set(schema.get("required", ()))
-        found = {name: from_schema(part, root, draw, depth + 1) for name, part in names.items() if name in needed or draw.random() < 0.2}
-        return found | ({draw.choice(["x", "model", "stop", "prompt"]): junk(draw)} if draw.random() < 0.05 else {})
+        given = [name for name in names if name in needed or draw.random() < 0.2]
+        found = {name: from_schema(names[name], root, draw, wrong, depth + 1) for name in given}
+        return found | ({draw.choice(["x", "model", "stop", "prompt"]): junk(draw)} if draw.random() < wrong else {})
     if kind == "array":
         most = min(schema.get("maxItems", 4), 4)
-        return [from_schema(schema.get("items", {}), root, draw, depth + 1) for _ in range(draw.randint(schema.get("minItems", 0), most))]
+        return [from_schema(schema.get("items", {}), root, draw, wrong, depth + 1) for _ in range(draw.randint(schema.get("minItems", 0), most))]
     if kind == "integer":
         return draw.choice([schema.get("minimum", 0), schema.get("maximum", 3), draw.randint(-2, 40), 5, 2])
     if kind == "number":
         return draw.choice([0, 1, 0.5, 1.0, draw.uniform(-3, 3)])
     if kind == "string":
-        return draw.choice(["hello", "Ünïcödé 🙂", "", "<think>", "x" * draw.randint(0, 400), "model"])
+        return draw.choice(["hello", "Ünïcödé 🙂", "", "<think>", "x" * draw.randint(0, 400), "model", "find", "get_time", '{"a": 1}'])
     return {"boolean": draw.random() < 0.5, "null": None}.get(kind, junk(draw))
 
 
 def fuzzed(draw: random.Random) -> tuple[str, bytes]:
     path, kind = draw.choice([(CHAT, ChatBody), (COMPLETIONS, CompletionBody)])
     schema = kind.model_json_schema()
-    body = from_schema(schema, schema, draw)
+    body = from_schema(schema, schema, draw, wrong=draw.choice([0, 0.02, 0.06]))
     if isinstance(body, dict):
         body.setdefault("max_tokens", draw.randint(1, 4))
         if draw.random() < 0.3:
