@@ -35,7 +35,7 @@ test: $(DEVELOPER)
 	$(BIN)/python -m pytest -n 2
 
 trust: $(DEVELOPER)
-	$(BIN)/python -m pytest -n 2 -m "trust or not trust" --timeout 7200 \
+	$(BIN)/python -m pytest -n 2 -m "trust or not trust" --timeout 7200 tests \
 	    --record benchmarks/results/trust.json
 
 # Without a GPU these run in Triton's interpreter, as a part of `make test`.
