@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 
 class Record:
-    """Outcomes of the tests in their long form, each saved at once, with those the file holds: such runs take hours,
+    """Outcomes of the tests in their long form, each saved at once, with those the file holds: such runs take an hour,
     are made in parts, and get cut."""
 
     def __init__(self, path: Path):
