@@ -108,6 +108,8 @@ def test_mtp_logits_are_transformers(tmp_path):
     inputs = torch.tensor([ids])
     their_hidden = oracle.model(inputs[:, :-1]).last_hidden_state
     module = their_mtp(oracle, path)
+    if not hasattr(module, "forward_layer"):
+        pytest.skip("before 5.20 transformers' MTP module has no forward of one layer")
     positions = torch.arange(len(ids) - 1)[None]
     expected = oracle.lm_head(module.forward_layer(0, their_hidden, positions, None, input_ids=inputs[:, 1:]))[0]
 
