@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered 
 
 T = TypeVar("T")
 TIMEOUT = 300.0
+CPU_MIXED_TOKENS = 256
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -135,12 +136,21 @@ def load(
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_mixed_tokens=mixed_tokens(options, device),
         kv_cache_gib=options.kv_cache_gib,
         mtp=options.mtp,
         deterministic=options.deterministic,
         graphs=False if options.eager else None,
     )
     return engine, prepared
+
+
+def mixed_tokens(options: argparse.Namespace, device: "torch.device") -> int | None:
+    """What a step may take of prompts while others are being answered: a server's flag, which on a CPU has a default,
+    for there a full step takes seconds. Elsewhere nobody watches the answers grow."""
+    if "max_num_mixed_tokens" not in options:
+        return None
+    return options.max_num_mixed_tokens or (CPU_MIXED_TOKENS if device.type == "cpu" else None)
 
 
 def choose_device(name: str, local_rank: int, local_size: int) -> "torch.device":
@@ -162,8 +172,9 @@ def choose_device(name: str, local_rank: int, local_size: int) -> "torch.device"
 
 def agree_on_flags(options: argparse.Namespace, device: "torch.device", tp: "Group") -> None:
     """Ranks that were started differently would wait for each other, or compute different things, without a word."""
-    names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_gib", "kv_cache_dtype", "mtp",
-             "deterministic", "eager", "dtype", "gemm", "experts", "raw", "verify")  # fmt: skip
+    names = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_mixed_tokens", "kv_cache_gib",
+             "kv_cache_dtype", "mtp", "deterministic", "eager", "dtype", "gemm", "experts", "raw",
+             "verify")  # fmt: skip
     mine = {"device": device.type, **{name: getattr(options, name, None) for name in names}}
     first = json.loads(bytes(tp.broadcast_ints(list(json.dumps(mine).encode()))))
 

@@ -116,6 +116,7 @@ class Engine:
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
         max_num_batched_tokens: int = 2048,
+        max_num_mixed_tokens: int | None = None,
         n_pages: int | None = None,
         kv_cache_gib: float | None = None,
         mtp: int = 0,
@@ -129,6 +130,7 @@ class Engine:
         max_model_len   tokens a conversation may have, prompt and answer; by default what the model was made for, or
                         as many as the page pool holds
         max_num_seqs, max_num_batched_tokens   requests, and tokens, that one forward takes at most
+        max_num_mixed_tokens   prompt tokens of a forward that goes on with answers too: fewer stall these less
         n_pages, kv_cache_gib   the page pool, as pages or GiB a rank; by default sized from free memory
         mtp             tokens the MTP module drafts a step, 0 to 4
         reuse           whether requests share the cached beginnings of their prompts
@@ -155,7 +157,7 @@ class Engine:
         self.max_model_len = length_that_fits(asked, n_pages, shrink=max_model_len is None)
         self.cache = model.new_cache(n_pages + bool(graphs))  # one page more takes what fills a graph's batch up
         pool = PagePool(n_pages, PAGE_SIZE, lookahead=int(mtp > 0))
-        self.scheduler = Scheduler(pool, max_num_seqs, asked.budget, mtp, reuse)
+        self.scheduler = Scheduler(pool, max_num_seqs, asked.budget, mtp, reuse, max_num_mixed_tokens)
         self._step_graphs: Graphs | None = None
         self._draft_graphs: list[Graphs] = []
         if graphs:

@@ -373,8 +373,8 @@ def _on_gpu(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) -> int:
 
     def decoded(few: int) -> tuple[int, int]:
         width = min(DECODE_ROWS, min(rows, FEW_ROWS) * n)
-        partial = min(few, limits.max_num_seqs) * (width - math.gcd(n, width))  # rows that sequences leave empty at most
-        tiles = (few * n + partial) // width
+        empty = min(few, limits.max_num_seqs) * (width - math.gcd(n, width))  # rows, in the sequences' last tiles
+        tiles = (few * n + empty) // width
         split = width * min(tiles * -(-limits.max_model_len // PAGE_SIZE), tiles + PROGRAMS)
         return 2 * few * n * c * b, min(SPLIT_BYTES, 4 * split * c) * (c + 1) // c + 12 * few * n
 

@@ -59,18 +59,28 @@ class Chunk:
 class Scheduler:
     """First come, first served, with pages taken as they are needed.
 
-    Each step runs every decoding job and fills the token budget with chunks of prompts. When pages run out the
-    youngest job gives its own up and goes back to the head of the queue, to be resumed from its tokens; the oldest is
-    never preempted for a younger one, so everybody finishes.
+    Each step runs every decoding job and fills the token budget with chunks of prompts; beside decoding jobs these may
+    be held to fewer tokens, so that answers do not stall. When pages run out the youngest job gives its own up and goes
+    back to the head of the queue, to be resumed from its tokens; the oldest is never preempted for a younger one, so
+    everybody finishes.
     """
 
     def __init__(
-        self, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int, n_drafts: int = 0, reuse: bool = True
+        self,
+        pool: PagePool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        n_drafts: int = 0,
+        reuse: bool = True,
+        max_num_mixed_tokens: int | None = None,
     ):
-        """`n_drafts`: the most tokens proposed to a job at once; `reuse`: whether jobs share equal beginnings."""
+        """`n_drafts`: the most tokens proposed to a job at once; `reuse`: whether jobs share equal beginnings;
+        `max_num_mixed_tokens`: prompt tokens of a step in which others decode, if they are to be fewer."""
         assert max_num_batched_tokens >= max_num_seqs * (1 + n_drafts) and max_num_seqs >= 1
         self.pool, self.max_num_seqs, self.max_num_batched_tokens = pool, max_num_seqs, max_num_batched_tokens
         self.n_drafts, self.reuse = n_drafts, reuse
+        mixed = max_num_batched_tokens if max_num_mixed_tokens is None else max_num_mixed_tokens
+        self.max_num_mixed_tokens = max(mixed, 1 + n_drafts)  # a token and its drafts always go on
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []  # in order of arrival
         self.preemptions = 0
@@ -97,6 +107,8 @@ class Scheduler:
             if self._reserve(job, job.n_known + len(drafts)):
                 chunks.append(Chunk(job, 1, drafts))
                 budget -= 1 + len(drafts)
+        if chunks:
+            budget = min(budget, self.max_num_mixed_tokens)
         for job in self._prompts():
             drafts, n = self._drafts(job), job.n_known - job.n_cached
             if n + len(drafts) > budget:  # a resumed job's drafts go with its last token, as if it had not been away

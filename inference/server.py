@@ -45,6 +45,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="let web pages of this origin (https://example.com) use the API; may be given several times")  # fmt: skip
     add("--model-name", metavar="NAME", help="what clients call the model (default: the checkpoint directory's name)")
     add("--max-queue", type=positive, default=256, metavar="N", help="requests that may wait (default: 256)")
+    add("--max-num-mixed-tokens", type=positive, metavar="N",
+        help="prompt tokens a step takes while others are answered; fewer, and their answers stall less "
+        f"(default: {commandline.CPU_MIXED_TOKENS} on CPUs, else as --max-num-batched-tokens)")  # fmt: skip
     add("--drain-seconds", type=float, default=20.0, metavar="S",
         help="time running answers have to finish when the server is told to end (default: 20)")  # fmt: skip
     commandline.add_engine_flags(parser)

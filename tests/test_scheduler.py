@@ -16,10 +16,11 @@ PAGE = 4
     st.integers(0, 30),
     st.integers(0, 3),
     st.booleans(),
+    st.one_of(st.none(), st.integers(1, 20)),
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(0, 2)), min_size=1, max_size=25),
     st.randoms(use_true_random=False),
 )
-def test_under_random_use(max_num_seqs, extra, n_drafts, reuse, wanted, random):
+def test_under_random_use(max_num_seqs, extra, n_drafts, reuse, mixed, wanted, random):
     """Everybody finishes with all tokens in bounded steps; budget and capacity hold; what is read was written.
 
     `written` plays the tensor: what each slot holds. A job may only be sent on with n_cached tokens whose slots hold
@@ -27,7 +28,7 @@ def test_under_random_use(max_num_seqs, extra, n_drafts, reuse, wanted, random):
     """
     lookahead = int(n_drafts > 0)
     pool = PagePool(16, PAGE, lookahead)
-    scheduler = Scheduler(pool, max_num_seqs, max_num_seqs * (1 + n_drafts) + extra, n_drafts, reuse)
+    scheduler = Scheduler(pool, max_num_seqs, max_num_seqs * (1 + n_drafts) + extra, n_drafts, reuse, mixed)
     written: dict[int, tuple] = {}
     jobs = []
     for i, (n, new, kind) in enumerate(wanted):
@@ -42,8 +43,11 @@ def test_under_random_use(max_num_seqs, extra, n_drafts, reuse, wanted, random):
         while left and random.random() < 0.4:
             scheduler.add(left.pop(0))
         oldest = min((j.id for j in [*scheduler.running, *scheduler.waiting]), default=None)
+        answering = {job.id for job in scheduler.running if job.decoding}
         chunks = scheduler.schedule()
         assert sum(len(c.tokens) for c in chunks) <= scheduler.max_num_batched_tokens
+        if mixed is not None and any(c.job.id in answering for c in chunks):
+            assert sum(len(c.tokens) for c in chunks if c.job.id not in answering) <= max(mixed, 1 + n_drafts)
         assert len({c.job.id for c in chunks}) == len(chunks)
         assert oldest is None or oldest in {c.job.id for c in chunks}, "the oldest waits"
         for chunk in chunks:
@@ -87,6 +91,22 @@ def run(scheduler: Scheduler, job: Job, n: int) -> None:
         for chunk in scheduler.schedule():
             scheduler.commit(chunk, [7] if chunk.samples else [])
     assert job in scheduler.running
+
+
+def test_prompts_beside_answers_come_in_smaller_chunks():
+    scheduler = Scheduler(PagePool(40, PAGE), 3, 50, max_num_mixed_tokens=8)
+    first, second = Job(0, list(range(60)), 80), Job(1, list(range(100, 120)), 80)
+    scheduler.add(first)
+    sizes = []
+    for step in range(6):
+        if step == 2:
+            scheduler.add(second)
+        chunks = scheduler.schedule()
+        sizes.append([(c.job.id, c.n) for c in chunks])
+        for chunk in chunks:
+            scheduler.commit(chunk, [7] if chunk.samples else [])
+    alone, beside = [[(0, 50)], [(0, 10)]], [[(0, 1), (1, 8)], [(0, 1), (1, 8)], [(0, 1), (1, 4)], [(0, 1), (1, 1)]]
+    assert sizes == alone + beside
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])

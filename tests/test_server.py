@@ -22,9 +22,12 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 import torch.distributed as dist
 
+import commandline
 import engine as engine_module
+import generate
 import launch
 import requestfields
 import server
@@ -756,6 +759,17 @@ def test_wrong_flags(flags: str, message: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv(server.KEY_VARIABLE, raising=False)
     with pytest.raises(UserError, match=re.escape(message)):
         server.parse(flags.split())
+
+
+def test_prompts_beside_answers_are_cut_smaller_on_a_cpu() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    options = server.parse(["--ckpt-path", "C"])
+    assert (commandline.mixed_tokens(options, cpu), commandline.mixed_tokens(options, gpu)) == (256, None)
+    options = server.parse(["--ckpt-path", "C", "--max-num-mixed-tokens", "40"])
+    assert (commandline.mixed_tokens(options, cpu), commandline.mixed_tokens(options, gpu)) == (40, 40)
+    assert commandline.mixed_tokens(generate.parse(["--ckpt-path", "C", "--interactive"]), cpu) is None
+    flags = ["--ckpt-path", str(DEMO), "--device", "cpu", "--threads", "1", "--kv-cache-gib", "0.1", "--max-model-len", "512"]
+    assert commandline.load(server.parse(flags), SOLO, lambda: None, chat=False)[0].scheduler.max_num_mixed_tokens == 256
 
 
 def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
