@@ -106,7 +106,11 @@ class Bridge:
 
     def _make_room(self, more: int) -> None:
         assert self.engine is not None
-        if self._pending + more > self.engine.scheduler.max_num_seqs + self._max_queue:
+        most = self.engine.scheduler.max_num_seqs + self._max_queue
+        if more > most:
+            why = f"{more} answers at once are more than this server takes, {most}"
+            raise Refused(f"{why}: ask for fewer with n, or for fewer prompts", "n")
+        if self._pending + more > most:
             raise busy(f"{self._pending} requests are waiting or running already")
 
     async def prepare(self, work: Callable[[], T]) -> T:
@@ -143,8 +147,7 @@ class Bridge:
         until = time.monotonic() + seconds
         while self._pending and time.monotonic() < until and not self.ended.is_set():
             await asyncio.sleep(0.05)
-        for answer in list(self._answers):
-            self._fail(answer, self._unavailable)
+        self._fail_open()
         self._orders.put(None)
 
     async def order(self, work: Callable[[Engine], T]) -> T:
@@ -170,6 +173,12 @@ class Bridge:
         answer.news.set()
         self.leave(answer)
 
+    def _fail_open(self) -> None:
+        """Gives up what the engine has not finished. The rest may still be read."""
+        for answer in list(self._answers):
+            if answer.open:
+                self._fail(answer, self._unavailable)
+
     def _ready(self, engine: Engine) -> None:
         self.engine = engine
         if self.state == "loading":
@@ -179,8 +188,7 @@ class Bridge:
     def _end(self, error: BaseException | None) -> None:
         self.error = error
         self.state = "draining" if error is None else "dead"
-        for answer in list(self._answers):
-            self._fail(answer, self._unavailable)
+        self._fail_open()
         self._readers.shutdown(wait=False)
         self.ended.set()
 
@@ -251,7 +259,7 @@ class Bridge:
                 [(request.text[a:b], drafted)
                  for a, b, drafted in zip(starts, starts[1:], request.drafted[said:], strict=False)],
                 [at for at in request.controls if at >= starts[0]],
-                list(zip(request.logprobs[said:], starts, strict=False)),
+                list(zip(request.logprobs[said:], request.starts[said:], strict=False)),
                 request.finish_reason is not None,
             )  # fmt: skip
             if update.finished:

@@ -32,6 +32,7 @@ FinishReason = Literal["stop", "length", "error", "cancelled"]
 Prompt = str | list[int] | list[dict]  # raw text, token ids, or chat messages
 _FINISH: list[FinishReason | None] = [None, "stop", "length", "error", "cancelled"]  # as numbers on the wire
 _STEP, _STOP = 0, 1
+OPEN, CLOSE = "<think>", "</think>"
 
 
 @dataclass(eq=False)
@@ -44,7 +45,8 @@ class Request:
     choice: int = 0  # which of params.n answers to the prompt
     tokens: list[int] = field(default_factory=list)  # ids made, without the end token
     drafted: list[bool] = field(default_factory=list)  # of each, whether the MTP module had proposed it
-    ends: list[int] = field(default_factory=list)  # of each, how long `text` was with it
+    starts: list[int] = field(default_factory=list)  # of each, where its text begins, in `text` unless that was cut
+    ends: list[int] = field(default_factory=list)  # of each, how long `text` was with it, as much as could be said
     controls: list[int] = field(default_factory=list)  # where in `text` control tokens begin (see Tokenizer.is_control)
     text: str = ""
     finish_reason: FinishReason | None = None
@@ -62,12 +64,14 @@ class Request:
     @property
     def parts(self) -> tuple[str | None, str]:
         """(reasoning, answer): what stands inside <think> … </think> at the beginning, None if there is no such part,
-        and what comes after it. Text that never leaves the thinking is all reasoning."""
-        opened = self.opens_thinking or self.text.startswith("<think>")
-        if not opened:
+        and what comes after it. Text that never leaves the thinking is all reasoning. Only control tokens begin and
+        end it: somebody may have written what merely looks like them."""
+        begins = 0 in self.controls and self.text.startswith(OPEN)
+        if not (begins or self.opens_thinking):
             return None, self.text
-        inside, closed, after = self.text.removeprefix("<think>").partition("</think>")
-        return inside.strip("\n"), after.lstrip("\n") if closed else ""
+        closes = next((at for at in self.controls if self.text.startswith(CLOSE, at)), None)
+        inside = self.text[len(OPEN) if begins else 0 : closes]
+        return inside.strip("\n"), "" if closes is None else self.text[closes + len(CLOSE) :].lstrip("\n")
 
     @property
     def noise(self) -> int:
@@ -202,7 +206,7 @@ class Engine:
         if device.index is not None:
             torch.cuda.set_device(device)  # kernels are launched on the current device
 
-        def choose() -> tuple[weights.Checkpoint, ModelArgs, Numerics, bool]:
+        def choose() -> tuple[weights.Checkpoint, ModelArgs, Numerics, bool, SamplingParams]:
             checkpoint = weights.Checkpoint(ckpt_path)
             args = choose_args(checkpoint, config)
             num, says = choose_numerics(args, device, dtype, gemm)
@@ -216,9 +220,10 @@ class Engine:
                     print(why, file=sys.stderr)
             has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
             check_start(memory.Rank(args, num, tp.size, device.type != "cpu", has_mtp), device, limits)
-            return checkpoint, args, num, has_mtp
+            return checkpoint, args, num, has_mtp, released_params(Path(ckpt_path))
 
-        checkpoint, args, num, has_mtp = tp.together(choose)  # what is free is looked at before any rank takes of it
+        # what is free is looked at before any rank takes of it
+        checkpoint, args, num, has_mtp, default_params = tp.together(choose)
 
         def load() -> tuple[Transformer, Tokenizer | None]:
             tokenizer = Tokenizer(ckpt_path, args.vocab_size) if tp.rank == 0 else None
@@ -239,8 +244,7 @@ class Engine:
 
         tp.together(same)
         engine = cls(model, tokenizer, progress=progress, **limits)  # type: ignore[arg-type]
-        if tp.rank == 0:
-            engine.default_params = released_params(Path(ckpt_path))
+        engine.default_params = default_params
         return engine
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -309,10 +313,11 @@ class Engine:
             yield from (r for r in requests if r.finish_reason)
             while self.busy:
                 yield from self.step()
-        except GeneratorExit:  # whoever asked has seen enough
-            for r in requests:
-                self.cancel(r)
-            self.step()
+        except BaseException as e:  # whoever asked has seen enough, or was interrupted
+            if isinstance(e, GeneratorExit) or self.tp.size == 1:  # after a failure other ranks are somewhere else
+                for r in requests:
+                    self.cancel(r)
+                self.step()
             raise
 
     def generate(
@@ -455,6 +460,7 @@ class Engine:
                 request.drafted.append(i + 1 < len(tokens))
                 if params.logprobs is not None:
                     request.logprobs.append(logprob(logits[i], token, params.logprobs))
+                request.starts.append(len(request.text) + len(request._held))
                 found = self._say(request, self._spell(request, token))
                 request.ends.append(len(request.text))
                 if found:

@@ -179,11 +179,16 @@ class Group:
     def part(self) -> None:
         """Leaves the ranks when all have done their work, or none can. torchrun ends the others as soon as one is gone
         with another status than 0: this one says no more, and waits for them to have got so far."""
-        self.leaving.acquire(blocking=False)
-        with contextlib.suppress(RankFailure):
-            self.barrier(10)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        mine = self.leaving.acquire(blocking=False)
+        try:
+            with contextlib.suppress(RankFailure):
+                self.barrier(10)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        except BaseException:  # interrupted, say: then this rank has a line to tell after all
+            if mine:
+                self.leaving.release()
+            raise
 
     def heed_termination(self) -> None:
         """From now on SIGTERM is answered with a line. torchrun sends it to all other ranks as soon as one has ended,

@@ -81,7 +81,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         text, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(text, str) and name in ("replace", "join"):
             room = __context[ROOM]
-            return room.replaced(text, *args) if name == "replace" else room.joined(*args, between=text)
+            return room.replaced(text, *args, **options) if name == "replace" else room.joined(*args, between=text)
         return super().call(__context, __obj, *args, **options)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:

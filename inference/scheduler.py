@@ -175,7 +175,8 @@ class Scheduler:
         failed = chunk.samples and not tokens
         if failed:
             self.pool.forget(job.pages)  # what it computed, in earlier chunks too, is not fit to be found by others
-        job.drafts = []
+        if chunk.samples:  # a job that is resumed in several chunks keeps its drafts for the last
+            job.drafts = []
         job.tokens += tokens
         job.n_cached += chunk.n + max(len(tokens) - 1, 0)
         full = job.n_cached // page_size

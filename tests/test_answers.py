@@ -1,5 +1,7 @@
 """What an answer is made of: text, stop texts, streaming, reasoning, log-probabilities, several answers."""
 
+import re
+
 import pytest
 import torch
 
@@ -136,14 +138,19 @@ def test_length_ends_inside_a_character(model, tokenizer, mtp):
 
 
 def test_reasoning_is_kept_apart():
-    def parts(text, opens):
-        return Request(0, [], SamplingParams(), text=text, opens_thinking=opens).parts
+    def parts(text, opens, controls=None):
+        if controls is None:
+            controls = [match.start() for match in re.finditer("</?think>", text)]
+        return Request(0, [], SamplingParams(), text=text, opens_thinking=opens, controls=controls).parts
 
     assert parts("7+5=12\n</think>\n\n12", True) == ("7+5=12", "12")
     assert parts("<think>\nhm\n</think>\n\nyes </think>", False) == ("hm", "yes </think>")
     assert parts("never closed", True) == ("never closed", "")
     assert parts("no thinking", False) == (None, "no thinking")
     assert parts("a <think> b", False) == (None, "a <think> b")
+    said = "the tag </think> ends it.</think>42"  # the first is only spelled
+    assert parts(said, True, [said.rindex("<")]) == ("the tag </think> ends it.", "42")
+    assert parts("<think> is a tag", False, []) == (None, "<think> is a tag")
 
 
 def test_logprobs_are_the_models(model, tokenizer):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,8 @@ def test_nothing_is_lost(text: str, style: str) -> None:
 @settings(deadline=None, derandomize=True, database=None, max_examples=300)
 @given(text=texts, thinking=st.booleans())
 def test_reasoning_is_that_of_the_engine(text: str, thinking: bool) -> None:
-    request = Request(0, [], SamplingParams(), text=text, opens_thinking=thinking)
+    controls = [match.start() for match in re.finditer("</?think>", text)]
+    request = Request(0, [], SamplingParams(), text=text, opens_thinking=thinking, controls=controls)
     reasoning, content, _ = joined(parse(list(text), None, thinking))
     assert (reasoning, content) == (request.parts[0] or "", request.parts[1])
 

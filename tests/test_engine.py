@@ -171,6 +171,23 @@ def test_leaving_a_stream_early(model):
     assert len(engine.generate([[1, 2, 3]], GREEDY)[0].tokens) == 12
 
 
+def test_an_interrupted_call_does_not_keep_the_engine(model, monkeypatch):
+    engine, forwards = Engine(model, None, n_pages=8, max_model_len=256), []
+
+    def forward(*args, real=model.forward):
+        forwards.append(args)
+        if len(forwards) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[1, 2, 3], [4, 5]], GREEDY)
+    assert not engine.busy and engine.scheduler.pool.n_available == 8
+    engine.scheduler.check_integrity()
+    assert len(engine.generate([[1, 2, 3]], GREEDY)[0].tokens) == 12
+
+
 def test_limits_are_checked(model):
     with pytest.raises(UserError, match="--max-model-len is 99999, expected from 2 to this model's 2560"):
         Engine(model, None, max_model_len=99999, n_pages=8)
@@ -261,13 +278,15 @@ def answers_alone(model, prompts, params, **options):
     return out
 
 
-@pytest.mark.parametrize("mtp, temperature", [(0, 0.0), (2, 0.0), (0, 0.8), (2, 0.8)])
-def test_pages_for_a_quarter_of_the_demand(model, mtp, temperature):
+@pytest.mark.parametrize("mtp, temperature, budget", [(0, 0.0, 2048), (2, 0.0, 2048), (0, 0.8, 2048), (2, 0.8, 2048), (2, 0.8, 48)])
+def test_pages_for_a_quarter_of_the_demand(model, mtp, temperature, budget):
     """Requests queue and are preempted; nobody starves, nothing leaks, every answer is the one given alone (sampled
-    ones too: a job that was away comes back with the drafts it had)."""
+    ones too: a job that was away comes back with the drafts it had, in one chunk or in several)."""
     wanted = [tokens(60 + 11 * i, V3["vocab_size"], seed=i) for i in range(8)]
     params = SamplingParams(temperature=temperature, max_new_tokens=60)
-    engine = Engine(model, None, n_pages=5, max_model_len=256, max_num_seqs=8, mtp=mtp)
+    engine = Engine(
+        model, None, n_pages=5, max_model_len=256, max_num_seqs=8, mtp=mtp, max_num_batched_tokens=budget
+    )
     assert sum(engine.scheduler.pages_for(len(prompt) + 60) for prompt in wanted) > 4 * 5
     got = engine.generate(wanted, params)
     assert engine.stats.preemptions > 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from checkpoints import make_checkpoint
 from convert import convert
 from engine import Engine, Request
 from errors import UserError
+from parallel import Group
 from sampling import SamplingParams
 from tensorfile import read_header
 from tiny_tokenizer import write_tokenizer
@@ -241,6 +243,17 @@ def no_template(folder: Path) -> tuple[object, str]:
 def bad_generation_config(folder: Path) -> tuple[object, str]:
     file = rewrite(folder / "generation_config.json", '{"temperature": "warm"}')
     return folder, f"{file}: temperature is 'warm', expected a number"
+
+
+def test_settings_are_read_before_the_weights(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By every rank, so that all end at the same place."""
+    copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
+    bad_generation_config(copy)
+    monkeypatch.setattr("weights.load_into", None)
+    monkeypatch.setattr(Group, "together", lambda _, work: work())
+    for rank in range(2):
+        with pytest.raises(UserError, match="temperature is 'warm', expected a number"):
+            Engine.from_pretrained(copy, tp=Group(rank, 2))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Any rank's shard in one process: ranks as threads whose collectives are a barrier and a sum."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -227,6 +229,18 @@ def test_sizes_that_do_not_divide(size, says):
     with pytest.raises(UserError) as e:
         Transformer(ModelArgs.from_hf(V3), tp=Group(0, size), device="meta")
     assert says in str(e.value)
+
+
+def test_interrupted_while_parting_still_leaves_with_a_line(monkeypatch):
+    group, left = Group(), []
+    monkeypatch.setattr(Group, "barrier", lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+    monkeypatch.setattr(os, "_exit", left.append)
+    with pytest.raises(KeyboardInterrupt):
+        group.part()
+    leaving = threading.Thread(target=group.leave, args=("interrupted", 130), daemon=True)
+    leaving.start()
+    leaving.join(20)
+    assert left == [130]
 
 
 def test_environment(monkeypatch):

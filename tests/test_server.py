@@ -156,6 +156,9 @@ def test_completions(demo: tuple[House, Engine], client: openai.OpenAI) -> None:
     assert choice.logprobs.token_logprobs[1:] == pytest.approx(scores[1:], abs=1e-4)
     for at, token in zip(choice.logprobs.text_offset[1:], choice.logprobs.tokens[1:], strict=True):
         assert choice.text[at : at + len(token)] == token
+    held = client.completions.create(model="model", prompt=prompts[0], temperature=0, echo=True, logprobs=1,
+                                     stop=[choice.text[-4:] + "never"])  # fmt: skip
+    assert held.choices[0] == choice  # offsets too, though the last texts were held back for a while
     parts = list(client.completions.create(model="model", prompt=prompts[0], temperature=0, echo=True, logprobs=1,
                                            stream=True))  # fmt: skip
     assert "".join(part.choices[0].text for part in parts) == choice.text
@@ -511,7 +514,8 @@ def test_queue_is_bounded(tiny: Engine) -> None:
         for client in clients:
             assert client.recv(100).startswith(b"HTTP/1.1 200 ")
             client.close()
-        assert house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 1, "n": 6})[0] == 429
+        status, _, said = house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 1, "n": 6})  # never, however empty it is
+        assert (status, said["error"]["param"]) == (400, "n") and "this server takes, 5" in said["error"]["message"]
         assert house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 1, "n": 5})[0] == 200
         house.idle(PAGES)
 
@@ -936,6 +940,17 @@ def test_draining_has_an_end(tiny: Engine) -> None:
         assert b"the engine is shutting down" in text and b"[DONE]" not in text
         house.inside(house.bridge.ended.wait())
         assert house.send("POST", COMPLETIONS, LONG)[2]["error"]["message"] == "the engine is shutting down"
+
+
+def test_draining_leaves_finished_answers_to_slow_readers(tiny: Engine) -> None:
+    with serving(again(tiny)) as house:
+        client = house.start(COMPLETIONS, {**LONG, "max_tokens": 200, "logprobs": 5, "stream": True, "n": 8})
+        assert b"200 OK" in client.recv(1000)
+        house.idle(PAGES)
+        house.inside(house.bridge.drain(20))
+        house.inside(house.bridge.ended.wait())
+        text = rest(client, until=b"\r\n0\r\n\r\n")
+        assert text.count(b'"finish_reason":"') == 8 and b"[DONE]" in text and b"shutting down" not in text
 
 
 def test_an_engine_that_does_not_load_or_fails(tiny: Engine) -> None:

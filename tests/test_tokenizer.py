@@ -363,6 +363,12 @@ def test_template_tools_of_transformers(tmp_path: Path) -> None:
         small_with(tmp_path, "{{ messages.__class__.__mro__ }}").render_chat(chat("Hi"))
 
 
+def test_template_texts_are_replaced_as_python_does(tmp_path: Path) -> None:
+    template = "{{ 'aaa'.replace('a', 'b', 1) }} {{ 'aaa'.replace('a', 'b', count=2) }} {{ 'aaa' | replace('a', 'b') }}"
+    tokenizer = small_with(tmp_path, template)
+    assert tokenizer.decode(tokenizer.encode_chat(chat("Hi"))) == "baa bba bbb"
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
