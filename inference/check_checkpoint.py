@@ -25,6 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import interrupts
+
+# isort: split
 import torch
 from tqdm import tqdm
 
@@ -35,7 +38,7 @@ from parallel import Group
 from sampling import released_params
 from tensorfile import Entry, Reader, read_header
 from tokenizer import Tokenizer
-from weights import IGNORED, Checkpoint, bad_scale, expected_tensors
+from weights import IGNORED, Checkpoint, bad_scale, expected_tensors, require_equal
 
 CHECKS = (
     "config", "files", "tensors", "scales", "weights", "copies", "tokenizer", "chat template", "generation config"
@@ -363,6 +366,8 @@ def check_copies(
     whole = {name for name, spec in specs.items() if spec.split is None}
     pairs: list[tuple[Entry, Entry]] = []
     for group, part in parts.items():
+        if args.tie_word_embeddings and "embed.weight" in part and "head.weight" in part:
+            pairs.append((part["embed.weight"], part["head.weight"]))
         for name in ("embed.weight", "head.weight"):
             main = part.get(name) or part.get("embed.weight")  # a tied head is the embedding
             if main is not None and (copy := part.get(f"mtp.0.{name}")) is not None:
@@ -372,20 +377,8 @@ def check_copies(
             pairs += [(first[name], part[name]) for name in sorted(whole & part.keys() & first.keys())]
     for main, copy in pairs:
         with report.checking("copies"):
-            compare(main, copy)
+            require_equal(main, copy)
     report.looked["copies"] = f"{len(pairs):,} pairs of equal tensors"
-
-
-def compare(main: Entry, copy: Entry) -> None:
-    """Raises Damage unless the two have the same bytes."""
-    if (main.dtype, main.shape) != (copy.dtype, copy.shape):
-        return  # told already
-    with Reader(WINDOW) as a, Reader(WINDOW) as b:
-        for (row, left), (_, right) in zip(a.rows(main), b.rows(copy), strict=True):
-            if not torch.equal(left, right):
-                row += int((left != right).any(dim=1).nonzero()[0])
-                wanted, found = f"the bytes of {main}", f"others from row {row} on"
-                raise Damage(f"{copy}: expected {wanted}, found {found}", copy.file, copy.name, wanted, found)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -447,6 +440,7 @@ def check_template(tokenizer: Tokenizer, path: Path, report: Report) -> None:
 
 
 def main() -> int:
+    interrupts.heed()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="directory of the checkpoint")
     parser.add_argument("--quick", action="store_true", help="headers alone, no weights or scales: takes seconds")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+import interrupts
 from config import PROGRAM_VERSION, require_folder
 from errors import UserError, describe, first_line
 
@@ -109,9 +110,9 @@ def load(
     from manifest import require_hashes
 
     _, _, local_rank, local_size = parallel.environment()
-    parallel.choose_threads(options.threads, local_size)
 
     def check() -> tuple["torch.device", T | None]:
+        parallel.choose_threads(options.threads, local_size)
         require_folder(Path(options.ckpt_path))
         device = choose_device(options.device, local_rank, local_size)
         return device, prepare() if tp.rank == 0 else None
@@ -234,6 +235,7 @@ def main(
 
     import parallel
 
+    interrupts.heed()
     tp = parallel.SOLO
     try:
         tp = parallel.join(TIMEOUT if problem else options.timeout)

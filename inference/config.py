@@ -73,7 +73,7 @@ class ModelArgs:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is int:
-                self._require(type(value) is int and 0 <= value < 1 << 31, f.name, "a whole number")
+                self._require(type(value) is int and 0 <= value < 1 << 31, f.name, "a whole number below 2^31")
             elif f.type is float:
                 self._require(type(value) in (int, float) and math.isfinite(value), f.name, "a number")
             elif f.type is bool:
@@ -93,8 +93,9 @@ class ModelArgs:
         self._require(self.n_mtp_layers in (0, 1), "n_mtp_layers", "0 or 1")
         self._require(self.block_size == BLOCK_SIZE, "block_size", str(BLOCK_SIZE))
         self._require(self.rope_factor >= 1, "rope_factor", "at least 1")
-        for name in ("rope_theta", "norm_eps", "route_scale"):
+        for name in ("rope_theta", "norm_eps", "route_scale", "beta_fast", "beta_slow", "mscale"):
             self._require(getattr(self, name) > 0, name, "a positive number")
+        self._require(self.mscale_all_dim >= 0, "mscale_all_dim", "0 or a positive number")
         if self.n_moe_layers:
             self._require(self.moe_inter_dim > 0, "moe_inter_dim", "a positive integer")
             self._require(self.n_routed_experts > 0, "n_routed_experts", "a positive integer")
@@ -181,8 +182,8 @@ class ModelArgs:
             **_hf_rope(raw),
             **_hf_storage(raw),
             n_shared_experts=raw.get("n_shared_experts") or 0,
-            n_expert_groups=raw.get("n_group") or 1,
-            n_limited_groups=raw.get("topk_group") or 1,
+            n_expert_groups=1 if raw.get("n_group") is None else raw["n_group"],
+            n_limited_groups=1 if raw.get("topk_group") is None else raw["topk_group"],
             score_func=raw.get("scoring_func") or ("softmax" if v2 else "sigmoid"),
             topk_method=topk_method,
             # the released V2 code neither normalises nor biases; transformers' V2 class has no such option either
@@ -310,10 +311,25 @@ def agree(path: str | Path, checkpoint: ModelArgs) -> None:
 
 def _hf_rope(raw: dict[str, Any]) -> dict[str, Any]:
     """rope_theta and YaRN, from the released `rope_scaling` or from transformers 5's `rope_parameters`."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", raw.get("rope_theta"))
-    if theta is None:
+    where = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(where) or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"config: {where} is {rope!r}, expected an object")
+
+    def number(name: str, default: float) -> float:
+        value = default if rope.get(name) is None else rope[name]
+        if type(value) not in (int, float):
+            raise UserError(f"config: {where}.{name} is {value!r}, expected a number")
+        return float(value)
+
+    theta, inner = raw.get("rope_theta"), rope.get("rope_theta")
+    if theta is None and inner is None:
         raise UserError("config: rope_theta is missing")
+    if theta is not None and inner is not None and theta != inner:
+        raise UserError(f"config: rope_theta is {theta!r}, but {where}.rope_theta is {inner!r}")
+    theta = inner if theta is None else theta
+    if not isinstance(theta, int | float):
+        raise UserError(f"config: rope_theta is {theta!r}, expected a number")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return {"rope_theta": float(theta)}
@@ -321,23 +337,25 @@ def _hf_rope(raw: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"config: rope type {kind!r} is not supported (known: yarn, default)")
     for name in ("factor", "original_max_position_embeddings"):
         if name not in rope:
-            raise UserError(f"config: rope_scaling.{name} is missing")
+            raise UserError(f"config: {where}.{name} is missing")
     if rope.get("attention_factor") is not None or rope.get("truncate") is False:
-        raise UserError("config: rope_scaling.attention_factor and truncate=false are not supported")
+        raise UserError(f"config: {where}.attention_factor and truncate=false are not supported")
     return {
         "rope_theta": float(theta),
-        "rope_factor": float(rope["factor"]),
+        "rope_factor": number("factor", 1.0),
         "original_seq_len": rope["original_max_position_embeddings"],
-        "beta_fast": float(rope.get("beta_fast") or 32),
-        "beta_slow": float(rope.get("beta_slow") or 1),
-        "mscale": float(rope.get("mscale", 1.0)),
-        "mscale_all_dim": float(rope.get("mscale_all_dim", 0.0)),
+        "beta_fast": number("beta_fast", 32.0),
+        "beta_slow": number("beta_slow", 1.0),
+        "mscale": number("mscale", 1.0),
+        "mscale_all_dim": number("mscale_all_dim", 0.0),
     }
 
 
 def _hf_storage(raw: dict[str, Any]) -> dict[str, Any]:
     """How the weights are stored, from `quantization_config` or the checkpoint's dtype."""
     quant = raw.get("quantization_config")
+    if quant and not isinstance(quant, dict):
+        raise UserError(f"config: quantization_config is {quant!r}, expected an object")
     if not quant:
         name = raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"
         if name not in ("bfloat16", "float32"):

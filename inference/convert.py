@@ -28,6 +28,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import interrupts
+
+# isort: split
 import torch
 from tqdm import tqdm
 
@@ -163,6 +166,7 @@ def write(shares: list[Share]) -> None:
 
 
 def main() -> int:
+    interrupts.heed()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--hf-ckpt-path", type=Path, help="directory of the Hugging Face checkpoint")
     parser.add_argument("--save-path", type=Path, help="directory for the converted files")
@@ -177,7 +181,7 @@ def main() -> int:
     parser.add_argument("--verify", type=Path, metavar="DIR", help="instead: compare a directory with its manifest")
     options = parser.parse_args()
     wanted = (options.hf_ckpt_path, options.save_path, options.model_parallel)
-    if (options.verify is None) == (None in wanted):
+    if None in wanted if options.verify is None else any(value is not None for value in wanted):
         parser.error("give --hf-ckpt-path, --save-path and --model-parallel, or --verify alone")
     try:
         if options.verify:

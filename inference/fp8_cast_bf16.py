@@ -17,6 +17,9 @@ import argparse
 import sys
 from pathlib import Path
 
+import interrupts
+
+# isort: split
 import torch
 from tqdm import tqdm
 
@@ -115,6 +118,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def main() -> int:
+    interrupts.heed()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--input-fp8-hf-path", type=Path, help="directory of the FP8 checkpoint")
     parser.add_argument("--output-bf16-hf-path", type=Path, help="directory for the BF16 checkpoint")
@@ -122,7 +126,7 @@ def main() -> int:
     parser.add_argument("--verify", type=Path, metavar="DIR", help="instead: compare a directory with its manifest")
     options = parser.parse_args()
     wanted = (options.input_fp8_hf_path, options.output_bf16_hf_path)
-    if (options.verify is None) == (None in wanted):
+    if None in wanted if options.verify is None else any(value is not None for value in wanted):
         parser.error("give --input-fp8-hf-path and --output-bf16-hf-path, or --verify alone")
     try:
         if options.verify:

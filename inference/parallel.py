@@ -375,11 +375,14 @@ class OneShot:
 
 
 def choose_threads(asked: int | None, local_size: int) -> int:
-    """CPU threads of this rank: as asked, else the cores over the ranks of this host.
+    """CPU threads of this rank: as asked, else the cores over the ranks of this host. Raises UserError for more than
+    the host has cores.
 
     torchrun sets OMP_NUM_THREADS=1 for several ranks a host, which would leave the other cores idle.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if asked is not None and asked > (most := max(cores, os.cpu_count() or 1)):
+        raise UserError(f"--threads is {asked}, this host has {most} cores")
     threads = asked or max(1, cores // local_size)
     torch.set_num_threads(threads)
     return threads

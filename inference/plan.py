@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import interrupts
 from commandline import Parser, positive
 from errors import UserError
 
@@ -258,6 +259,7 @@ def main() -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    interrupts.heed()
     try:
         print(json.dumps(found, indent=2) if options.json else "\n".join(lines(found)), flush=True)
     except BrokenPipeError:  # whoever read our output has gone

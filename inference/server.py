@@ -7,7 +7,8 @@ Routes: /v1/chat/completions, /v1/completions, /v1/models, /health, /version, /m
 Listens on this machine only, unless an API key is given. The first SIGTERM or Ctrl-C lets running answers finish, the
 second ends at once.
 
-Exit status: 0 ended by a signal; 1 a rank was lost; 2 wrong use, or a checkpoint that cannot be used.
+Exit status: 0 told to end, by a first signal once it was ready; 1 a rank was lost; 2 wrong use, or a checkpoint that
+cannot be used; 128 and a signal's number: ended by it at once. torchrun makes 1 of all but 0.
 """
 
 import argparse
@@ -49,7 +50,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="prompt tokens a step takes while others are answered; fewer, and their answers stall less "
         f"(default: {commandline.CPU_MIXED_TOKENS} on CPUs, else as --max-num-batched-tokens)")  # fmt: skip
     add("--drain-seconds", type=float, default=20.0, metavar="S",
-        help="time running answers have to finish when the server is told to end (default: 20)")  # fmt: skip
+        help="time running answers have to finish when the server is told to end (default: 20); torchrun gives them "
+        "30 at most, unless its --shutdown-timeout says otherwise")  # fmt: skip
     commandline.add_engine_flags(parser)
     options = parser.parse_args(arguments)
     options.api_key = read_key(options.api_key or os.environ.get(KEY_VARIABLE) or None)
@@ -57,6 +59,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--drain-seconds is {options.drain_seconds}, expected from 0 to a day")
     if not is_loopback(options.host) and options.api_key is None:
         parser.error(f"--host {options.host} lets other machines in: that needs --api-key")
+    if options.model_name == "":
+        parser.error("--model-name is empty")
     if options.model_name is None:
         options.model_name = Path(options.ckpt_path).resolve().name
     return options

@@ -268,6 +268,10 @@ class Tokenizer:
         self._specials = self._added | {self._named[name]: token_id for name, token_id in named_ids.items()}
 
     def _check_vocabulary(self, vocab_size: int | None) -> None:
+        texts: dict[int, str] = {}
+        for text, place in self._plain.get_vocab().items():
+            if (other := texts.setdefault(place, text)) != text:
+                raise UserError(f"{self._path}: {other!r} and {text!r} have the same id, {place}")
         self._last_id = max([*self._plain.get_vocab().values(), *self._added_text], default=-1)
         if vocab_size is None:
             return
@@ -275,7 +279,8 @@ class Tokenizer:
             raise UserError(f"{self._path}: ids go up to {self._last_id}, but the model's vocab_size is {vocab_size}")
         for token_id in (self.bos_id, *self.eos_ids):
             if token_id is not None and token_id >= vocab_size:
-                raise UserError(f"{self._path.parent}: token id {token_id} is not below vocab_size {vocab_size}")
+                name = "bos_token_id" if token_id == self.bos_id else "eos_token_id"
+                raise UserError(f"{self._path.parent}: {name} {token_id} is not below vocab_size {vocab_size}")
 
     def _encode_plain(self, text: str, most: int | None = None) -> list[int]:
         """Ids of `text` as text. The check keeps the promise for vocabularies that list control tokens as words.

@@ -545,6 +545,18 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, group: Group = SOLO, pro
             _fill(piece, scales.pop(id(piece), None), reader, bar)
 
 
+def require_equal(main: Entry, copy: Entry) -> None:
+    """Raises Damage unless the two have the same bytes; what differs in its type or shape is told elsewhere."""
+    if (main.dtype, main.shape) != (copy.dtype, copy.shape):
+        return
+    with Reader(1 << 20) as a, Reader(1 << 20) as b:
+        for (row, left), (_, right) in zip(a.rows(main), b.rows(copy), strict=True):
+            if not torch.equal(left, right):
+                row += int((left != right).any(dim=1).nonzero()[0])
+                wanted, found = f"the bytes of {main}", f"others from row {row} on"
+                raise Damage(f"{copy}: expected {wanted}, found {found}", copy.file, copy.name, wanted, found)
+
+
 def _scale_place(piece: Piece) -> tuple[str, int]:
     return (str(piece.scale.file), piece.scale.start) if piece.scale else ("", 0)
 
@@ -562,6 +574,8 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint, group: Group) -> list[Pi
     elif args.n_mtp_layers and not checkpoint.has_mtp and group.rank == 0:
         warn(f"{checkpoint.path} has no MTP module, though its config names one")
     entries = checkpoint.check(args, group, experts)
+    if args.tie_word_embeddings and "head.weight" in entries:  # then it must be the embedding
+        require_equal(entries["embed.weight"], entries["head.weight"])
     if keeps_fp8 and not checkpoint.quantised:
         raise UserError(f"{checkpoint.path}: the model wants FP8 weights, the checkpoint is not FP8")
     expected = expected_tensors(args, checkpoint.quantised, checkpoint.has_mtp)

@@ -583,6 +583,7 @@ def prepend(name: str, text: str, folder: Path) -> str:
     return write_file(name, text + (folder / name).read_text()[1:], folder)
 
 
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
 add_kinds("fp8", EVERYBODY, {
     "config with a layer more": (configure, {"num_hidden_layers": 3}, "model.layers.3.input_layernorm.weight is missing (BF16 192)"),
     "config with a layer less": (configure, {"num_hidden_layers": 1}, "model.layers.1."),
@@ -613,7 +614,13 @@ add_kinds("fp8", EVERYBODY, {
     "config with 10^9 layers": (configure, {"num_hidden_layers": 10**9}, "n_layers is 1000000000, expected at most 1000"),
     "config with a number of 5,000 digits": (prepend, "config.json", '{"hidden_size": ' + "1" * 5000 + ",", "not readable"),
     "config with duplicate keys": (prepend, "config.json", '{"hidden_size": 192,', "'hidden_size' is there twice"),
-    "config with a list for an object": (configure, {"rope_scaling": [1]}, "a field has the wrong type"),
+    "config with a list for an object": (configure, {"rope_scaling": [1]}, "rope_scaling is [1], expected an object"),
+    "config with text in the rotary embedding": (configure, {"rope_scaling": YARN | {"factor": "four"}},
+                                                 "rope_scaling.factor is 'four', expected a number"),
+    "config with two bases": (configure, {"rope_scaling": YARN | {"rope_theta": 50000}}, "but rope_scaling.rope_theta is 50000"),
+    "config with a negative temperature": (configure, {"rope_scaling": YARN | {"mscale": -5}}, "mscale is -5.0, expected a pos"),
+    "config with a beta of 0": (configure, {"rope_scaling": YARN | {"beta_fast": 0}}, "beta_fast is 0.0, expected a positive"),
+    "config with no group": (configure, {"n_group": 0, "topk_group": 0}, "n_expert_groups is 0, expected a divisor"),
     "config that chooses more experts than kept": (configure, {"num_experts_per_tok": 3}, "n_activated_experts is 3"),
     "config that is no JSON": (write_file, "config.json", "{", "not readable as JSON"),
     "config of brackets": (write_file, "config.json", "[" * 200_000, "not readable as JSON"),
@@ -627,7 +634,7 @@ add_kinds("fp8", EVERYBODY, {
     "config with another quantisation": (quantise_so, {"quant_method": "awq"}, "quant_method 'awq' is not supported"),
     "config with static activations": (quantise_so, {"activation_scheme": "static"}, "activation_scheme 'static' is not"),
     "config with unknown scales": (quantise_so, {"scale_fmt": "e5m3"}, "scale_fmt 'e5m3' is not supported"),
-    "config with text for quantisation": (quantise_so, "fp8", "a field has the wrong type"),
+    "config with text for quantisation": (quantise_so, "fp8", "quantization_config is 'fp8', expected an object"),
 })  # fmt: skip
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 add_kinds("bf16", NOT_TO_CAST, {
@@ -672,6 +679,7 @@ def generate_so(changes: dict[str, Any], folder: Path) -> str:
 EOS = "<｜end▁of▁sentence｜>"
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 add_kinds("fp8", LOADERS, {
+    "head that ought to be the embedding": (configure, {"tie_word_embeddings": True}, "expected the bytes of "),
     "no tokenizer": (remove, "tokenizer.json", "tokenizer.json: no such file; copy the tokenizer files"),
     "empty tokenizer": (write_file, "tokenizer.json", "", "not readable as JSON"),
     "tokenizer of nothing": (write_file, "tokenizer.json", "{}", "is not supported (known: ByteLevel)"),
@@ -686,7 +694,9 @@ add_kinds("fp8", LOADERS, {
     "tokenizer of another model": (configure, {"bos_token_id": 7}, "this is another model's tokenizer"),
     "no end token anywhere": (no_end_token, "names an end token"),
     "end token beyond the embedding": (lambda folder: generate_so({"eos_token_id": 5000}, folder) and None,
-                                       "token id 5000 is not below vocab_size 320"),
+                                       "eos_token_id 5000 is not below vocab_size 320"),
+    "two tokens with one id": (tokenise_so, lambda raw: raw["model"]["vocab"].update(Q=raw["model"]["vocab"]["P"]),
+                               "have the same id"),
     "end token that is text": (generate_so, {"eos_token_id": EOS}, "expected a token id or a list of them"),
     "settings that are no JSON": (write_file, "tokenizer_config.json", "{", "tokenizer_config.json: not readable as JSON"),
     "generation settings that are no JSON": (write_file, "generation_config.json", "x", "not readable as JSON"),

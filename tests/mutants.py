@@ -247,7 +247,7 @@ MUTANTS = [Mutant(*row) for row in (
      "return self.qk_head_dim**-0.5",
      f"{LOGITS}[v2]", "the softmax without YaRN's temperature"),
     ("mscale-not-read", "config.py",
-     '"mscale_all_dim": float(rope.get("mscale_all_dim", 0.0)),',
+     '"mscale_all_dim": number("mscale_all_dim", 0.0),',
      '"mscale_all_dim": 1.0,',
      f"{LOGITS}[v2-lite]", "V2-Lite's mscale of 0.707 taken for 1"),
     ("mscale-other-one", "config.py",

@@ -204,6 +204,10 @@ def test_ranks_of_a_host_share_it(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
     assert (choose_threads(None, 1), choose_threads(None, 4), choose_threads(3, 4), choose_threads(None, 16)) == (12, 3, 3, 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)  # this process may use 12 of them
+    assert choose_threads(16, 1) == 16
+    with pytest.raises(UserError, match="--threads is 17, this host has 16 cores"):
+        choose_threads(17, 1)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(Path, "read_text", lambda self: "MemTotal: 1000 kB\nMemAvailable: 800 kB\n")

@@ -478,7 +478,7 @@ def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
         "many": "n is 0, expected at least 1",
         "unclear": "body.n is True, expected an integer",
         "biased": "body.logit_bias is not supported with the value {'7': 100}",
-        "wordless": "stop is ('',), expected a tuple of texts, none of them empty",
+        "wordless": "stop is ('',), expected texts, none of them empty",
         "typed": "body.max_tokens is '3', expected an integer",
         "cold": "temperature is -1.0, expected 0 or a positive number",
         "beams": "body.use_beam_search is not supported",
@@ -698,3 +698,28 @@ store = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers
 print("ready", flush=True)
 time.sleep(100)
 """
+
+
+STUB = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize("name", ["generate", "server", "plan", "convert", "fp8_cast_bf16", "check_checkpoint"])
+def test_interrupted_while_torch_is_imported(name: str, tmp_path: Path) -> None:
+    """As if Ctrl-C came then: the program ends, without a traceback."""
+    (tmp_path / "torch.py").write_text(STUB)
+    flags = {"generate": ["--ckpt-path", "C", "--interactive"], "server": ["--ckpt-path", "C"], "plan": ["--ckpt-path", "C"]}
+    command = [sys.executable, str(launch.SCRIPT.parent / f"{name}.py"), *flags.get(name, [])]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+@pytest.mark.parametrize("name", ["convert", "fp8_cast_bf16"])
+def test_verify_stands_alone(name: str, tmp_path: Path) -> None:
+    target = {"convert": "--save-path", "fp8_cast_bf16": "--output-bf16-hf-path"}[name]
+    command = [sys.executable, str(launch.SCRIPT.parent / f"{name}.py"), "--verify", str(tmp_path), target, "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("or --verify alone\n")

@@ -15,7 +15,7 @@ import weights
 from checkpoints import dequantise, fp8_sizes, make_checkpoint
 from config import ModelArgs
 from convert import convert
-from damage import add, drop, edit, file_of, header_of, reindex, replace, whole
+from damage import add, drop, edit, edit_json, file_of, header_of, reindex, replace, whole
 from errors import UserError
 from families import FAMILIES
 from manifest import HF_INDEX
@@ -444,6 +444,12 @@ def test_tied_embeddings(tmp_path):
         found = loaded(folder, Numerics(), Group(1, 2))
         assert_same(found, in_memory(tmp_path / "hf", 1, 2, config, "split" if folder.name == "converted" else "whole"))
         assert "head.weight" not in found  # it is the embedding's own parameter
+
+
+def test_a_head_that_is_said_to_be_the_embedding_and_is_not(copy):
+    edit_json(copy / "config.json", lambda raw: raw.update(tie_word_embeddings=True))
+    with pytest.raises(UserError, match=r"lm_head\.weight.*: expected the bytes of .*embed_tokens\.weight.*, found others from row 0 on"):
+        loaded(copy, FP8)
 
 
 def test_a_checkpoint_may_lack_the_mtp_module(copy, capsys):
