@@ -765,12 +765,7 @@ def check_start(rank: memory.Rank, device: torch.device, limits: dict[str, Any])
 
 def free_memory(device: torch.device) -> int:
     """Bytes this rank may take now: what its GPU has, or an equal part of what its host has, by the kernel's estimate
-    (4 GiB where the host does not say)."""
+    (4 GiB where the host does not say), or its container, if that is less."""
     if device.type != "cpu":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return (4 << 30) // environment()[3]
-    free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    return free // environment()[3]
+    return min([memory.host_memory(), *memory.container_memory()]) // environment()[3]

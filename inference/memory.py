@@ -6,12 +6,14 @@ a step follow model.py, ops.py and the engine as they are. The engine asks here 
 Sizes are bytes unless said. Letters in comments are model.py's.
 """
 
+import contextlib
 import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -656,3 +658,41 @@ def decode_reads(rank: Rank, sequences: int, context: int, drafts: int = 0) -> R
         total += read(True, sequences if draft else tokens) + head
     latents = sequences * context * (latent_bytes(rank, mtp=False) + drafts * latent_bytes(rank, mtp=True))
     return Read(distinct_experts(args, tokens), round(total), latents)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What there is
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 4 << 30
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+
+
+# The kernel's files, under cgroups of version 2 and 1: where, limit, usage, and in memory.stat the cache that can go
+_CGROUPS = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def container_memory(root: Path = Path("/")) -> Iterator[int]:
+    """What each memory limit of the control groups that this process is in leaves."""
+    try:
+        groups = [line.split(":", 2)[1:] for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    for controllers, path in groups:
+        if controllers not in _CGROUPS:
+            continue
+        base, limit, usage, cache = _CGROUPS[controllers]
+        inner = root / base / path.lstrip("/")
+        for folder in (inner, *(up for up in inner.parents if up.is_relative_to(root / base))):
+            with contextlib.suppress(OSError, ValueError):  # not there, not to be read, or "max"
+                most = int((folder / limit).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield max(0, most - int((folder / usage).read_text()) + int(stat.get(cache, 0)))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import memory
 import ops
 import reference
 from convert import convert
@@ -210,10 +211,36 @@ def test_ranks_of_a_host_share_it(monkeypatch):
         choose_threads(17, 1)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(Path, "read_text", lambda self: "MemTotal: 1000 kB\nMemAvailable: 800 kB\n")
+    text = "MemTotal: 1000 kB\nMemAvailable: 800 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: text if self.name == "meminfo" else "")
     for ranks in (1, 4):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert free_memory(torch.device("cpu")) == 800 * 1024 // ranks
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_has_what_its_limits_leave(version, tmp_path, monkeypatch):
+    at, limit, usage, cache = {
+        1: ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    }[version]
+    groups = {1: "9:cpu:/a\n4:memory:/pod/box\n0::/\n", 2: "0::/pod/box\n"}[version]
+
+    def write(path: str, text: object) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(str(text))
+
+    assert list(memory.container_memory(tmp_path)) == []
+    write("proc/self/cgroup", groups)
+    assert list(memory.container_memory(tmp_path)) == []  # seen from inside, only the own group may be there
+    for group, most in (("pod/box", 1000), ("pod", 700), ("", {1: 1 << 62, 2: "max"}[version])):
+        write(f"{at}/{group}/{limit}", most)
+        write(f"{at}/{group}/{usage}", 600)
+        write(f"{at}/{group}/memory.stat", f"anon 400\n{cache} 100\n")
+    assert list(memory.container_memory(tmp_path))[:2] == [500, 200]
+    monkeypatch.setattr(memory, "container_memory", lambda: iter([300, 200]))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert free_memory(torch.device("cpu")) == 200
 
 
 def test_choice_of_numerics(model):
