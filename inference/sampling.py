@@ -51,7 +51,7 @@ class SamplingParams:
             ("presence_penalty", abs(self.presence_penalty) <= 100, "from -100 to 100"),
             ("frequency_penalty", abs(self.frequency_penalty) <= 100, "from -100 to 100"),
             ("stop", all(isinstance(s, str) and s for s in self.stop) and not isinstance(self.stop, str),
-             "texts, none of them empty"),
+             "a tuple of texts, none of them empty"),
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "None or at least 0"),
             ("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "None or at least 0"),
             ("n", self.n >= 1, "at least 1"),

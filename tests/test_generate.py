@@ -478,7 +478,7 @@ def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
         "many": "n is 0, expected at least 1",
         "unclear": "body.n is True, expected an integer",
         "biased": "body.logit_bias is not supported with the value {'7': 100}",
-        "wordless": "stop is ('',), expected texts, none of them empty",
+        "wordless": "stop is ('',), expected a tuple of texts, none of them empty",
         "typed": "body.max_tokens is '3', expected an integer",
         "cold": "temperature is -1.0, expected 0 or a positive number",
         "beams": "body.use_beam_search is not supported",
