@@ -254,16 +254,16 @@ class Bridge:
         for request in advanced:
             answer, choice = self._places[request]
             said, made = self._said.get(request, 0), len(request.tokens)
-            starts = [request.ends[said - 1] if said else 0, *request.ends[said:]]
+            cuts = [request.ends[said - 1] if said else 0, *request.ends[said:]]
             update = Update(
                 [(request.text[a:b], drafted)
-                 for a, b, drafted in zip(starts, starts[1:], request.drafted[said:], strict=False)],
-                [at for at in request.controls if at >= starts[0]],
+                 for a, b, drafted in zip(cuts, cuts[1:], request.drafted[said:], strict=False)],
+                [at for at in request.controls if at >= cuts[0]],
                 list(zip(request.logprobs[said:], request.starts[said:], strict=False)),
                 request.finish_reason is not None,
             )  # fmt: skip
             if update.finished:
-                update.pieces.append((request.text[starts[-1] :], False))
+                update.pieces.append((request.text[cuts[-1] :], False))
             news.append((answer, choice, update))
             self._clock(request, answer, made - said, now)
             self._said[request] = made

@@ -317,31 +317,26 @@ def _hf_rope(raw: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"config: {where} is {rope!r}, expected an object")
 
     def number(name: str, default: float) -> float:
-        value = default if rope.get(name) is None else rope[name]
-        if type(value) not in (int, float):
-            raise UserError(f"config: {where}.{name} is {value!r}, expected a number")
-        return float(value)
+        return _number(f"{where}.{name}", default if rope.get(name) is None else rope[name])
 
-    theta, inner = raw.get("rope_theta"), rope.get("rope_theta")
-    if theta is None and inner is None:
+    outer, inner = raw.get("rope_theta"), rope.get("rope_theta")
+    if outer is None and inner is None:
         raise UserError("config: rope_theta is missing")
-    if theta is not None and inner is not None and theta != inner:
-        raise UserError(f"config: rope_theta is {theta!r}, but {where}.rope_theta is {inner!r}")
-    theta = inner if theta is None else theta
-    if not isinstance(theta, int | float):
-        raise UserError(f"config: rope_theta is {theta!r}, expected a number")
+    if outer is not None and inner is not None and outer != inner:
+        raise UserError(f"config: rope_theta is {outer!r}, but {where}.rope_theta is {inner!r}")
+    theta = _number("rope_theta", outer) if inner is None else number("rope_theta", inner)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return {"rope_theta": float(theta)}
+        return {"rope_theta": theta}
     if kind != "yarn":
         raise UserError(f"config: rope type {kind!r} is not supported (known: yarn, default)")
     for name in ("factor", "original_max_position_embeddings"):
-        if name not in rope:
+        if rope.get(name) is None:
             raise UserError(f"config: {where}.{name} is missing")
     if rope.get("attention_factor") is not None or rope.get("truncate") is False:
         raise UserError(f"config: {where}.attention_factor and truncate=false are not supported")
     return {
-        "rope_theta": float(theta),
+        "rope_theta": theta,
         "rope_factor": number("factor", 1.0),
         "original_seq_len": rope["original_max_position_embeddings"],
         "beta_fast": number("beta_fast", 32.0),
@@ -349,6 +344,12 @@ def _hf_rope(raw: dict[str, Any]) -> dict[str, Any]:
         "mscale": number("mscale", 1.0),
         "mscale_all_dim": number("mscale_all_dim", 0.0),
     }
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float):
+        raise UserError(f"config: {name} is {value!r}, expected a number")
+    return float(value)
 
 
 def _hf_storage(raw: dict[str, Any]) -> dict[str, Any]:

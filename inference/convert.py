@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument("--verify", type=Path, metavar="DIR", help="instead: compare a directory with its manifest")
     options = parser.parse_args()
     wanted = (options.hf_ckpt_path, options.save_path, options.model_parallel)
-    if None in wanted if options.verify is None else any(value is not None for value in wanted):
+    if sum(value is not None for value in wanted) != (len(wanted) if options.verify is None else 0):
         parser.error("give --hf-ckpt-path, --save-path and --model-parallel, or --verify alone")
     try:
         if options.verify:

@@ -25,14 +25,13 @@ from model import FEW_ROWS, PAGE_SIZE, Batch, Numerics, Transformer
 from parallel import SOLO, Group, environment
 from sampling import Ask, Draft, Logprob, SamplingParams, logprob, propose, released_params, verify
 from scheduler import Chunk, Job, Scheduler
-from tokenizer import TextStream, Tokenizer
+from tokenizer import THINK, THOUGHT, TextStream, Tokenizer
 
 T = TypeVar("T")
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 Prompt = str | list[int] | list[dict]  # raw text, token ids, or chat messages
 _FINISH: list[FinishReason | None] = [None, "stop", "length", "error", "cancelled"]  # as numbers on the wire
 _STEP, _STOP = 0, 1
-OPEN, CLOSE = "<think>", "</think>"
 
 
 @dataclass(eq=False)
@@ -66,12 +65,12 @@ class Request:
         """(reasoning, answer): what stands inside <think> … </think> at the beginning, None if there is no such part,
         and what comes after it. Text that never leaves the thinking is all reasoning. Only control tokens begin and
         end it: somebody may have written what merely looks like them."""
-        begins = 0 in self.controls and self.text.startswith(OPEN)
+        begins = 0 in self.controls and self.text.startswith(THINK)
         if not (begins or self.opens_thinking):
             return None, self.text
-        closes = next((at for at in self.controls if self.text.startswith(CLOSE, at)), None)
-        inside = self.text[len(OPEN) if begins else 0 : closes]
-        return inside.strip("\n"), "" if closes is None else self.text[closes + len(CLOSE) :].lstrip("\n")
+        closes = next((at for at in self.controls if self.text.startswith(THOUGHT, at)), None)
+        inside = self.text[len(THINK) if begins else 0 : closes]
+        return inside.strip("\n"), "" if closes is None else self.text[closes + len(THOUGHT) :].lstrip("\n")
 
     @property
     def noise(self) -> int:

@@ -126,7 +126,7 @@ def main() -> int:
     parser.add_argument("--verify", type=Path, metavar="DIR", help="instead: compare a directory with its manifest")
     options = parser.parse_args()
     wanted = (options.input_fp8_hf_path, options.output_bf16_hf_path)
-    if None in wanted if options.verify is None else any(value is not None for value in wanted):
+    if sum(value is not None for value in wanted) != (len(wanted) if options.verify is None else 0):
         parser.error("give --input-fp8-hf-path and --output-bf16-hf-path, or --verify alone")
     try:
         if options.verify:

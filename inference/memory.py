@@ -666,6 +666,7 @@ def decode_reads(rank: Rank, sequences: int, context: int, drafts: int = 0) -> R
 
 
 def host_memory(root: Path = Path("/")) -> int:
+    """Bytes that programs may take without swapping, by the kernel's estimate; 4 GiB where it makes none."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
@@ -681,7 +682,7 @@ _CGROUPS = {
 
 
 def container_memory(root: Path = Path("/")) -> Iterator[int]:
-    """What each memory limit of the control groups that this process is in leaves."""
+    """Bytes that each memory limit of the control groups that this process is in leaves."""
     try:
         groups = [line.split(":", 2)[1:] for line in (root / "proc/self/cgroup").read_text().splitlines()]
     except OSError:

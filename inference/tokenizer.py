@@ -24,6 +24,7 @@ from config import read_json, read_text, require_folder
 from errors import UserError
 from sandbox import ROOM, Room, Sandbox
 
+THINK, THOUGHT = "<think>", "</think>"
 ROLES = ("system", "user", "assistant", "tool")
 ROUND_TRIP = "Hello  world, 3.14 and 1024\n\tdéjà vu — 你好，世界 🙂 end"
 
@@ -62,8 +63,8 @@ class Tokenizer:
         settings, generation, config = (_read_optional(folder / name) for name in optional)
         self._find_special_ids(folder, settings, generation, config)
         self._check_vocabulary(vocab_size)
-        self.think_open_id = self._added.get("<think>")
-        self.think_close_id = self._added.get("</think>")
+        self.think_open_id = self._added.get(THINK)
+        self.think_close_id = self._added.get(THOUGHT)
         self._hidden |= {i for i in (self.bos_id, *self.eos_ids) if i is not None}
         self._hidden -= {i for i in (self.think_open_id, self.think_close_id) if i is not None}
         self._pieces: dict[int, bytes] = {}
@@ -272,7 +273,7 @@ class Tokenizer:
         for text, place in self._plain.get_vocab().items():
             if (other := texts.setdefault(place, text)) != text:
                 raise UserError(f"{self._path}: {other!r} and {text!r} have the same id, {place}")
-        self._last_id = max([*self._plain.get_vocab().values(), *self._added_text], default=-1)
+        self._last_id = max([*texts, *self._added_text], default=-1)
         if vocab_size is None:
             return
         if self._last_id >= vocab_size:

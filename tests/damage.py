@@ -617,6 +617,8 @@ add_kinds("fp8", EVERYBODY, {
     "config with a list for an object": (configure, {"rope_scaling": [1]}, "rope_scaling is [1], expected an object"),
     "config with text in the rotary embedding": (configure, {"rope_scaling": YARN | {"factor": "four"}},
                                                  "rope_scaling.factor is 'four', expected a number"),
+    "config with text for a base": (configure, {"rope_theta": "10000"}, "rope_theta is '10000', expected a number"),
+    "config with nothing for a factor": (configure, {"rope_scaling": YARN | {"factor": None}}, "rope_scaling.factor is missing"),
     "config with two bases": (configure, {"rope_scaling": YARN | {"rope_theta": 50000}}, "but rope_scaling.rope_theta is 50000"),
     "config with a negative temperature": (configure, {"rope_scaling": YARN | {"mscale": -5}}, "mscale is -5.0, expected a pos"),
     "config with a beta of 0": (configure, {"rope_scaling": YARN | {"beta_fast": 0}}, "beta_fast is 0.0, expected a positive"),
