@@ -364,18 +364,21 @@ class Engine:
     def _run(self, chunks: list[Chunk]) -> list[Request]:
         chunks = sorted(chunks, key=lambda c: len(c.tokens) > FEW_ROWS)  # as Batch.pack wants them
         places: list[Place] = [(c.tokens, c.start, list(c.job.pages)) for c in chunks]
+        self.tp.brought.clear()
         hidden = self._step_graphs.run(places) if self._step_graphs else None
         if hidden is None:
             hidden = self.model(Batch.pack(places, self.model.device), self.cache)
         self._score_prompts(chunks, hidden)
         sampling = [c for c in chunks if c.samples]
         decided = dict(zip(sampling, self._sample(chunks, hidden), strict=True))
+        failed = any(finish == "error" for _, finish in decided.values())
+        blamed = self.tp.unsound() if failed and self.tp.size > 1 else []
         advanced = []
         for chunk in chunks:
             tokens, finish = decided.get(chunk, ([], None))
             self.scheduler.commit(chunk, tokens)
             if chunk in decided:
-                advanced.append(self._advance(chunk.job, finish))
+                advanced.append(self._advance(chunk.job, finish, blamed))
         if self.mtp:
             self._draft(chunks, places, hidden, [c.job for c in sampling if decided[c][1] is None])
         for chunk in sampling:
@@ -501,12 +504,14 @@ class Engine:
         request.text += say
         return found >= 0
 
-    def _advance(self, job: Job, finish: FinishReason | None) -> Request | None:
-        """Rank 0: the request behind a job that sampled, finished if that is the verdict."""
+    def _advance(self, job: Job, finish: FinishReason | None, blamed: list[int]) -> Request | None:
+        """Rank 0: the request behind a job that sampled, finished if that is the verdict. NaN came from the ranks that
+        are `blamed`, if that is known."""
         request = self._live.get(job.id)
         if request is not None and finish is not None:
             if finish == "error":
-                request.error = request.error or "the model's output holds NaN or infinity"
+                came = f", which came from rank {' and '.join(map(str, blamed))}" if blamed else ""
+                request.error = request.error or f"the model's output holds NaN or infinity{came}"
             self._finish(request, finish)
         return request
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn, TypeVar
@@ -23,6 +24,7 @@ T = TypeVar("T")
 ExpertLayout = Literal["whole", "split"]  # a rank has some experts whole, or a share of every one's inner width
 JOINING_LIMIT = 600.0  # seconds for all ranks to come up; a later one may have torch to import from a slow disk
 LOADING_LIMIT = 6 * 3600.0  # seconds that the slowest rank may load longer than the fastest
+BROUGHT = 1024  # sums and gatherings whose parts are remembered, more than a step has
 ERROR_BYTES = 2048  # of an error's text that travel between ranks
 STOPPED = "is stopped"
 STORE_LIMIT = 1.0  # seconds for a word to or from the meeting point, which may be on a host that is gone
@@ -48,6 +50,7 @@ class Group:
     neighbours: tuple[tuple[int, int], ...] = field(default=(), compare=False)  # (rank, process id) on this host
     store: Any = field(default=None, compare=False, repr=False)  # where the ranks met
     leaving: Any = field(default_factory=threading.Lock, compare=False, repr=False)  # held by the thread that ends us
+    brought: Any = field(default_factory=lambda: deque(maxlen=BROUGHT), compare=False, repr=False)  # see `unsound`
 
     def split(self, n: int, what: str) -> int:
         """n over the ranks; raises UserError when it does not divide."""
@@ -64,6 +67,7 @@ class Group:
         """
         if self.size == 1:
             return x
+        self._bring(x)
         with _speaking_of_ranks(self):
             if self.one_shot is not None and not self.ordered and self.one_shot.takes(x):
                 return self.one_shot(x)
@@ -80,10 +84,26 @@ class Group:
         """(..., n) on every rank to (..., n * size), in rank order."""
         if self.size == 1:
             return x
+        self._bring(x)
         parts = [torch.empty_like(x) for _ in range(self.size)]
         with _speaking_of_ranks(self):
             dist.all_gather(parts, x.contiguous(), group=self.pg)
         return torch.cat(parts, dim=-1)
+
+    def _bring(self, x: torch.Tensor) -> None:
+        if not x.is_cuda:  # there it would be a kernel more at each of them
+            self.brought.append(x.sum(dtype=torch.float32))
+
+    def unsound(self) -> list[int]:
+        """The ranks that brought NaN or infinity in, to the first of the latest sums and gatherings that had some: from
+        then on every rank has it. Every rank calls this. None is named where all were alike, and for GPUs."""
+        first = next((i for i, part in enumerate(self.brought) if not part.isfinite()), BROUGHT)
+        self.brought.clear()
+        found = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        with _speaking_of_ranks(self):
+            dist.all_gather(found, torch.tensor([first]), group=self.control)
+        ranks = [rank for rank, i in enumerate(found) if int(i) == min(map(int, found)) < BROUGHT]
+        return ranks if len(ranks) < self.size else []
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Overwrites x, a host tensor of a shape all ranks know, with rank 0's."""

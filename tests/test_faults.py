@@ -110,11 +110,12 @@ def test_a_fault_in_one_rank(tiny: Path, tmp_path: Path, kind: str) -> None:
 
 @linux
 def test_nan_in_one_rank(tiny: Path, tmp_path: Path) -> None:
-    """What runs at that step fails, each with its line; the requests behind are answered."""
+    """What runs at that step fails, each with its line, which names the rank; the requests behind are answered."""
     ended = run(tiny, tmp_path, "nan", 1, at=7 * SUMS + 2, prompts=20)
     bad = [answer for answer in ended.answers if "error" in answer]
     assert ended.status == 1 and len(ended.answers) == 20 and 1 <= len(bad) <= 8, ended.stderr
-    assert all(answer["error"] == "the model's output holds NaN or infinity" for answer in bad)
+    said = "the model's output holds NaN or infinity, which came from rank 1"
+    assert all(answer["error"] == said for answer in bad)
     assert all(len(answer["tokens"]) == 20 for answer in ended.answers if answer not in bad)
 
 
