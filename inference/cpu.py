@@ -1,18 +1,17 @@
 """The few ops that have a faster form on a CPU than plain torch. Each is held to its reference by a test."""
 
-import ctypes
 import functools
 import math
-from bisect import bisect_right
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+import kernel_cpu
 import reference
+from kernel_cpu import Packed
 from reference import Quantised, Scales
 
 if TYPE_CHECKING:
@@ -23,48 +22,11 @@ BUNDLE_ROWS = 64  # of several experts together: with more the two products are 
 DECODE_ROWS = 16  # query rows of a sequence that still count as decoding: a token and its drafts
 
 
-class Half(NamedTuple):
-    """Bfloat16 weights as FBGEMM packs them in float16: each weight is data * scale.
-
-    The scale is a power of two that brings the largest weight just below 2^16. Float16 has more bits of mantissa than
-    bfloat16, so whatever is at least 2^-29 of the largest weight's power of two is held exactly, and what is smaller
-    may be taken for zero, which is less than a float32 sum rounds off. The product is summed, and given, in float32.
-    """
-
-    data: Any
-    scale: torch.Tensor  # (1,) float32
-
-
-def has_half() -> bool:
-    return "fbgemm" in torch.backends.quantized.supported_engines
-
-
-def half_bytes(n: int, k: int) -> int:
-    """What (N, K) takes as Half: FBGEMM fills each row up to blocks of 512 values."""
-    return 2 * n * -(-k // 512) * 512
-
-
-def pack_half(w: torch.Tensor, scale: torch.Tensor | None = None) -> Half:
-    """(N, K) as Half, with a scale that may have been chosen for several of them. All weights must be finite."""
-    scale = _power_of_two(w) if scale is None else scale
-    return Half(torch.ops.quantized.linear_prepack_fp16(w * scale.reciprocal(), None), scale)
-
-
-def _power_of_two(w: torch.Tensor) -> torch.Tensor:
-    """The scale (1,) that brings the largest of w to at least 2^15 and below 2^16; bfloat16 rounds none up to that."""
-    return torch.ldexp(torch.ones(1), _largest(w).float().frexp().exponent.reshape(1) - 16)
-
-
-def _largest(w: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude in w, NaN if w holds one; nothing of w's size is made on the way."""
-    return torch.maximum(w.amax(), -w.amin())
-
-
 @functools.cache
-def half_is_faster() -> bool:
-    """Whether this processor multiplies many rows faster from float16 weights (as float32) than in bfloat16."""
+def float32_is_faster() -> bool:
+    """Whether this processor multiplies many rows faster in float32 than in bfloat16."""
     info = Path("/proc/cpuinfo")
-    return has_half() and info.exists() and slow_bfloat16(info.read_text())
+    return info.exists() and slow_bfloat16(info.read_text())
 
 
 def slow_bfloat16(cpuinfo: str) -> bool:
@@ -77,64 +39,98 @@ def slow_bfloat16(cpuinfo: str) -> bool:
     return bool(flags) and "amx_bf16" not in flags and ("avx512_bf16" not in flags or "GenuineIntel" in cpuinfo)
 
 
+def _compiled(x: torch.Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and kernel_cpu.library() is not None
+
+
 def pack(w: torch.Tensor) -> Any:
-    """A bf16 weight (N, K), or each expert of a stack (E, N, K), laid out for matrix products: Half, or as oneDNN does.
+    """A bf16 weight (N, K), or each expert of a stack (E, N, K), laid out for matrix products: as kernel_cpu.c reads
+    it, or as oneDNN does, where bfloat16 products are an instruction, or there is no compiler.
 
     Packed once, a product with few rows reads the weights at the memory's speed, where F.linear repacks them every
-    time. Other dtypes, and builds of torch with neither library, keep the plain tensor.
+    time. Other dtypes, and builds of torch with neither, keep the plain tensor.
     """
     if w.dtype != torch.bfloat16:
         return w
-    if half_is_faster() and _largest(w).isfinite():
-        scale = _power_of_two(w)
-        if w.dim() == 2:
-            return pack_half(w, scale)
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # FBGEMM packs on one thread
-            packed = list(pool.map(lambda e: pack_half(e, scale), w))
-        _return_freed_memory()
-        return packed
+    if _compiled(w) and float32_is_faster():
+        return kernel_cpu.pack(w)
     if not torch.backends.mkldnn.is_available():
         return w
     pack_one = torch.ops.mkldnn._reorder_linear_weight
     return [pack_one(e) for e in w] if w.dim() == 3 else pack_one(w)
 
 
-def _return_freed_memory() -> None:
-    """What packing took on the way, float32 copies on several threads, lies between what it made: the C library would
-    keep it, nearly as much again as the weights, unless asked to give it back (glibc alone can be asked)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 def pack_float32(w: torch.Tensor) -> Any:
-    """A weight (N, K) for products in float32: Half reads half the bytes of widened ones."""
-    return pack_half(w) if w.dtype == torch.bfloat16 and has_half() and _largest(w).isfinite() else w.float()
+    """A weight (N, K) for products in float32: kernel_cpu's have half the bytes of widened ones."""
+    return kernel_cpu.pack(w) if _compiled(w) else w.float()
 
 
 def is_packed(w: Any) -> bool:
-    return isinstance(w, Half) or (isinstance(w, torch.Tensor) and w.is_mkldnn)
+    """Whether `pack` or `pack_float32` made this."""
+    return isinstance(w, Packed | list) or w.is_mkldnn
+
+
+def is_steady(w: Any) -> bool:
+    """Whether a row's product with this does not depend, to the bit, on the other rows."""
+    return isinstance(w, Packed)
 
 
 def linear(x: torch.Tensor, w: Any) -> torch.Tensor:
     """x (T, K) by a packed (N, K), in x's dtype."""
-    return _product(x, w).to(x.dtype)
-
-
-def linear_float32(x: torch.Tensor, w: Half) -> torch.Tensor:
-    """x (T, K) by (N, K), in float32."""
-    return _product(x, w)
-
-
-def _product(x: torch.Tensor, w: Any) -> torch.Tensor:
-    if isinstance(w, Half):
-        return torch.ops.quantized.linear_dynamic_fp16(x * w.scale, w.data)
+    if isinstance(w, Packed):
+        return kernel_cpu.linear(x, w, x.dtype)
     return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
 
+def linear_float32(x: torch.Tensor, w: Packed) -> torch.Tensor:
+    """x (T, K) by (N, K), in float32."""
+    return kernel_cpu.linear(x, w, torch.float32)
+
+
+def norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    delta: torch.Tensor | None = None,
+    fp8: Scales | None = None,
+    keep: bool = True,
+) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
+    """As reference.norm."""
+    if not _compiled(x):
+        return reference.norm(x, weight, eps, delta, fp8, keep)
+    y, total = kernel_cpu.norm(x, weight, eps, delta)
+    return reference.quantised(y, fp8, keep) if fp8 else y, total
+
+
+def latent_write(
+    c_kv: torch.Tensor,
+    k_pe: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_pe: torch.Tensor,
+    slots: torch.Tensor,
+    latents: torch.Tensor,
+) -> torch.Tensor:
+    """As reference.latent_write."""
+    form = kernel_cpu if _compiled(c_kv) and latents.dtype == torch.bfloat16 else reference
+    return form.latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
+
+
+def route(
+    logits: torch.Tensor, bias: torch.Tensor | None, rule: reference.Routing
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As reference.route."""
+    return (reference if kernel_cpu.library() is None else kernel_cpu).route(logits, bias, rule)
+
+
 def silu_mul(gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
-    """As reference.silu_mul, with one float32 tensor instead of three."""
-    y = _swiglu(gate_up, inter).to(gate_up.dtype)
+    """As reference.silu_mul; without a compiler with one float32 tensor instead of three."""
+    if _compiled(gate_up):
+        y = kernel_cpu.silu_mul(gate_up, inter)
+    else:
+        y = _swiglu(gate_up, inter).to(gate_up.dtype)
     return reference.quantised(y, fp8) if fp8 else y
 
 
@@ -143,36 +139,30 @@ def experts(
     weights: torch.Tensor,
     ids: torch.Tensor,
     first: int,
-    w13: list,
-    w2: list,
+    w13: Any,
+    w2: Any,
     inter: int,
+    shared: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """As reference.experts on packed weights: float32 (T, H). Half keeps float32 between its two products, and experts
-    with few rows share what lies there."""
-    half = isinstance(w13[0], Half)
-    if half:
-        x, weights = x * w13[0].scale, weights * w2[0].scale
-    product = _unscaled if half else _product
+    """As ops.experts on packed weights."""
+    if isinstance(w13, Packed):
+        return kernel_cpu.experts(x, weights, ids, first, w13, w2, inter, None if shared is None else shared())
     flat = ids.flatten()
     order = flat.argsort(stable=True)  # the assignments, expert by expert, tokens in order within each
     counts = torch.bincount(flat, minlength=first + len(w13)).tolist()
     begin, counts = sum(counts[:first]), counts[first : first + len(w13)]
     mine = order[begin : begin + sum(counts)]
     tokens, factors = mine // ids.shape[1], weights.flatten()[mine].unsqueeze(-1)
-    rows, factor, parts = x[tokens].split(counts), factors.split(counts), []  # (A, H), A assignments
+    rows, parts = x[tokens].split(counts), []  # (A, H), A assignments
     for some in _bundles(counts):
-        middle = _swiglu(_cat([product(rows[e], w13[e]) for e in some]), inter)
-        middle = middle.mul_(_cat([factor[e] for e in some])) if half else middle.to(x.dtype)
-        parts += [product(m, w2[e]) for m, e in zip(middle.split([counts[e] for e in some]), some, strict=True)]
+        middle = _swiglu(_cat([linear(rows[e], w13[e]) for e in some]), inter).to(x.dtype)
+        parts += [linear(m, w2[e]) for m, e in zip(middle.split([counts[e] for e in some]), some, strict=True)]
     out = torch.zeros(x.shape, dtype=torch.float32)
-    if not parts:
-        return out
-    every = torch.cat(parts)
-    return out.index_add_(0, tokens, every if half else every.float().mul_(factors))
-
-
-def _unscaled(x: torch.Tensor, w: Half) -> torch.Tensor:
-    return torch.ops.quantized.linear_dynamic_fp16(x, w.data)
+    if parts:
+        out.index_add_(0, tokens, torch.cat(parts).float().mul_(factors))
+    if shared is not None:
+        out += shared()
+    return out.to(x.dtype)
 
 
 def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -209,32 +199,38 @@ def mla(
     """As reference.mla. Sequences with a few query rows, those that decode, are absorbed together, so that W^UK and
     W^UV are read once for all; many rows go through torch's fused attention."""
     out = q_nope.new_empty(*q_nope.shape[:2], w_uv.shape[1])
-    bounds, lengths = batch.cu_seqlens_q.tolist(), batch.kv_lens.tolist()
+    if "lists" not in batch.memo:
+        batch.memo["lists"] = batch.cu_seqlens_q.tolist(), batch.kv_lens.tolist()
+    bounds, lengths = batch.memo["lists"]
     few = reference.absorbed_rows(w_uk, w_uv, q_pe.shape[-1])
-    c = w_uk.shape[2]
-    cached = [reference.gather(latents, batch.pages[b], n, c, q_pe.dtype) for b, n in enumerate(lengths)]
-    decoding: list[int] = []  # rows
-    for b in range(len(lengths)):
-        n = bounds[b + 1] - bounds[b]
-        if n <= min(few, DECODE_ROWS):
-            decoding += range(bounds[b], bounds[b + 1])
-            continue
+    c, most = w_uk.shape[2], min(few, DECODE_ROWS)
+    compiled = _compiled(q_nope) and latents.dtype == torch.bfloat16
+    if compiled:
+        kernel_cpu.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, most, out)
+    decoding: dict[int, torch.Tensor] = {}  # their latents
+    for b, length in enumerate(lengths):
         rows = slice(bounds[b], bounds[b + 1])
+        n = rows.stop - rows.start
+        if n <= most and compiled:
+            continue
+        cached = reference.gather(latents, batch.pages[b], length, c, q_pe.dtype)
+        if n <= most:
+            decoding[b] = cached
+            continue
         form = reference.mla_absorbed if n <= few else mla_expanded
-        out[rows] = form(q_nope[rows], q_pe[rows], cached[b], batch.positions[rows], w_uk, w_uv, scale)
+        out[rows] = form(q_nope[rows], q_pe[rows], cached, batch.positions[rows], w_uk, w_uv, scale)
     if not decoding:
         return out
-    some = len(decoding) < len(out)
-    at = torch.tensor(decoding) if some else slice(None)
+    together = [t for b in decoding for t in range(bounds[b], bounds[b + 1])]
+    at = torch.tensor(together) if len(together) < len(out) else slice(None)
     q = torch.cat((torch.einsum("nhd,hdc->nhc", q_nope[at], w_uk), q_pe[at]), dim=-1)  # (rows, N, C + R)
     o, begin = [], 0
-    while begin < len(decoding):
-        b = bisect_right(bounds, decoding[begin]) - 1
+    for b, cached in decoding.items():
         n = bounds[b + 1] - bounds[b]
-        o.append(_attend(q[begin : begin + n], cached[b], batch.positions[bounds[b] : bounds[b + 1]], scale)[..., :c])
+        o.append(_attend(q[begin : begin + n], cached, batch.positions[bounds[b] : bounds[b + 1]], scale)[..., :c])
         begin += n
     values = torch.einsum("nhc,hvc->nhv", torch.cat(o), w_uv)
-    if not some:
+    if len(together) == len(out):
         return values
     out[at] = values
     return out
@@ -270,7 +266,7 @@ def mla_expanded(
     in float32 where the processor multiplies that faster."""
     n_heads, dv, c = w_uv.shape
     width = w_uk.shape[1] + q_pe.shape[-1]
-    dtype = torch.float32 if half_is_faster() else latents.dtype
+    dtype = torch.float32 if float32_is_faster() else latents.dtype
     if dv > width or len(latents) * n_heads * width * 2 * dtype.itemsize > EXPANDED_BYTES:
         return reference.mla_expanded(q_nope, q_pe, latents, positions, w_uk, w_uv, scale)
     c_kv, k_pe = latents.to(dtype).split([c, latents.shape[1] - c], dim=-1)

@@ -20,6 +20,7 @@ import torch
 
 import cpu
 import graphs
+import kernel_cpu
 import reference
 import tiles
 import weights
@@ -62,12 +63,17 @@ class Rank:
 
     @property
     def packs(self) -> bool:
-        """Plain weights lie packed, in bfloat16 or, where `halves`, in float16."""
+        """Plain weights lie packed, as oneDNN does or, where `panels`, kernel_cpu.c."""
         return not self.gpu and self.num.gemm is None and self.num.dtype == torch.bfloat16
 
     @property
-    def halves(self) -> bool:
-        return self.packs and cpu.half_is_faster()
+    def panels(self) -> bool:
+        return self.packs and self.compiled and cpu.float32_is_faster()
+
+    @property
+    def compiled(self) -> bool:
+        """The ops are kernel_cpu.c's."""
+        return not self.gpu and self.num.dtype == torch.bfloat16 and kernel_cpu.library() is not None
 
     @property
     def share(self) -> float:
@@ -135,7 +141,7 @@ def weight_bytes(rank: Rank) -> dict[tuple[bool, str], int]:
 
     Unlike on disk, wkv_b is never FP8; a CPU packs plain weights, and keeps router and head for products in float32; a
     tied head, and the MTP module's copies of embedding and head, do not exist. oneDNN's packed form has the plain one's
-    bytes.
+    bytes, kernel_cpu.c's is filled up to whole panels.
     """
     found: Counter[tuple[bool, str]] = Counter()
     group = Group(0, rank.ranks)  # the ranks' parts are equal
@@ -158,14 +164,26 @@ def _held_bytes(kind: _Kind, shape: tuple[int, ...], rank: Rank) -> int:
             return 0
         if rank.gpu or plain == 4:
             return size * plain
-        return cpu.half_bytes(*shape) if cpu.has_half() else size * 4
+        return 2 * kernel_cpu.packed_numbers(*shape) if rank.compiled else size * 4
     if kind.leaf.endswith((".scale", ".bias")):
         return size * kind.spec.dtype.itemsize
     if kind.spec.dtype == torch.float8_e4m3fn:
         stacked = kind.leaf in ("w1.weight", "w3.weight", "wq_a.weight", "wq.weight")
         return (_in_blocks(shape[0]) if stacked else shape[0]) * shape[1]
-    packed = not rank.gpu and plain == 2 and len(shape) == 2 and kind.part not in (EMBEDDING, SMALL)
-    return cpu.half_bytes(*shape) if packed and cpu.half_is_faster() else size * plain
+    if rank.panels and len(shape) == 2 and kind.part not in (EMBEDDING, SMALL):
+        before = _rows_before(kind.leaf, shape, rank)
+        if before is not None:
+            return 2 * (kernel_cpu.packed_numbers(before + shape[0], shape[1]) - before * shape[1])
+    return size * plain
+
+
+def _rows_before(leaf: str, shape: tuple[int, ...], rank: Rank) -> int | None:
+    """Of the projection whose last part a tensor is; None if another part follows, which is filled up for both."""
+    if leaf in ("w1.weight", "wq_a.weight", "wq.weight"):
+        return None
+    if leaf == "wkv_a.weight":
+        return rank.args.q_lora_rank or rank.args.n_heads // rank.ranks * rank.args.qk_head_dim
+    return shape[0] if leaf == "w3.weight" else 0
 
 
 def _in_blocks(n: int) -> int:
@@ -261,7 +279,8 @@ def _linear(rank: Rank, rows: int, k: int, n: int, plain: bool = False) -> int:
     weight that is never FP8."""
     out = rows * n * rank.num.dtype.itemsize
     if rank.num.gemm is None or plain:
-        return 4 * rows * n + max(4 * rows * k, out) if rank.halves else out
+        panels = rank.compiled and cpu.float32_is_faster()
+        return out + 4 * min(rows, kernel_cpu.chunk_rows(k)) * k if panels else out
     if rank.gpu:  # sums of the parts of K: a part to each multiprocessor, or two
         parts = 2 * max(tiles.PROCESSORS.values()) * 64 * 64 * 4
         return out + (min(4 * tiles.SPLITS[-1] * rows * n, parts) if rows <= tiles.SPLIT_UP_TO else 0)
@@ -269,10 +288,12 @@ def _linear(rank: Rank, rows: int, k: int, n: int, plain: bool = False) -> int:
 
 
 def _norm(rank: Rank, rows: int, width: int) -> int:
-    """RMSNorm. A CPU's has a float32 copy, and two float32 tensors on the way to the result."""
+    """RMSNorm. A CPU's has a float32 copy, and two float32 tensors on the way to the result, if it is not compiled."""
     if rank.gpu:
         return _given(rank, rows, width)
     plain = rows * width * rank.num.dtype.itemsize
+    if rank.compiled:
+        return plain + max(4 * torch.get_num_threads() * width, _quantising(rank, rows, width))
     return max(rows * width * (_float_copy(rank) + 8), plain + _quantising(rank, rows, width))
 
 
@@ -286,6 +307,8 @@ def _swiglu(rank: Rank, rows: int, inner: int) -> int:
     if rank.gpu:
         return _given(rank, rows, inner)
     plain = rows * inner * rank.num.dtype.itemsize
+    if rank.compiled:
+        return plain + _quantising(rank, rows, inner)
     return max(rows * inner * (_float_copy(rank) + 4), plain + _quantising(rank, rows, inner))
 
 
@@ -309,22 +332,29 @@ def _moe(rank: Rank, tokens: int) -> int:
         gate_up, product = rows * _gate_up(rank, rank.inner) * b, _given(rank, rows, rank.inner)
         routed = gate_up + rows * args.dim * b + max(product, values * b)
         return max(routing, 12 * rows + shared + sorting + routed)
-    router = 16 * tokens * args.n_routed_experts + 4 * values + (0 if cpu.has_half() else 4 * args.dim)
+    if rank.compiled:
+        multiplying = 4 * min(tokens, kernel_cpu.chunk_rows(args.dim)) * args.dim
+        router = 4 * tokens * args.n_routed_experts + max(multiplying, 12 * rows)
+    else:
+        router = 16 * tokens * args.n_routed_experts + 4 * values + 4 * args.dim
+    if rank.panels:  # the routed experts begin when the shared ones are done
+        return max(router, 12 * rows + max(shared, b * values * bool(width) + _routed(rank, tokens)))
     chosen = 48 * rows  # ids, weights and their order, int64 and float32
     return max(router, chosen + max(_routed(rank, tokens), values * (4 + b), 4 * values + shared))
 
 
 def _routed(rank: Rank, tokens: int) -> int:
-    """A CPU's routed experts: one after another, into a float32 sum; packed ones keep their results until the end."""
+    """A CPU's routed experts: one after another, into a float32 sum; oneDNN's keep their results until the end."""
     args, b = rank.args, rank.num.dtype.itemsize
     here = args.n_routed_experts // (rank.ranks if rank.experts == "whole" else 1)
     values, inner = tokens * args.dim, tokens * rank.inner
     chosen = values * min(args.n_activated_experts, here)
     if not rank.packs:
         return 4 * values + max(values * b + _mlp(rank, tokens, rank.inner), values * 8)
+    if rank.panels:
+        together = kernel_cpu.bundle_rows(tokens, args.n_activated_experts)
+        return (4 + b) * values + 4 * together * (args.dim + 3 * rank.inner) + 8 * tokens * args.n_activated_experts
     # gate and up, or their product, live on until the next expert's take their names
-    if rank.halves:  # float32 throughout
-        return 8 * values + 4 * chosen + max(4 * (chosen - values) + 20 * inner, 8 * chosen + 12 * inner)
     making = max(4 * (chosen - values) + 16 * inner, 4 * chosen + 6 * inner + b * values, 8 * chosen + 4 * inner)
     return 4 * values + b * chosen + making
 
@@ -357,7 +387,8 @@ def _attention(rank: Rank, tokens: int, rows: int, limits: Limits) -> int:
         into = max(into, held + max(_norm(rank, tokens, q), projected))
         held += tokens * n * width * b
     rotated, o = tokens * n * r * b, tokens * n * dv * b
-    rotating = 0 if rank.gpu else tokens * (n * r * (_float_copy(rank) + 12) + args.latent_dim * (b + 12))
+    alone = rank.gpu or (rank.compiled and not rank.num.fp8_latents)
+    rotating = 0 if alone else tokens * (n * r * (_float_copy(rank) + 12) + args.latent_dim * (b + 12))
     product = _linear(rank, tokens, n * dv, args.dim)
     quantised = _quantising(rank, tokens, n * dv)
     out = o + (quantised + product if rank.gpu else max(quantised, _given(rank, tokens, n * dv) + product))
@@ -399,16 +430,20 @@ def _on_gpu_float32(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) 
 
 
 def _on_cpu(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) -> int:
-    """cpu.mla: all sequences' latents gathered, then one sequence's many rows at a time, and all those of few rows
-    together."""
+    """cpu.mla: one sequence's many rows at a time, and all those of few rows together, for which their latents are
+    gathered unless a compiled kernel reads the pages."""
     args, b = rank.args, rank.num.dtype.itemsize
     c, r, dv, context = args.kv_lora_rank, args.qk_rope_head_dim, args.v_head_dim, limits.max_model_len
-    gathered = min(tokens, limits.max_num_seqs) * context * (c + r) * b
+    compiled = rank.compiled and not rank.num.fp8_latents
+    gathered = (1 if compiled else min(tokens, limits.max_num_seqs)) * context * (c + r) * b
     few = few_rows(args)
     if rows > few:
         form = _expanded(rank, rows, n, context)
     elif rows > cpu.DECODE_ROWS:
         form = _absorbed(rank, rows, n, context)
+    elif compiled:
+        sequences = min(limits.max_num_seqs, -(-tokens // rows))
+        return tokens * n * dv * b + kernel_cpu.mla_bytes(sequences, rows, n, c, r, context)
     else:  # queries, and results of all with those of one; the last has its copy of the queries and its mask
         mask = rows * context * (n * (1 + b)) if rows > 1 else 0
         form = tokens * n * b * (3 * c + r + max(r, dv)) + rows * n * (c + r) * b + mask
@@ -443,7 +478,7 @@ def _expanded(rank: Rank, rows: int, n: int, context: int) -> int:
     c, dn, r, dv = args.kv_lora_rank, args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim
     width = dn + r
     queries = rows * n * width * b
-    wide = 4 if cpu.half_is_faster() else b  # what the products are made in
+    wide = 4 if cpu.float32_is_faster() else b  # what the products are made in
     keys = context * n * width * wide
     if not rank.gpu and dv <= width and 2 * keys <= cpu.EXPANDED_BYTES:
         copies = wide > b  # of all that comes in
@@ -503,18 +538,16 @@ def need(rank: Rank, limits: Limits, cache: int | None = None) -> Need:
 
 
 def _packing(rank: Rank, parts: dict[tuple[bool, str], int]) -> int:
-    """What packing the largest weight takes beside all weights as they are before or, if that is more, after it. For
-    float16 a matrix is first scaled in float32, of a stack one on each thread."""
+    """What packing the largest weight takes beside all weights as they are before or, if that is more, after it."""
     if not rank.packs:
         return 0
     args, plain = rank.args, rank.num.dtype.itemsize
-    head = args.vocab_size // rank.ranks * args.dim
-    packing = (4 + plain) * head if cpu.has_half() else 4 * head
-    if args.n_moe_layers:
-        stack = parts[False, ROUTED] // args.n_moe_layers * 2 // 3  # w1 and w3 lie together
-        one = 2 * rank.inner * args.dim * 4 * torch.get_num_threads()
-        packing = max(packing, stack + one if rank.halves else stack)
-    return packing
+    head = (plain if rank.compiled else 4) * args.vocab_size // rank.ranks * args.dim
+    largest = max(head, 2 * plain * args.inter_dim // rank.ranks * args.dim)
+    in_place = rank.panels and all(n % kernel_cpu.panel_width() == 0 for n in (2 * rank.inner, args.dim))
+    if args.n_moe_layers and not in_place:
+        largest = max(largest, parts[False, ROUTED] // args.n_moe_layers * 2 // 3)  # w1 and w3 lie together
+    return largest
 
 
 def _graphs(rank: Rank, limits: Limits) -> int:

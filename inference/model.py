@@ -77,7 +77,7 @@ class Batch:
     few: Extent = Extent()  # the first sequences, up to the first that has more than FEW_ROWS new tokens
     many: Extent = Extent()  # the others
     # What attention works out from lengths and bounds, once for all layers; a changed batch starts without.
-    memo: dict[Any, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def whole(self) -> Extent:

@@ -86,6 +86,11 @@ def _fast(x: torch.Tensor) -> bool:
     return x.is_cuda and _side.get() == "auto"
 
 
+def _plain() -> Any:
+    """Where an op is that no kernel computes."""
+    return cpu if _side.get() == "auto" else reference
+
+
 def has_fp8(device: torch.device) -> bool:
     """Whether a GPU multiplies FP8 in its tensor cores: NVIDIA from Ada and Hopper on, AMD's MI300."""
     import kernel
@@ -123,7 +128,7 @@ def linear(x: torch.Tensor | Quantised, w: Weight) -> torch.Tensor:
     data, scale = w.data, w.scale
     if scale is None:
         product = cpu.linear if cpu.is_packed(data) else F.linear
-        return _by_rows(lambda rows: product(rows, data), x)
+        return product(x, data) if cpu.is_steady(data) else _by_rows(lambda rows: product(rows, data), x)
     if w.gemm == "fp8":
         return _fp8_gemm(*act_quant(x, w.scale_fmt), w, x.dtype)
     if _fast(x):
@@ -154,7 +159,7 @@ def project_float32(x: torch.Tensor, w: Any) -> torch.Tensor:
     w is what `prepare_float32` made of the weight.
     """
     if cpu.is_packed(w):
-        return _by_rows(lambda rows: cpu.linear_float32(rows, w), x)
+        return cpu.linear_float32(x, w)
     if _fast(x) and x.dtype == w.dtype == torch.bfloat16:
         return _by_rows(lambda rows: torch.mm(rows, w.T, out_dtype=torch.float32), x)
     return _by_rows(lambda rows: reference.project_float32(rows, w), x)
@@ -173,7 +178,7 @@ def norm(
         import kernel_fused
 
         return kernel_fused.norm(x, weight, eps, delta, fp8, keep)
-    return reference.norm(x, weight, eps, delta, fp8, keep)
+    return _plain().norm(x, weight, eps, delta, fp8, keep)
 
 
 def silu_mul(gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
@@ -185,7 +190,7 @@ def silu_mul(gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> to
         import kernel_fused
 
         return kernel_fused.silu_mul(gate_up, inter, fp8)
-    return (cpu if _side.get() == "auto" else reference).silu_mul(gate_up, inter, fp8)
+    return _plain().silu_mul(gate_up, inter, fp8)
 
 
 def route(
@@ -195,7 +200,7 @@ def route(
     n = len(logits)
     if _invariant.get():  # torch's sigmoid on a CPU takes the numbers behind the last whole vectors another way
         logits = F.pad(logits, (0, 0, 0, -n % ROW_BLOCK))
-    weights, ids = reference.route(logits, bias, rule)
+    weights, ids = _plain().route(logits, bias, rule)
     return weights[:n], ids[:n]
 
 
@@ -238,10 +243,9 @@ def experts(
     def run(e: int, rows: torch.Tensor) -> torch.Tensor:
         return linear(silu_mul(linear(rows, w13.expert(e)), inter), w2.expert(e))
 
-    if not _invariant.get() and cpu.is_packed(w13.data[0]):
-        y = cpu.experts(x, weights, ids, first, w13.data, w2.data, inter)
-    else:
-        y = reference.experts(x, weights, ids, first, len(w13.data), run)
+    if cpu.is_packed(w13.data) and (cpu.is_steady(w13.data) or not _invariant.get()):
+        return cpu.experts(x, weights, ids, first, w13.data, w2.data, inter, shared)
+    y = reference.experts(x, weights, ids, first, len(w13.data), run)
     if shared is not None:
         y += shared()
     return y.to(x.dtype)
@@ -263,7 +267,7 @@ def latent_write(
         import kernel_fused
 
         return kernel_fused.latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
-    return reference.latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
+    return _plain().latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
 
 
 def mla(

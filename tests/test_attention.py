@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import cpu
+import kernel_cpu
 import ops
 import reference
 from families import V3
@@ -96,10 +97,14 @@ def test_decoding_sequences_together(new, threads, monkeypatch):
     assert relative_error(cpu.mla(*inputs), expected) < 2e-6
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("new", [[1, 1], [4, 1], [300, 200], [100, 2]])
-def test_bfloat16_attention_on_either_processor(new, slow, monkeypatch):
-    monkeypatch.setattr(cpu, "half_is_faster", lambda: slow)
+def test_bfloat16_attention_on_either_processor(new, slow, compiled, monkeypatch):
+    """With a compiler and without one."""
+    monkeypatch.setattr(cpu, "float32_is_faster", lambda: slow)
+    if not compiled:
+        monkeypatch.setattr(kernel_cpu, "library", lambda: None)
     inputs, _ = problem([300, 200], new)
     rounded = [x.bfloat16() if isinstance(x, torch.Tensor) else x for x in inputs]
     exact = reference.mla(*[x.float() if isinstance(x, torch.Tensor) else x for x in rounded])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import kernel_cpu
 from launch import environment
 from mutants import MUTANTS, ROOT
 
@@ -27,11 +28,15 @@ sys.exit(main())
 
 
 def test_every_mutant_is_one():
-    """Each text to replace is there exactly once, what comes of it is Python, and no two come to the same."""
+    """Each text to replace is there exactly once, what comes of it is Python or C, and no two come to the same."""
     found = Counter()
     for mutant in MUTANTS:
         broken = mutant.apply((ROOT / "inference" / mutant.file).read_text())
-        compile(broken, mutant.file, "exec")
+        if mutant.file.endswith(".py"):
+            compile(broken, mutant.file, "exec")
+        elif kernel_cpu.library() is not None:
+            command = [*kernel_cpu.compiler(), *kernel_cpu.FLAGS, "-fsyntax-only", "-x", "c", "-"]
+            subprocess.run(command, input=broken, text=True, check=True)
         found[mutant.file, broken] += 1
     assert max(found.values()) == 1 and len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) > 200
 

@@ -20,6 +20,7 @@ import cpu
 import engine as engines
 import kernel
 import kernel_attention
+import kernel_cpu
 import kernel_fused
 import kernel_moe
 import memory
@@ -95,9 +96,8 @@ def test_drafts_read_more_experts_and_the_module():
 
 def sizes_of(value: object) -> dict[int, int]:
     """Bytes of the tensors in a module's attribute, packed ones and lists of them too."""
-    if isinstance(value, cpu.Half):
-        weight, _ = torch.ops.quantized.linear_unpack_fp16(value.data)
-        return {id(value.data): cpu.half_bytes(*weight.shape)}
+    if isinstance(value, cpu.Packed):
+        return sizes_of(value.data)
     if isinstance(value, list):
         return {key: n for each in value for key, n in sizes_of(each).items()}
     if isinstance(value, torch.Tensor):
@@ -118,17 +118,19 @@ class NoKernel:
         return lambda *args, **kwargs: None
 
 
-SIDES = ("GPU", "CPU, float16", "CPU, oneDNN")
+SIDES = ("GPU", "CPU", "CPU, oneDNN", "CPU, no compiler")
 SPLIT = Numerics(experts="split")
 
 
 @pytest.fixture(params=SIDES)
 def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The device whose forms of weights and ops a test meets: a CPU that multiplies fastest in either form, or a GPU,
-    whose ops do all but launch their kernels: these allocate nothing, and no size depends on what they compute."""
-    monkeypatch.setattr(cpu, "half_is_faster", lambda: request.param == "CPU, float16")
-    if request.param == "CPU, float16" and not cpu.has_half():
-        pytest.skip("this build of torch has no FBGEMM")
+    """The device whose forms of weights and ops a test meets: a CPU that multiplies fastest in either form, or has
+    nothing compiled, or a GPU, whose ops do all but launch their kernels: these allocate nothing, and no size depends on what they compute."""
+    monkeypatch.setattr(cpu, "float32_is_faster", lambda: request.param != "CPU, oneDNN")
+    if request.param in ("CPU", "CPU, oneDNN") and kernel_cpu.library() is None:
+        pytest.skip("there is no C compiler")
+    if request.param == "CPU, no compiler":
+        monkeypatch.setattr(kernel_cpu, "library", lambda: None)
     if request.param == "GPU":
         monkeypatch.setattr(ops, "_fast", lambda x: True)
         monkeypatch.setattr(cpu, "mla", reference.mla)  # float32's
@@ -370,9 +372,11 @@ def test_what_cannot_fit_is_refused_with_what_would_help(monkeypatch):
     assert refusal(TP8, LIMITS, 141, cache=100 << 30).endswith("); --kv-cache-gib 48.9 would do")
     assert refusal(replace(TP8, ranks=16), LIMITS, 20).endswith("; more memory would do")
     on_cpu = Rank(V3, Numerics(), gpu=False, mtp=True)
-    for halves, packing in ((True, "15.15"), (False, "15.03")):
-        monkeypatch.setattr(cpu, "half_is_faster", lambda halves=halves: halves)
-        assert f"packing them {packing} GB); 2 ranks with" in refusal(on_cpu, Limits(64), 1371)
+    for panels, packing, free in ((True, "1.85", 1366), (False, "15.03", 1371)):
+        if panels and kernel_cpu.library() is None:
+            continue
+        monkeypatch.setattr(cpu, "float32_is_faster", lambda panels=panels: panels)
+        assert f"packing them {packing} GB); 2 ranks with" in refusal(on_cpu, Limits(64), free)
 
 
 def test_what_is_proposed_fits_and_no_more_would():

@@ -44,7 +44,8 @@ OURS = {"Engine", "Tokenizer"}  # whose from_pretrained reads directories only
 
 ALLOWED = {  # file and finding: why
     ("inference/parallel.py", "import socket"): "names the host and its loopback; without torchrun, the ranks' meeting point",
-    ("inference/cpu.py", "import ctypes"): "malloc_trim of the C library that is there",
+    ("inference/kernel_cpu.py", "import ctypes"): "calls what it compiled from kernel_cpu.c",
+    ("inference/kernel_cpu.py", "import subprocess"): "starts the C compiler on kernel_cpu.c, which is its own",
     ("inference/manifest.py", "import importlib"): "importlib.metadata: the versions of what is installed",
     ("inference/server.py", "import asyncio"): "the server's loop",
     ("inference/server.py", "import socket"): "the server's: on loopback, or where its user says",

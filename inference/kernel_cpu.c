@@ -1,0 +1,794 @@
+/* The ops of kernel_cpu.py, in bfloat16 with float32 sums: as reference.py has them, but fused, and rounded only where
+ * a result is. Compiled on the machine that runs them; GCC and Clang both know these vectors, and split them up where
+ * the processor's are shorter.
+ *
+ * A weight (N, K) lies packed in panels of WIDTH rows: for each k the WIDTH values that x[k] multiplies, one cache line
+ * with AVX-512, zeros behind the last row. Value 2i is row i, value 2i + 1 row LANES + i, so that a shift and a mask
+ * make two float32 vectors of a line. A product's sum runs over k in order whatever the number of rows, so a row's
+ * result does not depend on its company.
+ *
+ * Shapes as in model.py. `threads` are those of torch, whose OpenMP library this one shares.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
+static int omp_get_num_threads(void) { return 1; }
+#endif
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+enum { LANES = 16, ROWS = 12 }; /* of a product at once: ROWS * 2 sums and a line's two halves fill the registers */
+#else
+enum { LANES = 8, ROWS = 6 };
+#endif
+enum { WIDTH = 2 * LANES, AHEAD = 64 /* lines that are fetched before they are needed */ };
+
+#define INLINE static inline __attribute__((always_inline))
+typedef uint16_t bf16;
+typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+
+int64_t panel_width(void) { return WIDTH; }
+
+INLINE int64_t in_wholes(int64_t n, int64_t whole) { return (n + whole - 1) / whole; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ------------------------------------------------------------------------------------------------------- numbers */
+
+INLINE float widen(bf16 x) {
+    union { uint32_t u; float f; } bits = {(uint32_t)x << 16};
+    return bits.f;
+}
+
+INLINE bf16 narrow(float x) { /* to the nearest, ties to even */
+    union { float f; uint32_t u; } bits = {x};
+    if (x != x) return 0x7fc0;
+    return (bits.u + 0x7fff + (bits.u >> 16 & 1)) >> 16;
+}
+
+#ifdef __AVX512F__ /* one instruction each, which GCC makes two of, and more */
+INLINE vu longer(vh x) { return (vu)_mm512_cvtepu16_epi32((__m256i)x); }
+INLINE vh shorter(vu x) { return (vh)_mm512_cvtepi32_epi16((__m512i)x); }
+#else
+INLINE vu longer(vh x) { return __builtin_convertvector(x, vu); }
+INLINE vh shorter(vu x) { return __builtin_convertvector(x, vh); }
+#endif
+
+INLINE vf widen_v(const bf16 *x) { return (vf)(longer(*(const vh *)x) << 16); }
+
+INLINE vf select_v(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+
+INLINE void narrow_v(vf x, bf16 *out) {
+    vu bits = (vu)x;
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    vi nan = x != x;
+    *(vh *)out = shorter((vu)((nan & 0x7fc0) | (~nan & (vi)bits)));
+}
+
+INLINE vf max_v(vf a, vf b) { return select_v(a > b, a, b); }
+
+/* exp to about 2 units in the last place, for x <= 88; 0 below -87.3, NaN stays NaN. x = n log(2) + r, where |r| is at
+ * most log(2) / 2, and a polynomial of Taylor's for exp(r). */
+INLINE vf exp_v(vf x) {
+    vf n = (x * 1.44269504f + 12582912.f) - 12582912.f; /* 1.5 * 2^23: rounds to a whole number */
+    vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f; /* log(2) in two parts, the first exact in n * it */
+    vf p = r * (1.f / 5040) + 1.f / 720;
+    p = p * r + 1.f / 120;
+    p = p * r + 1.f / 24;
+    p = p * r + 1.f / 6;
+    p = p * r + .5f;
+    p = p * r + 1.f;
+    p = p * r + 1.f;
+    vi whole = __builtin_convertvector(select_v(x > -87.3f, n, (vf){0}), vi);
+    vf y = p * (vf)((whole + 127) << 23);
+    return select_v(x <= -87.3f, (vf){0}, select_v(x > 88.f, x * INFINITY, select_v(x == x, y, x)));
+}
+
+INLINE vf silu_v(vf x) { /* x / (1 + exp(-x)); nothing below -87, but NaN of -infinity, as in torch */
+    vf y = x / (1.f + exp_v(select_v(x >= -87.f, -x, (vf){0})));
+    return select_v(x < -87.f, x * 0.f, y);
+}
+
+INLINE float sum_v(vf x) { /* of halves, halves of these, … */
+    float part[LANES];
+    *(vf *)part = x;
+#pragma GCC unroll 4
+    for (int n = LANES / 2; n > 0; n /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++) part[i] += part[i + n];
+    return part[0];
+}
+
+/* ------------------------------------------------------------------------------------------------ matrix products */
+
+/* w (n, k) to panels; in place where n is a multiple of WIDTH. scratch: (threads, k * WIDTH) bf16. */
+void pack(const bf16 *w, int64_t n, int64_t k, bf16 *out, bf16 *scratch, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t p = 0; p < in_wholes(n, WIDTH); p++) {
+        bf16 *panel = scratch + omp_get_thread_num() * k * WIDTH;
+        for (int i = 0; i < WIDTH; i++) {
+            int64_t row = p * WIDTH + i % 2 * LANES + i / 2;
+            for (int64_t j = 0; j < k; j++) panel[j * WIDTH + i] = row < n ? w[row * k + j] : 0;
+        }
+        memcpy(out + p * k * WIDTH, panel, k * WIDTH * sizeof(bf16));
+    }
+}
+
+/* r rows of x, interleaved as (k, r), by p panels: sums (r, p * WIDTH). r and p are constants where it is used. */
+INLINE void product_of(const float *x, const bf16 *w, int64_t k, int r, int p, float *out) {
+    vf low[ROWS], high[ROWS];
+    for (int i = 0; i < r * p; i++) low[i] = high[i] = (vf){0};
+    for (int64_t j = 0; j < k; j++)
+#pragma GCC unroll 4
+        for (int q = 0; q < p; q++) {
+            const bf16 *line = w + (q * k + j) * WIDTH;
+            __builtin_prefetch(line + AHEAD * WIDTH);
+            vu both = *(const vu *)line;
+            vf first = (vf)(both << 16), second = (vf)(both & 0xffff0000u);
+#pragma GCC unroll 12
+            for (int i = 0; i < r; i++) {
+                low[i * p + q] += x[j * r + i] * first;
+                high[i * p + q] += x[j * r + i] * second;
+            }
+        }
+    for (int i = 0; i < r * p; i++) {
+        *(vf *)(out + i * WIDTH) = low[i];
+        *(vf *)(out + i * WIDTH + LANES) = high[i];
+    }
+}
+
+/* Panels that r rows take at once: few rows need several, or a sum waits for the one before and memory for both. */
+INLINE int panels_at_once(int r, int64_t left) {
+    int p = r * 4 <= ROWS ? 4 : r * 2 <= ROWS ? 2 : 1;
+    while (p > left) p /= 2;
+    return p;
+}
+
+static void product(const float *x, int r, const bf16 *w, int64_t k, int p, float *out) {
+#define CASE(r)                                                                   \
+    case r:                                                                       \
+        if (r * 4 <= ROWS && p == 4) product_of(x, w, k, r, 4, out);              \
+        else if (r * 2 <= ROWS && p == 2) product_of(x, w, k, r, 2, out);         \
+        else product_of(x, w, k, r, 1, out);                                      \
+        break;
+    switch (r) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if defined(__AVX512F__)
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+    }
+#undef CASE
+}
+
+/* n rows go in blocks of ROWS at most, as equal as can be: block b's first row. */
+INLINE int64_t blocks_of(int64_t n) { return in_wholes(n, ROWS); }
+INLINE int64_t block_start(int64_t n, int64_t b) { return n * b / blocks_of(n); }
+
+INLINE void interleave(const void *x, int is_float, int64_t row, int64_t stride, int64_t k, int i, int r, float *out) {
+    if (is_float) {
+        const float *from = (const float *)x + row * stride;
+        for (int64_t j = 0; j < k; j++) out[j * r + i] = from[j];
+    } else {
+        const bf16 *from = (const bf16 *)x + row * stride;
+        for (int64_t j = 0; j < k; j++) out[j * r + i] = widen(from[j]);
+    }
+}
+
+/* This thread's share [*begin, *end) of n things. */
+INLINE void my_share(int64_t n, int64_t *begin, int64_t *end) {
+    int64_t me = omp_get_thread_num(), all = omp_get_num_threads();
+    *begin = n * me / all;
+    *end = n * (me + 1) / all;
+}
+
+INLINE void narrow_row(const float *x, int64_t n, bf16 *y) {
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) narrow_v(*(const vf *)(x + j), y + j);
+    for (; j < n; j++) y[j] = narrow(x[j]);
+}
+
+/* Where a product's rows go: row i to the place i, or assignments[i] / top, of y, rounded or not, or added up there. */
+typedef struct {
+    enum { ROUNDED, STORED, ADDED } how;
+    void *y;
+    int64_t stride;
+    const int64_t *assignments;
+    int64_t top;
+} Target;
+
+/* Rows of x, interleaved in blocks, by packed w (n, k): this thread's share of the columns. */
+static void multiply(const float *x, int64_t rows, const bf16 *w, int64_t n, int64_t k, Target to) {
+    int64_t begin, end, p;
+    my_share(in_wholes(n, WIDTH), &begin, &end);
+    for (; rows && begin < end; begin += p) {
+        p = panels_at_once(in_wholes(rows, blocks_of(rows)), end - begin);
+        const int64_t column = begin * WIDTH, width = least(p * WIDTH, n - column);
+        for (int64_t b = 0; b < blocks_of(rows); b++) {
+            float out[ROWS * WIDTH];
+            const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
+            product(x + first * k, r, w + begin * k * WIDTH, k, p, out);
+            for (int64_t i = 0; i < r; i++) {
+                const float *sums = out + i * p * WIDTH;
+                const int64_t place = to.assignments ? to.assignments[first + i] / to.top : first + i;
+                float *y = (float *)to.y + place * to.stride + column;
+                if (to.how == ROUNDED) narrow_row(sums, width, (bf16 *)to.y + place * to.stride + column);
+                else if (to.how == STORED) memcpy(y, sums, width * sizeof(float));
+                else for (int64_t j = 0; j < width; j++) y[j] += sums[j];
+            }
+        }
+    }
+}
+
+/* x (t, k) by packed w (n, k) to y (t, n), either bf16 or float. scratch: (min(t, chunk), k) floats; chunk, a multiple
+ * of ROWS, is how many rows are multiplied by all of w before the next ones come. */
+void linear(const void *x, int x_float, int64_t t, int64_t stride, const bf16 *w, int64_t n, int64_t k, void *y,
+            int y_float, float *scratch, int64_t chunk, int threads) {
+#pragma omp parallel num_threads(threads)
+    for (int64_t t0 = 0; t0 < t; t0 += chunk) {
+        const int64_t rows = least(chunk, t - t0);
+        if (t0) {
+#pragma omp barrier
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++) {
+            int64_t b = i * blocks_of(rows) / rows;
+            while (block_start(rows, b + 1) <= i) b++;
+            const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
+            interleave(x, x_float, t0 + i, stride, k, i - first, r, scratch + first * k);
+        }
+        char *at = (char *)y + t0 * n * (y_float ? sizeof(float) : sizeof(bf16));
+        multiply(scratch, rows, w, n, k, (Target){y_float ? STORED : ROUNDED, at, n, 0, 0});
+    }
+}
+
+/* -------------------------------------------------------------------------------------------- mixture of experts */
+
+/* silu(gate) * up, each of n values, times weight. */
+INLINE void swiglu(const float *gate, const float *up, int64_t n, float weight, float *out) {
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES)
+        *(vf *)(out + j) = silu_v(*(const vf *)(gate + j)) * *(const vf *)(up + j) * weight;
+    for (; j < n; j++) {
+        vf one = silu_v((vf){gate[j]});
+        out[j] = one[0] * up[j] * weight;
+    }
+}
+
+/* gate_up (t, 2 half) bf16, of which the first `inter` of each half count, to (t, inter) bf16. */
+void silu_mul(const bf16 *gate_up, int64_t t, int64_t half, int64_t inter, bf16 *y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < t; i++) {
+        const bf16 *gate = gate_up + i * 2 * half, *up = gate + half;
+        for (int64_t j = 0; j < inter; j += LANES) {
+            if (j + LANES <= inter) {
+                narrow_v(silu_v(widen_v(gate + j)) * widen_v(up + j), y + i * inter + j);
+                continue;
+            }
+            for (int64_t l = j; l < inter; l++) {
+                vf one = silu_v((vf){widen(gate[l])});
+                y[i * inter + l] = narrow(one[0] * widen(up[l]));
+            }
+        }
+    }
+}
+
+/* Which rows each expert multiplies: order (t * top) is the assignments a = token * top + k of experts [first, first +
+ * n_experts), expert by expert, tokens in order; expert e's are starts[e] to starts[e + 1]. */
+static void sort_by_expert(const int64_t *ids, int64_t n, int64_t first, int64_t n_experts, int64_t *order,
+                           int64_t *starts) {
+    memset(starts, 0, (n_experts + 1) * sizeof(int64_t));
+    for (int64_t a = 0; a < n; a++)
+        if (ids[a] >= first && ids[a] < first + n_experts) starts[ids[a] - first + 1]++;
+    for (int64_t e = 0; e < n_experts; e++) starts[e + 1] += starts[e];
+    for (int64_t a = 0; a < n; a++)
+        if (ids[a] >= first && ids[a] < first + n_experts) order[starts[ids[a] - first]++] = a;
+    for (int64_t e = n_experts; e > 0; e--) starts[e] = starts[e - 1];
+    starts[0] = 0;
+}
+
+/* x (t, h) through the experts [first, first + n_experts) that ids (t, top) name, weighted and summed, with
+ * `shared` (t, h) added if there is one: y (t, h). w13 (n_experts, 2 inter, h) and
+ * w2 (n_experts, h, inter) packed, each expert's rows from a panel on.
+ *
+ * Experts go in bundles of at most `bundle` rows, or one alone that has more: rows of x, interleaved, by w13; SwiGLU,
+ * times the router's weight; by w2, added up. A thread has the same columns of every expert: nobody else adds to them.
+ * scratch: (rows, h + 3 inter) floats, rows the most of a bundle, at least ROWS, and sums (t, h) floats; numbers:
+ * t * top + n_experts + 1. */
+void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t *ids, const float *weights, int64_t top,
+             int64_t first, int64_t n_experts, const bf16 *w13, const bf16 *w2, int64_t inter, const bf16 *shared,
+             bf16 *y, int64_t bundle, float *sums, float *scratch, int64_t *numbers, int threads) {
+    int64_t *starts = numbers, *order = numbers + n_experts + 1;
+    const int64_t size13 = in_wholes(2 * inter, WIDTH) * WIDTH * h, size2 = in_wholes(h, WIDTH) * WIDTH * inter;
+    sort_by_expert(ids, t * top, first, n_experts, order, starts);
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t begin, end, e1;
+        my_share(t * h, &begin, &end);
+        memset(sums + begin, 0, (end - begin) * sizeof(float));
+        for (int64_t e0 = 0; e0 < n_experts; e0 = e1) {
+            e1 = e0 + 1;
+            while (e1 < n_experts && starts[e1 + 1] - starts[e0] <= bundle) e1++;
+            const int64_t n = starts[e1] - starts[e0];
+            const int64_t *own = order + starts[e0]; /* assignments, whose rows are those of: */
+            float *rows = scratch, *gate_up = rows + n * h, *middle = gate_up + n * 2 * inter;
+            if (n == 0) continue;
+#pragma omp barrier
+            for (int64_t e = e0; e < e1; e++) {
+                const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
+#pragma omp for schedule(static) nowait
+                for (int64_t b = 0; b < blocks_of(count); b++) {
+                    const int64_t row = at + block_start(count, b), r = at + block_start(count, b + 1) - row;
+                    for (int64_t i = 0; i < r; i++)
+                        interleave(x, 0, own[row + i] / top, stride, h, i, r, rows + row * h);
+                }
+            }
+#pragma omp barrier
+            for (int64_t e = e0; e < e1; e++) {
+                const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
+                const Target to = {STORED, gate_up + at * 2 * inter, 2 * inter, 0, 0};
+                multiply(rows + at * h, count, w13 + e * size13, 2 * inter, h, to);
+            }
+#pragma omp barrier
+            for (int64_t e = e0; e < e1; e++) {
+                const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
+#pragma omp for schedule(static) nowait
+                for (int64_t b = 0; b < blocks_of(count); b++) {
+                    const int64_t row = at + block_start(count, b), r = at + block_start(count, b + 1) - row;
+                    for (int64_t i = 0; i < r; i++) {
+                        float *gate = gate_up + (row + i) * 2 * inter;
+                        swiglu(gate, gate + inter, inter, weights[own[row + i]], gate);
+                        interleave(gate, 1, 0, 0, inter, i, r, middle + row * inter);
+                    }
+                }
+            }
+#pragma omp barrier
+            for (int64_t e = e0; e < e1; e++) {
+                const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
+                multiply(middle + at * inter, count, w2 + e * size2, h, inter, (Target){ADDED, sums, h, own + at, top});
+            }
+        }
+#pragma omp barrier
+        my_share(t, &begin, &end);
+        for (; begin < end; begin++) {
+            float *sum = sums + begin * h;
+            if (shared)
+                for (int64_t j = 0; j < h; j++) sum[j] += widen(shared[begin * h + j]);
+            narrow_row(sum, h, y + begin * h);
+        }
+    }
+}
+
+/* Whether a comes before b: NaN is the largest of numbers, as torch sorts, so that it is chosen and seen. */
+INLINE int above(float a, float b) { return a > b || (a != a && b == b); }
+
+/* Router logits (t, e) float to weights (t, top) float and ids (t, top), largest first: see reference.route. Scores are
+ * sigmoids, or a softmax; with groups > 1 only the `kept` worthiest groups are chosen from, a group's worth being its
+ * two best choices (best_two) or its best. scratch: (threads, 2 e + groups) floats. */
+void route(const float *logits, int64_t t, int64_t e, const float *bias, int sigmoid, int groups, int kept,
+           int best_two, int top, int normalise, float factor, float *weights, int64_t *ids, float *scratch,
+           int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < t; i++) {
+        float *scores = scratch + omp_get_thread_num() * (2 * e + groups), *choice = scores + e, *worth = choice + e;
+        const float *row = logits + i * e;
+        float largest = -INFINITY, total = 0;
+        for (int64_t j = 0; j < e; j++) largest = row[j] > largest ? row[j] : largest;
+        for (int64_t j = 0; j < e; j++) total += scores[j] = sigmoid ? 1 / (1 + expf(-row[j])) : expf(row[j] - largest);
+        for (int64_t j = 0; j < e; j++) {
+            if (!sigmoid) scores[j] /= total;
+            choice[j] = scores[j] + (bias ? bias[j] : 0);
+        }
+        int64_t size = e / groups;
+        for (int g = 0; g < groups && groups > 1; g++) {
+            float best = -INFINITY, second = -INFINITY;
+            for (int64_t j = g * size; j < (g + 1) * size; j++) {
+                float c = choice[j];
+                if (above(c, best)) second = best, best = c;
+                else if (above(c, second)) second = c;
+            }
+            worth[g] = best_two ? best + second : best;
+        }
+        for (int g = 0; g < groups && groups > 1; g++) {
+            int place = 0; /* of equals the first is kept */
+            for (int o = 0; o < groups; o++)
+                place += above(worth[o], worth[g]) || (o < g && !above(worth[g], worth[o]));
+            for (int64_t j = g * size; j < (g + 1) * size && place >= kept; j++) choice[j] = -INFINITY;
+        }
+        total = 0;
+        for (int k = 0; k < top; k++) {
+            int64_t best = -1;
+            for (int64_t j = 0; j < e; j++) { /* not one that is taken already, of equals the first */
+                int taken = 0;
+                for (int l = 0; l < k; l++) taken |= ids[i * top + l] == j;
+                if (!taken && (best < 0 || above(choice[j], choice[best]))) best = j;
+            }
+            ids[i * top + k] = best;
+            total += weights[i * top + k] = scores[best];
+        }
+        for (int k = 0; k < top; k++) weights[i * top + k] *= normalise ? factor / (total + 1e-20f) : factor;
+    }
+}
+
+/* ------------------------------------------------------------------------------------- norms, rotation, the cache */
+
+INLINE float mean_square(const float *x, int64_t n) {
+    vf sums = {0};
+    float rest = 0;
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) sums += *(const vf *)(x + j) * *(const vf *)(x + j);
+    for (; j < n; j++) rest += x[j] * x[j];
+    return (sum_v(sums) + rest) / n;
+}
+
+/* row (n) / rms(row) * weight, rounded. */
+INLINE void normed(const float *row, int64_t n, const bf16 *weight, float eps, bf16 *y) {
+    const float factor = 1 / sqrtf(mean_square(row, n) + eps);
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) narrow_v(*(const vf *)(row + j) * factor * widen_v(weight + j), y + j);
+    for (; j < n; j++) y[j] = narrow(row[j] * factor * widen(weight[j]));
+}
+
+INLINE void widen_row(const bf16 *x, int64_t n, float *out) {
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) *(vf *)(out + j) = widen_v(x + j);
+    for (; j < n; j++) out[j] = widen(x[j]);
+}
+
+/* x (t, h), rows `stride` apart, + delta (t, h), if there is one: the sum, rounded, to total (t, h), and its RMSNorm to
+ * y (t, h). rows: (threads, h) floats. */
+void norm(const bf16 *x, int64_t t, int64_t stride, int64_t h, const bf16 *delta, const bf16 *weight, float eps,
+          bf16 *y, bf16 *total, float *rows, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < t; i++) {
+        float *row = rows + omp_get_thread_num() * h;
+        const bf16 *from = x + i * stride;
+        if (delta) {
+            const bf16 *more = delta + i * h;
+            int64_t j = 0;
+            for (; j + LANES <= h; j += LANES) narrow_v(widen_v(from + j) + widen_v(more + j), total + i * h + j);
+            for (; j < h; j++) total[i * h + j] = narrow(widen(from[j]) + widen(more[j]));
+            from = total + i * h;
+        }
+        widen_row(from, h, row);
+        normed(row, h, weight, eps, y + i * h);
+    }
+}
+
+INLINE void rotate(const bf16 *x, const float *cos, const float *sin, int64_t pairs, bf16 *y) {
+    for (int64_t j = 0; j < pairs; j++) {
+        float a = widen(x[2 * j]), b = widen(x[2 * j + 1]);
+        y[2 * j] = narrow(a * cos[j] - b * sin[j]);
+        y[2 * j + 1] = narrow(a * sin[j] + b * cos[j]);
+    }
+}
+
+/* As reference.latent_write: c_kv (t, c) and k_pe (t, r), rows kv_stride apart, to latents (slots, c + r); q_pe
+ * (t, n, r), tokens q_stride and heads head_stride apart, rotated to q_out (t, n, r). rows: (threads, c) floats. */
+void latent_write(const bf16 *c_kv, const bf16 *k_pe, int64_t t, int64_t kv_stride, int64_t c, int64_t r,
+                  const bf16 *weight, float eps, const float *cos, const float *sin, const bf16 *q_pe, int64_t n,
+                  int64_t q_stride, int64_t head_stride, bf16 *q_out, const int64_t *slots, bf16 *latents, float *rows,
+                  int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < t; i++) {
+        const float *turn_cos = cos + i * r / 2, *turn_sin = sin + i * r / 2;
+        for (int64_t h = 0; h < n; h++)
+            rotate(q_pe + i * q_stride + h * head_stride, turn_cos, turn_sin, r / 2, q_out + (i * n + h) * r);
+        if (slots[i] < 0) continue;
+        float *row = rows + omp_get_thread_num() * c;
+        bf16 *out = latents + slots[i] * (c + r);
+        widen_row(c_kv + i * kv_stride, c, row);
+        normed(row, c, weight, eps, out);
+        rotate(k_pe + i * kv_stride, turn_cos, turn_sin, r / 2, out + c);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------------- attention */
+
+#ifdef __AVX512F__
+enum { VECTORS = 4 };
+#else
+enum { VECTORS = 2 };
+#endif
+enum {
+    KEYS = 64,                  /* of a sequence that are widened, scored and summed up together */
+    SPLIT = 256, SPLITS = 64,   /* keys of one thread's part of a sequence, more where that made too many parts */
+    COLUMNS = VECTORS * LANES,  /* of values and for so many queries, summed up at once */
+    QUERIES = 4,
+};
+
+/* A sequence that decodes. Its queries, rows x heads, lie in groups of LANES, the last filled up; its keys in splits of
+ * `split`; a part is what one split came to for one group. */
+typedef struct {
+    int64_t b, row, n, keys, split, splits, groups, first_group, first_part;
+} Sequence;
+
+/* A query row of one of them. */
+typedef struct {
+    const Sequence *s;
+    int64_t i;
+} Row;
+
+/* Those of the batch that have at most `most` rows, to list, and a last one that only says where more would begin. */
+static int64_t decoding(const int32_t *bounds, const int32_t *lengths, int64_t batch, int64_t most, int64_t heads,
+                        Sequence *list) {
+    Sequence *s = list;
+    s->first_group = s->first_part = 0;
+    for (int64_t b = 0; b < batch; b++) {
+        s->b = b, s->row = bounds[b], s->n = bounds[b + 1] - bounds[b], s->keys = lengths[b];
+        if (s->n > most) continue;
+        s->split = in_wholes(in_wholes(s->keys, SPLITS), KEYS) * KEYS;
+        if (s->split < SPLIT) s->split = SPLIT;
+        s->splits = in_wholes(s->keys, s->split);
+        s->groups = in_wholes(s->n * heads, LANES);
+        s[1].first_group = s->first_group + s->groups;
+        s[1].first_part = s->first_part + s->groups * s->splits;
+        s++;
+    }
+    return s - list;
+}
+
+/* Floats of mla's scratch: queries, twice, parts, and each thread's tile, scores and joined results. */
+typedef struct {
+    int64_t wide, row, queries, parts, thread;
+} Sizes;
+
+static Sizes sizes_of(const Sequence *end, int64_t c, int64_t r) {
+    Sizes s;
+    s.wide = in_wholes(c, COLUMNS) * COLUMNS; /* values, filled up: with what lies behind them in a row */
+    s.row = s.wide > c + r ? s.wide : c + r;
+    s.queries = end->first_group * LANES * (c + r);
+    s.parts = end->first_part * LANES * (s.wide + 2);
+    s.thread = KEYS * (s.row + LANES) + QUERIES * s.wide;
+    return s;
+}
+
+/* How many floats of scratch mla needs. list: (batch + 1) Sequences. */
+int64_t mla_floats(const int32_t *bounds, const int32_t *lengths, int64_t batch, int64_t most, int64_t heads, int64_t c,
+                   int64_t r, int64_t threads, void *list) {
+    Sizes s = sizes_of((Sequence *)list + decoding(bounds, lengths, batch, most, heads, list), c, r);
+    return 2 * s.queries + s.parts + threads * s.thread;
+}
+
+/* n <= 8 vectors of columns of r <= 3 queries (d) by w (d, c). */
+INLINE void absorb_of(const bf16 *const *q, const bf16 *w, int64_t d, int64_t c, int r, int n, float *out) {
+    vf sums[3][8];
+    for (int i = 0; i < r; i++)
+        for (int v = 0; v < n; v++) sums[i][v] = (vf){0};
+    for (int64_t j = 0; j < d; j++)
+#pragma GCC unroll 8
+        for (int v = 0; v < n; v++) {
+            vf value = widen_v(w + j * c + v * LANES);
+            if (v * LANES % WIDTH == 0) __builtin_prefetch(w + (j + 16) * c + v * LANES);
+#pragma GCC unroll 3
+            for (int i = 0; i < r; i++) sums[i][v] += widen(q[i][j]) * value;
+        }
+    for (int i = 0; i < r; i++)
+        for (int v = 0; v < n; v++) *(vf *)(out + i * c + v * LANES) = sums[i][v];
+}
+
+/* r <= 3 queries (d) by w (d, c) to out (r, c). */
+INLINE void absorb(const bf16 *const *q, const bf16 *w, int64_t d, int64_t c, int r, float *out) {
+    int64_t at = 0;
+    for (; at + 8 * LANES <= c; at += 8 * LANES) absorb_of(q, w + at, d, c, r, 8, out + at);
+    for (; at + LANES <= c; at += LANES) absorb_of(q, w + at, d, c, r, 1, out + at);
+    for (; at < c; at++)
+        for (int i = 0; i < r; i++) {
+            float sum = 0;
+            for (int64_t j = 0; j < d; j++) sum += widen(q[i][j]) * widen(w[j * c + at]);
+            out[i * c + at] = sum;
+        }
+}
+
+/* r <= QUERIES rows of o (wide) by n <= 4 rows of w (c), to out[i] (n). */
+INLINE void expand_of(const float *o, int64_t wide, const bf16 *w, int64_t c, int r, int n, bf16 *const *out) {
+    vf sums[QUERIES][4];
+    for (int i = 0; i < r; i++)
+        for (int v = 0; v < n; v++) sums[i][v] = (vf){0};
+    int64_t j = 0;
+    for (; j + LANES <= c; j += LANES)
+#pragma GCC unroll 4
+        for (int v = 0; v < n; v++) {
+            vf value = widen_v(w + v * c + j);
+            __builtin_prefetch(w + (v + n) * c + j);
+#pragma GCC unroll 4
+            for (int i = 0; i < r; i++) sums[i][v] += *(const vf *)(o + i * wide + j) * value;
+        }
+    for (int i = 0; i < r; i++)
+        for (int v = 0; v < n; v++) {
+            float sum = sum_v(sums[i][v]);
+            for (int64_t l = j; l < c; l++) sum += o[i * wide + l] * widen(w[v * c + l]);
+            out[i][v] = narrow(sum);
+        }
+}
+
+/* r <= QUERIES rows of o (wide) by w (dv, c) transposed, to out[i] (dv). */
+INLINE void expand(const float *o, int64_t wide, const bf16 *w, int64_t dv, int64_t c, int r, bf16 **out) {
+    for (int64_t v = 0; v < dv;) {
+        int n = v + 4 <= dv ? 4 : 1;
+        if (n == 4) expand_of(o, wide, w + v * c, c, r, 4, out);
+        else expand_of(o, wide, w + v * c, c, r, 1, out);
+        for (int i = 0; i < r; i++) out[i] += n;
+        v += n;
+    }
+}
+
+/* One group of queries (d, LANES) over n <= KEYS keys of the tile (KEYS, row): its running maxima, totals and sums
+ * (LANES, wide). seen: the last key that each query sees, counted from the tile's first. p: (KEYS, LANES). Meanwhile
+ * the latents from `next` on are fetched, if there are any. */
+static void attend(const float *q, const float *tile, int64_t n, int64_t d, int64_t row, vi seen, int64_t lanes,
+                   int64_t wide, float *p, vf *most, vf *total, float *sums, const bf16 *next) {
+    vf largest = *most;
+    for (int64_t k0 = 0; k0 < n; k0 += LANES) {
+        vf scores[LANES];
+#pragma GCC unroll 16
+        for (int k = 0; k < LANES; k++) scores[k] = (vf){0};
+        for (int64_t j = 0; j < d; j++) {
+            vf query = *(const vf *)(q + j * LANES);
+#pragma GCC unroll 16
+            for (int k = 0; k < LANES; k++) scores[k] += tile[(k0 + k) * row + j] * query;
+        }
+        for (int k = 0; k < LANES && k0 + k < n; k++) {
+            vf score = select_v(seen >= (int32_t)(k0 + k), scores[k], (vf){0} - INFINITY);
+            largest = max_v(largest, score);
+            *(vf *)(p + (k0 + k) * LANES) = score;
+        }
+    }
+    vf base = select_v(largest == -INFINITY, (vf){0}, largest), kept = exp_v(*most - base);
+    *total *= kept;
+    *most = largest;
+    for (int64_t k = 0; k < n; k++) {
+        vf *weight = (vf *)(p + k * LANES);
+        *weight = exp_v(*weight - base);
+        *total += *weight;
+    }
+    const int64_t line = 32, share = next ? KEYS * d / line / (in_wholes(lanes, QUERIES) * (wide / COLUMNS)) + 1 : 0;
+    for (int64_t at = 0; at < wide; at += COLUMNS) /* these columns of all keys stay in the nearest cache */
+        for (int64_t i0 = 0; i0 < lanes; i0 += QUERIES) {
+            vf acc[QUERIES][VECTORS];
+#pragma GCC unroll 4
+            for (int i = 0; i < QUERIES; i++)
+                for (int v = 0; v < VECTORS; v++)
+                    acc[i][v] = *(vf *)(sums + (i0 + i) * wide + at + v * LANES) * kept[i0 + i];
+            for (int64_t k = 0; k < n; k++) {
+                const float *value = tile + k * row + at, *weight = p + k * LANES + i0;
+                if (k < share) __builtin_prefetch(next + k * line, 0, 2);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; v++) {
+                    vf some = *(const vf *)(value + v * LANES);
+#pragma GCC unroll 4
+                    for (int i = 0; i < QUERIES; i++) acc[i][v] += weight[i] * some;
+                }
+            }
+            if (next) next += share * line;
+#pragma GCC unroll 4
+            for (int i = 0; i < QUERIES; i++)
+                for (int v = 0; v < VECTORS; v++) *(vf *)(sums + (i0 + i) * wide + at + v * LANES) = acc[i][v];
+        }
+}
+
+/* Lane l of n parts, `step` apart, as one: out (wide). */
+static void join(const float *parts, int64_t step, int64_t n, int64_t l, int64_t wide, float *out) {
+    float largest = -INFINITY, total = 0;
+    for (int64_t k = 0; k < n; k++) largest = fmaxf(largest, parts[k * step + LANES * wide + l]);
+    for (int64_t k = 0; k < n; k++) {
+        const float *part = parts + k * step, factor = expf(part[LANES * wide + l] - largest);
+        total += factor * part[LANES * (wide + 1) + l];
+        for (int64_t j = 0; j < wide; j += LANES) {
+            vf sum = *(const vf *)(part + l * wide + j) * factor;
+            if (k) sum += *(const vf *)(out + j);
+            *(vf *)(out + j) = sum;
+        }
+    }
+    for (int64_t j = 0; j < wide; j += LANES) *(vf *)(out + j) /= total;
+}
+
+/* Absorbed attention, as reference.mla_absorbed, of the sequences with at most `most` query rows: their rows of out
+ * (T, heads, dv). q_nope (T, heads, dn), tokens q_stride and heads head_stride apart, q_pe (T, heads, r), latents
+ * (pages of `page` tokens, c + r), pages (batch, width), w_uk (heads, dn, c), w_uv (heads, dv, c).
+ *
+ * W^UK moves into the queries, which are turned so that LANES of them are the lanes of vectors: one value of a key
+ * meets them all. Then the keys: a thread takes SPLIT of a sequence and widens each once for all heads. What the parts
+ * of a sequence came to is joined in front of W^UV. numbers: (batch + 1) Sequences and as many Rows as there may be. */
+void mla(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, const bf16 *q_pe, const bf16 *latents, int64_t page,
+         const int32_t *pages, int64_t width, const int32_t *bounds, const int32_t *lengths, const int64_t *positions,
+         int64_t batch, int64_t most, int64_t heads, int64_t dn, int64_t r, int64_t c, int64_t dv, const bf16 *w_uk,
+         const bf16 *w_uv, float scale, bf16 *out, void *numbers, float *scratch, int threads) {
+    Sequence *list = numbers;
+    const int64_t n_sequences = decoding(bounds, lengths, batch, most, heads, list), d = c + r;
+    const Sizes sizes = sizes_of(list + n_sequences, c, r);
+    const int64_t wide = sizes.wide, row = sizes.row;
+    Row *rows = (Row *)(list + batch + 1);
+    int64_t n_tasks = 0, n_rows = 0;
+    for (const Sequence *s = list; s < list + n_sequences; s++) {
+        n_tasks += s->splits;
+        for (int64_t i = 0; i < s->n; i++) rows[n_rows++] = (Row){s, i};
+    }
+    float *absorbed = scratch, *queries = absorbed + sizes.queries, *parts = queries + sizes.queries;
+    float *tiles = parts + sizes.parts;
+#pragma omp parallel num_threads(threads)
+    {
+        float *tile = tiles + omp_get_thread_num() * sizes.thread, *p = tile + KEYS * row, *joined = p + KEYS * LANES;
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t at = 0; at < n_rows; at += 3) {
+                const Row *some = rows + at;
+                const bf16 *q[3], *w = w_uk + h * dn * c;
+                int n = n_rows - at < 3 ? n_rows - at : 3;
+                for (int i = 0; i < n; i++) q[i] = q_nope + (some[i].s->row + some[i].i) * q_stride + h * head_stride;
+                if (n == 1) absorb(q, w, dn, c, 1, joined);
+                else if (n == 2) absorb(q, w, dn, c, 2, joined);
+                else absorb(q, w, dn, c, 3, joined);
+                for (int i = 0; i < n; i++) {
+                    float *to = absorbed + ((at + i) * heads + h) * d;
+                    for (int64_t j = 0; j < c; j++) to[j] = joined[i * c + j] * scale;
+                    const bf16 *pe = q_pe + ((some[i].s->row + some[i].i) * heads + h) * r;
+                    for (int64_t j = 0; j < r; j++) to[c + j] = widen(pe[j]) * scale;
+                }
+            }
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < list[n_sequences].first_group; g++) {
+            const Sequence *s = list;
+            int64_t row0 = 0; /* the sequence's first among rows */
+            for (; g >= s[1].first_group; s++) row0 += s->n;
+            for (int64_t j = 0; j < d; j++)
+                for (int64_t l = 0; l < LANES; l++) {
+                    int64_t m = (g - s->first_group) * LANES + l;
+                    queries[(g * d + j) * LANES + l] = m < s->n * heads ? absorbed[(row0 * heads + m) * d + j] : 0;
+                }
+        }
+        for (int64_t i = 0; i < KEYS * row; i++) tile[i] = 0; /* so that what fills it up is no NaN */
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < n_tasks; task++) {
+            const Sequence *s = list;
+            int64_t split = task;
+            for (; split >= s->splits; s++) split -= s->splits;
+            const int64_t stop = (split + 1) * s->split < s->keys ? (split + 1) * s->split : s->keys;
+            float *mine = parts + (s->first_part + split * s->groups) * LANES * (wide + 2);
+            for (int64_t g = 0; g < s->groups; g++) {
+                float *part = mine + g * LANES * (wide + 2);
+                memset(part, 0, LANES * (wide + 2) * sizeof(float));
+                *(vf *)(part + LANES * wide) = (vf){0} - INFINITY;
+            }
+            for (int64_t key = split * s->split; key < stop; key += KEYS) {
+                const int64_t n = stop - key < KEYS ? stop - key : KEYS;
+                const int32_t *own = pages + s->b * width;
+                for (int64_t k = key; k < key + n; k++)
+                    widen_row(latents + (own[k / page] * page + k % page) * d, d, tile + (k - key) * row);
+                const bf16 *next = key + KEYS < stop ? latents + own[(key + KEYS) / page] * page * d : 0;
+                for (int64_t g = 0; g < s->groups; g++) {
+                    const int64_t lanes = s->n * heads - g * LANES < LANES ? s->n * heads - g * LANES : LANES;
+                    vi seen = {0};
+                    for (int l = 0; l < lanes; l++) seen[l] = positions[s->row + (g * LANES + l) / heads] - key;
+                    float *part = mine + g * LANES * (wide + 2);
+                    attend(queries + (s->first_group + g) * d * LANES, tile, n, d, row, seen, lanes, wide, p,
+                           (vf *)(part + LANES * wide), (vf *)(part + LANES * (wide + 1)), part, g ? 0 : next);
+                }
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t at = 0; at < n_rows; at += QUERIES) {
+                int n = n_rows - at < QUERIES ? n_rows - at : QUERIES;
+                bf16 *to[QUERIES];
+                for (int i = 0; i < n; i++) {
+                    const Sequence *s = rows[at + i].s;
+                    int64_t m = rows[at + i].i * heads + h, size = LANES * (wide + 2), l = m % LANES;
+                    const float *first = parts + (s->first_part + m / LANES) * size;
+                    join(first, s->groups * size, s->splits, l, wide, joined + i * wide);
+                    to[i] = out + ((s->row + rows[at + i].i) * heads + h) * dv;
+                }
+                const bf16 *w = w_uv + h * dv * c;
+                if (n == 1) expand(joined, wide, w, dv, c, 1, to);
+                else if (n == 2) expand(joined, wide, w, dv, c, 2, to);
+                else if (n == 3) expand(joined, wide, w, dv, c, 3, to);
+                else expand(joined, wide, w, dv, c, 4, to);
+            }
+    }
+}
