@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered 
 
 T = TypeVar("T")
 TIMEOUT = 300.0
-CPU_MIXED_TOKENS = 128  # see mixed_tokens
+CPU_MIXED_TOKENS = 64  # see mixed_tokens
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -203,8 +203,8 @@ def mla(
         batch.memo["lists"] = batch.cu_seqlens_q.tolist(), batch.kv_lens.tolist()
     bounds, lengths = batch.memo["lists"]
     few = reference.absorbed_rows(w_uk, w_uv, q_pe.shape[-1])
-    c, most = w_uk.shape[2], min(few, DECODE_ROWS)
-    compiled = _compiled(q_nope) and latents.dtype == torch.bfloat16
+    c, compiled = w_uk.shape[2], _compiled(q_nope) and latents.dtype == torch.bfloat16
+    most = few if compiled else min(few, DECODE_ROWS)
     if compiled:
         kernel_cpu.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, most, out)
     decoding: dict[int, torch.Tensor] = {}  # their latents

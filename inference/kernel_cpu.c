@@ -498,15 +498,17 @@ enum { VECTORS = 2 };
 #endif
 enum {
     KEYS = 64,                  /* of a sequence that are widened, scored and summed up together */
-    SPLIT = 256, SPLITS = 64,   /* keys of one thread's part of a sequence, more where that made too many parts */
+    SPLIT = 256,                /* of a sequence that one thread goes through, more where that made too many parts */
+    BLOCK = 8,                  /* groups of queries that it does so for */
+    PARTS = 64,                 /* that a sequence's blocks may have, all of them together */
     COLUMNS = VECTORS * LANES,  /* of values and for so many queries, summed up at once */
     QUERIES = 4,
 };
 
-/* A sequence that decodes. Its queries, rows x heads, lie in groups of LANES, the last filled up; its keys in splits of
- * `split`; a part is what one split came to for one group. */
+/* A sequence that decodes. Its queries, rows x heads, lie in groups of LANES, the last filled up, and these in blocks;
+ * its keys in splits of `split`; a part is what one split came to for one group. */
 typedef struct {
-    int64_t b, row, n, keys, split, splits, groups, first_group, first_part;
+    int64_t b, row, n, keys, split, splits, groups, blocks, first_group, first_part;
 } Sequence;
 
 /* A query row of one of them. */
@@ -523,10 +525,11 @@ static int64_t decoding(const int32_t *bounds, const int32_t *lengths, int64_t b
     for (int64_t b = 0; b < batch; b++) {
         s->b = b, s->row = bounds[b], s->n = bounds[b + 1] - bounds[b], s->keys = lengths[b];
         if (s->n > most) continue;
-        s->split = in_wholes(in_wholes(s->keys, SPLITS), KEYS) * KEYS;
+        s->groups = in_wholes(s->n * heads, LANES);
+        s->blocks = in_wholes(s->groups, BLOCK);
+        s->split = in_wholes(in_wholes(s->keys, in_wholes(PARTS, s->blocks)), KEYS) * KEYS;
         if (s->split < SPLIT) s->split = SPLIT;
         s->splits = in_wholes(s->keys, s->split);
-        s->groups = in_wholes(s->n * heads, LANES);
         s[1].first_group = s->first_group + s->groups;
         s[1].first_part = s->first_part + s->groups * s->splits;
         s++;
@@ -707,7 +710,7 @@ void mla(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, const bf16 *
     Row *rows = (Row *)(list + batch + 1);
     int64_t n_tasks = 0, n_rows = 0;
     for (const Sequence *s = list; s < list + n_sequences; s++) {
-        n_tasks += s->splits;
+        n_tasks += s->splits * s->blocks;
         for (int64_t i = 0; i < s->n; i++) rows[n_rows++] = (Row){s, i};
     }
     float *absorbed = scratch, *queries = absorbed + sizes.queries, *parts = queries + sizes.queries;
@@ -747,11 +750,12 @@ void mla(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, const bf16 *
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < n_tasks; task++) {
             const Sequence *s = list;
-            int64_t split = task;
-            for (; split >= s->splits; s++) split -= s->splits;
+            int64_t left = task;
+            for (; left >= s->splits * s->blocks; s++) left -= s->splits * s->blocks;
+            const int64_t split = left / s->blocks, g0 = left % s->blocks * BLOCK, g1 = least(g0 + BLOCK, s->groups);
             const int64_t stop = (split + 1) * s->split < s->keys ? (split + 1) * s->split : s->keys;
             float *mine = parts + (s->first_part + split * s->groups) * LANES * (wide + 2);
-            for (int64_t g = 0; g < s->groups; g++) {
+            for (int64_t g = g0; g < g1; g++) {
                 float *part = mine + g * LANES * (wide + 2);
                 memset(part, 0, LANES * (wide + 2) * sizeof(float));
                 *(vf *)(part + LANES * wide) = (vf){0} - INFINITY;
@@ -762,13 +766,14 @@ void mla(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, const bf16 *
                 for (int64_t k = key; k < key + n; k++)
                     widen_row(latents + (own[k / page] * page + k % page) * d, d, tile + (k - key) * row);
                 const bf16 *next = key + KEYS < stop ? latents + own[(key + KEYS) / page] * page * d : 0;
-                for (int64_t g = 0; g < s->groups; g++) {
+                for (int64_t g = g0; g < g1; g++) {
                     const int64_t lanes = s->n * heads - g * LANES < LANES ? s->n * heads - g * LANES : LANES;
                     vi seen = {0};
                     for (int l = 0; l < lanes; l++) seen[l] = positions[s->row + (g * LANES + l) / heads] - key;
+                    if (positions[s->row + (g * LANES + lanes - 1) / heads] < key) continue; /* all rows are before it */
                     float *part = mine + g * LANES * (wide + 2);
                     attend(queries + (s->first_group + g) * d * LANES, tile, n, d, row, seen, lanes, wide, p,
-                           (vf *)(part + LANES * wide), (vf *)(part + LANES * (wide + 1)), part, g ? 0 : next);
+                           (vf *)(part + LANES * wide), (vf *)(part + LANES * (wide + 1)), part, g > g0 ? 0 : next);
                 }
             }
         }

@@ -347,7 +347,7 @@ def mla(
     assert found is not None and latents.is_contiguous() and out.is_contiguous() and latents.shape[-1] == c + r
     q_nope, q_pe, threads = _rows(q_nope), q_pe.contiguous(), torch.get_num_threads()
     lengths = batch.cu_seqlens_q, batch.kv_lens
-    numbers = torch.empty(9 * (len(batch.kv_lens) + 1) + 2 * len(out), dtype=torch.int64)  # a Sequence each, a Row each
+    numbers = torch.empty(10 * (len(batch.kv_lens) + 1) + 2 * len(out), dtype=torch.int64)  # Sequences, Rows
     size = found.mla_floats(*lengths, len(batch.kv_lens), most, n, c, r, threads, numbers)
     scratch = torch.empty(size, dtype=torch.float32)
     found.mla(
@@ -363,5 +363,5 @@ def mla_bytes(sequences: int, rows: int, heads: int, c: int, r: int, context: in
     assert found is not None
     bounds = torch.arange(sequences + 1, dtype=torch.int32) * rows
     lengths = torch.full((sequences,), context, dtype=torch.int32)
-    numbers = torch.empty(9 * (sequences + 1), dtype=torch.int64)
+    numbers = torch.empty(10 * (sequences + 1), dtype=torch.int64)
     return 4 * found.mla_floats(bounds, lengths, sequences, rows, heads, c, r, torch.get_num_threads(), numbers)

@@ -439,11 +439,11 @@ def _on_cpu(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) -> int:
     few = few_rows(args)
     if rows > few:
         form = _expanded(rank, rows, n, context)
-    elif rows > cpu.DECODE_ROWS:
-        form = _absorbed(rank, rows, n, context)
     elif compiled:
         sequences = min(limits.max_num_seqs, -(-tokens // rows))
         return tokens * n * dv * b + kernel_cpu.mla_bytes(sequences, rows, n, c, r, context)
+    elif rows > cpu.DECODE_ROWS:
+        form = _absorbed(rank, rows, n, context)
     else:  # queries, and results of all with those of one; the last has its copy of the queries and its mask
         mask = rows * context * (n * (1 + b)) if rows > 1 else 0
         form = tokens * n * b * (3 * c + r + max(r, dv)) + rows * n * (c + r) * b + mask

@@ -768,7 +768,7 @@ def test_wrong_flags(flags: str, message: str, monkeypatch: pytest.MonkeyPatch) 
 def test_prompts_beside_answers_are_cut_smaller_on_a_cpu() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     options = server.parse(["--ckpt-path", "C"])
-    assert (commandline.mixed_tokens(options, cpu), commandline.mixed_tokens(options, gpu)) == (128, None)
+    assert (commandline.mixed_tokens(options, cpu), commandline.mixed_tokens(options, gpu)) == (64, None)
     options = server.parse(["--ckpt-path", "C", "--max-num-mixed-tokens", "40"])
     assert (commandline.mixed_tokens(options, cpu), commandline.mixed_tokens(options, gpu)) == (40, 40)
     assert commandline.mixed_tokens(generate.parse(["--ckpt-path", "C", "--interactive"]), cpu) is None
