@@ -4,7 +4,7 @@
     python benchmarks/bench_cpu.py --checkpoint DIR --llama-bench PATH --gguf PATH
 
 All read the same weights and take turns; a figure is the best of a side's turns, and a ratio is the median of the
-turns' ratios. Greedy tokens of a short prompt are compared first. llama.cpp, if its llama-bench and the checkpoint as a
+turns' ratios. Logits of a short prompt are compared first. llama.cpp, if its llama-bench and the checkpoint as a
 bfloat16 GGUF are given, runs each turn in a process of its own, timed by itself, without loading. Weights lie in huge
 pages if the environment has GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
 """
@@ -72,7 +72,8 @@ class Ours:
         rows = [(ids, start, list(range(i * per, (i + 1) * per))) for i, ids in enumerate(prompts)]
         hidden = self.model(Batch.pack(rows), self.cache)
         ends = torch.tensor([len(ids) for ids in prompts]).cumsum(0) - 1
-        return self.model.logits(hidden[ends]).argmax(-1).tolist()
+        self.logits = self.model.logits(hidden[ends])
+        return self.logits.argmax(-1).tolist()
 
 
 class Theirs:
@@ -87,7 +88,8 @@ class Theirs:
         if start == 0:
             self.past = transformers.DynamicCache()
         out = self.model(torch.tensor(prompts), past_key_values=self.past, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].argmax(-1).tolist()
+        self.logits = out.logits[:, -1].float()
+        return self.logits.argmax(-1).tolist()
 
 
 class Llama:
@@ -154,8 +156,10 @@ def main() -> None:
             return torch.randint(CONFIG["vocab_size"], (n,), generator=generator).tolist()  # type: ignore[call-overload]
 
         prompt = [ids(64)]
-        agree = ours.forward(prompt, 0) == theirs.forward(prompt, 0)
-        print(f"same greedy token after 64: {agree}", flush=True)
+        same = ours.forward(prompt, 0) == theirs.forward(prompt, 0)
+        apart = float((ours.logits - theirs.logits).norm() / theirs.logits.norm())
+        print(f"logits after 64 tokens are {apart:.1e} apart, the greedy one is {'' if same else 'not '}the same", flush=True)
+        assert apart < 0.1, "the sides do not compute the same"
         short, long, many = [ids(SHORT)], [ids(LONG)], [ids(64) for _ in range(SEQUENCES)]
 
         def decode(side: Ours | Theirs, steps: int, start: int, batch: int) -> None:

@@ -321,7 +321,7 @@ def latent_write(
     rows = c_kv.new_empty(threads, c, dtype=torch.float32)
     found.latent_write(
         c_kv, k_pe, t, c_kv.stride(0), c, r, weight, eps, cos.contiguous(), sin.contiguous(), q_pe, n, q_pe.stride(0),
-        q_pe.stride(1), out, slots, latents, rows, threads,
+        q_pe.stride(1), out, slots.contiguous(), latents, rows, threads,
     )  # fmt: skip
     return out
 
