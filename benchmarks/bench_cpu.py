@@ -4,11 +4,10 @@
     python benchmarks/bench_cpu.py --checkpoint DIR --llama-bench PATH --gguf PATH
 
 All read the same weights and take turns; a figure is the best of a side's turns, and a ratio is the median of the
-turns' ratios. Logits of a short
-prompt are compared first: in bfloat16 the random routers choose other experts after a rounding, and each side is about
-0.4 from float32's, so this only shows that they run the same model. llama.cpp, if its llama-bench and the checkpoint as a
-bfloat16 GGUF are given, runs each turn in a process of its own, timed by itself, without loading. Weights lie in huge
-pages if the environment has GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
+turns' ratios. Logits of a short prompt are compared first: in bfloat16 the random routers choose other experts after a
+rounding, and each side is about 0.4 from float32's, so this only shows that they run the same model. llama.cpp, if its
+llama-bench and the checkpoint as a bfloat16 GGUF are given, runs each turn in a process of its own, timed by itself,
+without loading. Weights lie in huge pages if the environment has GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
 """
 
 import argparse
@@ -160,7 +159,7 @@ def main() -> None:
         prompt = [ids(64)]
         same = ours.forward(prompt, 0) == theirs.forward(prompt, 0)
         apart = float((ours.logits - theirs.logits).norm() / theirs.logits.norm())
-        print(f"logits after 64 tokens are {apart:.1e} apart, the greedy one is {'' if same else 'not '}the same", flush=True)
+        print(f"logits after 64 tokens are {apart:.1e} apart, the greedy token is the same: {same}", flush=True)
         assert apart < 0.8, "the sides do not run the same model"
         short, long, many = [ids(SHORT)], [ids(LONG)], [ids(64) for _ in range(SEQUENCES)]
 
