@@ -768,12 +768,12 @@ def test_wrong_flags(flags: str, message: str, monkeypatch: pytest.MonkeyPatch) 
 def test_prompts_beside_answers_are_cut_smaller_on_a_cpu() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     options = server.parse(["--ckpt-path", "C"])
-    assert (commandline.mixed_tokens(options, cpu), commandline.mixed_tokens(options, gpu)) == (64, None)
+    assert (commandline.mixed_tokens(options, cpu), commandline.mixed_tokens(options, gpu)) == (commandline.CPU_MIXED_TOKENS, None)
     options = server.parse(["--ckpt-path", "C", "--max-num-mixed-tokens", "40"])
     assert (commandline.mixed_tokens(options, cpu), commandline.mixed_tokens(options, gpu)) == (40, 40)
     assert commandline.mixed_tokens(generate.parse(["--ckpt-path", "C", "--interactive"]), cpu) is None
     flags = ["--ckpt-path", str(DEMO), "--device", "cpu", "--threads", "1", "--kv-cache-gib", "0.1", "--max-model-len", "512"]
-    assert commandline.load(server.parse(flags), SOLO, lambda: None, chat=False)[0].scheduler.max_num_mixed_tokens == 128
+    assert commandline.load(server.parse(flags), SOLO, lambda: None, chat=False)[0].scheduler.max_num_mixed_tokens == 64
 
 
 def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
