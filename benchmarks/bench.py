@@ -1,9 +1,9 @@
 """Every benchmark that this machine can run, one after another; results as JSON in benchmarks/results/.
 
     python benchmarks/bench.py                 # all
-    python benchmarks/bench.py cpu convert     # some of: cpu, serve, convert, demo, mtp; on a GPU kernel-dense,
-                                               # kernel-moe, kernel-fused, kernel-router, kernel-decode, kernel-prefill,
-                                               # rank-slice, model-v2-lite, model-moonlight
+    python benchmarks/bench.py cpu convert     # some of: cpu, kernel-cpu, serve, convert, demo, mtp; on a GPU
+                                               # kernel-dense, kernel-moe, kernel-fused, kernel-router, kernel-decode,
+                                               # kernel-prefill, rank-slice, model-v2-lite, model-moonlight
 
 `python benchmarks/tables.py` then brings the figures into the documents.
 """
@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 COMMANDS: dict[str, list[Path | str]] = {
     "cpu": [HERE / "bench_cpu.py", "--output", RESULTS / "cpu.json"],
+    "kernel-cpu": [HERE / "bench_kernel_cpu.py", "--output", RESULTS / "kernel_cpu.json"],
     "serve": [HERE / "bench_serve.py", "--output", RESULTS / "serve.json"],
     "server": [HERE / "bench_server.py", "--output", RESULTS / "server.json"],
     "check": [HERE / "bench_check.py", "--output", RESULTS / "check.json"],

@@ -78,6 +78,22 @@ def cpu(record: dict[str, Any]) -> str:
     return report.table(header, rows)
 
 
+def kernel_cpu(record: dict[str, Any]) -> str:
+    """Of the products, one shape's; ratios are of the fastest other side."""
+    results = record["results"]
+    header = ["", "µs", "GB/s of weights or latents", "GFLOPS", "beside", "ratio"]
+    rows = []
+    for row in results["rows"]:
+        if " by " in row["name"] and not row["name"].endswith(" by 7168 x 2048"):
+            continue
+        ours = row["ours"]
+        others = {side: f["ratio"] for side, f in row.items() if isinstance(f, dict) and side != "ours"}
+        side = min(others, key=others.__getitem__)
+        figures = [f"{ours['us']:,.0f}", f"{ours['gb_s']:.1f}", f"{ours['gflops']:.0f}"]
+        rows.append([row["name"].replace(" x ", " × "), *figures, side, f"{others[side]:.2f}"])
+    return report.table(header, rows)
+
+
 def convert(record: dict[str, Any]) -> str:
     rows = record["results"]
     converted = [row for row in rows if row["what"].startswith("convert for ")]
@@ -155,7 +171,9 @@ def model(record: dict[str, Any]) -> str:
     return bench_model.table(record["results"])
 
 
-BY_NAME: dict[str, Callable[[dict[str, Any]], str]] = {"cpu": cpu, "convert": convert, "demo": demo, "server": server}
+BY_NAME: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cpu": cpu, "kernel_cpu": kernel_cpu, "convert": convert, "demo": demo, "server": server
+}  # fmt: skip
 
 
 def made(name: str) -> str:

@@ -216,8 +216,8 @@ class Engine:
             num = replace(num, fp8_latents=kv_cache_dtype == "fp8", experts=layout)
             if progress and tp.rank == 0:
                 print(says, file=sys.stderr)
-                if device.type == "cpu" and num.dtype == torch.bfloat16 and (why := kernel_cpu.why_not()):
-                    print(f"note: on this CPU bfloat16 is slower than it could be ({why})", file=sys.stderr)
+                if device.type == "cpu" and num.dtype == torch.bfloat16 and (slower := kernel_cpu.why_not()):
+                    print(f"note: on this CPU bfloat16 is slower than it could be ({slower})", file=sys.stderr)
                 if tp.size > 1:
                     print(why, file=sys.stderr)
             has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp

@@ -96,7 +96,7 @@ INLINE vf silu_v(vf x) { /* x / (1 + exp(-x)); nothing below -87, but NaN of -in
     return select_v(x < -87.f, x * 0.f, y);
 }
 
-INLINE float sum_v(vf x) { /* of halves, halves of these, … */
+INLINE float sum_v(vf x) { /* of halves, halves of these, ... */
     float part[LANES];
     *(vf *)part = x;
 #pragma GCC unroll 4
@@ -299,7 +299,7 @@ static void sort_by_expert(const int64_t *ids, int64_t n, int64_t first, int64_t
  *
  * Experts go in bundles of at most `bundle` rows, or one alone that has more: rows of x, interleaved, by w13; SwiGLU,
  * times the router's weight; by w2, added up. A thread has the same columns of every expert: nobody else adds to them.
- * scratch: (rows, h + 3 inter) floats, rows the most of a bundle, at least ROWS, and sums (t, h) floats; numbers:
+ * scratch: (rows, h + 3 inter) floats, rows the most of a bundle, and sums (t, h) floats; numbers:
  * t * top + n_experts + 1. */
 void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t *ids, const float *weights, int64_t top,
              int64_t first, int64_t n_experts, const bf16 *w13, const bf16 *w2, int64_t inter, const bf16 *shared,
@@ -500,7 +500,7 @@ enum {
     KEYS = 64,                  /* of a sequence that are widened, scored and summed up together */
     SPLIT = 256,                /* of a sequence that one thread goes through, more where that made too many parts */
     BLOCK = 8,                  /* groups of queries that it does so for */
-    PARTS = 64,                 /* that a sequence's blocks may have, all of them together */
+    PARTS = 64,                 /* splits times blocks of a sequence, unless it has more blocks */
     COLUMNS = VECTORS * LANES,  /* of values and for so many queries, summed up at once */
     QUERIES = 4,
 };
@@ -527,7 +527,7 @@ static int64_t decoding(const int32_t *bounds, const int32_t *lengths, int64_t b
         if (s->n > most) continue;
         s->groups = in_wholes(s->n * heads, LANES);
         s->blocks = in_wholes(s->groups, BLOCK);
-        s->split = in_wholes(in_wholes(s->keys, in_wholes(PARTS, s->blocks)), KEYS) * KEYS;
+        s->split = in_wholes(in_wholes(s->keys, s->blocks < PARTS ? PARTS / s->blocks : 1), KEYS) * KEYS;
         if (s->split < SPLIT) s->split = SPLIT;
         s->splits = in_wholes(s->keys, s->split);
         s[1].first_group = s->first_group + s->groups;

@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,14 @@ def why_not() -> str:
 @functools.cache
 def _compiled() -> tuple[Any | None, str]:
     maps = Path("/proc/self/maps")
-    if not maps.exists() or "libgomp" not in maps.read_text():
-        return None, "torch's threads are not those of GNU OpenMP"
+    if not maps.exists() or "libgomp" not in maps.read_text() or sys.byteorder != "little":
+        return None, "it is written for little-endian Linux and GNU OpenMP"
     try:
-        return load(build(compiler(), FLAGS)), ""
-    except (OSError, subprocess.SubprocessError) as error:
+        found = load(build(compiler(), FLAGS))
+        if "libomp" in maps.read_text():
+            return None, "the compiler's threads are not those of GNU OpenMP"
+        return found, ""
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
         said = " ".join((getattr(error, "stderr", None) or str(error)).split())
         return None, f"no C compiler that works: {said[-200:]}"
 
@@ -63,11 +67,15 @@ def _compiled() -> tuple[Any | None, str]:
 def load(made: Path) -> Any:
     """A library that `build` made, each of its functions with the types that the source declares."""
     found = ctypes.CDLL(str(made))
-    for result, name, arguments in re.findall(r"^(void|int64_t) (\w+)\(([^)]*)\) \{", SOURCE.read_text(), re.MULTILINE):
+    for result, name, arguments in re.findall(r"^(void|int64_t) (\w+)\(([^)]*)\) \{", _source(), re.MULTILINE):
         function = getattr(found, name)
         function.restype = {"void": None, "int64_t": ctypes.c_int64}[result]
         function.argtypes = [_argument(" ".join(a.split())) for a in arguments.split(",") if a != "void"]
     return found
+
+
+def _source() -> str:
+    return SOURCE.read_text(encoding="utf-8")
 
 
 def compiler() -> list[str]:
@@ -78,25 +86,29 @@ def compiler() -> list[str]:
 def build(command: list[str], flags: tuple[str, ...]) -> Path:
     """The library's file, made anew unless this source has been compiled for this processor before.
 
-    Raises OSError or subprocess.SubprocessError if it cannot be made.
+    Raises OSError, subprocess.SubprocessError or, for a command that is none, ValueError if it cannot be made.
     """
     first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     kind = [line for line in first if line.split("\t")[0].strip() in ("flags", "Features", "model name")]
-    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), version, *flags, *kind]).encode()).hexdigest()[:16]
+    version = _run([*command, "--version"])
+    key = hashlib.sha256("\n".join([_source(), version, *command, *flags, *kind]).encode()).hexdigest()[:16]
     folder = _cache()
     made = folder / f"kernel_cpu-{key}.so"
     if not made.exists():
         descriptor, fresh = tempfile.mkstemp(dir=folder, suffix=".so")
         os.close(descriptor)
         try:
-            compiling = [*command, *flags, str(SOURCE), "-o", fresh, "-lm"]
-            subprocess.run(compiling, capture_output=True, text=True, check=True)
+            _run([*command, *flags, str(SOURCE), "-o", fresh, "-lm"])
             os.replace(fresh, made)  # whole or not at all: other ranks may be at it too
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(fresh)
     return made
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True)
+    return done.stdout
 
 
 def _cache() -> Path:
@@ -136,7 +148,7 @@ def _pointer(dtype: torch.dtype | None) -> Any:
         def from_param(t: torch.Tensor | None) -> ctypes.c_void_p:
             if t is None:
                 return address()
-            assert t.dtype is dtype or dtype is None, f"{t.dtype} where C takes {dtype}"
+            assert t.is_cpu and (t.dtype is dtype or dtype is None), f"{t.dtype} where C takes {dtype}"
             return address(t.data_ptr())
 
     return Pointer
@@ -205,6 +217,7 @@ def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype) -> torch.Tensor:
     """x (T, K), bfloat16 or float32, by w (N, K), in one of these dtypes: (T, N)."""
     found, x, (t, k) = library(), _rows(x), x.shape
     assert found is not None and k == w.k and w.data.dim() == 3, (x.shape, w.data.shape)
+    assert {x.dtype, dtype} <= {torch.bfloat16, torch.float32}, (x.dtype, dtype)
     out = x.new_empty(t, w.n, dtype=dtype)
     chunk = chunk_rows(k)
     scratch = x.new_empty(min(t, chunk) * k, dtype=torch.float32)

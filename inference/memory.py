@@ -440,8 +440,9 @@ def _on_cpu(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) -> int:
     if rows > few:
         form = _expanded(rank, rows, n, context)
     elif compiled:
-        sequences = min(limits.max_num_seqs, -(-tokens // rows))
-        return tokens * n * dv * b + kernel_cpu.mla_bytes(sequences, rows, n, c, r, context)
+        counts = range(1, min(rows, tokens) + 1)  # not the most rows, nor the fewest, need the most scratch
+        fit = ((min(limits.max_num_seqs, tokens // each), each) for each in counts)
+        return tokens * n * dv * b + max(kernel_cpu.mla_bytes(*many, n, c, r, context) for many in fit)
     elif rows > cpu.DECODE_ROWS:
         form = _absorbed(rank, rows, n, context)
     else:  # queries, and results of all with those of one; the last has its copy of the queries and its mask
@@ -539,10 +540,12 @@ def need(rank: Rank, limits: Limits, cache: int | None = None) -> Need:
 
 def _packing(rank: Rank, parts: dict[tuple[bool, str], int]) -> int:
     """What packing the largest weight takes beside all weights as they are before or, if that is more, after it."""
-    if not rank.packs:
-        return 0
     args, plain = rank.args, rank.num.dtype.itemsize
+    if rank.gpu or plain == 4:
+        return 0
     head = (plain if rank.compiled else 4) * args.vocab_size // rank.ranks * args.dim
+    if not rank.packs:
+        return head
     largest = max(head, 2 * plain * args.inter_dim // rank.ranks * args.dim)
     in_place = rank.panels and all(n % kernel_cpu.panel_width() == 0 for n in (2 * rank.inner, args.dim))
     if args.n_moe_layers and not in_place:

@@ -16,9 +16,11 @@ import torch
 pytest.importorskip("triton")
 import bench
 import bench_kernel
+import bench_kernel_cpu
 import bench_model
 import bench_rank_slice
 import bench_server
+import kernel_cpu
 import tables
 import timing
 from config import load_config
@@ -230,6 +232,23 @@ def test_a_wrong_kernel_fails_the_bench(run: Any, monkeypatch: pytest.MonkeyPatc
     results, printed, code = run(bench_kernel, "dense", "--smoke", "--v3", str(tmp_path))
     assert code == 1 and "WRONG: " in printed and json.loads(printed.splitlines()[-1])["wrong"] == 2
     assert {row["contestant"] for row in results["rows"] if row.get("wrong")} == {"fp8_gemm"}
+
+
+@pytest.mark.skipif(kernel_cpu.library() is None, reason="there is no C compiler")
+def test_the_cpu_kernels_bench(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On sizes that take no time; a kernel that is wrong ends it."""
+    monkeypatch.setattr(bench_kernel_cpu, "BYTES", 1 << 20)
+    monkeypatch.setattr(bench_kernel_cpu, "SHAPES", [(64, 96)])
+    monkeypatch.setattr(bench_kernel_cpu, "EXPERTS", (64, 32, 8, 2))
+    results, printed, code = run(bench_kernel_cpu, "--turns", "2")
+    assert code == 0 and len(results["rows"]) == len(bench_kernel_cpu.ROWS) + 6
+    assert len(printed.splitlines()) == len(results["rows"]) + 1
+    for row in results["rows"]:
+        assert row["ours"]["ratio"] == 1 and row["ours"]["us"] > 0
+    right = bench_kernel_cpu.kernel_cpu.linear
+    monkeypatch.setattr(bench_kernel_cpu.kernel_cpu, "linear", lambda *args: right(*args) * 1.02)
+    with pytest.raises(AssertionError, match="ours is"):
+        run(bench_kernel_cpu, "--turns", "1")
 
 
 def test_figures_and_their_table() -> None:

@@ -52,7 +52,17 @@ def test_a_directory_that_others_write_to_is_not_used(tmp_path, mode):
     assert not made.parent.exists()  # it was this process's
 
 
-@pytest.mark.parametrize("command", ["/nowhere/cc", "false", "cat"])
+def test_any_locale(tmp_path):
+    found = run(WHERE, XDG_CACHE_HOME=str(tmp_path), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert Path(found.stdout.strip()).is_relative_to(tmp_path), found.stderr
+
+
+def test_another_command_makes_another_library(tmp_path):
+    both = [run(WHERE, XDG_CACHE_HOME=str(tmp_path), CC=f"cc{more}").stdout for more in ("", " -DOTHER")]
+    assert len({*both}) == 2 and len([*tmp_path.rglob("*.so")]) == 2
+
+
+@pytest.mark.parametrize("command", ["/nowhere/cc", "false", "cat", '"cc'])
 def test_without_a_compiler(tmp_path, command):
     """The ops that torch has, and a reason."""
     code = f"{WHERE}\nimport cpu, torch\nw = cpu.pack(torch.eye(8).bfloat16())\n"

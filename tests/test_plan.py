@@ -218,6 +218,7 @@ STEPS = {  # what differs from SIZES; numerics, sequences, new tokens of each, c
     "experts' sum": ({"n_heads": 1, "inter_dim": 64, "dim": 2048}, Numerics(), 1, 512, 512, 0, 1),
     "logits": ({"vocab_size": 65536}, FLOAT32, 1, 256, 256, 0, 1),
     "logits over ranks": ({"vocab_size": 65536}, FLOAT32, 1, 256, 256, 0, 4),
+    "several absorbed": ({}, Numerics(), 8, 31, 2048, 0, 1),
     "decoding": ({}, FLOAT32, 8, 1, 4096, 0, 1),
     "decoding FP8 latents": ({}, PACKED, 8, 1, 4096, 0, 1),
 }

@@ -1,0 +1,206 @@
+"""The CPU's C kernels beside what torch has: products of few rows and many, experts, and attention that decodes.
+
+    python benchmarks/bench_kernel_cpu.py --output benchmarks/results/kernel_cpu.json
+
+Every result is held to float64 first. Weights, in bfloat16, take turns, a gigabyte of them, so that none is still in a
+cache when it comes up again. The sides take turns; a figure is the best of a side's turns, a ratio is the median of the
+turns' ratios. GB/s are those of the weights, or latents, alone. How fast memory can be read is torch's sum over as many
+bytes.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
+import kernel_cpu
+import reference
+import report
+from errors import UserError
+from model import Batch
+
+BYTES = 1 << 30
+SHAPES = [(2048, 2048), (7168, 2048), (1536, 7168)]  # (N, K): of a small model, and two of DeepSeek-V3's
+ROWS = (1, 4, 8, 64, 512)
+EXPERTS = (2048, 1024, 32, 4)  # hidden size, width, how many, for a token: bench_cpu.py's
+HEADS, DN, R, C, DV = 16, 128, 64, 512, 128  # DeepSeek-V3's at TP8
+Sides = dict[str, Callable[[int], torch.Tensor]]  # each called with the number of the weights whose turn it is
+
+
+def check(y: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """The relative error is to be bfloat16's."""
+    error = float((y.double() - expected).norm() / expected.norm())
+    assert error < 8e-3, f"{what} is {error:.1e} off"
+
+
+def compare(name: str, sides: Sides, copies: int, size: int, operations: int, turns: int) -> dict[str, Any]:
+    """One row: size bytes and so many operations a call."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for turn in range(turns):
+        for side in sides if turn % 2 == 0 else reversed(sides):
+            began = time.perf_counter()
+            for i in range(copies):
+                sides[side](i)
+            seconds[side].append((time.perf_counter() - began) / copies)
+    row: dict[str, Any] = {"name": name}
+    for side, taken in seconds.items():
+        best = min(taken)
+        row[side] = {"us": best * 1e6, "gb_s": size / best / 1e9, "gflops": operations / best / 1e9}
+        row[side]["ratio"] = statistics.median(t / o for o, t in zip(seconds["ours"], taken, strict=True))
+    text = "   ".join(
+        f"{side} {f['us']:8.0f} us {f['gb_s']:5.1f} GB/s {f['gflops']:4.0f} GFLOPS ({f['ratio']:.2f} x ours)"
+        for side, f in row.items() if isinstance(f, dict)
+    )  # fmt: skip
+    print(f"{name:28} {text}", flush=True)
+    return row
+
+
+def products(n: int, k: int, turns: int) -> list[dict[str, Any]]:
+    copies = BYTES // (2 * n * k)
+    weights = [torch.randn(n, k).bfloat16() for _ in range(copies)]
+    packed = [kernel_cpu.pack(w) for w in weights]
+    onednn = [torch.ops.mkldnn._reorder_linear_weight(w) for w in weights]
+
+    def product(rows: int) -> dict[str, Any]:
+        x = torch.randn(rows, k).bfloat16()
+        sides: Sides = {
+            "ours": lambda i: kernel_cpu.linear(x, packed[i], torch.bfloat16),
+            "oneDNN, packed": lambda i: torch.ops.mkldnn._linear_pointwise(x, onednn[i], None, "none", [], ""),
+            "F.linear": lambda i: F.linear(x, weights[i]),
+        }
+        for side, run in sides.items():
+            check(run(1), x.double() @ weights[1].double().T, side)
+        some = max(2, min(copies, 4096 // rows))
+        return compare(f"{rows} x {k} by {n} x {k}", sides, some, 2 * n * k, 2 * rows * n * k, turns)
+
+    return [product(rows) for rows in ROWS]
+
+
+def experts(turns: int) -> list[dict[str, Any]]:
+    """A layer's routed experts; beside them a loop over those that are chosen."""
+    h, inter, n, top = EXPERTS
+    one = 6 * h * inter
+    copies = max(2, BYTES // (n * one))
+    w13 = [torch.randn(n, 2 * inter, h).div(h**0.5).bfloat16() for _ in range(copies)]
+    w2 = [torch.randn(n, h, inter).div(inter**0.5).bfloat16() for _ in range(copies)]
+    packed = [(kernel_cpu.pack(a.clone()), kernel_cpu.pack(b.clone())) for a, b in zip(w13, w2, strict=True)]
+
+    def layer(tokens: int) -> dict[str, Any]:
+        x, weights = torch.randn(tokens, h).bfloat16(), torch.rand(tokens, top)
+        ids = torch.stack([torch.randperm(n)[:top] for _ in range(tokens)])
+
+        def loop(i: int) -> torch.Tensor:
+            def run(e: int, rows: torch.Tensor) -> torch.Tensor:
+                middle = reference.silu_mul(F.linear(rows, w13[i][e]), inter)
+                assert isinstance(middle, torch.Tensor)
+                return F.linear(middle, w2[i][e])
+
+            return reference.experts(x, weights, ids, 0, n, run).bfloat16()
+
+        sides: Sides = {
+            "ours": lambda i: kernel_cpu.experts(x, weights, ids, 0, *packed[i], inter),
+            "loop over F.linear": loop,
+        }
+        expected = torch.zeros(tokens, h, dtype=torch.float64)
+        for e in ids.unique().tolist():
+            at, place = (ids == e).nonzero(as_tuple=True)
+            gate, up = (x[at].double() @ w13[1][e].double().T).chunk(2, dim=-1)
+            expected[at] += weights[at, place, None].double() * ((F.silu(gate) * up) @ w2[1][e].double().T)
+        for side, run in sides.items():
+            check(run(1), expected, side)
+        size, operations = len(ids.unique()) * one, tokens * top * one
+        return compare(f"experts, {tokens} tokens", sides, copies, size, operations, turns)
+
+    return [layer(tokens) for tokens in (1, 8, 512)]
+
+
+def attention(turns: int) -> list[dict[str, Any]]:
+    """Of one token a sequence, beside the reference."""
+    w_uk, w_uv = (torch.randn(HEADS, d, C).div(C**0.5).bfloat16() for d in (DN, DV))
+
+    def decode(sequences: int, context: int) -> dict[str, Any]:
+        per = -(-context // 64)
+        copies = max(2, BYTES // 4 // (sequences * context * (C + R) * 2))
+        order = torch.randperm(sequences * per).tolist()
+        batch = Batch.pack([([1], context - 1, order[i * per : (i + 1) * per]) for i in range(sequences)])
+        latents = [torch.randn(sequences * per, 64, C + R).bfloat16() for _ in range(copies)]
+        q_nope, q_pe = torch.randn(sequences, HEADS, DN).bfloat16(), torch.randn(sequences, HEADS, R).bfloat16()
+
+        def ours(i: int) -> torch.Tensor:
+            out = torch.empty(sequences, HEADS, DV, dtype=torch.bfloat16)
+            kernel_cpu.mla(q_nope, q_pe, latents[i], batch, w_uk, w_uv, 0.1, 1, out)
+            return out
+
+        def plain(i: int) -> torch.Tensor:
+            return reference.mla(q_nope, q_pe, latents[i], batch, w_uk, w_uv, 0.1)
+
+        exact = _exact(q_nope.double(), q_pe.double(), latents[1].double(), batch, w_uk.double(), w_uv.double())
+        check(ours(1), exact, "attention")
+        size = sequences * context * (C + R) * 2
+        operations = 2 * sequences * HEADS * (context * (2 * C + R) + C * (DN + DV))
+        sides: Sides = {"ours": ours, "reference": plain}
+        return compare(f"attention, {sequences} at {context}", sides, copies, size, operations, turns)
+
+    return [decode(*of) for of in ((1, 512), (1, 4096), (8, 4096))]
+
+
+def _exact(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    latents: torch.Tensor,
+    batch: Batch,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of one token a sequence, in float64."""
+    out = []
+    for b, (length, pages) in enumerate(zip(batch.kv_lens.tolist(), batch.pages.tolist(), strict=True)):
+        keys = latents[pages].flatten(0, 1)[:length]
+        q = torch.cat((torch.einsum("hd,hdc->hc", q_nope[b], w_uk), q_pe[b]), dim=-1)
+        weights = (q @ keys.T * 0.1).softmax(dim=-1)
+        out.append(torch.einsum("hc,hvc->hv", weights @ keys[:, :C], w_uv))
+    return torch.stack(out)
+
+
+def reading(turns: int) -> float:
+    """GB/s at which torch sums."""
+    x = torch.ones(BYTES // 4)
+    best = float("inf")
+    for _ in range(turns):
+        began = time.perf_counter()
+        x.sum()
+        best = min(best, time.perf_counter() - began)
+    return BYTES / best / 1e9
+
+
+@torch.inference_mode()
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", help="JSON file for the results")
+    parser.add_argument("--turns", type=int, default=5)
+    args = parser.parse_args()
+    if why := kernel_cpu.why_not():
+        raise UserError(f"there are no kernels to time: {why}")
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "read_gb_s": reading(args.turns)}
+    print(f"memory is read at {found['read_gb_s']:.1f} GB/s, {found['threads']} threads", flush=True)
+    found["rows"] = []
+    for n, k in SHAPES:
+        found["rows"] += products(n, k, args.turns)
+    found["rows"] += experts(args.turns) + attention(args.turns)
+    report.save(args.output, found)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as e:
+        sys.exit(f"error: {e}")
