@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import kernel_cpu
+import launch
 from launch import environment
 
 if kernel_cpu.library() is None:
@@ -77,12 +78,13 @@ def test_without_a_compiler(tmp_path, command):
 
 def test_the_engine_says_why_it_is_slower(tmp_path):
     """Once, from rank 0, and not where no bfloat16 is computed."""
-    demo = INFERENCE.parent / "demo"
-    command = [sys.executable, INFERENCE / "generate.py", "--ckpt-path", demo / "checkpoint", "--input-file"]
-    command += [tmp_path / "prompts", "--device", "cpu", "--threads", "1", "--max-new-tokens", "1"]
     (tmp_path / "prompts").write_text("What is 3 + 4?\n")
-    for dtype, notes in (("auto", 1), ("float32", 0)):
+    flags = ["--ckpt-path", INFERENCE.parent / "demo" / "checkpoint", "--input-file", tmp_path / "prompts"]
+    flags += ["--device", "cpu", "--threads", "1", "--max-new-tokens", "1", "--dtype"]
+    alone, float32 = launch.command(*flags, "bfloat16"), launch.command(*flags, "float32")
+    for command, notes in ((alone, 1), (float32, 0), (launch.torchrun(*flags, "bfloat16"), 1)):
         variables = environment(XDG_CACHE_HOME=str(tmp_path), CC="/nowhere/cc")
-        done = subprocess.run([*command, "--dtype", dtype], env=variables, capture_output=True, text=True)
-        assert done.returncode == 0 and done.stderr.count("note: on this CPU bfloat16 is slower") == notes, done.stderr
-        assert done.stderr.count("/nowhere/cc") == notes
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("note: on this CPU bfloat16 is slower") == done.stderr.count("/nowhere/cc") == notes
+    assert done.stderr.count("experts: ") == 1
