@@ -1,6 +1,7 @@
 """The fused ops as the model sees them: a quantised input, and each fusion against the ops it is composed of."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,17 +46,18 @@ def test_only_a_w8a8_weight_wants_quantised_input() -> None:
             ops.linear(reference.quantised(torch.randn(3, 128), "ue8m0"), plain)
 
 
+@pytest.mark.parametrize("norm", [reference.norm, cpu.norm, ops.norm])
 @pytest.mark.parametrize("fp8", ["float32", "ue8m0"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_norm_is_an_addition_a_norm_and_a_quantisation(dtype: torch.dtype, fp8: str) -> None:
+def test_norm_is_an_addition_a_norm_and_a_quantisation(dtype: torch.dtype, fp8: str, norm: Any) -> None:
     x, delta, weight = (torch.randn(9, 200).to(dtype) for _ in range(3))
-    y, total = ops.norm(x, weight[0], 1e-5, delta, fp8)
+    y, total = norm(x, weight[0], 1e-5, delta, fp8)
     alone = F.rms_norm((x + delta).float(), (200,), weight[0].float(), 1e-5).to(dtype)
     q, s = reference.act_quant(alone, scale_fmt="ue8m0" if fp8 == "ue8m0" else None)
     assert torch.equal(total, x + delta) and torch.equal(y.x, alone) and y.dtype == dtype
     assert torch.equal(y.q.view(torch.uint8), q.view(torch.uint8)) and torch.equal(y.s, s)
-    assert ops.norm(x, weight[0], 1e-5, delta, fp8, keep=False)[0].x is None
-    plain, same = ops.norm(x, weight[0], 1e-5)
+    assert norm(x, weight[0], 1e-5, delta, fp8, keep=False)[0].x is None
+    plain, same = norm(x, weight[0], 1e-5)
     assert same is x and not torch.equal(plain, alone)
 
 
