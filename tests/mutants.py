@@ -1210,7 +1210,8 @@ class Watch:
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed and not self.first[0]:
             crash = getattr(report.longrepr, "reprcrash", None)
-            self.first = report.nodeid.removeprefix("tests/"), crash.message.partition("\n")[0] if crash else ""
+            said = crash.message.partition("\n")[0].replace(f"{ROOT}/", "") if crash else ""
+            self.first = report.nodeid.removeprefix("tests/"), said
 
     def pytest_sessionfinish(self) -> None:
         for file in (self.root / "inference").glob("*.py"):
