@@ -552,7 +552,12 @@ static Sizes sizes_of(const Sequence *end, int64_t c, int64_t r) {
     return s;
 }
 
-/* How many floats of scratch mla needs. list: (batch + 1) Sequences. */
+/* How many numbers mla's list of a batch of so many sequences and rows takes. */
+int64_t mla_numbers(int64_t batch, int64_t rows) {
+    return ((batch + 1) * sizeof(Sequence) + rows * sizeof(Row)) / sizeof(int64_t);
+}
+
+/* How many floats of scratch mla needs. list: mla_numbers, whose rows may be left out here. */
 int64_t mla_floats(const int32_t *bounds, const int32_t *lengths, int64_t batch, int64_t most, int64_t heads, int64_t c,
                    int64_t r, int64_t threads, void *list) {
     Sizes s = sizes_of((Sequence *)list + decoding(bounds, lengths, batch, most, heads, list), c, r);
@@ -698,7 +703,7 @@ static void join(const float *parts, int64_t step, int64_t n, int64_t l, int64_t
  *
  * W^UK moves into the queries, which are turned so that LANES of them are the lanes of vectors: one value of a key
  * meets them all. Then the keys: a thread takes SPLIT of a sequence and widens each once for all heads. What the parts
- * of a sequence came to is joined in front of W^UV. numbers: (batch + 1) Sequences and as many Rows as there may be. */
+ * of a sequence came to is joined in front of W^UV. numbers: mla_numbers. */
 void mla(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, const bf16 *q_pe, const bf16 *latents, int64_t page,
          const int32_t *pages, int64_t width, const int32_t *bounds, const int32_t *lengths, const int64_t *positions,
          int64_t batch, int64_t most, int64_t heads, int64_t dn, int64_t r, int64_t c, int64_t dv, const bf16 *w_uk,

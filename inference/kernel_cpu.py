@@ -41,16 +41,23 @@ BUNDLE_ROWS = 256  # of several experts, whose weights are read in one go
 
 def library() -> Any | None:
     """The compiled kernels, or None: see why_not."""
-    return _compiled()[0]
+    return _attempt()[0]
+
+
+def _kernels() -> Any:
+    """Those, for a caller that knows that they are there."""
+    found = library()
+    assert found is not None, why_not()
+    return found
 
 
 def why_not() -> str:
     """Why there are no compiled kernels; empty if there are."""
-    return _compiled()[1]
+    return _attempt()[1]
 
 
 @functools.cache
-def _compiled() -> tuple[Any | None, str]:
+def _attempt() -> tuple[Any | None, str]:
     maps = Path("/proc/self/maps")
     if not maps.exists() or "libgomp" not in maps.read_text() or sys.byteorder != "little":
         return None, "it is written for little-endian Linux and GNU OpenMP"
@@ -188,9 +195,7 @@ class Packed:
 
 
 def panel_width() -> int:
-    found = library()
-    assert found is not None
-    return found.panel_width()
+    return _kernels().panel_width()
 
 
 def packed_numbers(n: int, k: int) -> int:
@@ -201,29 +206,28 @@ def packed_numbers(n: int, k: int) -> int:
 
 def pack(w: torch.Tensor) -> Packed:
     """(N, K) or (E, N, K), bfloat16. A stack whose N is whole panels is packed where it lies, and is w no more."""
-    found, width, (n, k) = library(), panel_width(), w.shape[-2:]
-    assert found is not None
+    pack_one, width, (n, k) = _kernels().pack, panel_width(), w.shape[-2:]
     w = w.contiguous()
     shape = (*w.shape[:-2], -(-n // width), k, width)
     data = w.view(shape) if w.dim() == 3 and n % width == 0 else w.new_empty(shape)
     threads = torch.get_num_threads()
     scratch = w.new_empty(threads, k * width)
     for one, out in zip(w, data, strict=True) if w.dim() == 3 else [(w, data)]:
-        found.pack(one, n, k, out, scratch, threads)
+        pack_one(one, n, k, out, scratch, threads)
     return Packed(data, n)
 
 
 def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype) -> torch.Tensor:
     """x (T, K), bfloat16 or float32, by w (N, K), in one of these dtypes: (T, N)."""
-    found, x, (t, k) = library(), _rows(x), x.shape
-    assert found is not None and k == w.k and w.data.dim() == 3, (x.shape, w.data.shape)
+    x, (t, k) = _rows(x), x.shape
+    assert k == w.k and w.data.dim() == 3, (x.shape, w.data.shape)
     assert {x.dtype, dtype} <= {torch.bfloat16, torch.float32}, (x.dtype, dtype)
     out = x.new_empty(t, w.n, dtype=dtype)
     chunk = chunk_rows(k)
     scratch = x.new_empty(min(t, chunk) * k, dtype=torch.float32)
     flags = x.dtype == torch.float32, dtype == torch.float32
     threads = _threads(w.n * k)
-    found.linear(x, flags[0], t, x.stride(0), w.data, w.n, k, out, flags[1], scratch, chunk, threads)
+    _kernels().linear(x, flags[0], t, x.stride(0), w.data, w.n, k, out, flags[1], scratch, chunk, threads)
     return out
 
 
@@ -234,10 +238,10 @@ def chunk_rows(k: int) -> int:
 
 def silu_mul(gate_up: torch.Tensor, inter: int) -> torch.Tensor:
     """As reference.silu_mul."""
-    found, (t, both) = library(), gate_up.shape
-    assert found is not None and both % 2 == 0 and inter <= both // 2, (gate_up.shape, inter)
+    t, both = gate_up.shape
+    assert both % 2 == 0 and inter <= both // 2, (gate_up.shape, inter)
     out = gate_up.new_empty(t, inter)
-    found.silu_mul(gate_up.contiguous(), t, both // 2, inter, out, _threads(t * inter))
+    _kernels().silu_mul(gate_up.contiguous(), t, both // 2, inter, out, _threads(t * inter))
     return out
 
 
@@ -248,14 +252,14 @@ def silu_mul(gate_up: torch.Tensor, inter: int) -> torch.Tensor:
 
 def route(logits: torch.Tensor, bias: torch.Tensor | None, rule: Routing) -> tuple[torch.Tensor, torch.Tensor]:
     """As reference.route; of equal choices the first is taken."""
-    found, (t, e) = library(), logits.shape
-    assert found is not None and e >= rule.top_k
+    t, e = logits.shape
+    assert e >= rule.top_k
     weights = logits.new_empty(t, rule.top_k)
     ids = torch.empty(t, rule.top_k, dtype=torch.int64)
     groups = 1 if rule.topk_method == "greedy" else rule.n_groups
     threads = _threads(t * e)
     scratch = logits.new_empty(threads, 2 * e + groups)
-    found.route(
+    _kernels().route(
         logits.contiguous(), t, e, bias, rule.score_func == "sigmoid", groups, rule.n_limited_groups,
         rule.topk_method == "noaux_tc", rule.top_k, rule.normalise, rule.route_scale, weights, ids, scratch, threads,
     )  # fmt: skip
@@ -274,13 +278,13 @@ def experts(
 ) -> torch.Tensor:
     """As reference.experts on packed weights, with what `shared` (T, H) holds added: (T, H) in x's dtype. Nothing is
     rounded before the end."""
-    found, x, (t, h), top = library(), _rows(x), x.shape, ids.shape[1]
-    assert found is not None and w13.n == 2 * inter and w2.n == h, (w13.n, inter, w2.n, h)
+    x, (t, h), top = _rows(x), x.shape, ids.shape[1]
+    assert w13.n == 2 * inter and w2.n == h, (w13.n, inter, w2.n, h)
     out, sums = torch.empty(t, h, dtype=x.dtype), torch.empty(t, h, dtype=torch.float32)
     scratch = torch.empty(bundle_rows(t, top) * (h + 3 * inter), dtype=torch.float32)
     numbers = torch.empty(t * top + len(w13) + 1, dtype=torch.int64)
     shared = None if shared is None else shared.contiguous()
-    found.experts(
+    _kernels().experts(
         x, t, x.stride(0), h, ids.contiguous(), weights.contiguous(), top, first, len(w13), w13.data, w2.data, inter,
         shared, out, BUNDLE_ROWS, sums, scratch, numbers, torch.get_num_threads(),
     )  # fmt: skip
@@ -301,14 +305,13 @@ def norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, delta: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As reference.norm: RMSNorm of x (T, H) + delta, and that sum."""
-    found, x, (t, h) = library(), _rows(x), x.shape
-    assert found is not None
+    x, (t, h) = _rows(x), x.shape
     y = x.new_empty(t, h)
     total = x if delta is None else x.new_empty(t, h)
     threads = _threads(t * h)
     rows = x.new_empty(threads, h, dtype=torch.float32)
     delta = None if delta is None else delta.contiguous()
-    found.norm(x, t, x.stride(0), h, delta, weight, eps, y, None if delta is None else total, rows, threads)
+    _kernels().norm(x, t, x.stride(0), h, delta, weight, eps, y, None if delta is None else total, rows, threads)
     return y, total
 
 
@@ -324,15 +327,15 @@ def latent_write(
     latents: torch.Tensor,
 ) -> torch.Tensor:
     """As reference.latent_write, into bfloat16 latents."""
-    found, (t, c), (_, n, r) = library(), c_kv.shape, q_pe.shape
+    (t, c), (_, n, r) = c_kv.shape, q_pe.shape
     if c_kv.stride() != k_pe.stride() or c_kv.stride(-1) != 1:
         c_kv, k_pe = torch.cat((c_kv, k_pe), dim=-1).split([c, r], dim=-1)
     q_pe = _rows(q_pe)
-    assert found is not None and latents.is_contiguous() and latents.shape[-1] == c + r
+    assert latents.is_contiguous() and latents.shape[-1] == c + r
     out = q_pe.new_empty(t, n, r)
     threads = _threads(t * (c + n * r))
     rows = c_kv.new_empty(threads, c, dtype=torch.float32)
-    found.latent_write(
+    _kernels().latent_write(
         c_kv, k_pe, t, c_kv.stride(0), c, r, weight, eps, cos.contiguous(), sin.contiguous(), q_pe, n, q_pe.stride(0),
         q_pe.stride(1), out, slots.contiguous(), latents, rows, threads,
     )  # fmt: skip
@@ -356,11 +359,11 @@ def mla(
     out: torch.Tensor,
 ) -> None:
     """As reference.mla, absorbed, for sequences with at most `most` query rows: fills their rows of out (T, N, dv)."""
-    found, (n, dn, c), dv, r = library(), w_uk.shape, w_uv.shape[1], q_pe.shape[-1]
-    assert found is not None and latents.is_contiguous() and out.is_contiguous() and latents.shape[-1] == c + r
+    found, (n, dn, c), dv, r = _kernels(), w_uk.shape, w_uv.shape[1], q_pe.shape[-1]
+    assert latents.is_contiguous() and out.is_contiguous() and latents.shape[-1] == c + r
     q_nope, q_pe, threads = _rows(q_nope), q_pe.contiguous(), torch.get_num_threads()
     lengths = batch.cu_seqlens_q, batch.kv_lens
-    numbers = torch.empty(10 * (len(batch.kv_lens) + 1) + 2 * len(out), dtype=torch.int64)  # Sequences, Rows
+    numbers = torch.empty(found.mla_numbers(len(batch.kv_lens), len(out)), dtype=torch.int64)
     size = found.mla_floats(*lengths, len(batch.kv_lens), most, n, c, r, threads, numbers)
     scratch = torch.empty(size, dtype=torch.float32)
     found.mla(
@@ -372,9 +375,8 @@ def mla(
 
 def mla_bytes(sequences: int, rows: int, heads: int, c: int, r: int, context: int) -> int:
     """What mla's scratch takes for so many sequences of as many query rows, at their full length."""
-    found = library()
-    assert found is not None
+    found = _kernels()
     bounds = torch.arange(sequences + 1, dtype=torch.int32) * rows
     lengths = torch.full((sequences,), context, dtype=torch.int32)
-    numbers = torch.empty(10 * (sequences + 1), dtype=torch.int64)
+    numbers = torch.empty(found.mla_numbers(sequences, 0), dtype=torch.int64)
     return 4 * found.mla_floats(bounds, lengths, sequences, rows, heads, c, r, torch.get_num_threads(), numbers)

@@ -63,12 +63,13 @@ class Rank:
 
     @property
     def packs(self) -> bool:
-        """Plain weights lie packed, as oneDNN does or, where `panels`, kernel_cpu.c."""
+        """All weights are plain, and lie packed."""
         return not self.gpu and self.num.gemm is None and self.num.dtype == torch.bfloat16
 
     @property
     def panels(self) -> bool:
-        return self.packs and self.compiled and cpu.float32_is_faster()
+        """What is packed is as kernel_cpu.c has it, not oneDNN."""
+        return self.compiled and cpu.float32_is_faster()
 
     @property
     def compiled(self) -> bool:
@@ -279,8 +280,7 @@ def _linear(rank: Rank, rows: int, k: int, n: int, plain: bool = False) -> int:
     weight that is never FP8."""
     out = rows * n * rank.num.dtype.itemsize
     if rank.num.gemm is None or plain:
-        panels = rank.compiled and cpu.float32_is_faster()
-        return out + 4 * min(rows, kernel_cpu.chunk_rows(k)) * k if panels else out
+        return out + 4 * min(rows, kernel_cpu.chunk_rows(k)) * k if rank.panels else out
     if rank.gpu:  # sums of the parts of K: a part to each multiprocessor, or two
         parts = 2 * max(tiles.PROCESSORS.values()) * 64 * 64 * 4
         return out + (min(4 * tiles.SPLITS[-1] * rows * n, parts) if rows <= tiles.SPLIT_UP_TO else 0)
@@ -337,7 +337,7 @@ def _moe(rank: Rank, tokens: int) -> int:
         router = 4 * tokens * args.n_routed_experts + max(multiplying, 12 * rows)
     else:
         router = 16 * tokens * args.n_routed_experts + 4 * values + 4 * args.dim
-    if rank.panels:  # the routed experts begin when the shared ones are done
+    if rank.packs and rank.panels:  # the routed experts begin when the shared ones are done
         return max(router, 12 * rows + max(shared, b * values * bool(width) + _routed(rank, tokens)))
     chosen = 48 * rows  # ids, weights and their order, int64 and float32
     return max(router, chosen + max(_routed(rank, tokens), values * (4 + b), 4 * values + shared))
