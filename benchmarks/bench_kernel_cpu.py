@@ -66,15 +66,18 @@ def products(n: int, k: int, turns: int) -> list[dict[str, Any]]:
     copies = BYTES // (2 * n * k)
     weights = [torch.randn(n, k).bfloat16() for _ in range(copies)]
     packed = [kernel_cpu.pack(w) for w in weights]
-    onednn = [torch.ops.mkldnn._reorder_linear_weight(w) for w in weights]
+    can_pack = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    onednn = [torch.ops.mkldnn._reorder_linear_weight(w) for w in weights] if can_pack else []
 
     def product(rows: int) -> dict[str, Any]:
         x = torch.randn(rows, k).bfloat16()
         sides: Sides = {
             "ours": lambda i: kernel_cpu.linear(x, packed[i], torch.bfloat16),
-            "oneDNN, packed": lambda i: torch.ops.mkldnn._linear_pointwise(x, onednn[i], None, "none", [], ""),
             "F.linear": lambda i: F.linear(x, weights[i]),
         }
+        if onednn:
+            linear = torch.ops.mkldnn._linear_pointwise
+            sides["oneDNN, packed"] = lambda i: linear(x, onednn[i], None, "none", [], "")
         for side, run in sides.items():
             check(run(1), x.double() @ weights[1].double().T, side)
         some = max(2, min(copies, 4096 // rows))

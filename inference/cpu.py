@@ -1,9 +1,7 @@
 """The few ops that have a faster form on a CPU than plain torch. Each is held to its reference by a test."""
 
-import functools
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,25 +16,7 @@ if TYPE_CHECKING:
     from model import Batch
 
 EXPANDED_BYTES = 1 << 30  # the most that one sequence's expanded keys and values may take
-BUNDLE_ROWS = 64  # of several experts together: with more the two products are what takes the time
 DECODE_ROWS = 16  # query rows of a sequence that still count as decoding: a token and its drafts
-
-
-@functools.cache
-def float32_is_faster() -> bool:
-    """Whether this processor multiplies many rows faster in float32 than in bfloat16."""
-    info = Path("/proc/cpuinfo")
-    return info.exists() and slow_bfloat16(info.read_text())
-
-
-def slow_bfloat16(cpuinfo: str) -> bool:
-    """Whether an x86 processor has no instruction for bfloat16 products, or one that is slower than float32's.
-
-    Intel's cores without AMX take as long for a bfloat16 product instruction, of 32 pairs, as for four of float32, of
-    16 each (measured on a Xeon of 2023: 83 GFLOPS a core against 160); AMD's and AMX are faster in bfloat16.
-    """
-    flags = next((line.split() for line in cpuinfo.splitlines() if line.startswith("flags")), [])
-    return bool(flags) and "amx_bf16" not in flags and ("avx512_bf16" not in flags or "GenuineIntel" in cpuinfo)
 
 
 def _compiled(x: torch.Tensor) -> bool:
@@ -44,20 +24,10 @@ def _compiled(x: torch.Tensor) -> bool:
 
 
 def pack(w: torch.Tensor) -> Any:
-    """A bf16 weight (N, K), or each expert of a stack (E, N, K), laid out for matrix products: as kernel_cpu.c reads
-    it, or as oneDNN does, where bfloat16 products are an instruction, or there is no compiler.
-
-    Packed once, a product with few rows reads the weights at the memory's speed, where F.linear repacks them every
-    time. Other dtypes, and builds of torch with neither, keep the plain tensor.
-    """
-    if w.dtype != torch.bfloat16:
-        return w
-    if _compiled(w) and float32_is_faster():
-        return kernel_cpu.pack(w)
-    if not torch.backends.mkldnn.is_available():
-        return w
-    pack_one = torch.ops.mkldnn._reorder_linear_weight
-    return [pack_one(e) for e in w] if w.dim() == 3 else pack_one(w)
+    """A bf16 weight (N, K), or each expert of a stack (E, N, K), laid out as kernel_cpu.c reads it: a product with few
+    rows then reads the weights at the memory's speed. Other dtypes keep the plain tensor, and so do all where nothing
+    is compiled."""
+    return kernel_cpu.pack(w) if _compiled(w) else w
 
 
 def pack_float32(w: torch.Tensor) -> Any:
@@ -66,20 +36,13 @@ def pack_float32(w: torch.Tensor) -> Any:
 
 
 def is_packed(w: Any) -> bool:
-    """Whether `pack` or `pack_float32` made this."""
-    return isinstance(w, Packed | list) or w.is_mkldnn
-
-
-def is_steady(w: Any) -> bool:
-    """Whether a row's product with this does not depend, to the bit, on the other rows."""
+    """Whether `pack` or `pack_float32` made this. A row's product with it does not depend, to the bit, on other rows."""
     return isinstance(w, Packed)
 
 
-def linear(x: torch.Tensor, w: Any) -> torch.Tensor:
+def linear(x: torch.Tensor, w: Packed) -> torch.Tensor:
     """x (T, K) by a packed (N, K), in x's dtype."""
-    if isinstance(w, Packed):
-        return kernel_cpu.linear(x, w, x.dtype)
-    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return kernel_cpu.linear(x, w, x.dtype)
 
 
 def linear_float32(x: torch.Tensor, w: Packed) -> torch.Tensor:
@@ -139,46 +102,13 @@ def experts(
     weights: torch.Tensor,
     ids: torch.Tensor,
     first: int,
-    w13: Any,
-    w2: Any,
+    w13: Packed,
+    w2: Packed,
     inter: int,
     shared: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """As ops.experts on packed weights."""
-    if isinstance(w13, Packed):
-        return kernel_cpu.experts(x, weights, ids, first, w13, w2, inter, None if shared is None else shared())
-    flat = ids.flatten()
-    order = flat.argsort(stable=True)  # the assignments, expert by expert, tokens in order within each
-    counts = torch.bincount(flat, minlength=first + len(w13)).tolist()
-    begin, counts = sum(counts[:first]), counts[first : first + len(w13)]
-    mine = order[begin : begin + sum(counts)]
-    tokens, factors = mine // ids.shape[1], weights.flatten()[mine].unsqueeze(-1)
-    rows, parts = x[tokens].split(counts), []  # (A, H), A assignments
-    for some in _bundles(counts):
-        middle = _swiglu(_cat([linear(rows[e], w13[e]) for e in some]), inter).to(x.dtype)
-        parts += [linear(m, w2[e]) for m, e in zip(middle.split([counts[e] for e in some]), some, strict=True)]
-    out = torch.zeros(x.shape, dtype=torch.float32)
-    if parts:
-        out.index_add_(0, tokens, torch.cat(parts).float().mul_(factors))
-    if shared is not None:
-        out += shared()
-    return out.to(x.dtype)
-
-
-def _cat(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _bundles(counts: list[int]) -> Iterator[list[int]]:
-    """The experts that have rows: several together while they have no more than BUNDLE_ROWS, else one at a time."""
-    some: list[int] = []
-    for e in (e for e, n in enumerate(counts) if n):
-        if some and sum(counts[other] for other in some) + counts[e] > BUNDLE_ROWS:
-            yield some
-            some = []
-        some.append(e)
-    if some:
-        yield some
+    return kernel_cpu.experts(x, weights, ids, first, w13, w2, inter, None if shared is None else shared())
 
 
 def _swiglu(gate_up: torch.Tensor, inter: int) -> torch.Tensor:
@@ -263,10 +193,10 @@ def mla_expanded(
     scale: float,
 ) -> torch.Tensor:
     """As reference.mla_expanded: (n, N, dn), (n, N, R), (L, C + R) -> (n, N, dv), keys and values expanded at once,
-    in float32 where the processor multiplies that faster."""
+    in float32: without AMX a processor multiplies no other type faster."""
     n_heads, dv, c = w_uv.shape
     width = w_uk.shape[1] + q_pe.shape[-1]
-    dtype = torch.float32 if float32_is_faster() else latents.dtype
+    dtype = torch.float32
     if dv > width or len(latents) * n_heads * width * 2 * dtype.itemsize > EXPANDED_BYTES:
         return reference.mla_expanded(q_nope, q_pe, latents, positions, w_uk, w_uv, scale)
     c_kv, k_pe = latents.to(dtype).split([c, latents.shape[1] - c], dim=-1)

@@ -63,13 +63,8 @@ class Rank:
 
     @property
     def packs(self) -> bool:
-        """All weights are plain, and lie packed."""
-        return not self.gpu and self.num.gemm is None and self.num.dtype == torch.bfloat16
-
-    @property
-    def panels(self) -> bool:
-        """What is packed is as kernel_cpu.c has it, not oneDNN."""
-        return self.compiled and cpu.float32_is_faster()
+        """All weights are plain, and lie packed as kernel_cpu.c has them."""
+        return self.compiled and self.num.gemm is None
 
     @property
     def compiled(self) -> bool:
@@ -141,8 +136,8 @@ def weight_bytes(rank: Rank) -> dict[tuple[bool, str], int]:
     with what they scale, and the zeros between stacked FP8 projections with the first of them.
 
     Unlike on disk, wkv_b is never FP8; a CPU packs plain weights, and keeps router and head for products in float32; a
-    tied head, and the MTP module's copies of embedding and head, do not exist. oneDNN's packed form has the plain one's
-    bytes, kernel_cpu.c's is filled up to whole panels.
+    tied head, and the MTP module's copies of embedding and head, do not exist. The
+    packed form is filled up to whole panels.
     """
     found: Counter[tuple[bool, str]] = Counter()
     group = Group(0, rank.ranks)  # the ranks' parts are equal
@@ -171,7 +166,7 @@ def _held_bytes(kind: _Kind, shape: tuple[int, ...], rank: Rank) -> int:
     if kind.spec.dtype == torch.float8_e4m3fn:
         stacked = kind.leaf in ("w1.weight", "w3.weight", "wq_a.weight", "wq.weight")
         return (_in_blocks(shape[0]) if stacked else shape[0]) * shape[1]
-    if rank.panels and len(shape) == 2 and kind.part not in (EMBEDDING, SMALL):
+    if rank.compiled and len(shape) == 2 and kind.part not in (EMBEDDING, SMALL):
         before = _rows_before(kind.leaf, shape, rank)
         if before is not None:
             return 2 * (kernel_cpu.packed_numbers(before + shape[0], shape[1]) - before * shape[1])
@@ -280,7 +275,7 @@ def _linear(rank: Rank, rows: int, k: int, n: int, plain: bool = False) -> int:
     weight that is never FP8."""
     out = rows * n * rank.num.dtype.itemsize
     if rank.num.gemm is None or plain:
-        return out + 4 * min(rows, kernel_cpu.chunk_rows(k)) * k if rank.panels else out
+        return out + 4 * min(rows, kernel_cpu.chunk_rows(k)) * k if rank.compiled else out
     if rank.gpu:  # sums of the parts of K: a part to each multiprocessor, or two
         parts = 2 * max(tiles.PROCESSORS.values()) * 64 * 64 * 4
         return out + (min(4 * tiles.SPLITS[-1] * rows * n, parts) if rows <= tiles.SPLIT_UP_TO else 0)
@@ -337,26 +332,20 @@ def _moe(rank: Rank, tokens: int) -> int:
         router = 4 * tokens * args.n_routed_experts + max(multiplying, 12 * rows)
     else:
         router = 16 * tokens * args.n_routed_experts + 4 * values + 4 * args.dim
-    if rank.packs and rank.panels:  # the routed experts begin when the shared ones are done
+    if rank.packs:  # the routed experts begin when the shared ones are done
         return max(router, 12 * rows + max(shared, b * values * bool(width) + _routed(rank, tokens)))
     chosen = 48 * rows  # ids, weights and their order, int64 and float32
     return max(router, chosen + max(_routed(rank, tokens), values * (4 + b), 4 * values + shared))
 
 
 def _routed(rank: Rank, tokens: int) -> int:
-    """A CPU's routed experts: one after another, into a float32 sum; oneDNN's keep their results until the end."""
+    """A CPU's routed experts: one after another, or several that have few rows, into a float32 sum."""
     args, b = rank.args, rank.num.dtype.itemsize
-    here = args.n_routed_experts // (rank.ranks if rank.experts == "whole" else 1)
-    values, inner = tokens * args.dim, tokens * rank.inner
-    chosen = values * min(args.n_activated_experts, here)
+    values = tokens * args.dim
     if not rank.packs:
         return 4 * values + max(values * b + _mlp(rank, tokens, rank.inner), values * 8)
-    if rank.panels:
-        together = kernel_cpu.bundle_rows(tokens, args.n_activated_experts)
-        return (4 + b) * values + 4 * together * (args.dim + 3 * rank.inner) + 8 * tokens * args.n_activated_experts
-    # gate and up, or their product, live on until the next expert's take their names
-    making = max(4 * (chosen - values) + 16 * inner, 4 * chosen + 6 * inner + b * values, 8 * chosen + 4 * inner)
-    return 4 * values + b * chosen + making
+    together = kernel_cpu.bundle_rows(tokens, args.n_activated_experts)
+    return (4 + b) * values + 4 * together * (args.dim + 3 * rank.inner) + 8 * tokens * args.n_activated_experts
 
 
 def _batches(rank: Rank, tokens: int, rows: int, sequences: int) -> Iterator[tuple[int, int]]:
@@ -479,7 +468,7 @@ def _expanded(rank: Rank, rows: int, n: int, context: int) -> int:
     c, dn, r, dv = args.kv_lora_rank, args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim
     width = dn + r
     queries = rows * n * width * b
-    wide = 4 if cpu.float32_is_faster() else b  # what the products are made in
+    wide = 4  # what the products are made in
     keys = context * n * width * wide
     if not rank.gpu and dv <= width and 2 * keys <= cpu.EXPANDED_BYTES:
         copies = wide > b  # of all that comes in
@@ -547,7 +536,7 @@ def _packing(rank: Rank, parts: dict[tuple[bool, str], int]) -> int:
     if not rank.packs:
         return head
     largest = max(head, 2 * plain * args.inter_dim // rank.ranks * args.dim)
-    in_place = rank.panels and all(n % kernel_cpu.panel_width() == 0 for n in (2 * rank.inner, args.dim))
+    in_place = all(n % kernel_cpu.panel_width() == 0 for n in (2 * rank.inner, args.dim))
     if args.n_moe_layers and not in_place:
         largest = max(largest, parts[False, ROUTED] // args.n_moe_layers * 2 // 3)  # w1 and w3 lie together
     return largest

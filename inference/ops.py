@@ -26,7 +26,7 @@ _side: ContextVar[str] = ContextVar("ops side", default="auto")
 class Weight(NamedTuple):
     """What a linear multiplies by: (N, K), or experts stacked (E, N, K), with block scales when it is e4m3."""
 
-    data: Any  # a tensor; after `prepare` perhaps a packed form, or a list of them, one per expert
+    data: Any  # a tensor; after `prepare` perhaps a packed form
     scale: torch.Tensor | None = None
     gemm: Gemm = "bf16"
     scale_fmt: str | None = None
@@ -127,8 +127,7 @@ def linear(x: torch.Tensor | Quantised, w: Weight) -> torch.Tensor:
         return _fp8_gemm(x.q, x.s, w, x.dtype)
     data, scale = w.data, w.scale
     if scale is None:
-        product = cpu.linear if cpu.is_packed(data) else F.linear
-        return product(x, data) if cpu.is_steady(data) else _by_rows(lambda rows: product(rows, data), x)
+        return cpu.linear(x, data) if cpu.is_packed(data) else _by_rows(lambda rows: F.linear(rows, data), x)
     if w.gemm == "fp8":
         return _fp8_gemm(*act_quant(x, w.scale_fmt), w, x.dtype)
     if _fast(x):
@@ -243,7 +242,7 @@ def experts(
     def run(e: int, rows: torch.Tensor) -> torch.Tensor:
         return linear(silu_mul(linear(rows, w13.expert(e)), inter), w2.expert(e))
 
-    if cpu.is_packed(w13.data) and (cpu.is_steady(w13.data) or not _invariant.get()):
+    if cpu.is_packed(w13.data):
         return cpu.experts(x, weights, ids, first, w13.data, w2.data, inter, shared)
     y = reference.experts(x, weights, ids, first, len(w13.data), run)
     if shared is not None:

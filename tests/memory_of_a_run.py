@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+import cpu
 import engine as engines
 import memory
+import ops
 import weights
 from model import Numerics, Transformer
 from sampling import SamplingParams
@@ -22,8 +24,7 @@ def resident(what: str) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     folder, length, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    packed = torch.ops.mkldnn._reorder_linear_weight(torch.ones(64, 64).bfloat16())  # brings its libraries in
-    torch.ops.mkldnn._linear_pointwise(torch.ones(8, 64).bfloat16(), packed, None, "none", [], "")
+    ops.linear(torch.ones(8, 64).bfloat16(), ops.Weight(cpu.pack(torch.ones(64, 64).bfloat16())))  # brings libraries in
     torch.nn.functional.scaled_dot_product_attention(*[torch.ones(1, 4, 64, 32).bfloat16()] * 3, is_causal=True)
     before = resident("VmRSS")
     checkpoint = weights.Checkpoint(folder)

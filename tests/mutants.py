@@ -168,10 +168,6 @@ MUTANTS = [Mutant(*row) for row in (
      "Block(args, num, tp, i < args.n_dense_layers)",
      "Block(args, num, tp, i <= args.n_dense_layers)",
      f"{LOGITS}[v3]", "one dense layer too many"),
-    ("moe-cpu-experts-of-others", "cpu.py",
-     "weights.flatten()[mine].unsqueeze(-1)",
-     "weights.flatten()[begin : begin + len(mine)].unsqueeze(-1)",
-     "test_cpu.py::test_experts", "oneDNN's experts: weights in the order of tokens, results in that of experts"),
 
     # --- kernel_cpu.c ---------------------------------------------------------------------------------------------------
     ("cpu-panel-order", "kernel_cpu.c",

@@ -12,18 +12,12 @@ from model import Numerics
 from oracle import hidden_states, ours, random_checkpoint, relative_error, tokens
 
 needs_compiler = pytest.mark.skipif(kernel_cpu.library() is None, reason="there is no C compiler")
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this build of torch lacks oneDNN")
-FORMS = [
-    pytest.param("panels", marks=needs_compiler),
-    pytest.param("onednn", marks=[needs_compiler, needs_onednn]),
-    pytest.param("no compiler", marks=needs_onednn),
-]
+FORMS = [pytest.param("compiled", marks=needs_compiler), "no compiler"]
 
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
-    """Packs as on a processor whose bfloat16 is slow, or fast, or where nothing can be compiled."""
-    monkeypatch.setattr(cpu, "float32_is_faster", lambda: request.param != "onednn")
+    """With the compiled kernels, or as where nothing can be compiled."""
     if request.param == "no compiler":
         monkeypatch.setattr(kernel_cpu, "library", lambda: None)
     return request.param
@@ -34,12 +28,12 @@ def form(request, monkeypatch):
 def test_linear(form, rows, n, k):
     w, x = torch.randn(n, k).bfloat16(), torch.randn(rows, k).bfloat16()
     packed = cpu.pack(w)
-    assert cpu.is_packed(packed) and cpu.is_steady(packed) == isinstance(packed, cpu.Packed) == (form == "panels")
+    assert cpu.is_packed(packed) == (form == "compiled")
     y = ops.linear(x, ops.Weight(packed))
     assert y.dtype == torch.bfloat16 and y.shape == (rows, n)
     expected = x.double() @ w.double().T
     assert relative_error(y, expected) < 4e-3
-    if form == "panels":  # one rounding, at the end
+    if form == "compiled":  # one rounding, at the end
         error = (y.double() - expected).abs()
         assert (error <= expected.abs() * 2**-8 + (x.double().abs() @ w.double().abs().T) * 1e-6).all()
 
@@ -59,7 +53,7 @@ def test_what_stays_plain(form):
     poisoned[1, 2] = float("nan")
     y = ops.linear(torch.ones(1, 8).bfloat16(), ops.Weight(cpu.pack(poisoned)))
     assert y[0].isnan().tolist() == [False, True] + [False] * 6
-    assert cpu.is_packed(cpu.pack_float32(poisoned)) == (form != "no compiler")
+    assert cpu.is_packed(cpu.pack_float32(poisoned)) == (form == "compiled")
 
 
 def test_float32_products_are_not_rounded(form):
@@ -98,15 +92,6 @@ def test_experts(form, rows, first, n_local):
     assert relative_error(steady, expected + extra) < 1e-2
     if not ((ids >= first) & (ids < first + n_local)).any():
         assert torch.equal(out, extra)
-
-
-def test_processors():
-    """Intel without AMX, or no instruction at all, is slow; what is not known to be is left to oneDNN."""
-    intel, amd = "vendor_id : GenuineIntel\nflags : fpu {}\n", "vendor_id : AuthenticAMD\nflags : fpu {}\n"
-    assert cpu.slow_bfloat16(intel.format("avx512_bf16")) and cpu.slow_bfloat16(intel.format("avx2"))
-    assert not cpu.slow_bfloat16(intel.format("avx512_bf16 amx_bf16"))
-    assert not cpu.slow_bfloat16(amd.format("avx512_bf16")) and cpu.slow_bfloat16(amd.format("avx2"))
-    assert not cpu.slow_bfloat16("Features : asimd bf16\n")
 
 
 def test_packing_changes_no_more_than_bfloat16_does(form, tmp_path):

@@ -66,8 +66,8 @@ def test_another_command_makes_another_library(tmp_path):
 @pytest.mark.parametrize("command", ["/nowhere/cc", "false", "cat", '"cc'])
 def test_without_a_compiler(tmp_path, command):
     """The ops that torch has, and a reason."""
-    code = f"{WHERE}\nimport cpu, torch\nw = cpu.pack(torch.eye(8).bfloat16())\n"
-    code += "print(cpu.linear(torch.ones(1, 8).bfloat16(), w).tolist())"
+    code = f"{WHERE}\nimport cpu, ops, torch\nw = cpu.pack(torch.eye(8).bfloat16())\n"
+    code += "print(ops.linear(torch.ones(1, 8).bfloat16(), ops.Weight(w)).tolist())"
     code += "\nprint(kernel_cpu.why_not())"
     done = run(code, XDG_CACHE_HOME=str(tmp_path), CC=command)
     assert done.returncode == 0 and not done.stderr

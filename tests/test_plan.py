@@ -101,7 +101,7 @@ def sizes_of(value: object) -> dict[int, int]:
     if isinstance(value, list):
         return {key: n for each in value for key, n in sizes_of(each).items()}
     if isinstance(value, torch.Tensor):
-        return {id(value) if value.is_mkldnn else value.data_ptr(): value.numel() * value.element_size()}
+        return {value.data_ptr(): value.numel() * value.element_size()}
     return {}
 
 
@@ -118,16 +118,14 @@ class NoKernel:
         return lambda *args, **kwargs: None
 
 
-SIDES = ("GPU", "CPU", "CPU, oneDNN", "CPU, no compiler")
+SIDES = ("GPU", "CPU", "CPU, no compiler")
 SPLIT = Numerics(experts="split")
 
 
 @pytest.fixture(params=SIDES)
 def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The device whose forms of weights and ops a test meets: a CPU that multiplies fastest in either form, or has
-    nothing compiled, or a GPU, whose ops do all but launch their kernels: these allocate nothing, and no size depends on what they compute."""
-    monkeypatch.setattr(cpu, "float32_is_faster", lambda: request.param != "CPU, oneDNN")
-    if request.param in ("CPU", "CPU, oneDNN") and kernel_cpu.library() is None:
+    """The device whose forms of weights and ops a test meets: a CPU with compiled kernels or without, or a GPU, whose ops do all but launch their kernels: these allocate nothing, and no size depends on what they compute."""
+    if request.param == "CPU" and kernel_cpu.library() is None:
         pytest.skip("there is no C compiler")
     if request.param == "CPU, no compiler":
         monkeypatch.setattr(kernel_cpu, "library", lambda: None)
@@ -177,7 +175,7 @@ class Peak(TorchDispatchMode):
 
     def _meet(self, tensors, new):
         for t in tree_iter(tensors):
-            if isinstance(t, torch.Tensor) and not t.is_mkldnn and t.untyped_storage()._cdata not in self.known:
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.known:
                 storage = t.untyped_storage()
                 self.known[storage._cdata] = storage.nbytes() * new
                 weakref.finalize(storage, self._gone, storage._cdata)
