@@ -18,6 +18,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 
+@pytest.fixture
+def own_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the interpreter add up each element of a product by itself. It calls BLAS, which on some processors (AMD's
+    Zen 3 is one) adds a row up in another order where it stands elsewhere in a tile; a tensor core does not."""
+    if torch.cuda.is_available():
+        return
+    import numpy as np
+    from triton.runtime import interpreter
+
+    class Numpy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(np, name)
+
+        @staticmethod
+        def matmul(a: Any, b: Any, dtype: Any) -> Any:
+            return np.einsum("...mk,...kn->...mn", a.astype(dtype), b.astype(dtype))
+
+    monkeypatch.setattr(interpreter, "np", Numpy())
+
+
 class Record:
     """Outcomes of the tests in their long form, each saved at once, with those the file holds: such runs take an hour,
     are made in parts, and get cut."""

@@ -297,7 +297,7 @@ def part(p: Problem, i: int, lo: int, hi: int) -> torch.Tensor:
     return in_mode(alone, batch)
 
 
-def test_the_same_bits_in_any_company() -> None:
+def test_the_same_bits_in_any_company(own_sums: None) -> None:
     p = Problem([600, 1, 100], [3, 1, 70], TINY)
     together = in_mode(p, p.batch)
     assert error(together, p.expected()) < EXACT
@@ -307,7 +307,7 @@ def test_the_same_bits_in_any_company() -> None:
         at += q
 
 
-def test_the_same_bits_at_every_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_bits_at_every_cut(own_sums: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With three splits, and a workspace for seven tokens."""
     monkeypatch.setattr(attention, "FIXED_SPLIT", 64)
     p = Problem([131], [20], TINY)

@@ -436,7 +436,7 @@ def test_scale_format_reaches_both_products() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_company_leaves_no_trace(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_company_leaves_no_trace(kind: str, own_sums: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the tile fixed, a token's bits are its own: alone, in another order, or among others. (The interpreter adds
     up alike in every tile, so that the tile itself is looked at too.)"""
     heights = []
