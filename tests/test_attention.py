@@ -98,11 +98,9 @@ def test_decoding_sequences_together(new, threads, monkeypatch):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("new", [[1, 1], [4, 1], [300, 200], [100, 2]])
-def test_bfloat16_attention_on_either_processor(new, slow, compiled, monkeypatch):
+def test_bfloat16_attention(new, compiled, monkeypatch):
     """With a compiler and without one."""
-    monkeypatch.setattr(cpu, "float32_is_faster", lambda: slow)
     if not compiled:
         monkeypatch.setattr(kernel_cpu, "library", lambda: None)
     inputs, _ = problem([300, 200], new)
