@@ -42,8 +42,7 @@ trust: $(DEVELOPER)
 gpu: $(DEVELOPER)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
 	    "error: make gpu needs a GPU that this build of torch can use")'
-	$(BIN)/python -m pytest -n 0 -m "trust or not trust" --timeout 7200 --table tests/test_kernel*.py tests/test_casts.py \
-	    tests/test_fused.py tests/test_attention.py tests/test_model.py
+	$(BIN)/python -m pytest -n 0 -m "trust or not trust" --timeout 7200 --table tests/ops tests/model
 
 lint: $(DEVELOPER)
 	$(BIN)/ruff check
@@ -61,7 +60,7 @@ clean:
 	rm -rf build/demo-mp2 .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-$(CONVERTED): $(wildcard demo/checkpoint/*) $(addprefix inference/,convert.py weights.py manifest.py tensorfile.py) | $(INSTALLED)
+$(CONVERTED): $(wildcard demo/checkpoint/*) inference/convert.py $(wildcard inference/checkpoint/*.py) | $(INSTALLED)
 	$(BIN)/python inference/convert.py --hf-ckpt-path demo/checkpoint --save-path build/demo-mp2 --model-parallel 2
 
 $(BIN)/python:

@@ -19,10 +19,10 @@ import torch
 
 import report
 from bench_convert import INFERENCE, SHARD, V3, make, measure  # puts inference/ on the path
-from config import ModelArgs
-from manifest import HF_INDEX
-from tensorfile import Writer
-from weights import expected_tensors
+from checkpoint.manifest import HF_INDEX
+from checkpoint.tensorfile import Writer
+from checkpoint.weights import expected_tensors
+from core.config import ModelArgs
 
 LIMIT = 2048  # MiB
 WHOLE = V3 | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "n_routed_experts": 256}

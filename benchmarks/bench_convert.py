@@ -22,10 +22,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
 import report
-from config import ModelArgs
-from manifest import HF_INDEX
-from tensorfile import Writer
-from weights import expected_tensors
+from checkpoint.manifest import HF_INDEX
+from checkpoint.tensorfile import Writer
+from checkpoint.weights import expected_tensors
+from core.config import ModelArgs
 
 INFERENCE = Path(__file__).parent.parent / "inference"
 MIB = 1 << 20

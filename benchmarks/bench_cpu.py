@@ -26,8 +26,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
 import report
-from model import PAGE_SIZE, Batch, Transformer
-from weights import Checkpoint, load_into
+from checkpoint.weights import Checkpoint, load_into
+from core.batch import PAGE_SIZE, Batch
+from model import Transformer
 
 CONFIG = dict(
     vocab_size=32768, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=1024, num_hidden_layers=8,

@@ -33,8 +33,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.append(str(Path(__file__).parent.parent / "inference"))  # behind the V3 repository's, in its process
-import reference
 import report
+from core.config import BLOCK_SIZE
+from core.numerics import Gemm
+from ops import formats, reference
+from ops.formats import Routing, Weight
 from timing import (
     NO_TIMING,
     Case,
@@ -56,9 +59,9 @@ SHAPES = [
     (2112, 7168), (3072, 1536), (7168, 2048), (4608, 7168), (7168, 2304),
     (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168),
 ]  # fmt: skip
-BLOCK = reference.BLOCK
+BLOCK = BLOCK_SIZE
 PAGE = 64
-V3_RULE = reference.Routing(8, "sigmoid", "noaux_tc", 8, 4, True, 2.5)
+V3_RULE = Routing(8, "sigmoid", "noaux_tc", 8, 4, True, 2.5)
 Rows = list[dict[str, Any]]
 QUANTISED = 2e-2  # where something is rounded to FP8 on the way: a bit's difference before it can move it by an eighth
 
@@ -70,9 +73,13 @@ def sizes(
     return asked or (smoke if options.smoke else quick if options.quick else full)
 
 
+OURS = {"kernel": "ops.gpu.gemm", "kernel_fused": "ops.gpu.fused", "kernel_attention": "ops.gpu.attention",
+        "ops": "ops.backend", "reference": "ops.reference", "model": "core.batch"}  # fmt: skip
+
+
 def ours_by_name(module: str) -> Any:
     """A module of inference/, imported where it is first used: the V3 repository's have the same names."""
-    return importlib.import_module(module)
+    return importlib.import_module(OURS[module])
 
 
 def random(device: torch.device, seed: int) -> torch.Generator:
@@ -271,14 +278,14 @@ def moe_case(m: int, layout: str, h: int, inter: int, local: int, total: int, to
     rows = data.compared()
     quantised, plain = data.exact(rows, True), data.exact(rows, False)
 
-    def ours(gemm: str) -> Callable[[], Run]:
+    def ours(gemm: Gemm) -> Callable[[], Run]:
         def build() -> Run:
             ops = ours_by_name("ops")
 
             pairs = (data.w13, data.s13), (data.w2, data.s2)
             if gemm == "fp8" and fp8_type(device) == torch.float8_e4m3fnuz:
                 pairs = reference.to_fnuz(*pairs[0]), reference.to_fnuz(*pairs[1])
-            w13, w2 = (ops.Weight(*pair, gemm) for pair in pairs)
+            w13, w2 = (Weight(*pair, gemm) for pair in pairs)
             return lambda i: ops.experts(data.xs[i], data.weights[i], data.ids[i], 0, w13, w2, inter)
 
         return build
@@ -409,7 +416,7 @@ class Residual:
 
 
 def unpacked(y: Any) -> torch.Tensor:
-    """A reference.Quantised as float64."""
+    """A Quantised as float64."""
     return widened(y.q, y.s)
 
 
@@ -582,7 +589,7 @@ def decode_case(heads: int, b: int, length: int, clock: Clock) -> Case:
     few = b * length <= 1 << 16  # it goes from tile to tile and from sequence to sequence on the host
     read_once = data.w_uk.nbytes + data.w_uv.nbytes + 2 * b * heads * (NOPE + ROPE + V)
     flops = 2.0 * b * heads * (length * (2 * C + ROPE) + C * (NOPE + V))
-    fp8_bytes = b * length * reference.packed_latent_bytes(C, ROPE) + read_once
+    fp8_bytes = b * length * formats.packed_latent_bytes(C, ROPE) + read_once
     nbytes = latent_bytes + read_once
     request = {"what": "decode", "heads": heads, "b": b, "length": length}
     exact_fp8 = data.exact(lambda x: reference.unpack_latents(reference.pack_latents(x, C), C, torch.bfloat16))

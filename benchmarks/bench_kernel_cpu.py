@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
-import kernel_cpu
-import reference
 import report
-from errors import UserError
-from model import Batch
+from core.batch import Batch
+from core.errors import UserError
+from ops import reference
+from ops.cpu import kernels as kernel_cpu
 
 BYTES = 1 << 30
 SHAPES = [(2048, 2048), (7168, 2048), (1536, 7168)]  # (N, K): of a small model, and two of DeepSeek-V3's

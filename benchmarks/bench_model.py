@@ -26,12 +26,13 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
 import report
-from config import ModelArgs, load_config
-from engine import Engine
-from model import Numerics, Transformer
-from sampling import SamplingParams
+from checkpoint.weights import Checkpoint, load_into
+from core.config import ModelArgs, load_config
+from core.numerics import Numerics
+from engine.engine import Engine
+from engine.sampling import SamplingParams
+from model import Transformer
 from timing import NO_TIMING, Clock, clock_for, fill, reason
-from weights import Checkpoint, load_into
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MODELS = {"v2-lite": "config_16B.json", "moonlight": "config_moonlight.json"}

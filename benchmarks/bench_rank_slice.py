@@ -28,13 +28,15 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
-import kernel
-import memory
 import report
-import tiles
-from config import ModelArgs, load_config
-from model import FEW_ROWS, MLP, PAGE_SIZE, Batch, Block, Gate, Linear, MoE, Numerics, Transformer
-from parallel import Group
+from core.batch import FEW_ROWS, PAGE_SIZE, Batch
+from core.config import ModelArgs, load_config
+from core.numerics import Numerics
+from engine import memory
+from model import MLP, Block, Gate, Linear, MoE, Transformer
+from ops.gpu import gemm as kernel
+from ops.gpu import tiles
+from parallel.group import Group
 from timing import (
     NO_TIMING,
     Clock,

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
-import reference
 import report
-import tiles
 from bench_kernel import SHAPES, dequantised, widened
-from errors import UserError
-from reference import BLOCK
+from core.config import BLOCK_SIZE
+from core.errors import UserError
+from ops import reference
+from ops.gpu import tiles
 from timing import CALLS, between_events, relative_error
 
 MARGIN = 0.02
@@ -50,7 +50,7 @@ def candidates(op: str, arch: str, n: int, k: int, up_to: float) -> Iterator[til
     for (persistent, specialised), values in product(kinds, axes):
         tile = tiles.Tile(up_to, *values, persistent, specialised)
         count, sums = tile.count(rows, n), tile.block_m * tile.block_n
-        few = 2 * tile.split * BLOCK <= k and count * tile.split <= 4 * tiles.PROCESSORS[arch]
+        few = 2 * tile.split * BLOCK_SIZE <= k and count * tile.split <= 4 * tiles.PROCESSORS[arch]
         sensible = (
             min(64, rows) <= tile.block_m <= max(16, rows)  # fewer rows would read the weights more than once
             and (tile.registers is None or sums == 64 * 128)
@@ -68,7 +68,7 @@ class Set:
 
     def __init__(self, n: int, k: int, device: torch.device, fnuz: bool) -> None:
         self.w = torch.randn(n, k, device=device).to(torch.float8_e4m3fn)
-        self.s = 0.01 + 0.01 * torch.rand(math.ceil(n / BLOCK), math.ceil(k / BLOCK), device=device)
+        self.s = 0.01 + 0.01 * torch.rand(math.ceil(n / BLOCK_SIZE), math.ceil(k / BLOCK_SIZE), device=device)
         self.w_fp8, self.s_fp8 = reference.to_fnuz(self.w, self.s) if fnuz else (self.w, self.s)
 
 
@@ -76,7 +76,7 @@ class Problem:
     """One product, M tokens by each of several sets of weights of the same shape, and its exact result."""
 
     def __init__(self, op: str, m: int, sets: list[Set]) -> None:
-        import kernel
+        from ops.gpu import gemm as kernel
 
         self.op, self.sets = op, sets
         q, q_s = kernel.act_quant(torch.randn(m, sets[0].w.shape[1], device=sets[0].w.device).bfloat16())
@@ -86,7 +86,7 @@ class Problem:
         self.x_s: torch.Tensor | None = q_s if op == "fp8_gemm" else None
 
     def run(self, tile: tiles.Tile, w: Set) -> torch.Tensor:
-        import kernel
+        from ops.gpu import gemm as kernel
 
         data, scale = (w.w_fp8, w.s_fp8) if self.op == "fp8_gemm" else (w.w, w.s)
         return kernel.gemm(self.x, self.x_s, data, scale, torch.bfloat16, tile)
@@ -154,7 +154,7 @@ def main() -> int:
     elif not torch.cuda.is_available():
         print("error: tuning needs a GPU, and torch sees none; --smoke does without", file=sys.stderr)
         return 2
-    import kernel
+    from ops.gpu import gemm as kernel
 
     device = torch.device("cpu") if options.smoke else torch.device("cuda", torch.cuda.current_device())
     arch = kernel.architecture(device)

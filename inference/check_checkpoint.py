@@ -25,20 +25,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import interrupts
+from cli import interrupts
 
 # isort: split
 import torch
 from tqdm import tqdm
 
-from config import ModelArgs, require_folder
-from engine import choose_args
-from errors import Damage, UserError
-from parallel import Group
-from sampling import released_params
-from tensorfile import Entry, Reader, read_header
-from tokenizer import Tokenizer
-from weights import IGNORED, Checkpoint, bad_scale, expected_tensors, require_equal
+from checkpoint.tensorfile import Entry, Reader, read_header
+from checkpoint.weights import IGNORED, Checkpoint, bad_scale, expected_tensors, require_equal
+from core.config import ModelArgs
+from core.errors import Damage, UserError
+from core.files import require_folder
+from engine.engine import choose_args
+from engine.sampling import released_params
+from parallel.group import Group
+from text.tokenizer import Tokenizer
 
 CHECKS = (
     "config", "files", "tensors", "scales", "weights", "copies", "tokenizer", "chat template", "generation config"

@@ -28,18 +28,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import interrupts
+from cli import interrupts
 
 # isort: split
 import torch
 from tqdm import tqdm
 
-from config import ModelArgs, read_json
-from errors import UserError
-from manifest import FORMAT, Source, check_target, commit, file_mark, finish_pending, needed, verify_command, versions
-from parallel import ExpertLayout, Group
-from tensorfile import Entry, Reader, Staging, Writer, small_files
-from weights import AskedLayout, Checkpoint, Spec, check_ranks, choose_experts, expected_tensors, warn
+from checkpoint.manifest import (
+    FORMAT,
+    Source,
+    check_target,
+    commit,
+    file_mark,
+    finish_pending,
+    needed,
+    verify_command,
+    versions,
+)
+from checkpoint.tensorfile import Entry, Reader, Staging, Writer, small_files
+from checkpoint.weights import AskedLayout, Checkpoint, Spec, check_ranks, choose_experts, expected_tensors, warn
+from core.config import ModelArgs
+from core.errors import UserError
+from core.files import read_json
+from core.numerics import ExpertLayout
+from parallel.group import Group
 
 MAX_FILE = 1536 << 20  # bytes
 COPIED = re.compile(r"(generation_)?config\.json|.*token.*|chat_template.*|vocab\..*|merges\.txt|.*\.(model|tiktoken)")

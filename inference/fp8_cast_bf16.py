@@ -17,18 +17,29 @@ import argparse
 import sys
 from pathlib import Path
 
-import interrupts
+from cli import interrupts
 
 # isort: split
 import torch
 from tqdm import tqdm
 
-import ops
-from config import BLOCK_SIZE, read_json
-from errors import UserError
-from manifest import CAST_MARK, HF_INDEX, Source, check_target, commit, finish_pending, needed, verify_command, versions
-from tensorfile import Entry, Reader, Staging, Writer, small_files
-from weights import Checkpoint
+from checkpoint.manifest import (
+    CAST_MARK,
+    HF_INDEX,
+    Source,
+    check_target,
+    commit,
+    finish_pending,
+    needed,
+    verify_command,
+    versions,
+)
+from checkpoint.tensorfile import Entry, Reader, Staging, Writer, small_files
+from checkpoint.weights import Checkpoint
+from core.config import BLOCK_SIZE
+from core.errors import UserError
+from core.files import read_json
+from ops import backend as ops
 
 SCALE = "_scale_inv"
 
@@ -93,9 +104,7 @@ def write(entries: dict[str, Entry], files: dict[str, Writer], device: torch.dev
     order = sorted((e for e in entries.values() if not e.name.endswith(SCALE)), key=lambda e: (e.file, e.start))
     missing = [e for e in order if files[e.file.name].missing]
     total = sum(e.nbytes for e in order)
-    bar = tqdm(
-        total=total, initial=total - sum(e.nbytes for e in missing), unit="B", unit_scale=True, desc="casting"
-    )
+    bar = tqdm(total=total, initial=total - sum(e.nbytes for e in missing), unit="B", unit_scale=True, desc="casting")
     with bar, Reader() as reader, Reader() as scales:
         for entry in missing:
             fp8 = entry.dtype == torch.float8_e4m3fn

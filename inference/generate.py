@@ -17,15 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import commandline
-import requestfields
-from commandline import Parser, complain
-from errors import UserError
+from cli import flags as commandline
+from cli.flags import Parser, complain
+from core.errors import UserError
+from serving import requestfields
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
-    from engine import Engine, Prompt, Request
-    from parallel import Group
-    from sampling import Logprob, SamplingParams
+    from engine.engine import Engine, Prompt, Request
+    from engine.sampling import Logprob, SamplingParams
+    from parallel.group import Group
 
 LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # to some readers; JSON allows them bare
 HINT = "(Ctrl-C stops an answer, /clear forgets the conversation, /exit leaves)"
@@ -73,7 +73,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def default_params(options: argparse.Namespace) -> "SamplingParams":
     """From the flags, else the checkpoint's generation_config.json, else 0.2 and the rest off. Raises UserError."""
-    from sampling import released_params
+    from engine.sampling import released_params
 
     return released_params(
         Path(options.ckpt_path),
@@ -319,7 +319,7 @@ def answer_file(engine: "Engine", jobs: list[Job], output: str | None, thinking:
 
 def submit(engine: "Engine", place: tuple[int, int], job: Job, thinking: bool | None = None) -> "Request":
     """One answer to a job: `place` is its prompt's number and, of the answers to that, its own."""
-    from engine import Request
+    from engine.engine import Request
 
     index, choice = place
     if job.error is not None:
@@ -369,7 +369,7 @@ def likelihood(entry: "Logprob") -> dict[str, Any]:
 
 def converse(engine: "Engine", params: "SamplingParams", options: argparse.Namespace) -> int:
     """Questions from the terminal (or a pipe), each answered as it streams. Returns the exit status."""
-    from terminal import Terminal
+    from cli.terminal import Terminal
 
     assert engine.tokenizer is not None
     messages: list[dict] = []

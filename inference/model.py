@@ -10,8 +10,7 @@ Shapes in comments:
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -20,105 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import ops
-from config import BLOCK_SIZE, ModelArgs
-from ops import Gemm, Weight
-from parallel import SOLO, ExpertLayout, Group
-from reference import Quantised, Routing, Scales, packed_latent_bytes
+from core.batch import PAGE_SIZE, Batch
+from core.config import BLOCK_SIZE, ModelArgs
+from core.numerics import Numerics
+from ops import backend as ops
+from ops.formats import Quantised, Routing, Scales, Weight, packed_latent_bytes
+from parallel.group import SOLO, Group
 
-PAGE_SIZE = 64  # tokens a page of the latent cache holds
-FEW_ROWS = 64  # new tokens of a sequence up to which it is decoding, or close to it: see kernel_attention.py
 INNER_NORM_EPS = 1e-6  # of q_norm and kv_norm in the released code, whatever rms_norm_eps says
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """How this engine computes, as opposed to what the model is.
-
-    `dtype` is that of activations and plain weights. `gemm` None: all weights are plain (FP8 ones were dequantised
-    when loaded); "fp8" or "bf16": FP8 weights stay FP8 in memory, and the products are W8A8 or W8A16.
-    """
-
-    dtype: torch.dtype = torch.bfloat16
-    gemm: Gemm | None = None
-    scale_fmt: str | None = None
-    fp8_latents: bool = False  # the cache holds the compressed key/value in e4m3, see reference.pack_latents
-    experts: ExpertLayout = "whole"  # how ranks share the routed experts, see weights.choose_experts
-
-
-@dataclass(frozen=True)
-class Extent:
-    """What the host knows of some sequences of a batch, so that nobody has to ask the device. Apart from `n` and
-    `tokens` these may be upper bounds."""
-
-    n: int = 0  # sequences
-    tokens: int = 0  # new tokens of all of them
-    longest_q: int = 0  # the most new tokens that one has
-    longest_kv: int = 0  # the greatest length with these tokens
-    total_kv: int = 0  # all lengths together
-
-    @classmethod
-    def of(cls, lengths: Sequence[tuple[int, int]]) -> "Extent":
-        """From (new tokens, length with them) for each sequence."""
-        q, kv = [q for q, _ in lengths], [kv for _, kv in lengths]
-        return cls(len(lengths), sum(q), max(q, default=0), max(kv, default=0), sum(kv))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Ragged tokens of B sequences, one forward's worth: whole prompts, chunks of prompts and single tokens alike."""
-
-    tokens: torch.Tensor  # (T,) int64
-    positions: torch.Tensor  # (T,) int64, each token's place in its own sequence
-    slots: torch.Tensor  # (T,) int64, where its latent goes: page * PAGE_SIZE + offset
-    cu_seqlens_q: torch.Tensor  # (B+1,) int32, where each sequence's tokens begin; the last entry is T
-    kv_lens: torch.Tensor  # (B,) int32, each sequence's length with these tokens
-    pages: torch.Tensor  # (B, P) int32, each sequence's pages in order, padded with 0
-    few: Extent = Extent()  # the first sequences, up to the first that has more than FEW_ROWS new tokens
-    many: Extent = Extent()  # the others
-    # What attention works out from lengths and bounds, once for all layers; a changed batch starts without.
-    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    @property
-    def whole(self) -> Extent:
-        a, b = self.few, self.many
-        longest = max(a.longest_q, b.longest_q), max(a.longest_kv, b.longest_kv)
-        return Extent(a.n + b.n, a.tokens + b.tokens, *longest, a.total_kv + b.total_kv)
-
-    @classmethod
-    def pack(
-        cls, sequences: Sequence[tuple[Sequence[int], int, Sequence[int]]], device: torch.device | str = "cpu"
-    ) -> "Batch":
-        """From (new tokens, how many tokens are cached before them, the sequence's pages) for each sequence; those with
-        few new tokens had better come first."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        bounds = [0]
-        widest = max(len(pages) for _, _, pages in sequences)
-        for new, start, pages in sequences:
-            assert new and len(pages) * PAGE_SIZE >= start + len(new), "a sequence without tokens, or without room"
-            tokens += new
-            positions += range(start, start + len(new))
-            slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(start, start + len(new))]
-            bounds.append(len(tokens))
-
-        lengths = [(len(new), start + len(new)) for new, start, _ in sequences]
-        n_few = next((i for i, (q, _) in enumerate(lengths) if q > FEW_ROWS), len(lengths))
-
-        def tensor(values: list, dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-        return cls(
-            tensor(tokens, torch.int64),
-            tensor(positions, torch.int64),
-            tensor(slots, torch.int64),
-            tensor(bounds, torch.int32),
-            tensor([kv for _, kv in lengths], torch.int32),
-            tensor([[*pages, *[0] * (widest - len(pages))] for _, _, pages in sequences], torch.int32),
-            Extent.of(lengths[:n_few]),
-            Extent.of(lengths[n_few:]),
-        )
 
 
 class RMSNorm(nn.Module):

@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import interrupts
-from commandline import Parser, positive
-from errors import UserError
+from cli import interrupts
+from cli.flags import Parser, positive
+from core.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
-    import memory
+    from engine import memory
 
 GPUS = (80, 96, 141, 192)  # GB a card is sold with; its driver may report more
 SEQUENCES = (1, 8, 32, 128)
@@ -66,11 +66,10 @@ def describe(options: argparse.Namespace) -> tuple["memory.Rank", "memory.Limits
     that is incomplete or contradicts it, and numbers of ranks that do not divide the model."""
     import torch
 
-    import engine
-    import memory
-    import weights
-    from config import load_config
-    from parallel import Group
+    from checkpoint import weights
+    from core.config import load_config
+    from engine import engine, memory
+    from parallel.group import Group
 
     device = torch.device(options.device)
     checkpoint = None if options.ckpt_path is None else weights.Checkpoint(options.ckpt_path)
@@ -101,8 +100,7 @@ def describe(options: argparse.Namespace) -> tuple["memory.Rank", "memory.Limits
 def plan(options: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, as plain data: sizes in bytes, times in seconds. Raises UserError as `describe` does."""
     rank, limits, says = describe(options)
-    import engine
-    import memory
+    from engine import engine, memory
 
     pages = limits.max_num_seqs * limits.pages
     wanted = memory.need(rank, limits, cache=pages * memory.page_bytes(rank))
@@ -142,8 +140,8 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
 
 def room(rank: "memory.Rank", limits: "memory.Limits", size: int) -> dict[str, Any]:
     """What so much memory has room for beside the weights and the largest step."""
-    import memory
-    from model import PAGE_SIZE
+    from core.batch import PAGE_SIZE
+    from engine import memory
 
     free = size - sum(memory.weight_bytes(rank).values())
     pages = memory.pages_that_fit(rank, limits, free)
@@ -159,7 +157,7 @@ def other_ranks(
     rank: "memory.Rank", limits: "memory.Limits", sizes: dict[str, int], experts: Any
 ) -> Iterator[dict[str, Any]]:
     """Numbers of ranks, with the weights of each and the tokens that memories have room for, or why they do not do."""
-    import memory
+    from engine import memory
 
     for ranks in sorted({*RANKS, rank.ranks}):
         other = memory.with_ranks(rank, ranks, experts)
@@ -178,7 +176,7 @@ def decode(
     rank: "memory.Rank", limits: "memory.Limits", sequences: int, context: int, bandwidths: list[float]
 ) -> dict[str, Any]:
     """What a decode step reads, and how many steps a second that allows."""
-    import memory
+    from engine import memory
 
     read = memory.decode_reads(rank, sequences, context, limits.mtp)
     return {

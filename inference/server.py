@@ -21,13 +21,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import commandline
-from commandline import Parser, positive
-from errors import UserError
+from cli import flags as commandline
+from cli.flags import Parser, positive
+from core.errors import UserError
 
 if TYPE_CHECKING:
-    from engine import Engine
-    from parallel import Group
+    from engine.engine import Engine
+    from parallel.group import Group
 
 KEY_VARIABLE = "SERVER_API_KEY"
 SHORTEST_KEY = 8
@@ -117,7 +117,7 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
         for number in (signal.SIGTERM, signal.SIGINT):  # torchrun tells every rank, and rank 0 may still have answers
             signal.signal(number, signal.SIG_IGN)
         return commandline.follow(engine)
-    import service
+    from serving import service
 
     return asyncio.run(service.serve(options, tp, listener, load))
 

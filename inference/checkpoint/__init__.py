@@ -1,0 +1,1 @@
+"""Weights on disk: their table, reading and writing, manifests, loading, conversion."""

@@ -1,0 +1,85 @@
+"""The tokens of one forward and what the host knows of them: `Batch`, its bounds, and the size of a cache page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+PAGE_SIZE = 64  # tokens a page of the latent cache holds
+FEW_ROWS = 64  # new tokens of a sequence up to which it is decoding, or close to it: see kernel_attention.py
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What the host knows of some sequences of a batch, so that nobody has to ask the device. Apart from `n` and
+    `tokens` these may be upper bounds."""
+
+    n: int = 0  # sequences
+    tokens: int = 0  # new tokens of all of them
+    longest_q: int = 0  # the most new tokens that one has
+    longest_kv: int = 0  # the greatest length with these tokens
+    total_kv: int = 0  # all lengths together
+
+    @classmethod
+    def of(cls, lengths: Sequence[tuple[int, int]]) -> "Extent":
+        """From (new tokens, length with them) for each sequence."""
+        q, kv = [q for q, _ in lengths], [kv for _, kv in lengths]
+        return cls(len(lengths), sum(q), max(q, default=0), max(kv, default=0), sum(kv))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Ragged tokens of B sequences, one forward's worth: whole prompts, chunks of prompts and single tokens alike."""
+
+    tokens: torch.Tensor  # (T,) int64
+    positions: torch.Tensor  # (T,) int64, each token's place in its own sequence
+    slots: torch.Tensor  # (T,) int64, where its latent goes: page * PAGE_SIZE + offset
+    cu_seqlens_q: torch.Tensor  # (B+1,) int32, where each sequence's tokens begin; the last entry is T
+    kv_lens: torch.Tensor  # (B,) int32, each sequence's length with these tokens
+    pages: torch.Tensor  # (B, P) int32, each sequence's pages in order, padded with 0
+    few: Extent = Extent()  # the first sequences, up to the first that has more than FEW_ROWS new tokens
+    many: Extent = Extent()  # the others
+    # What attention works out from lengths and bounds, once for all layers; a changed batch starts without.
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def whole(self) -> Extent:
+        a, b = self.few, self.many
+        longest = max(a.longest_q, b.longest_q), max(a.longest_kv, b.longest_kv)
+        return Extent(a.n + b.n, a.tokens + b.tokens, *longest, a.total_kv + b.total_kv)
+
+    @classmethod
+    def pack(
+        cls, sequences: Sequence[tuple[Sequence[int], int, Sequence[int]]], device: torch.device | str = "cpu"
+    ) -> "Batch":
+        """From (new tokens, how many tokens are cached before them, the sequence's pages) for each sequence; those with
+        few new tokens had better come first."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        bounds = [0]
+        widest = max(len(pages) for _, _, pages in sequences)
+        for new, start, pages in sequences:
+            assert new and len(pages) * PAGE_SIZE >= start + len(new), "a sequence without tokens, or without room"
+            tokens += new
+            positions += range(start, start + len(new))
+            slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(start, start + len(new))]
+            bounds.append(len(tokens))
+
+        lengths = [(len(new), start + len(new)) for new, start, _ in sequences]
+        n_few = next((i for i, (q, _) in enumerate(lengths) if q > FEW_ROWS), len(lengths))
+
+        def tensor(values: list, dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+        return cls(
+            tensor(tokens, torch.int64),
+            tensor(positions, torch.int64),
+            tensor(slots, torch.int64),
+            tensor(bounds, torch.int32),
+            tensor([kv for _, kv in lengths], torch.int32),
+            tensor([[*pages, *[0] * (widest - len(pages))] for _, _, pages in sequences], torch.int32),
+            Extent.of(lengths[:n_few]),
+            Extent.of(lengths[n_few:]),
+        )

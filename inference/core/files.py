@@ -1,0 +1,60 @@
+"""JSON and text files of a checkpoint, read with a message for people where that fails."""
+
+import json
+import os
+import stat
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from core.errors import Damage, UserError
+
+MAX_JSON = 1 << 30  # bytes; the manifest of V3 for 16 ranks, experts split, has 175 MB
+
+
+def require_folder(folder: Path) -> None:
+    """Raises UserError unless it is a directory whose files can be looked up."""
+    try:
+        os.listdir(folder)
+        os.stat(os.path.join(folder, os.curdir))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no such directory") from None
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be read ({e.strerror})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; raises UserError naming the file when it is absent, unreadable or something else."""
+    try:
+        raw = json.loads(read_text(path), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise Damage(f"{path}: no such file", path) from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise Damage(f"{path}: not readable as JSON ({e})", path) from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def read_text(path: Path) -> str:
+    """A file's text. Raises OSError or ValueError; a pipe, which would be waited for, or a device is no file."""
+    with open(path, encoding="utf-8", opener=without_waiting) as f:
+        info = os.fstat(f.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("not a regular file")
+        if info.st_size > MAX_JSON:
+            raise ValueError(f"{info.st_size} bytes, expected at most {MAX_JSON}")
+        return f.read()
+
+
+def without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError where a key is there twice, as readers differ in which they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = sorted(key for key, _ in pairs)
+        raise ValueError(f"{next(a for a, b in pairwise(names) if a == b)!r} is there twice")
+    return found

@@ -1,0 +1,24 @@
+"""What a run computes in, as opposed to what the model is."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Gemm = Literal["fp8", "bf16"]
+ExpertLayout = Literal["whole", "split"]  # a rank has some experts whole, or a share of every one's inner width
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How this engine computes, as opposed to what the model is.
+
+    `dtype` is that of activations and plain weights. `gemm` None: all weights are plain (FP8 ones were dequantised
+    when loaded); "fp8" or "bf16": FP8 weights stay FP8 in memory, and the products are W8A8 or W8A16.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
+    gemm: Gemm | None = None
+    scale_fmt: str | None = None
+    fp8_latents: bool = False  # the cache holds the compressed key/value in e4m3, see reference.pack_latents
+    experts: ExpertLayout = "whole"  # how ranks share the routed experts, see weights.choose_experts

@@ -1,0 +1,139 @@
+"""Forwards of fixed shape, recorded once as CUDA graphs and replayed: the launches of a decode step become one.
+
+A step that decodes runs few tokens of each sequence, one or one and its drafts, so a few shapes serve every such step:
+sequences are filled up to the next recorded number, and each sequence to the recorded number of tokens, with tokens
+whose latents go to a spare page that nobody reads. What a replay needs of a batch goes to the device in one copy.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from core.batch import FEW_ROWS, PAGE_SIZE, Batch, Extent
+
+Place = tuple[Sequence[int], int, Sequence[int]]  # new tokens, how many are cached before them, the sequence's pages
+Forward = Callable[[Batch, torch.Tensor], torch.Tensor]  # a batch and hidden states (T, H) to hidden states (T, H)
+Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
+
+
+def records(gpu: bool, dtype: torch.dtype) -> bool:
+    """Whether decode steps can be recorded: on a GPU, in bfloat16. Other types attend as the reference does, which
+    asks the device for lengths and pages."""
+    return gpu and dtype == torch.bfloat16
+
+
+def cuda_capture() -> Capture:
+    """Turns a function that launches kernels into one that replays them. All graphs share one pool of memory: they
+    never run at the same time, and a result is kept, so that its memory is not given to the next one recorded. They
+    share a stream to warm up on, as cuBLAS keeps a workspace (32 MiB on Hopper) for every stream it has worked on."""
+    pool = torch.cuda.graph_pool_handle()
+    side = torch.cuda.Stream()
+
+    def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # what is compiled, loaded or allocated at a first call must not be recorded
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = run()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    return capture
+
+
+def sizes(most: int) -> list[int]:
+    """Numbers of sequences to record: every one to 4, then in steps that waste at most a third, up to `most`."""
+    found = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if n < most]
+    return [*found, *range(320, most, 64), most]
+
+
+class Graphs:
+    """One forward, recorded for batches of up to `most` sequences of `width` tokens each."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        *,
+        most: int,
+        width: int,
+        hidden: torch.Tensor,
+        n_pages: int,
+        spare: int,
+        capture: Capture,
+        progress: str = "",
+    ):
+        """hidden (most * width, H): where hidden states are handed in, shared by all that is recorded.
+
+        n_pages: the most a sequence may hold; spare: the page that takes what is only there to fill up; `progress`:
+        what a progress bar says, if there is to be one.
+        """
+        assert width <= FEW_ROWS
+        self.width, self.n_pages, self.spare, self.hidden = width, n_pages, spare, hidden
+        self._replay: dict[int, Callable[[], torch.Tensor]] = {}
+        self._facts: dict[int, torch.Tensor] = {}
+        # the largest first: the smaller ones then fit into the memory it took
+        for n in tqdm(sizes(most)[::-1], desc=progress, unit="graph", disable=not progress):
+            self._facts[n] = torch.tensor(self._pack([], n), dtype=torch.int64, device=hidden.device)
+            self._replay[n] = capture(partial(self._forward, forward, n))
+
+    def run(self, places: Sequence[Place], hidden: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The forward on a step's sequences: (T, H), T counting real tokens only; None if nothing recorded fits.
+
+        hidden (T, H): the hidden states handed in, a row for each token. The result is overwritten by the next replay.
+        """
+        n = next((n for n in sorted(self._replay) if n >= len(places)), None)
+        if n is None or any(len(tokens) > self.width or len(pages) > self.n_pages for tokens, _, pages in places):
+            return None
+        packed = torch.tensor(self._pack(places, n), dtype=torch.int64)
+        if self.hidden.is_cuda:
+            packed = packed.pin_memory()
+        self._facts[n].copy_(packed, non_blocking=True)
+        rows = [i * self.width + j for i, (tokens, _, _) in enumerate(places) for j in range(len(tokens))]
+        whole = len(rows) == len(places) * self.width
+        index = None if whole else torch.tensor(rows).to(self.hidden.device, non_blocking=True)
+        if hidden is not None:
+            if index is None:
+                self.hidden[: len(rows)] = hidden
+            else:
+                self.hidden.index_copy_(0, index, hidden)
+        out = self._replay[n]()
+        return out[: len(rows)] if index is None else out[index]
+
+    def _forward(self, forward: Forward, n: int) -> torch.Tensor:
+        return forward(self._batch(self._facts[n], n), self.hidden[: n * self.width])
+
+    def _pack(self, places: Sequence[Place], n: int) -> list[int]:
+        """n sequences' tokens, positions, slots, lengths and pages, one after another."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        lengths: list[int] = []
+        pages: list[int] = []
+        nowhere = self.spare * PAGE_SIZE
+        for new, start, held in [*places, *[([], 0, [])] * (n - len(places))]:
+            fill = self.width - len(new)
+            tokens += [*new, *[0] * fill]
+            positions += [*range(start, start + len(new)), *[start] * fill]
+            slots += [held[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(start, start + len(new))]
+            slots += [nowhere] * fill
+            lengths.append(start + max(len(new), 1))
+            pages += [*held, *[self.spare] * (self.n_pages - len(held))]
+        return tokens + positions + slots + lengths + pages
+
+    def _batch(self, facts: torch.Tensor, n: int) -> Batch:
+        """The batch that `_pack` described, as views of the device's copy."""
+        t = n * self.width
+        tokens, positions, slots, lengths, pages = facts.split([t, t, t, n, n * self.n_pages])
+        bounds = torch.arange(0, t + 1, self.width, dtype=torch.int32, device=facts.device)
+        longest = self.n_pages * PAGE_SIZE  # what a later batch may need is not known yet
+        few = Extent(n, t, self.width, longest, n * longest)
+        return Batch(tokens, positions, slots, bounds, lengths.int(), pages.int().view(n, self.n_pages), few)

@@ -1,0 +1,1 @@
+"""The network's operations: their specification in plain torch, in C for CPUs, in Triton for GPUs."""

@@ -1,0 +1,380 @@
+"""The CPU's ops in C: kernel_cpu.c, compiled when it is first needed, and a function on tensors for each of its own.
+
+They take bfloat16, sum in float32 and round once, at the end. Every one is held to its reference by a test. Where there
+is no C compiler, `library` gives None, and cpu.py does without.
+
+C is for what torch's own ops cannot give: a product with few rows at the memory's speed and one with many at the
+processor's, from the same packed weights, and a layer in a dozen calls where it took two hundred.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.batch import Batch
+from ops.formats import Routing
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+CHUNK_BYTES = 3 << 18  # of a product's input, in float32, that is to stay in a core's cache beside a panel of weights
+BUNDLE_ROWS = 256  # of several experts, whose weights are read in one go
+
+# --------------------------------------------------------------------------------------------------------------------
+# The library
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def library() -> Any | None:
+    """The compiled kernels, or None: see why_not."""
+    return _attempt()[0]
+
+
+def _kernels() -> Any:
+    """Those, for a caller that knows that they are there."""
+    found = library()
+    assert found is not None, why_not()
+    return found
+
+
+def why_not() -> str:
+    """Why there are no compiled kernels; empty if there are."""
+    return _attempt()[1]
+
+
+@functools.cache
+def _attempt() -> tuple[Any | None, str]:
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or "libgomp" not in maps.read_text() or sys.byteorder != "little":
+        return None, "it is written for little-endian Linux and GNU OpenMP"
+    try:
+        found = load(build(compiler(), FLAGS))
+        if "libomp" in maps.read_text():
+            return None, "the compiler's threads are not those of GNU OpenMP"
+        return found, ""
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        said = " ".join((getattr(error, "stderr", None) or str(error)).split())
+        return None, f"no C compiler that works: {said[-200:]}"
+
+
+def load(made: Path) -> Any:
+    """A library that `build` made, each of its functions with the types that the source declares."""
+    found = ctypes.CDLL(str(made))
+    for result, name, arguments in re.findall(r"^(void|int64_t) (\w+)\(([^)]*)\) \{", _source(), re.MULTILINE):
+        function = getattr(found, name)
+        function.restype = {"void": None, "int64_t": ctypes.c_int64}[result]
+        function.argtypes = [_argument(" ".join(a.split())) for a in arguments.split(",") if a != "void"]
+    return found
+
+
+def _source() -> str:
+    return SOURCE.read_text(encoding="utf-8")
+
+
+def compiler() -> list[str]:
+    """The C compiler's command: $CC, or the first of the usual names that is there."""
+    return shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
+
+
+def build(command: list[str], flags: tuple[str, ...]) -> Path:
+    """The library's file, made anew unless this source has been compiled for this processor before.
+
+    Raises OSError, subprocess.SubprocessError or, for a command that is none, ValueError if it cannot be made.
+    """
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    kind = [line for line in first if line.split("\t")[0].strip() in ("flags", "Features", "model name")]
+    version = _run([*command, "--version"])
+    key = hashlib.sha256("\n".join([_source(), version, *command, *flags, *kind]).encode()).hexdigest()[:16]
+    folder = _cache()
+    made = folder / f"kernel_cpu-{key}.so"
+    if not made.exists():
+        descriptor, fresh = tempfile.mkstemp(dir=folder, suffix=".so")
+        os.close(descriptor)
+        try:
+            _run([*command, *flags, str(SOURCE), "-o", fresh, "-lm"])
+            os.replace(fresh, made)  # whole or not at all: other ranks may be at it too
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(fresh)
+    return made
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True)
+    return done.stdout
+
+
+def _cache() -> Path:
+    """A directory in which nobody else can have put a library: the user's cache, or one of this process's own."""
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-v3-inference"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    return Path(_own_folder().name)
+
+
+@functools.cache
+def _own_folder() -> tempfile.TemporaryDirectory[str]:
+    """Removed at the process's end."""
+    return tempfile.TemporaryDirectory()
+
+
+def _argument(declared: str) -> Any:
+    """How ctypes passes what C declares."""
+    if "*" not in declared:
+        return {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}[declared.split()[-2]]
+    dtype = {
+        "bf16": torch.bfloat16, "float": torch.float32, "int64_t": torch.int64, "int32_t": torch.int32, "void": None
+    }[declared.removeprefix("const ").split()[0]]  # fmt: skip
+    return _pointer(dtype)
+
+
+@functools.cache
+def _pointer(dtype: torch.dtype | None) -> Any:
+    """What ctypes passes for a tensor of this dtype, or for None."""
+    address = ctypes.c_void_p
+
+    class Pointer:
+        @staticmethod
+        def from_param(t: torch.Tensor | None) -> ctypes.c_void_p:
+            if t is None:
+                return address()
+            assert t.is_cpu and (t.dtype is dtype or dtype is None), f"{t.dtype} where C takes {dtype}"
+            return address(t.data_ptr())
+
+    return Pointer
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x with neighbouring numbers in its last dimension."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _threads(work: int) -> int:
+    """For so many numbers to go through: waking the others takes some microseconds."""
+    return torch.get_num_threads() if work > 1 << 13 else 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Weights and their products
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A bfloat16 weight (N, K), or a stack of them (E, N, K), in panels of rows: (…, panels, K, panel width)."""
+
+    data: torch.Tensor
+    n: int
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, e: int) -> "Packed":
+        return Packed(self.data[e], self.n)
+
+    @property
+    def k(self) -> int:
+        return self.data.shape[-2]
+
+
+def panel_width() -> int:
+    return _kernels().panel_width()
+
+
+def packed_numbers(n: int, k: int) -> int:
+    """How many numbers (N, K) takes when packed."""
+    width = panel_width()
+    return -(-n // width) * width * k
+
+
+def pack(w: torch.Tensor) -> Packed:
+    """(N, K) or (E, N, K), bfloat16. A stack whose N is whole panels is packed where it lies, and is w no more."""
+    pack_one, width, (n, k) = _kernels().pack, panel_width(), w.shape[-2:]
+    w = w.contiguous()
+    shape = (*w.shape[:-2], -(-n // width), k, width)
+    data = w.view(shape) if w.dim() == 3 and n % width == 0 else w.new_empty(shape)
+    threads = torch.get_num_threads()
+    scratch = w.new_empty(threads, k * width)
+    for one, out in zip(w, data, strict=True) if w.dim() == 3 else [(w, data)]:
+        pack_one(one, n, k, out, scratch, threads)
+    return Packed(data, n)
+
+
+def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype) -> torch.Tensor:
+    """x (T, K), bfloat16 or float32, by w (N, K), in one of these dtypes: (T, N)."""
+    x, (t, k) = _rows(x), x.shape
+    assert k == w.k and w.data.dim() == 3, (x.shape, w.data.shape)
+    assert {x.dtype, dtype} <= {torch.bfloat16, torch.float32}, (x.dtype, dtype)
+    out = x.new_empty(t, w.n, dtype=dtype)
+    chunk = chunk_rows(k)
+    scratch = x.new_empty(min(t, chunk) * k, dtype=torch.float32)
+    flags = x.dtype == torch.float32, dtype == torch.float32
+    threads = _threads(w.n * k)
+    _kernels().linear(x, flags[0], t, x.stride(0), w.data, w.n, k, out, flags[1], scratch, chunk, threads)
+    return out
+
+
+def chunk_rows(k: int) -> int:
+    """How many rows of K are multiplied by all weights before the next: whole blocks of any processor's rows."""
+    return max(1, CHUNK_BYTES // (4 * k) // 12) * 12
+
+
+def silu_mul(gate_up: torch.Tensor, inter: int) -> torch.Tensor:
+    """As reference.silu_mul."""
+    t, both = gate_up.shape
+    assert both % 2 == 0 and inter <= both // 2, (gate_up.shape, inter)
+    out = gate_up.new_empty(t, inter)
+    _kernels().silu_mul(gate_up.contiguous(), t, both // 2, inter, out, _threads(t * inter))
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Mixture of experts
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def route(logits: torch.Tensor, bias: torch.Tensor | None, rule: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """As reference.route; of equal choices the first is taken."""
+    t, e = logits.shape
+    assert e >= rule.top_k
+    weights = logits.new_empty(t, rule.top_k)
+    ids = torch.empty(t, rule.top_k, dtype=torch.int64)
+    groups = 1 if rule.topk_method == "greedy" else rule.n_groups
+    threads = _threads(t * e)
+    scratch = logits.new_empty(threads, 2 * e + groups)
+    _kernels().route(
+        logits.contiguous(), t, e, bias, rule.score_func == "sigmoid", groups, rule.n_limited_groups,
+        rule.topk_method == "noaux_tc", rule.top_k, rule.normalise, rule.route_scale, weights, ids, scratch, threads,
+    )  # fmt: skip
+    return weights, ids
+
+
+def experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    first: int,
+    w13: Packed,
+    w2: Packed,
+    inter: int,
+    shared: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As reference.experts on packed weights, with what `shared` (T, H) holds added: (T, H) in x's dtype. Nothing is
+    rounded before the end."""
+    x, (t, h), top = _rows(x), x.shape, ids.shape[1]
+    assert w13.n == 2 * inter and w2.n == h, (w13.n, inter, w2.n, h)
+    out, sums = torch.empty(t, h, dtype=x.dtype), torch.empty(t, h, dtype=torch.float32)
+    scratch = torch.empty(bundle_rows(t, top) * (h + 3 * inter), dtype=torch.float32)
+    numbers = torch.empty(t * top + len(w13) + 1, dtype=torch.int64)
+    shared = None if shared is None else shared.contiguous()
+    _kernels().experts(
+        x, t, x.stride(0), h, ids.contiguous(), weights.contiguous(), top, first, len(w13), w13.data, w2.data, inter,
+        shared, out, BUNDLE_ROWS, sums, scratch, numbers, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def bundle_rows(t: int, top: int) -> int:
+    """The most rows that experts which go together may have."""
+    return min(t * top, max(t, BUNDLE_ROWS))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Norms, and what the cache holds
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, delta: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As reference.norm: RMSNorm of x (T, H) + delta, and that sum."""
+    x, (t, h) = _rows(x), x.shape
+    y = x.new_empty(t, h)
+    total = x if delta is None else x.new_empty(t, h)
+    threads = _threads(t * h)
+    rows = x.new_empty(threads, h, dtype=torch.float32)
+    delta = None if delta is None else delta.contiguous()
+    _kernels().norm(x, t, x.stride(0), h, delta, weight, eps, y, None if delta is None else total, rows, threads)
+    return y, total
+
+
+def latent_write(
+    c_kv: torch.Tensor,
+    k_pe: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_pe: torch.Tensor,
+    slots: torch.Tensor,
+    latents: torch.Tensor,
+) -> torch.Tensor:
+    """As reference.latent_write, into bfloat16 latents."""
+    (t, c), (_, n, r) = c_kv.shape, q_pe.shape
+    if c_kv.stride() != k_pe.stride() or c_kv.stride(-1) != 1:
+        c_kv, k_pe = torch.cat((c_kv, k_pe), dim=-1).split([c, r], dim=-1)
+    q_pe = _rows(q_pe)
+    assert latents.is_contiguous() and latents.shape[-1] == c + r
+    out = q_pe.new_empty(t, n, r)
+    threads = _threads(t * (c + n * r))
+    rows = c_kv.new_empty(threads, c, dtype=torch.float32)
+    _kernels().latent_write(
+        c_kv, k_pe, t, c_kv.stride(0), c, r, weight, eps, cos.contiguous(), sin.contiguous(), q_pe, n, q_pe.stride(0),
+        q_pe.stride(1), out, slots.contiguous(), latents, rows, threads,
+    )  # fmt: skip
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attention
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def mla(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    latents: torch.Tensor,
+    batch: Batch,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    scale: float,
+    most: int,
+    out: torch.Tensor,
+) -> None:
+    """As reference.mla, absorbed, for sequences with at most `most` query rows: fills their rows of out (T, N, dv)."""
+    found, (n, dn, c), dv, r = _kernels(), w_uk.shape, w_uv.shape[1], q_pe.shape[-1]
+    assert latents.is_contiguous() and out.is_contiguous() and latents.shape[-1] == c + r
+    q_nope, q_pe, threads = _rows(q_nope), q_pe.contiguous(), torch.get_num_threads()
+    lengths = batch.cu_seqlens_q, batch.kv_lens
+    numbers = torch.empty(found.mla_numbers(len(batch.kv_lens), len(out)), dtype=torch.int64)
+    size = found.mla_floats(*lengths, len(batch.kv_lens), most, n, c, r, threads, numbers)
+    scratch = torch.empty(size, dtype=torch.float32)
+    found.mla(
+        q_nope, q_nope.stride(0), q_nope.stride(1), q_pe, latents, latents.shape[1], batch.pages.contiguous(),
+        batch.pages.shape[1], *lengths, batch.positions, len(batch.kv_lens), most, n, dn, r, c, dv, w_uk, w_uv, scale,
+        out, numbers, scratch, threads,
+    )  # fmt: skip
+
+
+def mla_bytes(sequences: int, rows: int, heads: int, c: int, r: int, context: int) -> int:
+    """What mla's scratch takes for so many sequences of as many query rows, at their full length."""
+    found = _kernels()
+    bounds = torch.arange(sequences + 1, dtype=torch.int32) * rows
+    lengths = torch.full((sequences,), context, dtype=torch.int32)
+    numbers = torch.empty(found.mla_numbers(sequences, 0), dtype=torch.int64)
+    return 4 * found.mla_floats(bounds, lengths, sequences, rows, heads, c, r, torch.get_num_threads(), numbers)

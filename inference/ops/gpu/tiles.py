@@ -1,0 +1,285 @@
+"""Which tile each GEMM of kernel.py computes with: defaults by architecture and bucket of M, and measured choices.
+
+A choice depends on the op, the architecture, N, K and the bucket that M falls in, and on nothing else of the batch.
+Nothing is tuned at start-up: benchmarks/tune_gemm.py writes tiles.json, and what is not there is decided here by rule.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from core.config import BLOCK_SIZE
+from core.errors import UserError
+
+GROUP_M = 16
+BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, math.inf)  # a bucket is named by the largest M in it
+SPLITS = (1, 2, 4, 8, 16)
+SPLIT_UP_TO = 256  # tokens: with more, the partial sums would weigh as much as the weights
+SPLIT_BLOCKS = 4  # of K, at least, for each part
+PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+KIB = 1024
+SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_89": 99 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
+TABLE = Path(__file__).with_name("tiles.json")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a GEMM computes: the tile of the output, its operands' order, the warps and the pipeline's stages."""
+
+    up_to: float  # the largest M it is for
+    block_m: int
+    block_n: int
+    swap: bool
+    warps: int
+    stages: int
+    registers: int | None = None  # at most, per thread
+    split: int = 1  # parts of K, each a program of its own; their sums are added up by a second kernel
+    persistent: int = 0  # programs a multiprocessor runs, which read through TMA and go from tile to tile; 0: neither
+    specialised: bool = False  # a persistent program's warps divide: some only read, the others only multiply
+
+    def constexprs(self) -> dict[str, Any]:
+        """The compile-time arguments of the kernel that the tile is for."""
+        sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "GROUP_M": GROUP_M, "STAGES": self.stages}
+        own = {"SPECIALISED": self.specialised} if self.persistent else {"SWAP": self.swap, "SPLIT": self.split > 1}
+        return sizes | own
+
+    def __str__(self) -> str:
+        marks = [f"{self.block_m}x{self.block_n}", f"{self.warps}w", f"{self.stages}s", "swap" * self.swap]
+        marks += ["persistent" * bool(self.persistent), "specialised" * self.specialised]
+        marks += [f"{self.registers}r" if self.registers else "", "split" * (self.split > 1)]
+        return " ".join(filter(None, marks))
+
+    def options(self) -> dict[str, int]:
+        cap = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps} | cap
+
+    def count(self, m: float, n: int) -> int:
+        """How many of it an output (M, N) takes."""
+        return math.ceil(m / self.block_m) * math.ceil(n / self.block_n)
+
+
+# What limits a table: registers (255 a thread, 64 Ki a multiprocessor) and shared memory (SHARED_LIMIT).
+# tests/test_compile.py holds every row to the limits and to its tensor-core instruction. `registers` stands where ptxas
+# by itself would spill to fit in a program more than shared memory has room for.
+#
+# Few tokens. Each weight is read once, so all that counts is how many bytes are on their way. By Little's law 4.3 TB/s
+# (an H200's copy) times a latency of about 1 µs under load is 4.3 MB, or 33 KB to each of 132 multiprocessors. A
+# program of 64 channels has STAGES - 1 tiles of 8 KB under way: with 6 stages 41 KB, so one program to a multiprocessor
+# is enough, given that every one has a program. Narrower tiles than 64 channels would leave the FP8 tensor core; where
+# N gives fewer tiles than there are multiprocessors, K is split (`split_for`), so that 2112 x 7168, 33 tiles of 56
+# blocks, becomes 132 programs of 14 blocks. 61 KB of shared memory lets three programs share a multiprocessor.
+#
+# Many tokens. A persistent program keeps reading ahead from one tile into the next, which pays when there are several
+# tiles to a program (`default`). On Hopper `specialised` is one group of four warps that reads and two that multiply
+# 64 x 128 each, so that one group's promotion to float32 runs beside the other's tensor-core product. That needs 128
+# rows and 4 warps, which the compiler triples: with 64 rows it makes both groups compute the same, with 8 warps it
+# ignores the request, and descriptors made by the host it cannot halve. On Blackwell 8 warps multiply beside 4.
+W8A8 = {
+    "sm_89": (
+        Tile(32, 16, 64, False, 4, 4),
+        Tile(math.inf, 64, 128, False, 4, 3),
+    ),
+    "sm_90": (
+        Tile(16, 16, 64, True, 4, 6),
+        Tile(32, 32, 64, True, 4, 6),
+        Tile(256, 64, 64, False, 4, 4),
+        Tile(512, 64, 128, False, 4, 3, registers=168),  # three programs to a multiprocessor
+        Tile(math.inf, 128, 128, False, 4, 4, persistent=1, specialised=True),
+    ),
+    "sm_100": (
+        Tile(16, 16, 64, True, 4, 6),
+        Tile(32, 32, 64, True, 4, 5),
+        Tile(256, 64, 64, False, 4, 4, registers=168),
+        Tile(512, 128, 128, False, 8, 4),
+        Tile(math.inf, 128, 128, False, 8, 4, persistent=1, specialised=True),
+    ),
+    "gfx942": (
+        Tile(256, 32, 32, False, 4, 2),
+        Tile(2048, 64, 64, False, 4, 2),
+        Tile(math.inf, 64, 128, False, 4, 2),
+    ),
+}
+W8A16 = {
+    "sm_80": (
+        Tile(16, 16, 64, False, 4, 5),
+        Tile(64, 64, 64, False, 4, 4, registers=255),
+        Tile(math.inf, 128, 128, False, 8, 3),
+    ),
+    "sm_89": (
+        Tile(16, 16, 64, False, 4, 5),
+        Tile(math.inf, 64, 64, False, 4, 4),
+    ),
+    "sm_90": (  # swapped throughout: the widened weights are then the operand that need not go back to shared memory
+        Tile(16, 16, 64, True, 4, 5),
+        Tile(32, 32, 64, True, 4, 4),
+        Tile(64, 64, 64, True, 4, 4),
+        Tile(math.inf, 128, 128, True, 8, 3),
+    ),
+    "sm_100": (
+        Tile(16, 16, 64, True, 4, 5),
+        Tile(64, 64, 64, True, 4, 4, registers=168),
+        Tile(math.inf, 128, 128, True, 8, 3),
+    ),
+    "gfx942": (
+        Tile(64, 16, 64, False, 4, 2),
+        Tile(math.inf, 64, 64, False, 4, 2),
+    ),
+}
+DEFAULTS = {"fp8_gemm": W8A8, "w8a16_gemm": W8A16}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Choosing
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def choose(op: str, arch: str, n: int, k: int, m: int) -> Tile:
+    """The tile for M tokens by a weight (N, K): the measured one if tiles.json has it, otherwise the default.
+
+    op: "fp8_gemm" or "w8a16_gemm"; arch: a key of its table. Raises UserError for a tiles.json that cannot be used.
+    """
+    return _choice(op, arch, n, k, bucket(m))
+
+
+@cache
+def _choice(op: str, arch: str, n: int, k: int, up_to: float) -> Tile:
+    return measured().get((op, arch, n, k, up_to)) or default(op, arch, n, k, up_to)
+
+
+def bucket(m: int) -> float:
+    return next(up_to for up_to in BUCKETS if m <= up_to)
+
+
+def tile_for(table: tuple[Tile, ...], m: float) -> Tile:
+    return next(tile for tile in table if m <= tile.up_to)
+
+
+def default(op: str, arch: str, n: int, k: int, up_to: float) -> Tile:
+    """The choice by rule for a bucket."""
+    tile = tile_for(DEFAULTS[op][arch], up_to)
+    if tile.persistent and tile.count(min(up_to, BUCKETS[-2]), n) < 2 * PROCESSORS[arch]:
+        tile = plain(op, arch)
+    split = 1
+    if up_to <= SPLIT_UP_TO:
+        split = split_for(tile.count(up_to, n), math.ceil(k / BLOCK_SIZE), PROCESSORS[arch])
+    return replace(tile, up_to=up_to, split=split)
+
+
+def plain(op: str, arch: str) -> Tile:
+    """For many tokens, where N and K do not allow the persistent tile or do not need it."""
+    return next(tile for tile in reversed(DEFAULTS[op][arch]) if not tile.persistent)
+
+
+def split_for(programs: int, k_blocks: int, processors: int) -> int:
+    """The fewest parts of K that give (nearly) every multiprocessor a program, each no shorter than SPLIT_BLOCKS."""
+    allowed = [split for split in SPLITS if split == 1 or k_blocks >= split * SPLIT_BLOCKS]
+    return next((split for split in allowed if programs * split >= 0.9 * processors), allowed[-1])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The table of measured choices
+# --------------------------------------------------------------------------------------------------------------------
+
+Key = tuple[str, str, int, int, float]  # op, architecture, N, K, bucket
+
+
+@cache
+def measured() -> dict[Key, Tile]:
+    return read(TABLE)
+
+
+def read(path: Path) -> dict[Key, Tile]:
+    """tiles.json: a list of rows, each with op, arch, n, k and the fields of Tile; up_to null is the last bucket.
+
+    Raises UserError naming the row for anything that could not be launched or would leave the tensor core.
+    """
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: {e}") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: expected a list of rows")
+    table: dict[Key, Tile] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            key, tile = _row(row)
+            if key in table:
+                raise ValueError("a second row for the same op, arch, n, k and up_to")
+        except ValueError as e:
+            raise UserError(f"{path}, row {number}: {e}") from None
+        table[key] = tile
+    return table
+
+
+def _row(row: Any) -> tuple[Key, Tile]:
+    known = {"op": str, "arch": str, "n": int, "k": int} | {field.name: int for field in fields(Tile)}
+    known |= {"swap": bool, "specialised": bool}
+    if not isinstance(row, dict) or set(row) != set(known):
+        raise ValueError(f"expected an object of {', '.join(known)}")
+    for name, kind in known.items():
+        absent = row[name] is None and name in ("up_to", "registers")
+        if type(row[name]) is not kind and not absent:
+            raise ValueError(f"{name} is {row[name]!r}, expected {kind.__name__}")
+    values = row | {"up_to": math.inf if row["up_to"] is None else row["up_to"]}
+    op, arch, n, k = (values.pop(name) for name in ("op", "arch", "n", "k"))
+    tile = Tile(**values)
+    if arch not in DEFAULTS.get(op, ()):
+        raise ValueError(f"there is no {op} for {arch}")
+    if n < 1 or k < 1:
+        raise ValueError(f"N = {n}, K = {k}")
+    if tile.up_to not in BUCKETS:
+        raise ValueError(f"up_to is {row['up_to']}, expected one of {', '.join(map(str, BUCKETS[:-1]))} or null")
+    if found := fault(op, arch, tile):
+        raise ValueError(found)
+    return (op, arch, n, k, tile.up_to), tile
+
+
+def write(path: Path, table: dict[Key, Tile]) -> None:
+    """Writes a table as `read` takes it, a row to a line."""
+    lines = []
+    for (op, arch, n, k, _), tile in sorted(table.items(), key=lambda item: item[0]):
+        row = {"op": op, "arch": arch, "n": n, "k": k} | asdict(tile)
+        lines.append(json.dumps(row | {"up_to": None if tile.up_to == math.inf else tile.up_to}))
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
+
+
+def fault(op: str, arch: str, tile: Tile) -> str | None:
+    """Why a tile cannot be used, as far as that is known without compiling it."""
+    sizes = (16, 32, 64, 128)
+    if tile.block_m not in sizes or tile.block_n not in sizes:  # no more than 128 channels: one weight scale to a tile
+        return f"a tile of {tile.block_m} x {tile.block_n}, expected sides of 16, 32, 64 or 128"
+    if tile.warps not in (4, 8) or not 1 <= tile.stages <= 8 or tile.split not in SPLITS:
+        return f"{tile.warps} warps, {tile.stages} stages, split {tile.split}, expected 4 or 8, 1 to 8, one of {SPLITS}"
+    if tile.registers is not None and not 64 <= tile.registers <= 255:
+        return f"{tile.registers} registers, expected 64 to 255"
+    if not 0 <= tile.persistent <= 4:
+        return f"persistent is {tile.persistent}, expected 0 to 4"
+    if tile.persistent and (op != "fp8_gemm" or arch not in ("sm_90", "sm_100") or tile.swap or tile.split > 1):
+        return "persistent is for fp8_gemm on sm_90 and sm_100, neither swapped nor split"
+    if tile.specialised and not tile.persistent:
+        return "specialised without persistent"
+    if tile.specialised and arch == "sm_90" and (tile.block_m, tile.warps) != (128, 4):
+        return "on sm_90 specialised needs 128 rows and 4 warps"
+    if arch in ("sm_90", "sm_100") and (tile.block_n if tile.swap else tile.block_m) < 64:
+        return "the first operand needs 64 rows (channels, where swapped) for the tensor core"
+    groups = 2 if tile.specialised and arch == "sm_90" else 1
+    if tile.block_m * tile.block_n > 64 * 32 * tile.warps * groups:
+        return f"{tile.block_m} x {tile.block_n} sums are too many for {tile.warps} warps' registers"
+    shared = tile.stages * (tile.block_m * (1 if op == "fp8_gemm" else 2) + tile.block_n) * BLOCK_SIZE
+    if shared * max(1, tile.persistent) > SHARED_LIMIT[arch]:
+        return f"{shared} bytes of shared memory, {max(1, tile.persistent)} times, of {SHARED_LIMIT[arch]}"
+    return None
+
+
+def reachable() -> Iterator[tuple[str, str, Tile]]:
+    """(op, architecture, tile) for all that `choose` can return, whatever N and K; split in 2 stands for any."""
+    for op, tables in DEFAULTS.items():
+        for arch, table in tables.items():
+            yield from ((op, arch, tile) for tile in table)
+            few = {tile_for(table, up_to) for up_to in BUCKETS if up_to <= SPLIT_UP_TO}
+            yield from ((op, arch, replace(tile, split=2)) for tile in table if tile in few)
+    yield from ((op, arch, tile) for (op, arch, *_), tile in measured().items())

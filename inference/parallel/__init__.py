@@ -1,0 +1,1 @@
+"""Ranks: who takes part, their collectives, and what happens when one fails."""

@@ -1,0 +1,33 @@
+"""Mutants of the commands: name, file, text, what takes its place, the tests that must fail, the bug."""
+
+MUTANTS = (
+    ("server-open-to-others", "server.py",
+     "if not is_loopback(options.host) and options.api_key is None:",
+     "if False:",
+     "serving/test_server.py::test_wrong_flags", "other machines are let in without a key"),
+    # --- conversion ---------------------------------------------------------------------------------------------------
+    ("convert-columns-of-first-rank", "convert.py",
+     "start, stop = (rest[0][0] * unit, rest[0][1] * unit) if rest else (0, unit)",
+     "start, stop = (0, (rest[0][1] - rest[0][0]) * unit) if rest else (0, unit)",
+     "checkpoint/test_convert.py::test_windows_of_any_size", "every rank gets the first columns"),
+    ("convert-off-by-one", "convert.py",
+     "self.writer.write(self.name, window[low - row : high - row, start:stop], (low - first) * (stop - start))",
+     "self.writer.write(self.name, window[max(low - row - 1, 0) : high - row - (low > row), start:stop], (low - first) * (stop - start))",
+     "checkpoint/test_convert.py::test_windows_of_any_size", "a rank's rows begin one too early"),
+    ("convert-place-in-file", "convert.py",
+     "(low - first) * (stop - start))",
+     "(low - row) * (stop - start))",
+     "checkpoint/test_convert.py::test_windows_of_any_size", "a later window overwrites the first"),
+    ("cast-scales-of-first-window", "fp8_cast_bf16.py",
+     "s = scale[row // BLOCK_SIZE :][:",
+     "s = scale[:",
+     "checkpoint/test_cast.py::test_exact_and_complete", "every window of a weight takes the first rows' scales"),
+    ("cast-config-still-fp8", "fp8_cast_bf16.py",
+     'del config["quantization_config"]',
+     "pass",
+     "checkpoint/test_cast.py::test_exact_and_complete", "config.json of the BF16 checkpoint still says FP8"),
+    ("cast-scales-kept", "fp8_cast_bf16.py",
+     "if not name.endswith(SCALE):",
+     "if True:",
+     "checkpoint/test_cast.py::test_exact_and_complete", "the BF16 checkpoint still lists its scales"),
+)  # fmt: skip

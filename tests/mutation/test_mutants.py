@@ -1,0 +1,71 @@
+"""The mutants of mutants.py: that each still is one, and that a few are killed. `make trust` runs them all."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mutation.mutants import MUTANTS, ROOT
+from ops.cpu import kernels as kernel_cpu
+from support.processes import environment
+
+TESTS = Path(__file__).parents[1]
+SAMPLE = ("routing-bias-in-weights", "mtp-concat-order", "text-half-characters", "cache-hash-without-parent", "sampling-residual")
+OTHERS = """
+import sys
+from mutation.mutants import MUTANTS, Mutant, main
+test = "core/test_config.py::test_families"
+MUTANTS += [
+    Mutant("survivor", "core/config.py", '"silu", "silu"', '"silu" , "silu"', test, "none"),
+    Mutant("fault", "core/config.py", "import math", "import maths", test, "the tests cannot even be loaded"),
+    Mutant("stranger", "core/config.py", "no such text", "", test, "refactored away"),
+]
+sys.exit(main())
+"""
+
+
+def test_every_mutant_is_one():
+    """Each text to replace is there exactly once, what comes of it is Python or C, and no two come to the same."""
+    found = Counter()
+    for mutant in MUTANTS:
+        broken = mutant.apply((ROOT / "inference" / mutant.file).read_text())
+        if mutant.file.endswith(".py"):
+            compile(broken, mutant.file, "exec")
+        elif kernel_cpu.library() is not None:
+            command = [*kernel_cpu.compiler(), *kernel_cpu.FLAGS, "-fsyntax-only", "-x", "c", "-"]
+            subprocess.run(command, input=broken, text=True, check=True)
+        found[mutant.file, broken] += 1
+    assert max(found.values()) == 1 and len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) > 200
+
+
+def test_every_test_named_is_there():
+    for mutant in MUTANTS:
+        for test in mutant.tests.split():
+            file, _, name = test.partition("::")
+            assert f"\ndef {name.partition('[')[0]}(" in (TESTS / file).read_text(), (mutant.name, test)
+
+
+def test_every_outcome_is_told(tmp_path):
+    """A few that are killed, and beside them one that survives, one that breaks the tests themselves and a stale one."""
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-c", OTHERS, "--json", str(out), "--only", *SAMPLE, "survivor", "fault", "stranger"]
+    run = subprocess.run(command, env=environment(PYTHONPATH=str(TESTS)), capture_output=True, text=True, timeout=280)
+    assert run.returncode == 1, run.stderr
+    results = json.loads(out.read_text())["results"]
+    told = {name: row["outcome"] for name, row in results["mutants"].items()}
+    others = {"survivor": "survived", "fault": "broken", "stranger": "stale"}
+    assert told == dict.fromkeys(SAMPLE, "killed") | others, run.stdout
+    assert (results["killed"], results["of"]) == (len(SAMPLE), len(SAMPLE) + 3)
+    killers = {mutant.name: mutant.tests for mutant in MUTANTS}
+    assert all(results["mutants"][name]["killer"].startswith(tuple(killers[name].split())) for name in SAMPLE)
+
+
+@pytest.mark.trust
+@pytest.mark.timeout(7200)
+def test_every_mutant_is_killed():
+    command = [sys.executable, str(TESTS / "mutation" / "mutants.py")]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,10 @@
+"""Tests that several mutants name, as pytest's node ids below tests/."""
+
+LOGITS = "model/test_model.py::test_logits_are_transformers"
+ROUTER = "model/test_model.py::test_router_chooses_what_transformers_chooses"
+MTP = "model/test_model.py::test_mtp_logits_are_transformers"
+SHARDS = "parallel/test_parallel.py::test_shards_together_are_the_whole"
+RANDOM_USE = "engine/test_scheduler.py::test_under_random_use"
+NOISE = "engine/test_sampling.py::test_noise_is_a_function_of_its_numbers"
+CUTS = "engine/test_sampling.py::test_cuts"
+VERIFIED = "engine/test_sampling.py::test_verified_tokens_are_distributed_as_sampled_ones[{}]"

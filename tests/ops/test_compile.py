@@ -1,0 +1,122 @@
+"""Every kernel configuration, compiled for its target: no spills, within shared memory, on the tensor core."""
+
+import fcntl
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+from ops.gpu import gemm as kernel
+from ops.gpu import tiles
+from support.compile_kernels import configurations
+
+Report = dict[str, Any]
+
+# How the name of the instruction that must be there begins, and Ampere's, which may not be beside it.
+BF16 = {"sm_80": ("HMMA", ""), "sm_89": ("HMMA", ""), "sm_90": ("HGMMA", "HMMA"), "sm_100": ("UTCHMMA", "HMMA"),
+        "gfx942": ("v_mfma", "")}  # fmt: skip
+FP8 = {"sm_89": ("QMMA", "HMMA"), "sm_90": ("QGMMA", "HMMA"), "sm_100": ("UTCQMMA", "HMMA"),
+       "gfx942": ("v_mfma_f32_32x32x16_fp8_fp8", "")}  # fmt: skip
+TENSOR_CORE = {
+    **dict.fromkeys(("fp8_gemm", "grouped_w8a8"), FP8),
+    **dict.fromkeys(("w8a16_gemm", "grouped_w8a16", "grouped_plain", "router", "decode", "prefill"), BF16),
+}
+
+
+# Of the layer of experts, a selection that has every instruction in it.
+SELECTED = re.compile(
+    r"router sm_90 V3 (16x64x28|64x128x1)|sort sm_90 2048|combine sm_90|grouped_w8a8 .* K=7168"
+    r"|grouped_(w8a16|plain) (sm_90|sm_80) (16|64)x.* K=7168"
+)
+
+
+def waits(c: kernel.Configuration) -> bool:
+    """Whether it is compiled by `make trust` only, to save time: for Ada, which hardly differs from its neighbours,
+    attention for others than Hopper, and of the layer of experts what is like those selected."""
+    if c.kernel.__module__ == "kernel_attention":
+        return c.target != "sm_90"
+    return c.target == "sm_89" or (c.kernel.__module__ == "kernel_moe" and not SELECTED.fullmatch(c.name))
+
+
+CONFIGURATIONS = [pytest.param(c, id=c.name, marks=pytest.mark.trust if waits(c) else ()) for c in configurations()]
+
+
+@pytest.fixture(scope="module")
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Callable[[str], dict[str, Report]]:
+    """Reports by configuration name, for one target at a time: what this run tests of it is compiled in one process,
+    by the first worker that asks."""
+    cases = (item.callspec.params.get("c") for item in request.session.items if hasattr(item, "callspec"))
+    wanted = [c for c in cases if isinstance(c, kernel.Configuration)]
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared if worker_id == "master" else shared.parent
+
+    @functools.cache
+    def reports(target: str) -> dict[str, Report]:
+        names = [c.name for c in wanted if c.target == target]
+        found = shared / f"compiled-{target}.json"
+        with open(shared / f"compiled-{target}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not found.exists():
+                env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+                env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(target))
+                script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
+                run = [sys.executable, str(script), target, *names]
+                done = subprocess.run(run, env=env, capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+                found.write_text(done.stdout)
+        return json.loads(found.read_text())
+
+    return reports
+
+
+@pytest.mark.parametrize("c", CONFIGURATIONS)
+def test_fits_and_uses_the_tensor_core(c: kernel.Configuration, compiled: Callable[[str], dict[str, Report]]) -> None:
+    report = compiled(c.target)[c.name]
+    assert report["stack"] == 0
+    assert report["shared"] <= tiles.SHARED_LIMIT[c.target]
+    assert not report["flushes"]  # widen_e4m3 counts on subnormals
+    op = c.name.split()[0]
+    if op in TENSOR_CORE:
+        wanted, slow = TENSOR_CORE[op][c.target]
+        assert any(name.startswith(wanted) for name in report["instructions"]), report["instructions"]
+        assert slow not in report["instructions"]
+    if "SPECIALISED" in c.constexprs:
+        check_persistent(c, report)
+
+
+def check_persistent(c: kernel.Configuration, report: Report) -> None:
+    """That the tensor memory accelerator copies, and that a request for warp specialisation was granted: there are more
+    warps than asked for, registers move to those that multiply, and on Hopper their products make up one tile."""
+    assert {"UTMALDG", "UTMASTG"} <= set(report["instructions"])
+    if c.constexprs["SPECIALISED"]:
+        assert report["warps"] > c.options["num_warps"]
+        assert "USETMAXREG" in report["instructions"]
+        if c.target == "sm_90":
+            assert len(report["products"]) == 2
+            assert sum(m * n for m, n in report["products"]) == c.constexprs["BLOCK_M"] * c.constexprs["BLOCK_N"]
+
+
+def test_names_are_distinct() -> None:
+    names = [c.name for c in configurations()]
+    assert len(names) == len(set(names))
+
+
+def test_the_checks_above_can_fail(compiled: Callable[[str], dict[str, Report]]) -> None:
+    controls = compiled("controls")
+    assert controls["spills"]["stack"] > 0
+    assert "HMMA" in controls["not swapped"]["instructions"]
+    assert "QGMMA" not in controls["not swapped"]["instructions"]
+    assert "HMMA" in controls["attention not swapped"]["instructions"]
+    assert [tuple(product) for product in controls["computed twice"]["products"]] == [(64, 128), (64, 128)]
+    assert controls["not specialised"]["warps"] == 8
+    assert "USETMAXREG" not in controls["not specialised"]["instructions"]

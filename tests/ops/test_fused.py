@@ -1,0 +1,126 @@
+"""The fused ops as the model sees them: a quantised input, and each fusion against the ops it is composed of."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from core.numerics import Numerics
+from ops import backend as ops
+from ops import formats, reference
+from ops.cpu import backend as cpu
+from ops.formats import Weight
+from support.checkpoints import fp8_sizes
+from support.families import FAMILIES, V3
+from support.model_pairs import hidden_states, ours, random_checkpoint, relative_error, tokens
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def fp8_weight(n: int, k: int, scale_fmt: str | None) -> Weight:
+    scale = torch.rand(-(-n // 128), -(-k // 128)) + 0.5
+    return Weight(torch.randn(n, k).to(torch.float8_e4m3fn), scale, "fp8", scale_fmt)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_linear_takes_its_input_quantised(dtype: torch.dtype, scale_fmt: str | None, invariant: bool) -> None:
+    w = fp8_weight(200, 320, scale_fmt)
+    x = torch.randn(37, 320).to(dtype)
+    with ops.batch_invariant(invariant):
+        y = ops.linear(reference.quantised(x, w.fp8), w)
+        assert y.dtype == dtype and torch.equal(y, ops.linear(x, w))
+
+
+def test_only_a_w8a8_weight_wants_quantised_input() -> None:
+    w = fp8_weight(128, 128, "ue8m0")
+    assert w.fp8 == "ue8m0" and w._replace(scale_fmt=None).fp8 == "float32"
+    for plain in (w._replace(gemm="bf16"), Weight(torch.randn(128, 128))):
+        assert plain.fp8 is None
+        with pytest.raises(AssertionError):
+            ops.linear(reference.quantised(torch.randn(3, 128), "ue8m0"), plain)
+
+
+@pytest.mark.parametrize("norm", [reference.norm, cpu.norm, ops.norm])
+@pytest.mark.parametrize("fp8", ["float32", "ue8m0"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norm_is_an_addition_a_norm_and_a_quantisation(dtype: torch.dtype, fp8: str, norm: Any) -> None:
+    x, delta, weight = (torch.randn(9, 200).to(dtype) for _ in range(3))
+    y, total = norm(x, weight[0], 1e-5, delta, fp8)
+    alone = F.rms_norm((x + delta).float(), (200,), weight[0].float(), 1e-5).to(dtype)
+    q, s = reference.act_quant(alone, scale_fmt="ue8m0" if fp8 == "ue8m0" else None)
+    assert torch.equal(total, x + delta) and torch.equal(y.x, alone) and y.dtype == dtype
+    assert torch.equal(y.q.view(torch.uint8), q.view(torch.uint8)) and torch.equal(y.s, s)
+    assert norm(x, weight[0], 1e-5, delta, fp8, keep=False)[0].x is None
+    plain, same = norm(x, weight[0], 1e-5)
+    assert same is x and not torch.equal(plain, alone)
+
+
+@pytest.mark.parametrize("side", [reference, cpu])
+def test_silu_mul(side) -> None:
+    """The halves' first columns; what fills them up is not looked at."""
+    x = torch.randn(50, 2, 40).bfloat16()
+    x[..., 33:] = float("nan")
+    gate, up = x[..., :33].unbind(1)
+    expected = (F.silu(gate.double()) * up.double()).bfloat16()
+    assert torch.equal(side.silu_mul(x.flatten(1), 33), expected)
+    y = side.silu_mul(x.flatten(1), 33, "ue8m0")
+    q, s = reference.act_quant(expected, scale_fmt="ue8m0")
+    assert torch.equal(y.q.view(torch.uint8), q.view(torch.uint8)) and torch.equal(y.s, s) and y.x is None
+    with pytest.raises(AssertionError):
+        side.silu_mul(x.flatten(1), 41)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_latent_write_is_a_norm_two_rotations_and_a_copy(packed: bool) -> None:
+    c_kv, k_pe, q_pe = torch.randn(4, 100).bfloat16(), torch.randn(4, 8).bfloat16(), torch.randn(4, 3, 8).bfloat16()
+    weight, cos, sin, slots = (
+        torch.randn(100).bfloat16(),
+        torch.randn(4, 4),
+        torch.randn(4, 4),
+        torch.tensor([70, -1, 3, 0]),
+    )
+    latents = torch.zeros(2, 64, formats.packed_latent_bytes(100, 8), dtype=torch.uint8)
+    latents = latents if packed else torch.zeros(2, 64, 108, dtype=torch.bfloat16)
+    y = ops.latent_write(c_kv, k_pe, weight, 1e-6, cos, sin, q_pe, slots, latents)
+    assert torch.equal(y, reference.rotary(q_pe, cos, sin))
+    latent = torch.cat((ops.norm(c_kv, weight, 1e-6)[0], reference.rotary(k_pe, cos, sin)), dim=-1)
+    latent = reference.pack_latents(latent, 100) if packed else latent
+    expected = torch.zeros_like(latents)
+    expected[1, 6], expected[0, 3], expected[0, 0] = latent[0], latent[2], latent[3]
+    assert torch.equal(latents, expected)
+
+
+@pytest.mark.parametrize(
+    "config, num",
+    [
+        (V3, Numerics(torch.float32)),
+        (FAMILIES["v2-lite"], Numerics(torch.float32, fp8_latents=True)),
+        (V3 | dict(fp8_sizes(1), quantization_config={"scale_fmt": "ue8m0"}), Numerics(torch.float32, "fp8", "ue8m0")),
+    ],
+    ids=["V3", "V2-Lite, FP8 latents", "V3 in W8A8"],
+)
+def test_a_model_by_the_kernels(config: dict, num: Numerics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call the model makes, with its own strides and columns. On a GPU the other ops are kernels too, and its FP8
+    products add up in fewer bits than the reference's."""
+    pytest.importorskip("triton")
+    from ops.gpu import fused as kernel_fused
+
+    gpu = torch.cuda.is_available()
+    if gpu and num.gemm == "fp8" and not ops.has_fp8(torch.device("cuda")):
+        pytest.skip("this GPU has no FP8 tensor cores")
+    path = random_checkpoint(tmp_path / "c", config, fp8=num.gemm is not None)
+    model = ours(path, num, device="cuda" if gpu else "cpu")
+    ids = tokens(8, model.args.vocab_size)
+    with ops.use("reference" if gpu else "auto"):
+        expected = hidden_states(model, ids, [7, 1])
+    for name in ("norm", "silu_mul", "latent_write"):
+        monkeypatch.setattr(ops, name, getattr(kernel_fused, name))
+    limit = 1e-5 if not gpu else 1e-4 if num.gemm is None else 0.1
+    assert relative_error(hidden_states(model, ids, [7, 1]), expected) < limit

@@ -1,0 +1,472 @@
+"""The attention kernels against attention written out in float64, on ragged sequences over scattered pages.
+
+Whatever no query may see holds NaN: pages that nobody has, the tails of last pages, the workspaces beforehand (see
+test_kernel.poisoned), and what lies behind every tensor.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from core.batch import FEW_ROWS, Batch, Extent
+from ops import formats, reference
+
+pytest.importorskip("triton")
+from test_kernel import DEVICE, INTERPRETED, guarded, poisoned, same  # noqa: F401  (poisoned works by being here)
+
+from ops import backend as ops
+from ops.gpu import attention
+from ops.gpu import gemm as kernel
+
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # compiled, the kernels multiply in bfloat16
+EXACT = 2e-6 if INTERPRETED else 1e-2
+SCALE = 0.37
+SMALL = (3, 24, 16, 20, 48)  # N, dn, R, dv, C: no power of two but one
+TINY = (1, 16, 16, 16, 32)
+
+
+class Problem:
+    """Ragged sequences over shuffled pages, and the answer."""
+
+    def __init__(
+        self, lengths: list[int], new: list[int], dims: tuple[int, ...] = SMALL, packed: bool = False, seed: int = 0
+    ):
+        g = torch.Generator().manual_seed(seed)
+        self.n, dn, r, dv, c = dims
+        self.lengths, self.new, self.c = lengths, new, c
+        n_pages = [-(-length // 64) for length in lengths]
+        order = (torch.randperm(sum(n_pages), generator=g) + 1).tolist()  # page 0, which fills up tables, is nobody's
+        self.pages = [[order.pop() for _ in range(n)] for n in n_pages]
+        self.latents = [torch.randn(length, c + r, generator=g) for length in lengths]
+        width = formats.packed_latent_bytes(c, r) if packed else c + r
+        pool = torch.full((sum(n_pages) + 2, 64, width), 0xFF if packed else math.nan)
+        pool = pool.to(torch.uint8 if packed else DTYPE)
+        for i, (latent, pages) in enumerate(zip(self.latents, self.pages, strict=True)):
+            rows = reference.pack_latents(latent, c) if packed else latent.to(DTYPE)
+            self.latents[i] = reference.unpack_latents(rows, c, torch.float32) if packed else rows
+            for at, page in enumerate(pages):
+                part = rows[at * 64 : at * 64 + 64]
+                pool[page, : len(part)] = part
+        self.pool = guarded(pool.view(torch.float8_e4m3fn)).view(torch.uint8) if packed else guarded(pool)
+        self.q_nope, self.q_pe = (torch.randn(sum(new), self.n, d, generator=g).to(DTYPE) for d in (dn, r))
+        self.w_uk, self.w_uv = ((torch.randn(self.n, d, c, generator=g) / c**0.5).to(DTYPE) for d in (dn, dv))
+
+    @property
+    def batch(self) -> Batch:
+        batch = Batch.pack([([0] * q, n - q, p) for n, q, p in zip(self.lengths, self.new, self.pages, strict=True)])
+        tensors = {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+        return replace(batch, **{name: value.to(DEVICE) for name, value in tensors.items()})
+
+    def inputs(self, batch: Batch | None = None) -> tuple[Any, ...]:
+        q = torch.cat((self.q_nope, self.q_pe), dim=-1)  # q_nope is a part of a wider tensor, as in the model
+        q_nope = guarded(q.index_fill(-1, torch.arange(self.q_nope.shape[-1], q.shape[-1]), math.nan))
+        q_nope, q_pe = q_nope[..., : self.q_nope.shape[-1]], guarded(self.q_pe)
+        return q_nope, q_pe, self.pool, batch or self.batch, guarded(self.w_uk), guarded(self.w_uv), SCALE
+
+    def expected(self) -> torch.Tensor:
+        """Every head's keys and values written out, in float64."""
+        out, at = [], 0
+        for n, q, latent in zip(self.lengths, self.new, self.latents, strict=True):
+            c_kv, k_pe = latent.double().split([self.c, latent.shape[1] - self.c], dim=-1)
+            k = torch.einsum("lc,hdc->hld", c_kv, self.w_uk.double())
+            k = torch.cat((k, k_pe.expand(self.n, -1, -1)), dim=-1)
+            v = torch.einsum("lc,hdc->hld", c_kv, self.w_uv.double())
+            query = torch.cat((self.q_nope, self.q_pe), dim=-1)[at : at + q].double().transpose(0, 1)
+            visible = torch.arange(n) <= torch.arange(n - q, n)[:, None]
+            scores = (query @ k.mT * SCALE).masked_fill(~visible, -math.inf)
+            out.append((scores.softmax(-1) @ v).transpose(0, 1))
+            at += q
+        return torch.cat(out)
+
+
+def error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    """The worst of any (token, head)'s relative errors: in a norm over all one wrong row would hide."""
+    gap = (y.cpu().double() - expected).norm(dim=-1)
+    return (gap / expected.norm(dim=-1)).max().item()
+
+
+def prefilled(batch: Batch) -> Batch:
+    """The same batch, every sequence of which is to go through the prefill kernel."""
+    return replace(batch, few=Extent(), many=batch.whole)
+
+
+BATCHES = [
+    ([1], [1]),
+    ([1, 2, 63, 64, 65, 130, 700], [1, 2, 3, 4, 5, 1, 1]),  # decode and verification
+    ([64, 130, 66], [64, 70, 65]),  # fresh, behind a prefix, and one token past a tile
+    ([513, 40, 1, 200], [1, 40, 1, 150]),  # all at once
+]
+
+
+@pytest.mark.parametrize("lengths, new", BATCHES)
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "fp8"])
+def test_against_float64(lengths: list[int], new: list[int], packed: bool) -> None:
+    p = Problem(lengths, new, packed=packed)
+    assert error(attention.mla(*p.inputs()), p.expected()) < EXACT
+
+
+@pytest.mark.parametrize("lengths, new", [([1, 2, 63, 65], [1, 2, 63, 1]), ([130, 300], [130, 40])])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "fp8"])
+def test_prefill_of_few_rows(lengths: list[int], new: list[int], packed: bool) -> None:
+    p = Problem(lengths, new, packed=packed)
+    assert error(attention.mla(*p.inputs(prefilled(p.batch))), p.expected()) < EXACT
+
+
+def own(table: dict[Any, tuple[attention.Tile, ...]]) -> list[attention.Tile]:
+    """On a GPU its own tiles, in the interpreter all of them, each once."""
+    arch = None if INTERPRETED else kernel.architecture(torch.device(DEVICE))
+    found = [tile for key, tiles in table.items() if arch is None or arch in key for tile in tiles]
+    return list({(tile.rows, tile.keys, tile.swap): tile for tile in found}.values())
+
+
+@pytest.mark.parametrize("tile", own(attention.DECODE), ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "fp8"])
+def test_every_decode_tile(tile: attention.Tile, packed: bool) -> None:
+    """Rows of one sequence in two tiles and more, and keys in two splits."""
+    p = Problem([150, 40], [1 + tile.rows // 5, 3], (6, 16, 16, 16, 32), packed)
+    batch = p.batch
+    q = guarded(torch.einsum("tnd,ndc->tnc", p.q_nope, p.w_uk))
+    o = attention.decode(q, guarded(p.q_pe), p.pool, batch, batch.whole, SCALE, split_keys=128, tile=tile)
+    assert error(torch.einsum("tnc,nvc->tnv", o.cpu(), p.w_uv), p.expected()) < EXACT
+
+
+@pytest.mark.parametrize("tile", own(attention.PREFILL), ids=str)
+def test_every_prefill_tile(tile: attention.Tile) -> None:
+    p = Problem([tile.rows + 70, 40], [tile.rows + 5, 3])
+    out = torch.empty(sum(p.new), p.n, 20, dtype=DTYPE, device=DEVICE)
+    inputs = p.inputs(prefilled(p.batch))
+    attention.prefill(*inputs, out, tile)
+    assert error(out, p.expected()) < EXACT
+
+
+@pytest.mark.parametrize("n_heads", [16, 128])
+def test_heads_of_v3(n_heads: int) -> None:
+    p = Problem([70, 3], [1, 1], (n_heads, 16, 16, 16, 32))
+    assert error(attention.mla(*p.inputs()), p.expected()) < EXACT
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "fp8"])
+def test_wide_latents(packed: bool) -> None:
+    """More columns than one scale covers, or one program combines."""
+    p = Problem([70, 3], [2, 3], (2, 16, 16, 16, 160), packed)
+    assert error(attention.mla(*p.inputs()), p.expected()) < EXACT
+    assert error(attention.mla(*p.inputs(prefilled(p.batch))), p.expected()) < EXACT
+
+
+def test_splits_agree() -> None:
+    p = Problem([700, 65, 1], [3, 1, 1], TINY)
+    batch = p.batch
+    q = guarded(torch.einsum("tnd,ndc->tnc", p.q_nope, p.w_uk))
+
+    def split(keys: int) -> torch.Tensor:
+        return attention.decode(q, guarded(p.q_pe), p.pool, batch, batch.few, SCALE, split_keys=keys)
+
+    whole = split(704)
+    for keys in (64, 384):
+        assert error(split(keys), whole.cpu().double()) < EXACT / 2
+    assert not same(split(64), whole)  # or nothing was split
+
+
+def test_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workspace that holds the splits of two tokens."""
+    p = Problem([300, 1, 130], [2, 1, 5])
+    inputs = p.inputs()
+    whole = attention.mla(*inputs)
+    monkeypatch.setattr(attention, "SPLIT_BYTES", 10 * p.n * 2 * p.c * 4 + 1)  # two tokens' five pages each
+    batch = p.batch
+    assert error(attention.mla(*p.inputs(batch)), whole.cpu().double()) < EXACT / 2
+    assert [key[1:3] for key in batch.memo] == [(0, 2), (2, 4), (4, 6), (6, 8)]
+
+
+@pytest.mark.parametrize("keys", [64, 100, 231])
+def test_prefill_in_slabs(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slabs that end anywhere in a sequence, and hold several of them."""
+    p = Problem([200, 20, 150, 90], [130, 20, 66, 1], (2, 24, 16, 20, 48))
+    inputs = p.inputs(prefilled(p.batch))
+    monkeypatch.setattr(attention, "SLAB_BYTES", keys * (2 * (24 + 20) + 48 + 16) * p.q_nope.itemsize)
+    assert error(attention.mla(*inputs), p.expected()) < EXACT
+
+
+def test_extents_may_be_upper_bounds() -> None:
+    for new in ([1, 2, 1], [70, 80, 66]):
+        p = Problem([100, 90, 66], new)
+        batch = p.batch
+        name = "few" if batch.few.n else "many"
+        extent = replace(batch.whole, longest_q=2 * max(new), longest_kv=2048, total_kv=3000)
+        assert error(attention.mla(*p.inputs(replace(batch, **{name: extent}))), p.expected()) < EXACT
+
+
+# How decode shares its work
+
+
+def shared_out(pages: list[int], tiles: list[int], fixed: int = 0, programs: int = attention.PROGRAMS) -> list[Any]:
+    """share_kernel's rule: for each program (sequence, tile, first page, pages of a split)."""
+    most = fixed or max(1, -(-sum(p * t for p, t in zip(pages, tiles, strict=True)) // programs))
+    found = []
+    for i, (p, t) in enumerate(zip(pages, tiles, strict=True)):
+        splits = -(-p // most)
+        own = fixed or -(-p // splits)
+        found += [(i, tile, split * own, own) for split in range(splits) for tile in range(t)]
+    return found
+
+
+@pytest.mark.parametrize("fixed", [0, 8])
+def test_the_shares_are_as_the_rule_says(fixed: int) -> None:
+    """With more sequences than are looked at at a time, and without those whose tokens are left out."""
+    g = torch.Generator().manual_seed(1)
+    lengths, new = torch.randint(1, 40_000, (150,), generator=g), torch.randint(1, 5, (150,), generator=g)
+    bounds = torch.cat((torch.zeros(1, dtype=torch.int64), new.cumsum(0))).int()
+    pages, (first, last) = (-(-lengths // 64)).tolist(), (4, 370)
+    begins, stops = bounds[:-1].clamp(min=first).tolist(), bounds[1:].clamp(max=last).tolist()
+    tiles = [max(0, -(-(stop - begin) * 6 // 16)) for begin, stop in zip(begins, stops, strict=True)]
+    assert min(tiles) == 0 and max(tiles) == 2
+    expected = [
+        [i, begins[i], stops[i], tile, 64 * page, 64 * own] for i, tile, page, own in shared_out(pages, tiles, fixed)
+    ]
+    extent = Extent(150, int(bounds[-1]), 4, 40_000, int(lengths.sum()))
+    programs = attention.split_programs(extent, last - first, 6, 16, 64, 64 * fixed)
+    assert len(expected) <= programs
+    shares = torch.empty(programs, 6, dtype=torch.int32, device=DEVICE)
+    attention.share_kernel[(150,)](
+        guarded(lengths.int()), guarded(bounds), shares, programs, first, last, fixed, attention.PROGRAMS, 6, 16, 64
+    )
+    assert shares[: len(expected)].tolist() == expected and (shares[len(expected) :, 0] == -1).all()
+
+
+@pytest.mark.parametrize("many", [1, 2, 3, 8, 32, 64, 128, 256])
+def test_short_sequences_in_a_graph_for_long_ones_occupy_the_whole_gpu(many: int) -> None:
+    """4,096 keys each where 163,840 are allowed, on 132 multiprocessors that take two programs: as many have work as
+    there are pages for, and the longest share is not much longer than the mean one."""
+    longest = 163_840
+    programs = attention.split_programs(Extent(many, many, 1, longest, many * longest), many, 16, 16, 64, 0)
+    work = [own for *_, own in shared_out([64] * many, [1] * many)]
+    assert len(work) <= programs <= many + 2 * 132
+    assert len(work) >= min(64 * many, 0.9 * 2 * 132)
+    assert max(work) <= max(1, 1.5 * 64 * many / (2 * 132))
+
+
+def test_one_long_sequence_is_shared_out_among_all() -> None:
+    """1,600 pages beside 127 sequences of 16: about as evenly as in one piece."""
+    work = shared_out([1600] + [16] * 127, [1] * 128)
+    assert max(own for *_, own in work) <= 14 and len(work) <= 2 * 132 + 128
+    assert len(shared_out([1600], [2])) <= 2 * 132 + 2  # with two tiles of rows half as many splits
+
+
+MIXED = [4096, 1, 65, 64, 700, 63]
+
+
+@pytest.mark.parametrize(
+    "lengths, packed",
+    [([1], False), ([63], True), ([64], False), ([65], True), ([4096], False), (MIXED, False)]
+    + [pytest.param(n, True, marks=pytest.mark.trust) for n in ([4096], MIXED)],
+)
+def test_a_table_much_wider_than_needed(lengths: list[int], packed: bool) -> None:
+    """As where a graph for long contexts is used for short ones: the bits are those of the batch by itself."""
+    p = Problem(lengths, [min(3, n) for n in lengths], TINY, packed)
+    batch = p.batch
+    wide = torch.full((len(lengths), 2560), 1 << 20, dtype=torch.int32)
+    wide[:, : batch.pages.shape[1]] = batch.pages.cpu()
+    few = replace(batch.few, longest_kv=163_840, total_kv=len(lengths) * 163_840)
+    recorded = replace(batch, pages=wide.to(DEVICE), few=few)
+    out = attention.mla(*p.inputs(recorded))
+    assert error(out, p.expected()) < EXACT
+    assert same(attention.mla(*p.inputs(batch)), out)
+    together = in_mode(p, recorded)
+    assert error(together, p.expected()) < EXACT and same(in_mode(p, batch), together)
+    assert same(part(p, 0, 0, p.new[0]), together[: p.new[0]])
+
+
+# Batch-invariant mode
+
+
+def in_mode(p: Problem, batch: Batch) -> torch.Tensor:
+    with ops.batch_invariant():
+        return attention.mla(*p.inputs(batch), by_rows=ops._by_rows)
+
+
+def part(p: Problem, i: int, lo: int, hi: int) -> torch.Tensor:
+    """New tokens [lo, hi) of sequence i by themselves, as if those before them had come in an earlier chunk."""
+    at, start = sum(p.new[:i]), p.lengths[i] - p.new[i]
+    batch = Batch.pack([([0] * (hi - lo), start + lo, p.pages[i])], DEVICE)
+    alone = Problem.__new__(Problem)
+    vars(alone).update(vars(p))
+    alone.q_nope, alone.q_pe = p.q_nope[at + lo : at + hi], p.q_pe[at + lo : at + hi]
+    return in_mode(alone, batch)
+
+
+def test_the_same_bits_in_any_company(own_sums: None) -> None:
+    p = Problem([600, 1, 100], [3, 1, 70], TINY)
+    together = in_mode(p, p.batch)
+    assert error(together, p.expected()) < EXACT
+    at = 0
+    for i, q in enumerate(p.new):
+        assert same(part(p, i, 0, q), together[at : at + q])
+        at += q
+
+
+def test_the_same_bits_at_every_cut(own_sums: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With three splits, and a workspace for seven tokens."""
+    monkeypatch.setattr(attention, "FIXED_SPLIT", 64)
+    p = Problem([131], [20], TINY)
+    monkeypatch.setattr(attention, "SPLIT_BYTES", 3 * p.n * p.c * 4 * 7)
+    whole = in_mode(p, p.batch)
+    for cut in (1, 16, 19):
+        assert same(torch.cat((part(p, 0, 0, cut), part(p, 0, cut, 20))), whole)
+
+
+def test_without_the_mode_bits_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PROGRAMS", 12)
+    p = Problem([600, 130], [3, 1], TINY)
+    alone = Problem([600], [3], TINY)
+    vars(alone).update(pool=p.pool, pages=p.pages[:1], q_nope=p.q_nope[:3], q_pe=p.q_pe[:3])
+    assert not same(attention.mla(*alone.inputs()), attention.mla(*p.inputs())[:3])
+
+
+# What the host does
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_the_door(invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 through ops.mla as on a GPU, against the reference."""
+    p = Problem([300, 1, 100], [1, 1, 70], TINY)
+    monkeypatch.setattr(ops, "_fast", lambda x: True)
+    inputs = [x.to(DEVICE, torch.bfloat16) if isinstance(x, torch.Tensor) else x for x in p.inputs()]
+    with ops.batch_invariant(invariant):
+        out = ops.mla(*inputs)
+    assert out.dtype == torch.bfloat16 and error(out, p.expected()) < 3e-2
+
+
+def test_batches_know_their_extents() -> None:
+    sequences = [(1, 70), (FEW_ROWS, 0), (3, 300), (FEW_ROWS + 1, 5), (2, 9)]
+    batch = Batch.pack([([0] * q, start, list(range(6))) for q, start in sequences])
+    assert batch.few == Extent(3, FEW_ROWS + 4, FEW_ROWS, 303, 71 + FEW_ROWS + 303)
+    assert batch.many == Extent(2, FEW_ROWS + 3, FEW_ROWS + 1, FEW_ROWS + 6, FEW_ROWS + 6 + 11)
+    assert batch.whole == Extent(5, 2 * FEW_ROWS + 7, FEW_ROWS + 1, 303, 71 + FEW_ROWS + 303 + FEW_ROWS + 17)
+    assert Batch.pack([([0], 0, [0])]).many == Extent()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
+class TestLaunches:
+    """With V3's dimensions, on tensors without data: any question to the device would be an error."""
+
+    @pytest.fixture
+    def poisoned(self) -> None:
+        """Nothing to poison."""
+
+    @pytest.fixture
+    def launched(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+        asked: list[tuple[str, dict[str, Any]]] = []
+
+        class Recorder:
+            def __init__(self, name: str, arg_names: list[str]) -> None:
+                self.name, self.arg_names = name, arg_names
+
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+                assert all(0 < g < limit for g, limit in zip(grid, (1 << 31, 1 << 16, 1 << 16), strict=False)), grid
+
+                def launch(*args: Any, **kwargs: Any) -> None:
+                    types = {}
+                    for name, value in zip(self.arg_names, args, strict=False):
+                        if value is None:
+                            kwargs[name] = None
+                        elif isinstance(value, torch.Tensor):
+                            types[name] = NAMES[value.dtype]
+                            assert value.is_contiguous() or name in ("q_ptr", "pages_ptr")
+                            aligned = value.storage_offset() * value.itemsize % 16 == 0
+                            assert aligned or name in UNALIGNED, name
+                        else:
+                            assert -(1 << 31) <= value < 1 << 31
+                    asked.append((self.name, kwargs, types))
+
+                return launch
+
+        monkeypatch.setattr(attention, "architecture", lambda device: "sm_90")
+        monkeypatch.setattr(attention, "INTERPRETED", attention.tl.constexpr(False))
+        for name in LAUNCHED:
+            monkeypatch.setattr(attention, name, Recorder(name, getattr(attention, name).arg_names))
+        return asked
+
+    def run(self, n_heads: int, sequences: list[tuple[int, int]], packed: bool = False, fixed: bool = False) -> None:
+        lengths = [(q, start + q) for q, start in sequences]
+        n_few = next((i for i, (q, _) in enumerate(lengths) if q > FEW_ROWS), len(lengths))
+        few, many = Extent.of(lengths[:n_few]), Extent.of(lengths[n_few:])
+        t, b, pages = few.tokens + many.tokens, len(lengths), -(-max(kv for _, kv in lengths) // 64)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device="meta")
+
+        numbers = [empty(t, dtype=torch.int64) for _ in range(3)]
+        tables = [empty(*shape, dtype=torch.int32) for shape in ((b + 1,), (b,), (b, pages))]
+        pool = empty(9, 64, 656, dtype=torch.uint8) if packed else empty(9, 64, 576)
+        q_nope, q_pe = empty(t, n_heads, 192)[..., :128], empty(t, n_heads, 64)
+        w_uk, w_uv = empty(n_heads, 128, 512), empty(n_heads, 128, 512)
+        with ops.batch_invariant(fixed):
+            by_rows = ops._by_rows if fixed else None
+            out = attention.mla(q_nope, q_pe, pool, Batch(*numbers, *tables, few, many), w_uk, w_uv, 0.1, by_rows)
+        assert out.shape == (t, n_heads, 128) and out.is_contiguous()
+
+    @pytest.mark.parametrize("n_heads", [16, 128])
+    @pytest.mark.parametrize("packed", [False, True], ids=["bf16", "fp8"])
+    def test_launches_ask_for_listed_configurations(
+        self, n_heads: int, packed: bool, launched: list[tuple[str, dict[str, Any], dict[str, str]]]
+    ) -> None:
+        self.run(n_heads, [(1, 5)] * 200, packed)  # one split
+        self.run(n_heads, [(1, 131_000), (5, 3), (2000, 0), (100, 70_000)], packed)
+        self.run(n_heads, [(2, 131_000)], packed)
+        self.run(n_heads, [(3, 600), (40, 0)], packed, fixed=True)
+        assert {name for name, *_ in launched} == LAUNCHED
+        listed: dict[str, list[tuple[dict[str, Any], dict[str, str]]]] = {}
+        for c in attention.configurations():
+            if c.target == "sm_90":
+                listed.setdefault(c.kernel.name, []).append((c.constexprs | c.options, c.types))
+        for name, constants, types in launched:
+            if name == "combine_splits_kernel":
+                constants["N"] = 128  # it only divides by it
+            assert any(constants == known and all(of[n] == types[n] for n in types) for known, of in listed[name]), (
+                name,
+                constants,
+                types,
+            )
+
+    def test_a_long_prompt_stays_within_its_workspace(
+        self, launched: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The last 2,048 tokens of 131,072, with the heads of one rank of eight and with all."""
+        taken = 0
+        plain = torch.empty
+
+        def empty(*size: Any, **kwargs: Any) -> torch.Tensor:
+            nonlocal taken
+            t = plain(*size, **kwargs)
+            taken += t.nbytes if kwargs.keys() == {"dtype", "device"} else 0  # others are torch's own
+            return t
+
+        monkeypatch.setattr(torch, "empty", empty)
+        for n_heads, slabs in ((16, 2), (128, 9)):
+            taken = 0
+            launched.clear()
+            self.run(n_heads, [(2048, 131_072 - 2048)])
+            rest = 2048 * n_heads * (128 * (2 + 4) + 4)  # the output, and what is carried from slab to slab
+            assert attention.SLAB_BYTES * 0.9 < taken - rest <= attention.SLAB_BYTES
+            assert [name for name, *_ in launched] == ["gather_kernel", "prefill_kernel"] * slabs
+            taken = 0
+            self.run(n_heads, [(1, 131_071)] * 128)
+            assert taken <= attention.SPLIT_BYTES * 1.1 + 128 * n_heads * (1024 * 2 + 128 * 2)
+            taken = 0
+            self.run(n_heads, [(300, 131_000)], fixed=True)
+            assert taken <= attention.SPLIT_BYTES * 1.1 + 300 * n_heads * (1024 * 2 + 128 * 2)
+
+
+NAMES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}
+UNALIGNED = ("bounds_ptr", "lengths_ptr", "pages_ptr", "positions_ptr")  # parts of a batch's tables
+LAUNCHED = {"share_kernel", "decode_kernel", "combine_splits_kernel", "gather_kernel", "prefill_kernel"}

@@ -1,0 +1,348 @@
+"""The C kernels against float64 and their references, with this processor's vectors and with shorter ones."""
+
+import functools
+import math
+import platform
+from dataclasses import replace
+
+import pytest
+import torch
+
+from core.batch import Batch
+from ops import reference
+from ops.cpu import kernels as kernel_cpu
+from ops.cpu.kernels import Packed
+from ops.formats import Routing
+from support.model_pairs import relative_error
+
+if kernel_cpu.library() is None:
+    pytest.skip("no C compiler, or other threads than GNU OpenMP's", allow_module_level=True)
+
+SHORTER = tuple("-march=x86-64-v3" if flag == "-march=native" else flag for flag in kernel_cpu.FLAGS)  # AVX2
+
+
+@functools.cache
+def compiled(flags: tuple[str, ...]):
+    return kernel_cpu.load(kernel_cpu.build(kernel_cpu.compiler(), flags))
+
+
+@pytest.fixture(params=["native", "shorter vectors", "three threads"], autouse=True)
+def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With which the kernels are compiled, and whether several threads share even the smallest work."""
+    if request.param == "shorter vectors":
+        if platform.machine() != "x86_64":
+            pytest.skip("x86's")
+        monkeypatch.setattr(kernel_cpu, "library", lambda: compiled(SHORTER))
+        assert kernel_cpu.panel_width() == 16
+    if request.param == "three threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+        monkeypatch.setattr(kernel_cpu, "_threads", lambda work: 3)
+    return request.param
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+# ---------------------------------------------------------------- matrix products
+
+
+@pytest.mark.parametrize("n, k", [(96, 160), (1, 1), (67, 515), (130, 33), (32, 7), (300, 64)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 7, 12, 13, 25, 70])
+def test_linear(n, k, rows):
+    """Whole panels and part of one, every number of rows a block can have; rounded once, if at all."""
+    w, x = randn(n, k), randn(rows, k, seed=1)
+    expected = x.double() @ w.double().T
+    packed = kernel_cpu.pack(w)
+    y = kernel_cpu.linear(x, packed, torch.float32)
+    assert y.shape == (rows, n) and ((y - expected).abs() <= 1e-6 * (x.double().abs() @ w.double().abs().T)).all()
+    assert torch.equal(kernel_cpu.linear(x, packed, torch.bfloat16), y.bfloat16())
+    assert torch.equal(kernel_cpu.linear(x.float(), packed, torch.float32), y)
+    wider = randn(rows, k + 5, seed=2)
+    wider[:, 2 : k + 2] = x
+    assert torch.equal(kernel_cpu.linear(wider[:, 2 : k + 2], packed, torch.float32), y)  # rows that lie apart
+    assert torch.equal(kernel_cpu.linear(x.T.contiguous().T, packed, torch.float32), y)  # numbers that do
+
+
+def test_a_row_does_not_depend_on_its_company(monkeypatch):
+    """To the bit: whatever the number of rows, and so the block's and the chunk's."""
+    x, packed = randn(90, 200), kernel_cpu.pack(randn(150, 200, seed=1))
+    whole = kernel_cpu.linear(x, packed, torch.float32)
+    for rows in range(1, 30):
+        assert torch.equal(kernel_cpu.linear(x[:rows], packed, torch.float32), whole[:rows])
+    monkeypatch.setattr(kernel_cpu, "CHUNK_BYTES", 4 * 200 * 30)
+    assert kernel_cpu.chunk_rows(200) == 24
+    assert torch.equal(kernel_cpu.linear(x, packed, torch.float32), whole)
+
+
+def test_a_stack_of_whole_panels_is_packed_where_it_lies():
+    stack, x = randn(3, 96, 50), randn(5, 50, seed=1)
+    plain = stack.clone()
+    packed = kernel_cpu.pack(stack)
+    assert packed.data.data_ptr() == stack.data_ptr() and len(packed) == 3 and not torch.equal(stack, plain)
+    ragged = kernel_cpu.pack(odd := plain[:, :91].contiguous())
+    assert torch.equal(odd, plain[:, :91]) and ragged.data.numel() == 3 * kernel_cpu.packed_numbers(91, 50)
+    for e in range(3):
+        y = kernel_cpu.linear(x, packed[e], torch.float32)
+        assert relative_error(y, x.double() @ plain[e].double().T) < 1e-6
+        assert torch.equal(kernel_cpu.linear(x, ragged[e], torch.float32), y[:, :91])
+
+
+def test_a_matrix_is_left_as_it_was():
+    """The head may be the embedding too."""
+    w = randn(64, 32)
+    kernel_cpu.pack(w)
+    assert torch.equal(w, randn(64, 32))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_in_its_row(bad):
+    w, x = randn(70, 20), randn(3, 20, seed=1)
+    w[33, 4] = x[1, 7] = bad
+    y = kernel_cpu.linear(x, kernel_cpu.pack(w), torch.float32)
+    expected = x.float() @ w.float().T
+    assert torch.equal(y.isfinite(), expected.isfinite()) and not y[0, 33].isfinite() and not y[1].isfinite().any()
+    assert torch.equal(y.isnan(), expected.isnan())
+    rounded = kernel_cpu.linear(x, kernel_cpu.pack(w), torch.bfloat16)
+    assert torch.equal(rounded.isnan(), y.isnan()) and torch.equal(rounded.isinf(), y.isinf())
+
+
+def test_rounding_is_to_even():
+    """Ties, which multiplying by one leaves as they are; the largest numbers round up to infinity."""
+    one = kernel_cpu.pack(torch.eye(64).bfloat16())
+    bits = torch.arange(1 << 16, dtype=torch.int64)[:, None] * 65536 + torch.tensor(
+        [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]
+    )
+    x = ((bits + 2**31) % 2**32 - 2**31).to(torch.int32).view(torch.float32).flatten()
+    x = x[x.isfinite() & ((x.abs() >= 2.0**-126) | (x == 0))][: 6 * 65000 // 64 * 64].view(-1, 64)
+    assert torch.equal(kernel_cpu.linear(x, one, torch.bfloat16), x.bfloat16())
+    few = kernel_cpu.pack(torch.eye(5, 64).bfloat16())  # less than a vector
+    assert torch.equal(kernel_cpu.linear(x, few, torch.bfloat16), x[:, :5].bfloat16())
+
+
+# ---------------------------------------------------------------- mixture of experts
+
+
+@pytest.mark.parametrize("h, inter", [(72, 40), (64, 32), (33, 7)])
+@pytest.mark.parametrize("rows, first, n_local", [(1, 0, 8), (7, 0, 8), (200, 0, 8), (7, 2, 3), (1, 6, 2), (90, 0, 1)])
+def test_experts(rows, first, n_local, h, inter, monkeypatch):
+    """One token or many, all experts or this rank's, ones nobody chose; in bundles of few rows and many."""
+    g = torch.Generator().manual_seed(rows)
+    w13 = torch.randn(n_local, 2 * inter, h, generator=g).bfloat16() / 8
+    w2 = torch.randn(n_local, h, inter, generator=g).bfloat16() / 8
+    x, shared = torch.randn(rows, h, generator=g).bfloat16(), torch.randn(rows, h, generator=g).bfloat16()
+    ids = torch.stack([torch.randperm(8, generator=g)[:3] for _ in range(rows)])
+    weights = torch.rand(rows, 3, generator=g)
+    expected = torch.zeros(rows, h, dtype=torch.float64)
+    for t in range(rows):
+        for e, weight in zip((ids[t] - first).tolist(), weights[t].double(), strict=True):
+            if 0 <= e < n_local:
+                gate, up = (w13[e].double() @ x[t].double()).chunk(2)
+                expected[t] += weight * (w2[e].double() @ (torch.nn.functional.silu(gate) * up))
+    packed = kernel_cpu.pack(w13), kernel_cpu.pack(w2)
+    alone = kernel_cpu.experts(x, weights, ids, first, *packed, inter)
+    assert alone.dtype == torch.bfloat16
+    assert ((alone.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5 * expected.abs().max()).all()
+    both = kernel_cpu.experts(x, weights, ids, first, *packed, inter, shared)
+    exact = expected + shared.double()
+    assert ((both.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * exact.abs().max()).all()
+    for bundle in (1, 40):  # whatever goes together, and a row whatever else there is
+        monkeypatch.setattr(kernel_cpu, "BUNDLE_ROWS", bundle)
+        assert torch.equal(kernel_cpu.experts(x, weights, ids, first, *packed, inter, shared), both)
+    last = slice(rows - 1, rows)
+    few = kernel_cpu.experts(x[last], weights[last], ids[last], first, *packed, inter, shared[last])
+    assert torch.equal(few, both[last])
+
+
+RULES = [
+    Routing(4, score, method, groups, 3, normalise, 2.5)
+    for score in ("sigmoid", "softmax")
+    for method, groups in (("greedy", 1), ("greedy", 8), ("noaux_tc", 8), ("group_limited_greedy", 8), ("noaux_tc", 1))
+    for normalise in (True, False)
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: f"{r.score_func}-{r.topk_method}-{r.n_groups}-{r.normalise}")
+@pytest.mark.parametrize("biased", [False, True])
+def test_route(rule, biased):
+    g = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(300, 64, generator=g)
+    bias = torch.randn(64, generator=g) if biased else None
+    weights, ids = kernel_cpu.route(logits, bias, rule)
+    expected, chosen = reference.route(logits, bias, rule)
+    assert torch.equal(ids, chosen) and relative_error(weights, expected) < 1e-6
+
+
+def test_equal_choices_are_taken_in_order():
+    weights, ids = kernel_cpu.route(torch.zeros(2, 12), None, Routing(5, "softmax", "noaux_tc", 4, 2, False, 1.0))
+    assert ids.tolist() == [[0, 1, 2, 3, 4]] * 2 and torch.allclose(weights, torch.tensor(1 / 12))
+
+
+@pytest.mark.parametrize(
+    "rule", [r for r in RULES if r.normalise], ids=lambda r: f"{r.score_func}-{r.topk_method}-{r.n_groups}"
+)
+@pytest.mark.parametrize("place", [0, 17, 63])
+def test_nan_is_chosen_and_so_seen(rule, place):
+    logits = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+    logits[1, place] = math.nan
+    weights, ids = kernel_cpu.route(logits, None, rule)
+    assert weights[1].isnan().any() and not weights[0].isnan().any()
+    assert place in ids[1].tolist() or rule.score_func == "softmax"  # where all are NaN
+    logits[1] = math.nan
+    weights, ids = kernel_cpu.route(logits, None, rule)
+    assert weights[1].isnan().all() and len(set(ids[1].tolist())) == 4 and ids.max() < 64
+
+
+def test_choices_of_minus_infinity():
+    """With fewer experts left than wanted the rest are some that were dropped, each once."""
+    rule = Routing(4, "sigmoid", "noaux_tc", 4, 1, True, 1.0)
+    bias = torch.full((8,), -math.inf)
+    bias[3] = 0
+    for b, one in ((None, rule), (bias, rule), (bias, replace(rule, n_groups=1))):
+        weights, ids = kernel_cpu.route(torch.randn(5, 8), b, one)
+        assert all(len(set(row)) == 4 for row in ids.tolist()) and weights.isfinite().all()
+    assert ids[:, 0].eq(3).all()
+
+
+# ---------------------------------------------------------------- what goes number by number
+
+
+def same_but_for_the_last_bit(y: torch.Tensor, expected: torch.Tensor, share: float = 0.01) -> None:
+    """Sums in another order may round another way now and then."""
+    far = (y.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
+    assert far.max() <= 1 and (far > 0).float().mean() <= share
+
+
+@pytest.mark.parametrize("h", [1, 15, 16, 300])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_norm(h, rows):
+    x, delta, w = randn(rows, h), randn(rows, h, seed=1), randn(h, seed=2)
+    for more in (None, delta):
+        y, total = kernel_cpu.norm(x, w, 1e-6, more)
+        expected, sums = reference.norm(x, w, 1e-6, more)
+        assert torch.equal(total, sums)
+        same_but_for_the_last_bit(y, expected)
+    wide = randn(rows, h + 9)
+    same_but_for_the_last_bit(kernel_cpu.norm(wide[:, :h], w, 1e-6)[0], reference.norm(wide[:, :h], w, 1e-6)[0])
+
+
+@pytest.mark.parametrize("inter", [1, 33, 64])
+def test_silu_mul(inter):
+    gate_up = randn(50, 2 * (inter + 3)) * 4
+    assert torch.equal(kernel_cpu.silu_mul(gate_up, inter), reference.silu_mul(gate_up, inter))
+
+
+def test_silu_of_every_number():
+    """All 65,536 of bfloat16, with which exp is tested too."""
+    gate = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    gate_up = torch.cat((gate[:, None], torch.ones(1 << 16, 1).bfloat16()), dim=-1).view(-1, 32, 2).mT.reshape(-1, 64)
+    y = kernel_cpu.silu_mul(gate_up, 32).flatten()
+    exact = torch.nn.functional.silu(gate.double())
+    finite = gate.isfinite()
+    assert torch.equal(y.isnan(), gate.isnan() | (gate == -math.inf))
+    error = (y.double() - exact)[finite].abs()
+    assert (error <= 2**-8 * exact[finite].abs() + 1e-35).all()
+    assert y[gate == math.inf].item() == math.inf
+
+
+def test_latent_write():
+    """As the reference does: shuffled slots, one that is written nowhere, inputs that are parts of wider rows."""
+    c, r, n = 50, 16, 5
+    kv, q = randn(9, c + r), randn(9, n, 24 + r, seed=1)
+    angles = torch.rand(9, r // 2, generator=torch.Generator().manual_seed(2)) * 100
+    slots = torch.tensor([3, 4, 200, -1, 100, 101, 7, 8, 255])
+    pools = [torch.full((4, 64, c + r), 7.0).bfloat16() for _ in range(2)]
+    inputs = kv[:, :c], kv[:, c:], randn(c, seed=3), 1e-6, angles.cos(), angles.sin(), q[..., 24:], slots
+    turned = kernel_cpu.latent_write(*inputs, pools[0])
+    expected = reference.latent_write(*inputs, pools[1])
+    same_but_for_the_last_bit(turned, expected, 0.02)
+    same_but_for_the_last_bit(pools[0], pools[1], 0.02)
+    apart = kernel_cpu.latent_write(kv[:, :c].clone(), kv[:, c:].clone(), *inputs[2:], pools[0])
+    assert torch.equal(apart, turned)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def problem(lengths, new, n=5, dn=24, r=16, dv=20, c=48, page=64, seed=0):
+    """Ragged sequences over shuffled pages, in bfloat16, and the reference's answer in float32."""
+    g = torch.Generator().manual_seed(seed)
+    n_pages = [-(-length // page) for length in lengths]
+    order = torch.randperm(sum(n_pages), generator=g).tolist()
+    pages = [[order.pop() for _ in range(count)] for count in n_pages]
+    batch = Batch.pack([([0] * q, k - q, p) for k, q, p in zip(lengths, new, pages, strict=True)])
+    t = sum(new)
+    q_nope, q_pe = (torch.randn(t, n, d, generator=g).bfloat16() for d in (dn, r))
+    latents = torch.randn(sum(n_pages), page, c + r, generator=g).bfloat16()
+    w_uk, w_uv = (torch.randn(n, d, c, generator=g).div(c**0.5).bfloat16() for d in (dn, dv))
+    inputs = (q_nope, q_pe, latents, batch, w_uk, w_uv, 0.37)
+    return inputs, reference.mla(*[x.float() if isinstance(x, torch.Tensor) else x for x in inputs])
+
+
+def attend(inputs, most: int = 16) -> torch.Tensor:
+    out = torch.full((*inputs[0].shape[:2], inputs[5].shape[1]), 7.0).bfloat16()
+    kernel_cpu.mla(*inputs, most, out)
+    return out
+
+
+SHAPES = [
+    ([1], [1]),
+    ([64, 65, 128, 300], [1, 1, 1, 1]),
+    ([300, 517, 250], [16, 1, 5]),  # drafts, which do not see each other's future
+    ([2, 64, 63], [2, 7, 16]),
+    ([3000], [3]),  # in several splits
+    ([17000, 70], [1, 2]),  # which grow
+]
+
+
+@pytest.mark.parametrize("lengths, new", SHAPES)
+@pytest.mark.parametrize(
+    "sizes", [{}, {"n": 16, "c": 512, "r": 64}, {"n": 20, "c": 50}, {"n": 3, "c": 7, "r": 2, "dv": 5}]
+)
+def test_mla(lengths, new, sizes):
+    if sizes.get("c") == 512 and max(lengths) > 4000:
+        lengths = [n // 4 for n in lengths]
+    inputs, expected = problem(lengths, new, **sizes)
+    assert relative_error(attend(inputs), expected) < 3e-3
+
+
+def test_scores_far_apart():
+    """Where one key takes it all, and where those of the first splits count for nothing."""
+    (q_nope, q_pe, latents, batch, w_uk, w_uv, _), _ = problem([900], [2])
+    inputs = q_nope, q_pe, latents, batch, w_uk, w_uv, 40.0
+    expected = reference.mla(*[x.float() if isinstance(x, torch.Tensor) else x for x in inputs])
+    assert relative_error(attend(inputs), expected) < 1e-2
+
+
+def test_a_sequence_does_not_depend_on_its_company():
+    """To the bit, and NaN in one stays there."""
+    lengths, new = [300, 700, 250], [3, 1, 5]
+    inputs, _ = problem(lengths, new)
+    q_nope, q_pe, latents, batch, *rest = inputs
+    together = attend(inputs)
+    for b, rows in enumerate((slice(0, 3), slice(3, 4), slice(4, 9))):
+        own = batch.pages[b, : -(-lengths[b] // 64)].tolist()
+        alone = Batch.pack([([0] * new[b], lengths[b] - new[b], own)])
+        assert torch.equal(attend((q_nope[rows], q_pe[rows], latents, alone, *rest)), together[rows])
+    latents[batch.pages[1, 0], 5] = math.nan
+    spoiled = attend(inputs)
+    assert (
+        spoiled[3].isnan().all() and torch.equal(spoiled[:3], together[:3]) and torch.equal(spoiled[4:], together[4:])
+    )
+
+
+def test_sequences_of_many_rows_are_left_alone():
+    inputs, expected = problem([300, 200, 100], [1, 17, 16])
+    out = attend(inputs)
+    assert out[1:18].eq(7).all() and relative_error(out[[0, *range(18, 34)]], expected[[0, *range(18, 34)]]) < 3e-3
+    assert attend(inputs, most=0).eq(7).all()
+
+
+def test_wrong_dtypes_are_noticed():
+    packed = kernel_cpu.pack(randn(32, 8))
+    with pytest.raises(Exception, match="float16 where C takes"):
+        kernel_cpu.norm(torch.ones(1, 8).half(), torch.ones(8).bfloat16(), 1e-6)
+    with pytest.raises(AssertionError):
+        kernel_cpu.linear(randn(2, 9), packed, torch.float32)
+    with pytest.raises(AssertionError):
+        kernel_cpu.linear(randn(2, 8), Packed(packed.data[None], 32), torch.float32)

@@ -1,0 +1,538 @@
+"""The kernels of a mixture-of-experts layer, each against its reference on ragged shapes, then the layer as a whole.
+
+As in test_kernel.py: interpreted without a GPU, outputs NaN beforehand, inputs followed by NaN.
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from ops import backend as ops
+from ops import reference
+from ops.formats import Quantised, Routing, Weight
+from support.kernel_launches import only_listed_launches
+
+pytest.importorskip("triton")
+from test_kernel import BLOCK_SIZE, DEVICE, E4M3, INTERPRETED, PRECISE, PRECISE_BF16, guarded, poisoned, same, wide
+from test_kernel import activations as quantised_activations
+from test_kernel import seeded as seeded
+from test_kernel import weights as quantised_weights
+
+from ops.gpu import gemm as kernel
+from ops.gpu import moe as kernel_moe
+
+__all__ = ["poisoned", "seeded"]  # fixtures, for every test here
+
+TOKENS = [0, 1, 3, 17, 70]
+
+# Router
+
+TEST_RULE = Routing(6, "sigmoid", "noaux_tc", 8, 3, True, 2.5)  # the shape that catches wrong group scores and masks
+LITE = Routing(6, "softmax", "greedy", 1, 1, False, 1.0)
+RULES = {
+    "test": (32, TEST_RULE),
+    "V2-Lite": (64, LITE),
+    "greedy with groups": (64, replace(LITE, n_groups=8, n_limited_groups=2)),
+    "six groups": (60, replace(TEST_RULE, n_groups=6, topk_method="group_limited_greedy")),
+} | kernel_moe.RULES
+
+
+def gate_bias(n_experts: int, rule: Routing) -> torch.Tensor | None:
+    return torch.randn(n_experts) * 0.5 - 1 if rule.topk_method == "noaux_tc" else None
+
+
+def launch_router(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, rule: Routing, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights, ids = kernel_moe.router(guarded(x), guarded(w), None if bias is None else guarded(bias), rule, **options)
+    return weights.cpu(), ids.cpu()
+
+
+def chosen(scores: torch.Tensor, bias: torch.Tensor | None, rule: Routing) -> list[list[int]]:
+    """The choice spelled out one token at a time, in float32; of equals the lowest number is taken."""
+
+    def order(values: list[float]) -> list[int]:
+        return sorted(range(len(values)), key=lambda i: (-values[i], i))
+
+    found = []
+    for row in scores if bias is None else scores + bias:
+        values = row.tolist()
+        size = len(values) // rule.n_groups
+        if rule.topk_method != "greedy":
+            members = [sorted(values[g * size : (g + 1) * size], reverse=True) for g in range(rule.n_groups)]
+            best = 2 if rule.topk_method == "noaux_tc" else 1
+            worth = [torch.tensor(m[:best]).sum().item() for m in members]
+            kept = order(worth)[: rule.n_limited_groups]
+            values = [v if i // size in kept else -math.inf for i, v in enumerate(values)]
+        found.append(order(values)[: rule.top_k])
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, tokens", [(name, 5) for name in RULES] + [pytest.param(name, 70, marks=pytest.mark.trust) for name in RULES]
+)
+def test_router(name: str, tokens: int) -> None:
+    """Two and a half blocks of channels; the logits are checked in float64."""
+    n_experts, rule = RULES[name]
+    x, w, bias = torch.randn(tokens, 320).bfloat16(), torch.randn(n_experts, 320).bfloat16() / 8, None
+    bias = gate_bias(n_experts, rule)
+    weights, ids = launch_router(x, w, bias, rule)
+    expected, expected_ids = reference.route((x.double() @ w.double().T).float(), bias, rule)
+    assert ids.dtype == torch.int64 and torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=0)
+    for ours, exact in zip(reference.router(x, w, bias, rule), (expected, expected_ids), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=0)
+
+
+def brief(tables: dict[str, tuple[Any, ...]]) -> list[Any]:
+    """Every tile of the tables; those that are not in Hopper's wait for `make trust`. On a GPU only its own."""
+    archs = tables if INTERPRETED else [kernel.architecture(torch.device(DEVICE))]
+    found = dict.fromkeys(tile for arch in archs for tile in tables.get(arch, ()))
+    known = set(tables.get("sm_90", ()))
+    return [pytest.param(t, id=str(t), marks=() if t in known or not INTERPRETED else pytest.mark.trust) for t in found]
+
+
+@pytest.mark.parametrize("tile", brief(kernel_moe.ROUTER))
+def test_every_router_tile(tile: kernel_moe.RouterTile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two row tiles, and experts' tiles, the last of each ragged; channels in as many parts as there can be."""
+    row = replace(tile, up_to=math.inf)
+    monkeypatch.setitem(kernel_moe.ROUTER, kernel.architecture(torch.device(DEVICE)), (row,))
+    n_experts, rule = 144, replace(TEST_RULE, n_groups=9)
+    x, w = torch.randn(tile.block_t + 3, 600).bfloat16(), torch.randn(n_experts, 600).bfloat16() / 8
+    bias = gate_bias(n_experts, rule)
+    weights, ids = launch_router(x, w, bias, rule)
+    expected, expected_ids = reference.route((x.double() @ w.double().T).float(), bias, rule)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["V3", "K2", "V2"])
+def test_router_of_near_ties(name: str) -> None:
+    """float32 logits 1e-5 apart, which one-hot tokens pick out of the weights without rounding."""
+    n_experts, rule = RULES[name]
+    tokens = 5
+    logits = 0.5 + 1e-5 * torch.stack([torch.randperm(n_experts) for _ in range(tokens)])
+    bias = torch.full((n_experts,), -0.75) if rule.score_func == "sigmoid" else None
+    _, ids = launch_router(torch.eye(tokens), logits.T.contiguous(), bias, rule)
+    scores = logits.double().sigmoid() if rule.score_func == "sigmoid" else logits.double().softmax(dim=-1)
+    assert ids.tolist() == chosen(scores, None if bias is None else bias.double(), rule)
+    assert torch.equal(ids, reference.route(logits, bias, rule)[1])
+
+
+@pytest.mark.parametrize("name", ["test", "K2", "six groups", "V2-Lite"])
+def test_router_takes_the_first_of_equals(name: str) -> None:
+    """Few different values: groups and experts tie everywhere, at negative biased scores too."""
+    n_experts, rule = RULES[name]
+    logits = torch.randint(0, 3, (20, n_experts)).float()
+    logits[0] = 1
+    bias = torch.randint(-2, 0, (n_experts,)).float() if rule.topk_method == "noaux_tc" else None
+    x = torch.eye(20)
+    _, ids = launch_router(x, logits.T.contiguous(), bias, rule)
+    # One number for each level of the logits stands for its score: sums of two are as exact as the kernel's.
+    scores = logits.sigmoid() if rule.score_func == "sigmoid" else logits
+    assert ids.tolist() == chosen(scores, bias, rule)
+
+
+def test_router_of_nan_stays_in_its_token() -> None:
+    x, w, bias = torch.randn(6, 128).bfloat16(), torch.randn(32, 128).bfloat16() / 8, torch.randn(32)
+    plain, plain_ids = launch_router(x, w, bias, TEST_RULE)
+    x[2, 5] = math.nan
+    weights, ids = launch_router(x, w, bias, TEST_RULE)
+    others = torch.tensor([0, 1, 3, 4, 5])
+    assert same(weights[others], plain[others]) and torch.equal(ids[others], plain_ids[others])
+    assert weights[2].isnan().all() and len({*ids[2].tolist()}) == 6 and ids[2].min() >= 0 and ids[2].max() < 32
+
+
+def test_router_leaves_no_trace_of_company() -> None:
+    x, w, bias = torch.randn(20, 320).bfloat16(), torch.randn(32, 320).bfloat16() / 8, torch.randn(32)
+    weights, ids = launch_router(x, w, bias, TEST_RULE, invariant=True)
+    for rows in (torch.tensor([13]), torch.randperm(20)):
+        again, again_ids = launch_router(x[rows], w, bias, TEST_RULE, invariant=True)
+        assert same(again, weights[rows]) and torch.equal(again_ids, ids[rows])
+
+
+def test_router_of_no_tokens() -> None:
+    weights, ids = kernel_moe.router(torch.zeros(0, 128), torch.zeros(32, 128), None, LITE)
+    assert weights.shape == ids.shape == (0, 6)
+
+
+# Sort
+
+
+def routed(tokens: int, top_k: int, n_experts: int, kind: str = "uniform") -> torch.Tensor:
+    """ids (T, K), distinct in each row. "skewed": half of the experts get none, and one gets every token."""
+    scores = torch.rand(tokens, n_experts)
+    if kind == "skewed":
+        scores[:, ::2] -= 1
+        scores[:, n_experts // 2 + 1] += 2
+    return scores.topk(top_k, dim=-1).indices
+
+
+@pytest.mark.parametrize("kind, block_m", [("uniform", 16), ("skewed", 16), ("skewed", 64)])
+@pytest.mark.parametrize("first, n_local", [(0, 20), (5, 7), (12, 8)])
+def test_sort(first: int, n_local: int, kind: str, block_m: int) -> None:
+    for tokens in TOKENS:
+        ids = routed(tokens, 6, 20, kind)
+        order, tiles = (t.cpu() for t in kernel_moe.sort(guarded(ids), first, n_local, block_m))
+        expected_order, expected_tiles = reference.sort(ids, first, n_local, block_m)
+        used, here = expected_tiles[:, 0] >= 0, expected_order >= 0
+        assert order.shape == expected_order.shape and torch.equal(order[here], expected_order[here])
+        assert torch.equal(tiles[:, 0], expected_tiles[:, 0]) and torch.equal(tiles[used], expected_tiles[used])
+        assert here.sum() == ((ids >= first) & (ids < first + n_local)).sum()
+
+
+def test_sort_in_several_chunks() -> None:
+    n = kernel_moe.SORT_CHUNKS[-1] + 300
+    ids = torch.randint(0, 5, (n, 1), dtype=torch.int32)
+    order, tiles = kernel_moe.sort(guarded(ids), 1, 3, 64)
+    expected_order, expected_tiles = reference.sort(ids, 1, 3, 64)
+    here, used = expected_order >= 0, expected_tiles[:, 0] >= 0
+    assert torch.equal(order.cpu()[here], expected_order[here]) and torch.equal(tiles.cpu()[used], expected_tiles[used])
+
+
+def test_there_are_always_tiles_enough() -> None:
+    """The worst there is: one assignment for each expert but one, which takes all the others."""
+    for n_local, n, block_m in ((7, 40, 16), (7, 22, 16), (7, 7, 16), (7, 3, 16), (1, 33, 16)):
+        spread = min(n, n_local)
+        counts = [n - spread + 1, *[1] * (spread - 1)]
+        needed = sum(-(-count // block_m) for count in counts)
+        assert needed <= kernel_moe.max_tiles(n, n_local, block_m)
+
+
+# Grouped GEMM
+
+needs_fp8 = pytest.mark.skipif(
+    not INTERPRETED and not kernel.has_fp8(torch.device(DEVICE)), reason="this GPU has no FP8 tensor cores"
+)
+KINDS = [pytest.param("w8a8", marks=needs_fp8), "w8a16", "bf16", "float32"]
+TABLES = {"w8a8": kernel_moe.W8A8, "w8a16": kernel_moe.W8A16, "bf16": kernel_moe.PLAIN}
+TABLES |= {"float32": {arch: kernel_moe.FLOAT32 for arch in kernel_moe.PLAIN}}
+LIMITS = {"w8a8": PRECISE, "w8a16": PRECISE_BF16, "bf16": PRECISE_BF16, "float32": PRECISE_BF16}
+
+
+def stacked(kind: str, *shape: int) -> tuple[Weight, torch.Tensor]:
+    """Experts' weights (E, N, K) of a kind, and their exact values in float64."""
+    if kind in ("bf16", "float32"):
+        w = (torch.randn(shape) / math.sqrt(shape[-1])).to(torch.bfloat16 if kind == "bf16" else torch.float32)
+        return Weight(guarded(w)), w.double()
+    w, s = quantised_weights(*shape)
+    s /= 16 * math.sqrt(shape[-1])
+    exact = w.double() * torch.stack([wide(s[e], w[e].shape, BLOCK_SIZE) for e in range(shape[0])])
+    return Weight(guarded(w), guarded(s), "fp8" if kind == "w8a8" else "bf16"), exact
+
+
+def inputs(kind: str, rows: int, k: int) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
+    if kind == "w8a8":
+        q, s = quantised_activations(rows, k)
+        return Quantised(guarded(q), guarded(s), dtype=torch.float32), q.double() * wide(s, q.shape, 1)
+    x = torch.randn(rows, k).to(torch.float32 if kind == "float32" else torch.bfloat16)
+    return guarded(x), x.double()
+
+
+EVERY_TILE = [
+    pytest.param(kind, *p.values, id=f"{kind} {p.id}", marks=[*p.marks, *([needs_fp8] if kind == "w8a8" else [])])
+    for kind, tables in TABLES.items()
+    for p in brief(tables)
+]
+
+
+@pytest.mark.parametrize("kind, tile", EVERY_TILE)
+def test_every_grouped_tile(kind: str, tile: kernel.Tile) -> None:
+    """Gate and up's product of shared rows and down's of rows of their own: an expert with more than a tile, one with
+    none, experts of other ranks; half blocks of channels and a ragged last column tile."""
+    check_grouped(kind, tile)
+
+
+@pytest.mark.parametrize("split", [2, 4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_grouped_gemm_in_parts(kind: str, split: int) -> None:
+    """Two and a half blocks of channels, so that the last part is a short one, or has nothing."""
+    [row, *_] = TABLES[kind][kernel.architecture(torch.device(DEVICE))]
+    check_grouped(kind, replace(row, split=split))
+
+
+def check_grouped(kind: str, tile: kernel.Tile) -> None:
+    tokens, top_k, first, n_local, n, k = tile.block_m + 5, 2, 1, 3, tile.block_n + 28, 320
+    ids = torch.randint(3, 6, (tokens, top_k))
+    ids[:, 0] = 1
+    order, tiles = kernel_moe.sort(guarded(ids), first, n_local, tile.block_m)
+    w, exact = stacked(kind, n_local, n, k)
+    for share in (top_k, 1):
+        x, exact_x = inputs(kind, tokens * top_k // share, k)
+        y = kernel_moe.grouped_gemm(x, w, order, tiles, share, tile).cpu()
+        if tile.split > 1:
+            assert y.shape[0] == tile.split and y.dtype == torch.float32
+            y = y.sum(0)
+        layout = reference.sort(ids, first, n_local, tile.block_m)
+        expected = reference.grouped_gemm(exact_x, *layout, share, lambda e, rows: rows @ exact[e].T)
+        size = reference.grouped_gemm(exact_x.abs(), *layout, share, lambda e, rows: rows @ exact[e].abs().T)
+        here = ((ids >= first) & (ids < first + n_local)).flatten()
+        assert y.shape == expected.shape and y[~here].isnan().all()
+        wide_out = y.dtype == torch.float32
+        bound = LIMITS[kind] * size[here] + (0 if wide_out else expected[here].abs() / 256)
+        assert ((y[here].double() - expected[here]).abs() <= bound).all()
+
+
+def test_few_rows_are_cut_in_as_many_parts_as_occupy_the_gpu() -> None:
+    """Gate and up of V3, split over eight and sixteen ranks, of whole experts, and where there is nothing to gain."""
+
+    def parts(tokens: int, n: int, n_local: int = 256, k: int = 7168, arch: str = "sm_90") -> int:
+        table = kernel_moe.W8A8[arch]
+        return kernel_moe.split_up(table[0], tokens * 8 * n_local / 256, n_local, n, k, arch).split
+
+    assert [parts(tokens, 512) for tokens in (1, 2, 4, 64)] == [2, 1, 1, 1]  # 64 programs and 128
+    assert [parts(tokens, 256) for tokens in (1, 2, 4, 64)] == [4, 2, 1, 1]
+    assert [parts(tokens, 4096, 32) for tokens in (1, 2, 16)] == [2, 1, 1]  # one expert here, two, sixteen
+    assert parts(1, 512, k=512) == 1 and parts(1, 512, arch="gfx942") == 4
+
+
+@pytest.mark.parametrize("n_local, tokens", [(12, 24), (3, 24)])
+def test_a_tile_is_as_high_as_the_rows_of_an_expert(
+    n_local: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six rows to each, whichever part of the experts is here."""
+    heights = []
+    sort = kernel_moe.sort
+    monkeypatch.setattr(kernel_moe, "sort", lambda *args: heights.append(args[-1]) or sort(*args))
+    x, ids = token_rows("bf16", tokens).to(DEVICE), routed(tokens, TOP_K, N_EXPERTS).to(DEVICE)
+    rest = torch.rand(tokens, TOP_K, device=DEVICE), ids, 0, *layer("bf16", n_local), INTER
+    kernel_moe.experts(x, *rest, n_experts=N_EXPERTS)
+    table = kernel_moe.PLAIN[kernel.architecture(torch.device(DEVICE))]
+    assert heights == [kernel_moe.tile_for(table, tokens * TOP_K / N_EXPERTS).block_m]
+
+
+def test_grouped_gemm_refuses_mistaken_shapes() -> None:
+    tile = kernel_moe.FLOAT32[0]
+    order, tiles = kernel_moe.sort(guarded(torch.zeros(4, 1, dtype=torch.int64)), 0, 2, 16)
+    w, _ = stacked("float32", 2, 32, 64)
+    for x, share in ((torch.zeros(4, 60), 1), (torch.zeros(3, 64), 1), (torch.zeros(4, 64), 2)):
+        with pytest.raises(AssertionError):
+            kernel_moe.grouped_gemm(x.to(DEVICE), w, order, tiles, share, tile)
+    with pytest.raises(AssertionError):
+        kernel_moe.grouped_gemm(torch.zeros(4, 64, device=DEVICE).bfloat16(), w, order, tiles, 1, tile)
+
+
+# Combine
+
+
+@pytest.mark.parametrize("with_shared", [False, True])
+@pytest.mark.parametrize("first, n_local", [(0, 10), (3, 4)])
+def test_combine(first: int, n_local: int, with_shared: bool) -> None:
+    """More columns than a program takes. Rows and weights of experts that are not here are NaN and change nothing."""
+    for tokens in (0, 1, 17):
+        h = kernel_moe.COMBINE_COLUMNS + 100
+        ids, weights = routed(tokens, 3, 10), torch.rand(tokens, 3)
+        y = torch.randn(tokens * 3, h).bfloat16()
+        elsewhere = (ids < first) | (ids >= first + n_local)
+        y[elsewhere.flatten()], weights[elsewhere] = math.nan, math.nan
+        shared = torch.randn(tokens, h).bfloat16() if with_shared else None
+        expected = reference.combine(y, weights, ids, first, n_local, shared)
+        found = kernel_moe.combine(
+            guarded(y), guarded(weights), guarded(ids), first, n_local, None if shared is None else guarded(shared)
+        )
+        assert found.dtype == torch.bfloat16 and not expected.isnan().any()
+        exact = (y.double() * weights.double().reshape(-1, 1)).unflatten(0, ids.shape)
+        exact = exact.masked_fill(elsewhere.unsqueeze(-1), 0).sum(dim=1) + (0 if shared is None else shared.double())
+        for result in (found.cpu(), expected):
+            torch.testing.assert_close(result.double(), exact, rtol=1 / 256, atol=1e-6)
+        found = kernel_moe.combine(guarded(y.float()), guarded(weights), guarded(ids), first, n_local, None)
+        expected = reference.combine(y.float(), weights, ids, first, n_local, None)
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+# The layer
+
+H, INTER, N_EXPERTS, TOP_K = 192, 96, 12, 3  # one and a half blocks of channels, and three quarters
+
+
+def layer(kind: str, n_local: int = N_EXPERTS) -> tuple[Weight, Weight]:
+    """w13 and w2; the rows between gate and up are there when it keeps FP8, and hold zeros."""
+    width = -(-INTER // BLOCK_SIZE) * BLOCK_SIZE if kind in ("w8a8", "w8a16") else INTER
+    w13, _ = stacked(kind, n_local, 2 * width, H)
+    w2, _ = stacked(kind, n_local, H, INTER)
+    for half in (0, width):
+        w13.data.view(torch.uint8)[:, half + INTER : half + width] = 0
+    return w13, w2
+
+
+def compare(found: torch.Tensor, expected: torch.Tensor, kind: str) -> None:
+    """By relative norm: two roundings in bfloat16, or to FP8, may fall to either side."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    distance = (found.cpu().double() - expected.cpu().double()).norm() / expected.cpu().double().norm().clamp(min=1e-30)
+    assert distance < (1e-5 if kind == "float32" else 5e-3), distance
+
+
+def token_rows(kind: str, tokens: int) -> torch.Tensor:
+    return torch.randn(tokens, H).to(torch.float32 if kind == "float32" else torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("first, n_local", [(0, N_EXPERTS), (5, 4)])
+def test_experts(kind: str, first: int, n_local: int) -> None:
+    w13, w2 = layer(kind, n_local)
+    for tokens in TOKENS if kind == "w8a8" and first == 0 else (0, 17):
+        x, weights = token_rows(kind, tokens).to(DEVICE), torch.rand(tokens, TOP_K, device=DEVICE)
+        ids = routed(tokens, TOP_K, N_EXPERTS, "skewed" if tokens == 70 else "uniform").to(DEVICE)
+        shared = token_rows(kind, tokens).to(DEVICE)
+        arguments = x, weights, ids, first, w13, w2, INTER, partial(torch.clone, shared) if tokens != 3 else None
+        with ops.use("reference"):
+            expected = ops.experts(*arguments)
+        compare(kernel_moe.experts(*arguments), expected, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up's partial sums go through silu_mul, quantised or not; another order of adding up is all it changes."""
+    w13, w2 = layer(kind)
+    x, weights = token_rows(kind, 1).to(DEVICE), torch.rand(1, TOP_K, device=DEVICE)
+    arguments = x, weights, routed(1, TOP_K, N_EXPERTS).to(DEVICE), 0, w13, w2, INTER
+    shapes = []
+    silu_mul = kernel_moe.kernel_fused.silu_mul
+    monkeypatch.setattr(
+        kernel_moe.kernel_fused, "silu_mul", lambda y, *a, **how: shapes.append(y.shape) or silu_mul(y, *a, **how)
+    )
+    whole = kernel_moe.experts(*arguments)
+    monkeypatch.setattr(kernel_moe, "split_for", lambda *_: 2)
+    compare(kernel_moe.experts(*arguments), whole, kind)
+    kernel_moe.experts(*arguments, invariant=True)
+    assert [len(shape) for shape in shapes] == [2, 3, 2]
+
+
+@needs_fp8
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+def test_experts_take_quantised_tokens(scale_fmt: str | None) -> None:
+    w13, w2 = (w._replace(scale_fmt=scale_fmt) for w in layer("w8a8"))
+    x, weights = token_rows("w8a8", 2).to(DEVICE), torch.rand(2, TOP_K, device=DEVICE)
+    ids = routed(2, TOP_K, N_EXPERTS).to(DEVICE)
+    rest = weights, ids, 0, w13, w2, INTER
+    q, s = kernel.act_quant(x, scale_fmt=scale_fmt)
+    found = kernel_moe.experts(x, *rest)
+    assert same(kernel_moe.experts(Quantised(q, s, dtype=x.dtype), *rest), found)
+    with ops.use("reference"):
+        compare(found, ops.experts(Quantised(q, s, x), *rest), "w8a8")
+    plain = layer("bf16")
+    assert same(
+        kernel_moe.experts(Quantised(q, s, x), weights, ids, 0, *plain, INTER),
+        kernel_moe.experts(x, weights, ids, 0, *plain, INTER),
+    )
+
+
+@needs_fp8
+def test_scale_format_reaches_both_products() -> None:
+    """With scales that are powers of two the result is another one than without."""
+    w13, w2 = layer("w8a8")
+    x, weights, ids = token_rows("w8a8", 2).to(DEVICE), torch.rand(2, TOP_K, device=DEVICE), routed(2, TOP_K, N_EXPERTS)
+    outs = [
+        kernel_moe.experts(x, weights, ids.to(DEVICE), 0, w13._replace(scale_fmt=a), w2._replace(scale_fmt=b), INTER)
+        for a in (None, "ue8m0")
+        for b in (None, "ue8m0")
+    ]
+    assert all(not torch.equal(a, b) for i, a in enumerate(outs) for b in outs[:i])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_company_leaves_no_trace(kind: str, own_sums: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tile fixed, a token's bits are its own: alone, in another order, or among others. (The interpreter adds
+    up alike in every tile, so that the tile itself is looked at too.)"""
+    heights = []
+    sort = kernel_moe.sort
+    monkeypatch.setattr(kernel_moe, "sort", lambda *args: heights.append(args[-1]) or sort(*args))
+    w13, w2 = layer(kind, 3)
+    x, weights, ids = token_rows(kind, 20), torch.rand(20, 2), routed(20, 2, 3)
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        parts = (guarded(t[rows]) for t in (x, weights, ids))
+        return kernel_moe.experts(*parts, 0, w13, w2, INTER, invariant=True).cpu()
+
+    together = run(torch.arange(20))
+    for rows in (torch.tensor([13]), torch.randperm(20)):
+        assert same(run(rows), together[rows])
+    assert heights == [heights[0]] * 3
+
+
+def test_experts_run_on_a_cpu_as_ever() -> None:
+    """The door's loop over experts, against the sum spelled out."""
+    w13, w2 = layer("float32")
+    x, weights, ids = token_rows("float32", 9), torch.rand(9, TOP_K), routed(9, TOP_K, N_EXPERTS)
+    shared = torch.randn(9, H)
+    w13, w2 = (w._replace(data=w.data.cpu()) for w in (w13, w2))
+    expected = shared.double()
+    for t in range(9):
+        for weight, e in zip(weights[t].double(), ids[t].tolist(), strict=True):
+            if 5 <= e < 9:
+                gate, up = (w13.data[e - 5].double() @ x[t].double()).chunk(2)
+                expected[t] += weight * (w2.data[e - 5].double() @ (torch.nn.functional.silu(gate) * up))
+    compare(ops.experts(x, weights, ids, 5, *(w._replace(data=w.data[:4]) for w in (w13, w2)), INTER, lambda: shared),
+            expected.float(), "float32")  # fmt: skip
+
+
+def test_shared_experts_run_between_fork_and_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second stream waits for the first before it starts, the first for the second before the result is read."""
+    said: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str = "side") -> None:
+            self.name, self.device = name, None
+
+        def wait_stream(self, other: "Stream") -> None:
+            said.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def on(stream: Stream) -> Any:
+        said.append(f"on {stream.name}")
+        yield
+        said.append("back")
+
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(kernel_moe, "second_stream", lambda of: Stream())
+    join = kernel_moe.beside(lambda: said.append("work") or torch.ones(1), torch.device("cuda"))
+    said.append("routed")
+    assert join() == 1
+    assert said == ["side waits for main", "on side", "work", "back", "routed", "main waits for side"]
+
+
+# The tables
+
+
+def test_tables_serve_every_size() -> None:
+    for table in (t for tables in (*TABLES.values(), kernel_moe.ROUTER) for t in tables.values()):
+        bounds = [tile.up_to for tile in table]
+        assert bounds == sorted(set(bounds)) and bounds[-1] == math.inf
+    for tables in (kernel_moe.W8A8, kernel_moe.W8A16):
+        assert all(BLOCK_SIZE % tile.block_n == 0 for table in tables.values() for tile in table)  # one scale to a tile
+    assert kernel_moe.W8A8.keys() < kernel_moe.W8A16.keys() == kernel_moe.PLAIN.keys() == kernel_moe.ROUTER.keys()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
+def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    with only_listed_launches(kernel_moe, monkeypatch):
+        for n_experts, rule in kernel_moe.RULES.values():
+            for tokens in (1, 4, 5, 64, 65, 512, 513, None):
+                dtype = torch.bfloat16 if tokens else torch.float32
+                x, w = torch.zeros(tokens or 1, 7168, dtype=dtype), torch.zeros(n_experts, 7168, dtype=dtype)
+                kernel_moe.router(x, w, gate_bias(n_experts, rule) if rule.score_func == "sigmoid" else None, rule)
+        for tokens, k, share in ((1, 7168, 8), (600, 7168, 8), (2000, 7168, 8), (1, 256, 1), (600, 256, 1), (2000, 256, 1)):
+            ids = torch.zeros(tokens, 8, dtype=torch.int64)
+            rows = tokens * 8 // share
+            for w in (
+                Weight(torch.zeros(256, 1, k, dtype=E4M3), torch.zeros(256, 1, k // BLOCK_SIZE), "fp8"),
+                Weight(torch.zeros(256, 1, k, dtype=E4M3), torch.zeros(256, 1, k // BLOCK_SIZE)),
+                Weight(torch.zeros(256, 1, k, dtype=torch.bfloat16)),
+                Weight(torch.zeros(256, 1, k)),
+            ):
+                tile = kernel_moe.tile_for(kernel_moe.table_for(w, ids.device), ids.numel() // 256)
+                order, tiles = kernel_moe.sort(ids, 0, 256, tile.block_m)
+                x = torch.zeros(rows, k, dtype=torch.float32 if w.data.dtype == torch.float32 else torch.bfloat16)
+                if w.fp8:
+                    x = Quantised(torch.zeros(rows, k, dtype=E4M3), torch.zeros(rows, k // BLOCK_SIZE))
+                kernel_moe.grouped_gemm(x, w, order, tiles, share, tile)
+                if tokens == 1 and share == 8:
+                    kernel_moe.grouped_gemm(x, w, order, tiles, share, replace(tile, split=8))
+            kernel_moe.combine(torch.zeros(tokens * 8, 1).bfloat16(), torch.zeros(tokens, 8), ids, 0, 256, torch.zeros(tokens, 1))

@@ -1,0 +1,271 @@
+"""Reasoning, content and tool calls out of an answer's text, however it is cut into pieces."""
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tokenizer import BOS, EOS, VOCAB_SIZE, real_folder
+
+from engine.engine import Request
+from engine.sampling import SamplingParams
+from text import parser as chat
+from text.parser import (
+    CALL_BEGIN,
+    CALL_END,
+    CALLS_BEGIN,
+    CALLS_END,
+    SEPARATOR,
+    ChatParser,
+    Content,
+    Piece,
+    Reasoning,
+    ToolCallArguments,
+    ToolCallStart,
+    tool_style,
+)
+from text.tokenizer import Tokenizer
+
+FENCE = "```"
+V3_CALL = f"{CALL_BEGIN}function{SEPARATOR}%s\n```json\n%s\n```{CALL_END}"
+V31_CALL = f"{CALL_BEGIN}%s{SEPARATOR}%s{CALL_END}"
+
+# Templates in the forms of R1-0528 and V3.1; V3's own comes with its tokenizer.
+R1_TEMPLATE = """
+{{- bos_token }}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{{ '<｜User｜>' ~ m.content ~ '<｜Assistant｜>' }}
+    {%- elif m.role == 'tool' %}{{ '<｜tool▁output▁begin｜>' ~ m.content ~ '<｜tool▁output▁end｜>' }}
+    {%- else %}
+        {{- m.content or '' }}
+        {%- for call in m.tool_calls or [] %}
+            {{- '<｜tool▁calls▁begin｜>' if loop.first else '\n' }}
+            {{- '<｜tool▁call▁begin｜>' ~ call.type ~ '<｜tool▁sep｜>' ~ call.function.name }}
+            {{- '\n```json\n' ~ call.function.arguments ~ '\n```<｜tool▁call▁end｜>' }}
+            {{- '<｜tool▁calls▁end｜>' if loop.last else '' }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+V31_TEMPLATE = """
+{{- bos_token }}
+{%- if tools %}{{ 'Tools:\n```json\n' ~ tools|tojson ~ '\n```\n' }}{% endif %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}{{ '<｜User｜>' ~ m.content ~ '<｜Assistant｜></think>' }}
+    {%- elif m.role == 'tool' %}{{ '<｜tool▁output▁begin｜>' ~ m.content ~ '<｜tool▁output▁end｜>' }}
+    {%- else %}
+        {{- m.content or '' }}
+        {%- for call in m.tool_calls or [] %}
+            {{- '<｜tool▁calls▁begin｜>' if loop.first else '' }}
+            {{- '<｜tool▁call▁begin｜>' ~ call.function.name ~ '<｜tool▁sep｜>' ~ call.function.arguments }}
+            {{- '<｜tool▁call▁end｜>' ~ ('<｜tool▁calls▁end｜>' if loop.last else '') }}
+        {%- endfor %}
+        {{- eos_token }}
+    {%- endif %}
+{%- endfor %}"""
+# As templates that offer tools are written for R1-0528 and V3: arguments through a filter, no answer without content.
+R1_TOOLS_TEMPLATE = R1_TEMPLATE.replace("call.function.arguments", "(call.function.arguments | tojson)").replace(
+    "m.content or ''", "m.content.split('</think>')[-1] if '</think>' in m.content else m.content"
+)  # fmt: skip
+
+
+def v3_template() -> str:
+    return json.loads((real_folder() / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+
+
+def parse(pieces: list[str], style: str | None = "v3", thinking: bool = False, tools: bool = True) -> list[Piece]:
+    parser = ChatParser(style, thinking, tools)
+    return [piece for text in pieces for piece in parser.push(text)] + parser.finish()
+
+
+def joined(pieces: list[Piece]) -> tuple[str, str, list[tuple[str, str]]]:
+    """(reasoning, content, [(name, arguments)]) of pieces, which must be in order and none of them empty."""
+    reasoning = content = ""
+    calls: list[tuple[str, str]] = []
+    ids = []
+    for piece in pieces:
+        match piece:
+            case Reasoning(text):
+                assert text and not content and not calls
+                reasoning += text
+            case Content(text):
+                assert text
+                content += text
+            case ToolCallStart(index, id, name):
+                assert index == len(calls) and id.startswith("call_")
+                ids.append(id)
+                calls.append((name, ""))
+            case ToolCallArguments(index, text):
+                assert text and index == len(calls) - 1
+                calls[-1] = (calls[-1][0], calls[-1][1] + text)
+    assert len(set(ids)) == len(ids)
+    return reasoning, content, calls
+
+
+WEATHER, TIME = ("get_weather", '{"city": "Zürich"}'), ("time.now-1", '{"zone": "CET", "code": "```js\\n1 < 2```"}')
+CASES: list[tuple[str, bool, str, tuple[str, str, list[tuple[str, str]]]]] = [
+    # calls as the models write them
+    ("v3", False, f"{CALLS_BEGIN}{V3_CALL % WEATHER}{CALLS_END}", ("", "", [WEATHER])),
+    ("v3", False, f"{CALLS_BEGIN}{V3_CALL % WEATHER}\n{V3_CALL % TIME}{CALLS_END}", ("", "", [WEATHER, TIME])),
+    ("v3", False, f"Let me see.{CALLS_BEGIN}{V3_CALL % WEATHER}{CALLS_END}", ("", "Let me see.", [WEATHER])),
+    ("v3", True, f"\nHm.\n</think>\n\n{CALLS_BEGIN}{V3_CALL % WEATHER}{CALLS_END}", ("Hm.", "", [WEATHER])),
+    ("v3", False, f"<think>\nHm.\n</think>\nSo:{CALLS_BEGIN}{V3_CALL % TIME}", ("Hm.", "So:", [TIME])),
+    ("v3.1", False, f"{CALLS_BEGIN}{V31_CALL % WEATHER}{V31_CALL % TIME}{CALLS_END}", ("", "", [WEATHER, TIME])),
+    ("v3.1", True, f"Hm.</think>So:{CALLS_BEGIN}{V31_CALL % TIME}{CALLS_END}", ("Hm.", "So:", [TIME])),
+    # other layouts that are understood
+    ("v3", False, f"{V3_CALL % WEATHER} and more", ("", "and more", [WEATHER])),
+    ("v3", False, f"{CALLS_BEGIN}\n{CALL_BEGIN} {SEPARATOR} f ```json{{}}```\n{CALL_END}\n{CALLS_END}\n", ("", "", [("f", "{}")])),
+    ("v3.1", False, f"{CALLS_BEGIN}\n{CALL_BEGIN}\nf\n{SEPARATOR}\n{{}}\n{CALL_END}\n\n{CALLS_END} x", ("", "x", [("f", "{}")])),
+    ("v3.1", False, V31_CALL % ("f", "```json\n{}\n```"), ("", "", [("f", "{}")])),
+    # whatever is in the arguments is handed out
+    ("v3", False, V3_CALL % ("f", '{"a": "```"} ```'), ("", "", [("f", '{"a": "```"} ```')])),
+    ("v3", False, V3_CALL % ("f", "no JSON <｜tool▁sep｜> <think> `"), ("", "", [("f", "no JSON <｜tool▁sep｜> <think> `")])),
+    ("v3", False, V3_CALL % ("f", ""), ("", "", [("f", "")])),
+    ("v3.1", False, V31_CALL % ("f", "Paris"), ("", "", [("f", "Paris")])),
+    ("v3.1", False, V31_CALL % ("f", '"```"'), ("", "", [("f", '"```"')])),
+    ("v3.1", False, V31_CALL % ("f", "{} ```"), ("", "", [("f", "{} ```")])),
+    ("v3.1", False, V31_CALL % ("f", ""), ("", "", [("f", "")])),
+    # calls that are not closed
+    ("v3", False, f"{CALL_BEGIN}function{SEPARATOR}f\n```json\n{{\"a\": ", ("", "", [("f", '{"a":')])),
+    ("v3", False, f"{CALL_BEGIN}function{SEPARATOR}f\n```json\n{{}}\n``", ("", "", [("f", "{}\n``")])),
+    ("v3", False, f"{CALL_BEGIN}function{SEPARATOR}f\n```json\n{{}}\n```<｜tool", ("", "", [("f", "{}\n```<｜tool")])),
+    ("v3", False, f"{CALL_BEGIN}function{SEPARATOR}f\n```json\n{{}}\n```{CALLS_END}", ("", "", [("f", "{}")])),
+    ("v3", False, f"{CALL_BEGIN}function{SEPARATOR}f\n```json\n{{}}{V3_CALL % TIME}", ("", "", [("f", "{}"), TIME])),
+    ("v3.1", False, f"{CALL_BEGIN}f{SEPARATOR}{{}}{V31_CALL % TIME}{CALLS_END}", ("", "", [("f", "{}"), TIME])),
+    # what is no call is content
+    ("v3", False, f"{CALLS_BEGIN}{CALL_BEGIN}f {{}}{CALL_END}{CALLS_END}", ("", f"{CALL_BEGIN}f {{}}{CALL_END}", [])),
+    ("v3", False, f"{CALL_BEGIN}function{SEPARATOR}f{CALL_END}", ("", f"{CALL_BEGIN}function{SEPARATOR}f{CALL_END}", [])),
+    ("v3", False, f"{CALL_BEGIN}{SEPARATOR} \n```json\n1", ("", f"{CALL_BEGIN}{SEPARATOR} \n```json\n1", [])),
+    ("v3", False, f"{CALL_BEGIN}query{SEPARATOR}f\n```json\n{{}}", ("", f"{CALL_BEGIN}query{SEPARATOR}f\n```json\n{{}}", [])),
+    ("v3", False, f"{CALL_BEGIN}oh {V3_CALL % TIME}", ("", f"{CALL_BEGIN}oh ", [TIME])),
+    ("v3", False, f"{CALL_BEGIN}{'x' * 600}{V3_CALL % TIME}", ("", f"{CALL_BEGIN}{'x' * 600}", [TIME])),
+    ("v3", False, V3_CALL % ("x" * 600, "{}"), ("", V3_CALL % ("x" * 600, "{}"), [])),
+    ("v3.1", False, f"{CALL_BEGIN}f{CALLS_END}", ("", f"{CALL_BEGIN}f", [])),
+    ("v3.1", False, f"{CALL_BEGIN}\n{SEPARATOR}{{}}{CALL_END}", ("", f"{CALL_BEGIN}\n{SEPARATOR}{{}}{CALL_END}", [])),
+    ("v3.1", False, f"a {CALLS_BEGIN} b {V31_CALL % TIME} c {V31_CALL % TIME}", ("", "a b c ", [TIME, TIME])),
+    ("v3.1", False, f"a {CALLS_END} {CALL_END} {SEPARATOR} <｜tool", ("", f"a {CALLS_END} {CALL_END} {SEPARATOR} <｜tool", [])),
+    # reasoning
+    ("v3", True, f"{V3_CALL % TIME}", (V3_CALL % TIME, "", [])),
+    ("v3", False, " <think>a</think>", ("", " <think>a</think>", [])),
+    ("v3", False, "<think", ("", "<think", [])),
+    ("v3", True, "<think>\n\na\n\n</think></think>\n", ("a", "</think>\n", [])),
+    ("v3", True, "\n\n", ("", "", [])),
+    ("v3", True, "a\n</thin", ("a\n</thin", "", [])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("style, thinking, text, expected", CASES)
+def test_examples(style: str, thinking: bool, text: str, expected: Any) -> None:
+    assert joined(parse([text], style, thinking)) == expected
+    assert joined(parse(list(text), style, thinking)) == expected  # a character at a time
+    for at in range(len(text)):
+        assert joined(parse([text[:at], text[at:]], style, thinking)) == expected
+
+
+def test_arguments_are_handed_out_as_they_come() -> None:
+    parser = ChatParser("v3", thinking=False, tools=True)
+    assert parser.push(f"Well {CALLS_BEGIN}{CALL_BEGIN}function{SEPARATOR}f\n```json\n") == [Content("Well ")]
+    start, arguments = parser.push('{"a"')
+    assert isinstance(start, ToolCallStart) and (start.index, start.name) == (0, "f")
+    assert arguments == ToolCallArguments(0, '{"a"')
+    assert parser.push(": 1\n") == [ToolCallArguments(0, ": 1")]
+    assert parser.push("``") == []
+    assert parser.push("`") == []
+    assert parser.push(" }") == [ToolCallArguments(0, "\n``` }")]
+    assert parser.push(f"\n```{CALL_END}") == []
+    assert parser.finish() == []
+
+
+def test_nothing_is_held_back_without_need() -> None:
+    for thinking, kind in ((False, Content), (True, Reasoning)):
+        parser = ChatParser("v3", thinking, tools=True)
+        assert [parser.push(text) for text in ("a", " <b", " <", "<", "｜tool", "\n")] == [
+            [kind("a")], [kind(" <b")], [kind(" ")], [kind("<")], [] if kind is Content else [kind("<｜tool")],
+            [kind("<｜tool\n")] if kind is Content else [],
+        ]  # fmt: skip
+
+
+def test_what_is_no_call_is_content_as_soon_as_that_is_known() -> None:
+    parser = ChatParser("v3", thinking=False, tools=True)
+    assert parser.push(f"{CALL_BEGIN}Hello") == []
+    assert parser.push(f"{CALL_BEGIN}") == [Content(CALL_BEGIN), Content("Hello")]
+    assert parser.push("x" * 511) == []
+    assert parser.push("x") == [Content(CALL_BEGIN), Content("x" * 512)]
+
+
+def test_without_tools_markers_are_content() -> None:
+    text = f"x{CALLS_BEGIN}{V3_CALL % TIME}{CALLS_END}"
+    assert parse([text], None, tools=True) == parse([text], "v3", tools=False) == [Content(text)]
+    with pytest.raises(ValueError, match=r"tool style 'v4', expected one of v3, v3\.1 or None"):
+        ChatParser("v4", thinking=False, tools=True)
+
+
+PARTS = [
+    *(chat.THINK, chat.THOUGHT, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR, FENCE, "```json", "function"),
+    *("get_weather", "\n", " ", '{"a": 1}', "{", '"', "`", "<", "<｜", "é", "word", f"{CALL_BEGIN}function{SEPARATOR}f\n```json\n"),
+    *(V3_CALL % WEATHER, V31_CALL % TIME),
+]  # fmt: skip
+texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=14).map("".join)
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=300)
+@given(text=texts, style=st.sampled_from([None, "v3", "v3.1"]), thinking=st.booleans(), draw=st.randoms())
+def test_every_split_says_the_same(text: str, style: str | None, thinking: bool, draw: random.Random) -> None:
+    whole = joined(parse([text], style, thinking))
+    assert joined(parse(list(text), style, thinking)) == whole
+    cuts = sorted(draw.sample(range(len(text) + 1), min(len(text), draw.randrange(4))))
+    assert joined(parse([text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)], style, thinking)) == whole
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=300)
+@given(text=texts, style=st.sampled_from(["v3", "v3.1"]))
+def test_nothing_is_lost(text: str, style: str) -> None:
+    """Every character comes out, in order, but for markers, fences, a call's type and whitespace."""
+    said = "".join(piece.name if isinstance(piece, ToolCallStart) else piece.text for piece in parse([text], style))
+
+    def bare(text: str) -> str:
+        for layout in (chat.THINK, chat.THOUGHT, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR, "`", "json"):
+            text = text.replace(layout, "")
+        return "".join(text.split()).replace("function", "")
+
+    assert bare(said) == bare(text)
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=300)
+@given(text=texts, thinking=st.booleans())
+def test_reasoning_is_that_of_the_engine(text: str, thinking: bool) -> None:
+    controls = [match.start() for match in re.finditer("</?think>", text)]
+    request = Request(0, [], SamplingParams(), text=text, opens_thinking=thinking, controls=controls)
+    reasoning, content, _ = joined(parse(list(text), None, thinking))
+    assert (reasoning, content) == (request.parts[0] or "", request.parts[1])
+
+
+@pytest.mark.parametrize("template, style", [(v3_template(), "v3"), (R1_TEMPLATE, "v3"), (R1_TOOLS_TEMPLATE, "v3"), (V31_TEMPLATE, "v3.1")])
+def test_round_trip_through_templates(template: str, style: str, tmp_path: Path) -> None:
+    """What a template writes for an earlier turn's calls is what the model was taught to say; read from token ids."""
+    assert tool_style(template) == style
+    (tmp_path / "tokenizer.json").symlink_to(real_folder() / "tokenizer.json")
+    settings = {"bos_token": BOS, "eos_token": EOS, "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.from_pretrained(tmp_path, VOCAB_SIZE)
+    question = {"role": "user", "content": "What is the weather?"}
+    tools = [{"type": "function", "function": {"name": name, "arguments": text}} for name, text in (WEATHER, TIME)]
+    for content, calls in ((None, tools[:1]), ("Let me see.", tools)):
+        answer = {"role": "assistant", "content": content, "tool_calls": calls}
+        asked = tokenizer.encode_chat([question], add_generation_prompt=True)
+        ids = tokenizer.encode_chat([question, answer], add_generation_prompt=False)
+        assert ids[: len(asked)] == asked
+        stream, parser, pieces = tokenizer.stream(), ChatParser(style, thinking=False, tools=True), []
+        for token in ids[len(asked) :]:
+            pieces += parser.push(stream.push(token))
+        pieces += parser.push(stream.finish()) + parser.finish()
+        assert joined(pieces) == ("", content or "", [WEATHER, TIME][: len(calls)])
+
+
+def test_templates_without_tools() -> None:
+    demo = Path(__file__).parents[2] / "demo" / "checkpoint" / "tokenizer_config.json"
+    assert tool_style(json.loads(demo.read_text(encoding="utf-8"))["chat_template"]) is None
