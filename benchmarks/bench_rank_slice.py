@@ -29,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
 import report
-from core.batch import FEW_ROWS, PAGE_SIZE, Batch
+from core.batch import DECODE_ROWS, PAGE_SIZE, Batch
 from core.config import ModelArgs, load_config
 from core.numerics import Numerics
 from engine import memory
@@ -236,7 +236,7 @@ def work(model: Transformer, b: int, new: int, context: int, drafts: int, touche
         written = 2 * width + (2 if width == 1 else 0)
         add("norm_kernel", t * (args.dim * (2 * 6 + written) + (args.q_lora_rank or 0) * (2 + width)))
         pairs = t * (context + (new + 1) / 2)  # of a query token and a key that it sees
-        if new <= FEW_ROWS:
+        if new <= DECODE_ROWS:
             moved = b * (context + new) * latents + t * heads * (2 * (c + r) + 4 * c)
             add("decode_kernel", moved, 2.0 * heads * (2 * c + r) * pairs)
         else:
@@ -443,7 +443,7 @@ def run(args: ModelArgs, options: argparse.Namespace, clock: Clock, done: Callab
 def planned(args: ModelArgs, options: argparse.Namespace) -> dict[str, Any]:
     """What inference/memory.py expects the weights to take."""
     num = build(args, options, "meta").num
-    rank = memory.Rank(args, num, options.ranks, True, bool(args.n_mtp_layers))
+    rank = memory.RankSpec(args, num, options.ranks, True, bool(args.n_mtp_layers))
     return {"planned_weights_bytes": sum(memory.weight_bytes(rank).values())}
 
 

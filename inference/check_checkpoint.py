@@ -34,10 +34,10 @@ from tqdm import tqdm
 from checkpoint.tensorfile import Entry, Reader, read_header
 from checkpoint.weights import IGNORED, Checkpoint, bad_scale, expected_tensors, require_equal
 from core.config import ModelArgs
-from core.errors import Damage, UserError
+from core.errors import CheckpointError, UserError
 from core.files import require_folder
 from engine.engine import choose_args
-from engine.sampling import released_params
+from engine.sampling import params_from_generation_config
 from parallel.group import Group
 from text.tokenizer import Tokenizer
 
@@ -73,7 +73,7 @@ CONVERSATIONS = (
 KINDS = {"hf": "Hugging Face", "converted": "converted", "upstream": "converted by the V3 repository"}
 
 
-class Remark(Damage):
+class CheckWarning(CheckpointError):
     """Worth knowing, and no fault."""
 
 
@@ -83,7 +83,7 @@ class Finding(NamedTuple):
 
     @property
     def fault(self) -> bool:
-        return not isinstance(self.problem, Remark)
+        return not isinstance(self.problem, CheckWarning)
 
     def facts(self) -> dict[str, Any]:
         facts = {name: getattr(self.problem, name, None) or None for name in ("file", "tensor", "expected", "found")}
@@ -213,7 +213,7 @@ def check_links(path: Path, report: Report) -> None:
         if file.is_symlink() and not os.path.isdir(file) and os.path.dirname(os.path.realpath(file)) not in homes:
             target = os.readlink(file)
             text = f"{file}: expected a file of this directory, found a link to {target!r}"
-            report.add(Damage(text, file, "", "a file of this directory", f"a link to {target!r}"))
+            report.add(CheckpointError(text, file, "", "a file of this directory", f"a link to {target!r}"))
 
 
 def read_headers(checkpoint: Checkpoint, args: ModelArgs | None, report: Report) -> dict[Group, dict[str, Entry]]:
@@ -233,7 +233,7 @@ def read_headers(checkpoint: Checkpoint, args: ModelArgs | None, report: Report)
                 parts[group] = found | {name: e for name, e in parts[group].items() if e.name not in known}
     with report.checking("tensors"):
         if args is not None and args.n_mtp_layers and not checkpoint.has_mtp and checkpoint.kind != "upstream":
-            raise Remark(f"{checkpoint.path}: no MTP module, though its config names one", checkpoint.path)
+            raise CheckWarning(f"{checkpoint.path}: no MTP module, though its config names one", checkpoint.path)
     report.looked["files"] = f"{len(checkpoint.files):,} files: index, names, headers"
     if args is None:
         del report.looked["tensors"]
@@ -304,7 +304,7 @@ def look(batch: Iterable[Entry], powers: bool, progress: Callable[[int], object]
             progress(entry.nbytes)
 
 
-def scale_problems(entry: Entry, reader: Reader, powers: bool) -> Iterator[Damage]:
+def scale_problems(entry: Entry, reader: Reader, powers: bool) -> Iterator[CheckpointError]:
     scale = reader.read(entry)
     if problem := bad_scale(entry, scale):
         yield problem
@@ -312,15 +312,15 @@ def scale_problems(entry: Entry, reader: Reader, powers: bool) -> Iterator[Damag
         at = odd[0].tolist()
         wanted, found = "powers of two (scale_fmt ue8m0)", f"{scale[tuple(at)].item()} at {at}, {len(odd)} such"
         released = ".o_proj." in entry.name or ".wo." in entry.name  # V3.1-Terminus
-        kind = Remark if released else Damage
+        kind = CheckWarning if released else CheckpointError
         yield kind(f"{entry}: expected {wanted}, found {found}", entry.file, entry.name, wanted, found)
 
 
-def weight_problems(entry: Entry, reader: Reader, scratch: torch.Tensor) -> Iterator[Damage]:
+def weight_problems(entry: Entry, reader: Reader, scratch: torch.Tensor) -> Iterator[CheckpointError]:
     """Values that are not finite, and zeros where there cannot be so many. Compares bits, as integers."""
 
-    def damage(wanted: str, found: str) -> Damage:
-        return Damage(f"{entry}: expected {wanted}, found {found}", entry.file, entry.name, wanted, found)
+    def damage(wanted: str, found: str) -> CheckpointError:
+        return CheckpointError(f"{entry}: expected {wanted}, found {found}", entry.file, entry.name, wanted, found)
 
     if entry.dtype not in BITS or not entry.nbytes:
         return
@@ -399,9 +399,9 @@ def check_text(path: Path, args: ModelArgs | None, report: Report) -> None:
     elif tokenizer is not None:
         with report.checking("chat template"):
             report.looked["chat template"] = "none"
-            raise Remark(f"{path}: no chat template: a base model, for generate.py --raw", path)
+            raise CheckWarning(f"{path}: no chat template: a base model, for generate.py --raw", path)
     with report.checking("generation config"):
-        released_params(path)
+        params_from_generation_config(path)
         report.looked["generation config"] = "readable" if (path / "generation_config.json").exists() else "none"
 
 
@@ -410,10 +410,10 @@ def check_tokenizer(tokenizer: Tokenizer, file: Path, args: ModelArgs | None, re
     report.looked["tokenizer"] = f"{tokenizer.size:,} ids{rows}; {len(TEXTS)} texts there and back"
     if args is not None and tokenizer.size < args.vocab_size // 2:
         wanted, found = f"about {args.vocab_size} ids, the rows of the embedding", f"{tokenizer.size}"
-        report.add(Damage(f"{file}: expected {wanted}, found {found}", file, "", wanted, found))
+        report.add(CheckpointError(f"{file}: expected {wanted}, found {found}", file, "", wanted, found))
     for text in TEXTS:
         if (back := tokenizer.decode(tokenizer.encode_text(text))) != text:
-            report.add(Damage(f"{file}: expected {text!r} back, found {back!r}", file, "", text, back))
+            report.add(CheckpointError(f"{file}: expected {text!r} back, found {back!r}", file, "", text, back))
 
 
 def check_template(tokenizer: Tokenizer, path: Path, report: Report) -> None:
@@ -422,16 +422,20 @@ def check_template(tokenizer: Tokenizer, path: Path, report: Report) -> None:
         messages = [{"role": role, "content": content} for role, content in turns]
         prompt, text = tokenizer.encode_chat(messages), tokenizer.render_chat(messages)
         if tokenizer.bos_id is not None and (n := prompt.count(tokenizer.bos_id)) > 1:
-            report.add(Damage(f"{path}: the chat template: expected one BOS, found {n}", path, "", "one BOS", n))
+            report.add(
+                CheckpointError(f"{path}: the chat template: expected one BOS, found {n}", path, "", "one BOS", n)
+            )
         for content in (content for role, content in turns if role != "assistant" and content not in text):
             wanted = f"{content!r} in the prompt"
-            report.add(Damage(f"{path}: the chat template: expected {wanted}, found {text!r}", path, "", wanted, text))
+            report.add(
+                CheckpointError(f"{path}: the chat template: expected {wanted}, found {text!r}", path, "", wanted, text)
+            )
         said = "".join(content for _, content in turns)
         for token in set(CONTROL.findall(text)) - tokenizer.control_tokens:
             if token not in said:
                 file = path / "tokenizer.json"
                 wrong = f"{file}: expected the chat template's {token!r}, found no such token"
-                report.add(Damage(wrong, file, "", token, "no such token"))
+                report.add(CheckpointError(wrong, file, "", token, "no such token"))
     report.looked["chat template"] = f"{len(CONVERSATIONS)} conversations rendered"
 
 

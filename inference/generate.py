@@ -73,9 +73,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def default_params(options: argparse.Namespace) -> "SamplingParams":
     """From the flags, else the checkpoint's generation_config.json, else 0.2 and the rest off. Raises UserError."""
-    from engine.sampling import released_params
+    from engine.sampling import params_from_generation_config
 
-    return released_params(
+    return params_from_generation_config(
         Path(options.ckpt_path),
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -373,7 +373,7 @@ def converse(engine: "Engine", params: "SamplingParams", options: argparse.Names
 
     assert engine.tokenizer is not None
     messages: list[dict] = []
-    with Terminal(engine.tp.stopped) as terminal:
+    with Terminal(engine.tp.exit_on_signal) as terminal:
         if terminal.is_tty:
             print(HINT, file=sys.stderr, flush=True)
         while (line := terminal.ask(meanwhile=engine.step, every=options.timeout / 3)) is not None:

@@ -61,7 +61,7 @@ def bandwidth(text: str) -> float:
     return value
 
 
-def describe(options: argparse.Namespace) -> tuple["memory.Rank", "memory.Limits", str]:
+def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", "memory.Limits", str]:
     """The rank and the limits asked for, and a line about the numerics. Raises UserError for a bad config, a checkpoint
     that is incomplete or contradicts it, and numbers of ranks that do not divide the model."""
     import torch
@@ -90,7 +90,7 @@ def describe(options: argparse.Namespace) -> tuple["memory.Rank", "memory.Limits
     length = args.max_seq_len if options.max_model_len is None else options.max_model_len
     if not 1 < length <= args.max_seq_len:
         raise UserError(f"--max-model-len is {length}, expected from 2 to this model's {args.max_seq_len}")
-    rank = memory.Rank(args, num, options.tp, device.type == "cuda", has_mtp)
+    rank = memory.RankSpec(args, num, options.tp, device.type == "cuda", has_mtp)
     limits = memory.Limits(
         length, options.max_num_seqs, options.max_num_batched_tokens, options.mtp, False if options.eager else None
     )
@@ -138,7 +138,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def room(rank: "memory.Rank", limits: "memory.Limits", size: int) -> dict[str, Any]:
+def room(rank: "memory.RankSpec", limits: "memory.Limits", size: int) -> dict[str, Any]:
     """What so much memory has room for beside the weights and the largest step."""
     from core.batch import PAGE_SIZE
     from engine import memory
@@ -154,14 +154,14 @@ def room(rank: "memory.Rank", limits: "memory.Limits", size: int) -> dict[str, A
 
 
 def other_ranks(
-    rank: "memory.Rank", limits: "memory.Limits", sizes: dict[str, int], experts: Any
+    rank: "memory.RankSpec", limits: "memory.Limits", sizes: dict[str, int], experts: Any
 ) -> Iterator[dict[str, Any]]:
     """Numbers of ranks, with the weights of each and the tokens that memories have room for, or why they do not do."""
     from engine import memory
 
     for ranks in sorted({*RANKS, rank.ranks}):
         other = memory.with_ranks(rank, ranks, experts)
-        if problem := memory.why_not(other):
+        if problem := memory.partition_error(other):
             yield {"ranks": ranks, "problem": problem}
             continue
         yield {
@@ -173,7 +173,7 @@ def other_ranks(
 
 
 def decode(
-    rank: "memory.Rank", limits: "memory.Limits", sequences: int, context: int, bandwidths: list[float]
+    rank: "memory.RankSpec", limits: "memory.Limits", sequences: int, context: int, bandwidths: list[float]
 ) -> dict[str, Any]:
     """What a decode step reads, and how many steps a second that allows."""
     from engine import memory

@@ -106,13 +106,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run(options: argparse.Namespace, tp: "Group") -> int:
     """Serves until told to end; returns the exit status. Raises UserError on all ranks alike."""
-    listener = tp.together(lambda: listen(options.host, options.port) if tp.rank == 0 else None)
+    listener = tp.run_on_all_ranks(lambda: listen(options.host, options.port) if tp.rank == 0 else None)
 
     def load() -> "Engine":
         return commandline.load(options, tp, lambda: None, chat=False)[0]
 
     if listener is None:
-        tp.heed_termination()
+        tp.install_sigterm_handler()
         engine = load()
         for number in (signal.SIGTERM, signal.SIGINT):  # torchrun tells every rank, and rank 0 may still have answers
             signal.signal(number, signal.SIG_IGN)

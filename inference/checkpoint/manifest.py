@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from checkpoint.tensorfile import TEMPORARY, Entry, Staging, hash_file, read_header
 from core.config import PROGRAM_VERSION
-from core.errors import Damage, UserError
+from core.errors import CheckpointError, UserError
 from core.files import read_json, require_folder
 from core.numerics import ExpertLayout
 
@@ -72,7 +72,7 @@ class Manifest:
         self.small: dict[str, dict[str, Any]] = raw.get("small", {})
         self.experts: ExpertLayout = raw.get("experts", "whole")
         if not self._well_formed(raw):
-            raise Damage(f"{self.path}: damaged; copy the directory again or convert again", self.path)
+            raise CheckpointError(f"{self.path}: damaged; copy the directory again or convert again", self.path)
         for file in (*self.files, *(file for file in self.obsolete if file != HF_INDEX)):
             check_file_name(self.path, "files", file)
 
@@ -102,10 +102,10 @@ class Manifest:
         for file, facts in self.files.items():
             path = self.where(file)
             if not path.is_file():
-                raise Damage(f"{path}: missing, but {self.path.name} names it", path)
+                raise CheckpointError(f"{path}: missing, but {self.path.name} names it", path)
             if (size := path.stat().st_size) != facts["bytes"]:
                 text = f"{path}: expected {facts['bytes']} bytes, found {size}"
-                raise Damage(text, path, "", f"{facts['bytes']} bytes", f"{size} bytes")
+                raise CheckpointError(text, path, "", f"{facts['bytes']} bytes", f"{size} bytes")
 
     def changed(self) -> list[str]:
         """Sentences on the other files whose size is not what it was; a user may have edited them."""
@@ -128,11 +128,13 @@ class Manifest:
             wanted = self.mark(rank)
             if (mark := {key: metadata.get(key) for key in wanted}) != wanted:
                 what = "written by the cast" if rank is None else f"rank {rank} of {self.ranks}, {self.experts} experts"
-                raise Damage(f"{path}: its metadata does not mark it as {what}: found {mark}", path, "", wanted, mark)
+                raise CheckpointError(
+                    f"{path}: its metadata does not mark it as {what}: found {mark}", path, "", wanted, mark
+                )
             if tensors.keys() != facts["tensors"].keys():
                 name = sorted(tensors.keys() ^ facts["tensors"].keys())[0]
                 verb = "does not name it" if name in tensors else "names it, but the file lacks it"
-                raise Damage(f"{path}: {name}: {self.path.name} {verb}", path, name)
+                raise CheckpointError(f"{path}: {name}: {self.path.name} {verb}", path, name)
             found |= {name: replace(entry, crc=facts["tensors"][name][:8]) for name, entry in tensors.items()}
         return found
 
@@ -156,7 +158,7 @@ def check_file_name(index: Path, what: str, file: Any) -> None:
     if not plain or file.startswith(".") or not file.isprintable() or not what.isprintable():
         what = what if what.isprintable() else repr(what)
         text = f"{index}: {what}: {file!r} is not the plain name of a .safetensors file"
-        raise Damage(text, index, what, "the plain name of a .safetensors file", file)
+        raise CheckpointError(text, index, what, "the plain name of a .safetensors file", file)
 
 
 def check_target(target: Path, mark: dict[str, str], config: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from core.errors import Damage, UserError
+from core.errors import CheckpointError, UserError
 from core.files import unique, without_waiting
 
 WINDOW = 16 << 20  # bytes read at a time
@@ -82,36 +82,36 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
         with open(path, "rb", buffering=0, opener=without_waiting) as f:
             info = os.fstat(f.fileno())
             if not stat.S_ISREG(info.st_mode):
-                raise Damage(f"{path}: not a regular file", path)
+                raise CheckpointError(f"{path}: not a regular file", path)
             length = int.from_bytes(f.read(8), "little")
             if info.st_size < 8 or not 2 <= length <= min(MAX_HEADER, info.st_size - 8):
-                raise Damage(f"{path}: truncated, or not a safetensors file ({info.st_size} bytes)", path)
+                raise CheckpointError(f"{path}: truncated, or not a safetensors file ({info.st_size} bytes)", path)
             text = f.read(length)
     except FileNotFoundError:
-        raise Damage(f"{path}: no such file", path) from None
+        raise CheckpointError(f"{path}: no such file", path) from None
     except OSError as e:
-        raise Damage(f"{path}: cannot be read ({e.strerror})", path) from None
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror})", path) from None
     try:
         header = json.loads(text.decode(), object_pairs_hook=unique)
         if not isinstance(header, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as e:
-        raise Damage(f"{path}: header is not valid JSON ({e})", path) from None
+        raise CheckpointError(f"{path}: header is not valid JSON ({e})", path) from None
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise Damage(f"{path}: __metadata__ is not an object of strings", path)
+        raise CheckpointError(f"{path}: __metadata__ is not an object of strings", path)
     entries = [_entry(path, name, fields, 8 + length) for name, fields in header.items()]
     entries.sort(key=lambda e: (e.start, e.nbytes))
     end = 8 + length
     for entry in entries:
         if entry.start != end:
             text = f"{entry}: data_offsets leave a gap or overlap another tensor"
-            raise Damage(text, path, entry.name, end - 8 - length, entry.start - 8 - length)
+            raise CheckpointError(text, path, entry.name, end - 8 - length, entry.start - 8 - length)
         end += entry.nbytes
     if end != info.st_size:
         kind = "truncated" if end > info.st_size else "has bytes no tensor owns"
         text = f"{path}: {kind}: expected {end} bytes, found {info.st_size}"
-        raise Damage(text, path, "", f"{end} bytes", f"{info.st_size} bytes")
+        raise CheckpointError(text, path, "", f"{end} bytes", f"{info.st_size} bytes")
     return metadata, {entry.name: entry for entry in entries}
 
 
@@ -121,20 +121,20 @@ def _entry(path: Path, name: str, fields: Any, base: int) -> Entry:
 
     if not name.isprintable() or not 0 < len(name) <= MAX_NAME:
         wanted, found = f"1 to {MAX_NAME} printable characters", repr(name[:MAX_NAME])
-        raise Damage(f"{path}: a tensor's name is {found}, expected {wanted}", path, "", wanted, found)
+        raise CheckpointError(f"{path}: a tensor's name is {found}, expected {wanted}", path, "", wanted, found)
     if not isinstance(fields, dict) or not {"dtype", "shape", "data_offsets"} <= set(fields):
-        raise Damage(f"{path}: {name}: expected dtype, shape and data_offsets in the header", path, name)
+        raise CheckpointError(f"{path}: {name}: expected dtype, shape and data_offsets in the header", path, name)
     shape, offsets = fields["shape"], fields["data_offsets"]
     if not sizes(shape) or not sizes(offsets) or len(offsets) != 2:
-        raise Damage(f"{path}: {name}: shape or data_offsets in the header are not sizes", path, name)
+        raise CheckpointError(f"{path}: {name}: shape or data_offsets in the header are not sizes", path, name)
     if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
-        raise Damage(f"{path}: {name}: unknown dtype {fields['dtype']!r}", path, name, "", fields["dtype"])
+        raise CheckpointError(f"{path}: {name}: unknown dtype {fields['dtype']!r}", path, name, "", fields["dtype"])
     dtype = DTYPES[fields["dtype"]]
     nbytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != nbytes:
         what, span = describe(dtype, tuple(shape)), offsets[1] - offsets[0]
         text = f"{path}: {name}: {what} takes {nbytes} bytes, its data_offsets span {span}"
-        raise Damage(text, path, name, f"{nbytes} bytes", f"{span} bytes")
+        raise CheckpointError(text, path, name, f"{nbytes} bytes", f"{span} bytes")
     return Entry(path, name, dtype, tuple(shape), base + offsets[0], nbytes)
 
 
@@ -183,7 +183,7 @@ class Reader:
             yield row, data.view(count, entry.row_bytes)
         if entry.crc is not None and last - first == entry.rows and f"{crc:08x}" != entry.crc:
             text = f"{entry}: damaged: its checksum is {crc:08x}, {entry.crc} was written"
-            raise Damage(text, entry.file, entry.name, entry.crc, f"{crc:08x}")
+            raise CheckpointError(text, entry.file, entry.name, entry.crc, f"{crc:08x}")
 
     def windows(self, entry: Entry) -> Iterator[memoryview]:
         """The tensor's bytes in windows, whatever its rows. Valid and wrong as `rows` says."""
@@ -204,10 +204,10 @@ class Reader:
             while view:
                 got = os.preadv(self.fd, [view], at)
                 if not got:
-                    raise Damage(f"{entry}: the file ends before the tensor does", entry.file, entry.name)
+                    raise CheckpointError(f"{entry}: the file ends before the tensor does", entry.file, entry.name)
                 view, at = view[got:], at + got
         except OSError as e:
-            raise Damage(f"{entry}: cannot be read ({e.strerror})", entry.file, entry.name) from None
+            raise CheckpointError(f"{entry}: cannot be read ({e.strerror})", entry.file, entry.name) from None
 
 
 class Digest:

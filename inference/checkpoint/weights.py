@@ -24,7 +24,7 @@ from tqdm import tqdm
 from checkpoint.manifest import CAST_MANIFEST, CAST_MARK, FORMAT, HF_INDEX, Manifest, check_file_name, read_manifests
 from checkpoint.tensorfile import TEMPORARY, Entry, Reader, describe, read_header
 from core.config import BLOCK_SIZE, ModelArgs, load_config
-from core.errors import Damage, UserError
+from core.errors import CheckpointError, UserError
 from core.files import read_json, require_folder
 from core.numerics import ExpertLayout
 from parallel.group import SOLO, Group
@@ -284,7 +284,7 @@ class Checkpoint:
             self.report(e)
         self.files = sorted(p.name for p in self.path.glob("*.safetensors") if not p.name.startswith("."))
         if odd := [file for file in self.files if not file.isprintable()]:
-            raise Damage(f"{self.path}: {odd[0]!r} is not the name of a file of weights", repr(odd[0]))
+            raise CheckpointError(f"{self.path}: {odd[0]!r} is not the name of a file of weights", repr(odd[0]))
         self.manifests = read_manifests(self.path)
         self.kind, self.ranks, self._owner = self._detect()
         self._headers: dict[str, tuple[dict[str, str], dict[str, Entry]]] = {}
@@ -296,12 +296,14 @@ class Checkpoint:
             known = {file for found in self.manifests.values() for file in (*found.files, *found.obsolete)}
             for extra in (file for file in self.files if file not in known):
                 text = f"{self.path}: {extra} belongs to no index here; remove it or convert again"
-                self.report(Damage(text, self.path / extra))
+                self.report(CheckpointError(text, self.path / extra))
             if cast := self.manifests.get(None):
                 owner = {name: file for file, facts in cast.files.items() for name in facts["tensors"]}
                 at = self.path / HF_INDEX
                 if at.exists() and not cast.pending and read_json(at).get("weight_map") != owner:
-                    self.report(Damage(f"{at}: places tensors elsewhere than {cast.path.name}; cast again", at))
+                    self.report(
+                        CheckpointError(f"{at}: places tensors elsewhere than {cast.path.name}; cast again", at)
+                    )
                 return "hf", None, owner
             return "converted", tuple(n for n in self.manifests if n is not None), None
         if HF_INDEX in names:
@@ -315,12 +317,12 @@ class Checkpoint:
             for file in self.files:
                 if read_header(self.path / file)[0].get("format") == FORMAT:
                     text = f"{self.path / file}: its manifest is missing; copy the directory or convert again"
-                    raise Damage(text, self.path / file)
+                    raise CheckpointError(text, self.path / file)
             counts = {int(m[2]) for m in ranked if m}
             for m in filter(None, ranked):
                 if m[3] or int(m[1]) >= int(m[2]):
                     text = f"{self.path / m[0]}: not a file of {m[2]} ranks, which are model0-mp{m[2]} …; remove it"
-                    self.report(Damage(text, self.path / m[0]))
+                    self.report(CheckpointError(text, self.path / m[0]))
             return "upstream", tuple(sorted(counts)), None
         if self.files == ["model.safetensors"]:
             return "hf", None, None
@@ -329,7 +331,7 @@ class Checkpoint:
     def _hf_index(self, index: Any) -> dict[str, str]:
         at = self.path / HF_INDEX
         if not isinstance(index, dict) or not index:
-            raise Damage(f"{at}: expected a weight_map of tensor names to files", at, "", "a weight_map")
+            raise CheckpointError(f"{at}: expected a weight_map of tensor names to files", at, "", "a weight_map")
         named: dict[str, str] = {}
         for name, file in index.items():
             try:
@@ -339,11 +341,13 @@ class Checkpoint:
                 self.report(e)
         listed = set(named.values())
         for missing in sorted(listed - set(self.files)):
-            self.report(Damage(f"{self.path / missing}: missing, but {HF_INDEX} names it", self.path / missing))
+            self.report(
+                CheckpointError(f"{self.path / missing}: missing, but {HF_INDEX} names it", self.path / missing)
+            )
             self.unreadable.add(missing)
         for extra in sorted(set(self.files) - listed):
             text = f"{self.path / extra}: not named by {HF_INDEX}; remove it or repair the index"
-            self.report(Damage(text, self.path / extra))
+            self.report(CheckpointError(text, self.path / extra))
         self.files = sorted(listed & set(self.files))
         return named
 
@@ -379,24 +383,24 @@ class Checkpoint:
         if self.kind == "upstream":
             files = [f"model{rank}-mp{group.size}.safetensors" for rank in range(min(group.size, len(self.files) + 1))]
             for missing in (file for file in files if file not in self.files):
-                self._lack(missing, Damage(f"{self.path / missing}: missing", self.path / missing))
+                self._lack(missing, CheckpointError(f"{self.path / missing}: missing", self.path / missing))
             return self._tensors(files[group.rank]) if group.rank < len(files) else {}
         found: dict[str, Entry] = {}
         for file in self.files:
             tensors = self._tensors(file)
             if file not in self.unreadable and CAST_MARK.items() <= self._header(file)[0].items():
                 text = f"{self.path / CAST_MANIFEST}: missing, though the cast wrote {file}; copy it too, or cast again"
-                self.report(Damage(text, self.path / CAST_MANIFEST))
+                self.report(CheckpointError(text, self.path / CAST_MANIFEST))
             for name, entry in tensors.items():
                 if self._owner is not None and (where := self._owner.get(name)) != file:
                     said = f"places it in {where}" if where else "does not name it"
-                    self.report(Damage(f"{entry}: {HF_INDEX} {said}", entry.file, name, where or "", file))
+                    self.report(CheckpointError(f"{entry}: {HF_INDEX} {said}", entry.file, name, where or "", file))
                 found[name] = entry
         owner = self._owner or {}
         for name in sorted(owner.keys() - found.keys()):
             if (file := owner[name]) not in self.unreadable:
                 text = f"{self.path / file}: {name} is missing, but {HF_INDEX} places it there"
-                self.report(Damage(text, self.path / file, name, "the tensor", "nothing"))
+                self.report(CheckpointError(text, self.path / file, name, "the tensor", "nothing"))
         return found
 
     def _lack(self, file: str, problem: UserError) -> None:
@@ -460,7 +464,7 @@ class Checkpoint:
         if self.args is not None and (self.args.dtype == "fp8") != self.quantised:
             said, held = ("no", "") if self.quantised else ("a", "no ")
             text = f"{self.path}: config.json has {said} quantization_config, but the files hold {held}FP8 scales"
-            self.report(Damage(text, self.path / "config.json"))
+            self.report(CheckpointError(text, self.path / "config.json"))
         on_disk = self.on_disk(group)
         expected = expected_tensors(args, self.quantised, self.has_mtp)
         hf = self.kind == "hf"
@@ -479,11 +483,13 @@ class Checkpoint:
                 dtype, rounded = entry.dtype, entry.name  # as transformers saves it; widening it loses nothing more
             if (entry.dtype, entry.shape) != (dtype, shape):
                 wanted, got = describe(spec.dtype, shape), describe(entry.dtype, entry.shape)
-                self.report(Damage(f"{entry}: expected {wanted}, found {got}", entry.file, entry.name, wanted, got))
+                self.report(
+                    CheckpointError(f"{entry}: expected {wanted}, found {got}", entry.file, entry.name, wanted, got)
+                )
                 continue
             if cut is None and not hf:
                 text = f"{entry}: belongs to another rank than {group.rank} of {group.size}"
-                self.report(Damage(text, entry.file, entry.name))
+                self.report(CheckpointError(text, entry.file, entry.name))
             if cut is not None:
                 found[name] = entry
         if rounded and group.rank == 0:
@@ -491,7 +497,9 @@ class Checkpoint:
         known = {spec.hf for spec in expected.values()} if hf else expected.keys()
         for name, entry in on_disk.items():
             if name not in known and not name.endswith(IGNORED):
-                self.report(Damage(f"{entry}: the config has no such tensor", entry.file, name, "nothing", str(entry)))
+                self.report(
+                    CheckpointError(f"{entry}: the config has no such tensor", entry.file, name, "nothing", str(entry))
+                )
         return found
 
     def _missing(self, name: str, spec: Spec) -> None:
@@ -499,16 +507,16 @@ class Checkpoint:
             return  # it may have been there
         wanted = describe(spec.dtype, spec.shape)
         why = "missing: an FP8 weight without its scale" if name.endswith((".scale", "_scale_inv")) else "missing"
-        self.report(Damage(f"{self.path}: {name} is {why} ({wanted})", self.path, name, wanted, "nothing"))
+        self.report(CheckpointError(f"{self.path}: {name} is {why} ({wanted})", self.path, name, wanted, "nothing"))
 
 
-def bad_scale(entry: Entry, scale: torch.Tensor) -> Damage | None:
+def bad_scale(entry: Entry, scale: torch.Tensor) -> CheckpointError | None:
     """What is wrong with an FP8 weight's scales: float32, one a block."""
     bad = (~(scale.isfinite() & (scale > 0))).nonzero().tolist()
     if not bad:
         return None
     wanted, found = "finite, positive scales", f"{scale[tuple(bad[0])].item()} at {bad[0]}"
-    return Damage(f"{entry}: expected {wanted}, found {found}", entry.file, entry.name, wanted, found)
+    return CheckpointError(f"{entry}: expected {wanted}, found {found}", entry.file, entry.name, wanted, found)
 
 
 def _fail(problem: UserError) -> None:
@@ -548,7 +556,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, group: Group = SOLO, pro
 
 
 def require_equal(main: Entry, copy: Entry) -> None:
-    """Raises Damage unless the two have the same bytes; what differs in its type or shape is told elsewhere."""
+    """Raises CheckpointError unless the two have the same bytes. Other types or shapes are told elsewhere."""
     if (main.dtype, main.shape) != (copy.dtype, copy.shape):
         return
     with Reader(1 << 20) as a, Reader(1 << 20) as b:
@@ -556,7 +564,7 @@ def require_equal(main: Entry, copy: Entry) -> None:
             if not torch.equal(left, right):
                 row += int((left != right).any(dim=1).nonzero()[0])
                 wanted, found = f"the bytes of {main}", f"others from row {row} on"
-                raise Damage(f"{copy}: expected {wanted}, found {found}", copy.file, copy.name, wanted, found)
+                raise CheckpointError(f"{copy}: expected {wanted}, found {found}", copy.file, copy.name, wanted, found)
 
 
 def _scale_place(piece: Piece) -> tuple[str, int]:

@@ -118,11 +118,11 @@ def load(
         device = choose_device(options.device, local_rank, local_size)
         return device, prepare() if tp.rank == 0 else None
 
-    device, prepared = tp.together(check)
+    device, prepared = tp.run_on_all_ranks(check)
     agree_on_flags(options, device, tp)
     if options.verify:
         share = local_rank, local_size
-        tp.together(lambda: require_hashes(Path(options.ckpt_path), tp.size, share, progress=tp.rank == 0))
+        tp.run_on_all_ranks(lambda: require_hashes(Path(options.ckpt_path), tp.size, share, progress=tp.rank == 0))
     engine = Engine.from_pretrained(
         options.ckpt_path,
         config=options.config,
@@ -186,7 +186,7 @@ def agree_on_flags(options: argparse.Namespace, device: "torch.device", tp: "Gro
         if different:
             raise UserError(f"{', '.join(different)}: start every host with the same flags")
 
-    tp.together(check)
+    tp.run_on_all_ranks(check)
 
 
 def follow(engine: "Engine") -> int:
@@ -241,28 +241,28 @@ def main(
     try:
         tp = parallel.join(TIMEOUT if problem else options.timeout)
         if not heeds_signals:
-            tp.heed_termination()
+            tp.install_sigterm_handler()
 
         def usage() -> None:
             if problem is not None:
                 raise problem
 
-        tp.together(usage)
+        tp.run_on_all_ranks(usage)
         status = run(options, tp)
-        tp.part()
+        tp.shutdown()
         return status
     except UserError as e:
         if tp.rank == 0:
             complain(str(e))
-        tp.part()
+        tp.shutdown()
         return 2
     except parallel.RankFailure as e:
-        tp.leave(str(e), 1)
+        tp.abort(str(e), 1)
     except (torch.OutOfMemoryError, MemoryError) as e:
         ways = "a smaller --max-num-batched-tokens, --max-num-seqs or --kv-cache-gib needs less"
-        tp.leave(f"rank {tp.rank} is out of memory: {first_line(e)} ({ways})", 1)
+        tp.abort(f"rank {tp.rank} is out of memory: {first_line(e)} ({ways})", 1)
     except KeyboardInterrupt:
-        tp.leave("interrupted", 130)
+        tp.abort("interrupted", 130)
     except Exception as e:  # a mistake of ours
         traceback.print_exc()
-        tp.leave(f"rank {tp.rank} failed: {describe(e)}", 1)
+        tp.abort(f"rank {tp.rank} failed: {describe(e)}", 1)

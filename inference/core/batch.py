@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 PAGE_SIZE = 64  # tokens a page of the latent cache holds
-FEW_ROWS = 64  # new tokens of a sequence up to which it is decoding, or close to it: see kernel_attention.py
+DECODE_ROWS = 64  # new tokens of a sequence up to which it is decoding, or close to it: see ops/gpu/attention.py
 
 
 @dataclass(frozen=True)
-class Extent:
+class BatchBounds:
     """What the host knows of some sequences of a batch, so that nobody has to ask the device. Apart from `n` and
     `tokens` these may be upper bounds."""
 
@@ -22,7 +22,7 @@ class Extent:
     total_kv: int = 0  # all lengths together
 
     @classmethod
-    def of(cls, lengths: Sequence[tuple[int, int]]) -> "Extent":
+    def of(cls, lengths: Sequence[tuple[int, int]]) -> "BatchBounds":
         """From (new tokens, length with them) for each sequence."""
         q, kv = [q for q, _ in lengths], [kv for _, kv in lengths]
         return cls(len(lengths), sum(q), max(q, default=0), max(kv, default=0), sum(kv))
@@ -38,23 +38,23 @@ class Batch:
     cu_seqlens_q: torch.Tensor  # (B+1,) int32, where each sequence's tokens begin; the last entry is T
     kv_lens: torch.Tensor  # (B,) int32, each sequence's length with these tokens
     pages: torch.Tensor  # (B, P) int32, each sequence's pages in order, padded with 0
-    few: Extent = Extent()  # the first sequences, up to the first that has more than FEW_ROWS new tokens
-    many: Extent = Extent()  # the others
+    decode: BatchBounds = BatchBounds()  # of the sequences before the first with more than DECODE_ROWS new tokens
+    prefill: BatchBounds = BatchBounds()  # of the others
     # What attention works out from lengths and bounds, once for all layers; a changed batch starts without.
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
-    def whole(self) -> Extent:
-        a, b = self.few, self.many
+    def whole(self) -> BatchBounds:
+        a, b = self.decode, self.prefill
         longest = max(a.longest_q, b.longest_q), max(a.longest_kv, b.longest_kv)
-        return Extent(a.n + b.n, a.tokens + b.tokens, *longest, a.total_kv + b.total_kv)
+        return BatchBounds(a.n + b.n, a.tokens + b.tokens, *longest, a.total_kv + b.total_kv)
 
     @classmethod
     def pack(
         cls, sequences: Sequence[tuple[Sequence[int], int, Sequence[int]]], device: torch.device | str = "cpu"
     ) -> "Batch":
-        """From (new tokens, how many tokens are cached before them, the sequence's pages) for each sequence; those with
-        few new tokens had better come first."""
+        """From (new tokens, how many tokens are cached before them, the sequence's pages) for each sequence; those that
+        decode had better come first."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -68,7 +68,7 @@ class Batch:
             bounds.append(len(tokens))
 
         lengths = [(len(new), start + len(new)) for new, start, _ in sequences]
-        n_few = next((i for i, (q, _) in enumerate(lengths) if q > FEW_ROWS), len(lengths))
+        n_decode = next((i for i, (q, _) in enumerate(lengths) if q > DECODE_ROWS), len(lengths))
 
         def tensor(values: list, dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
@@ -80,6 +80,6 @@ class Batch:
             tensor(bounds, torch.int32),
             tensor([kv for _, kv in lengths], torch.int32),
             tensor([[*pages, *[0] * (widest - len(pages))] for _, _, pages in sequences], torch.int32),
-            Extent.of(lengths[:n_few]),
-            Extent.of(lengths[n_few:]),
+            BatchBounds.of(lengths[:n_decode]),
+            BatchBounds.of(lengths[n_decode:]),
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from core.errors import Damage, UserError
+from core.errors import CheckpointError, UserError
 from core.files import read_json
 
 PROGRAM_VERSION = "0.1.0"
@@ -234,7 +234,7 @@ def load_config(path: str | Path) -> ModelArgs:
     try:
         return parse(raw)
     except UserError as e:
-        raise Damage(f"{path}: {e}", path) from None
+        raise CheckpointError(f"{path}: {e}", path) from None
 
 
 def agree(path: str | Path, checkpoint: ModelArgs) -> None:

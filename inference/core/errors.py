@@ -8,7 +8,7 @@ class UserError(Exception):
     """A mistake in a command, a prompt or a checkpoint. Scripts print it as `error: …` and exit with status 2."""
 
 
-class Damage(UserError):
+class CheckpointError(UserError):
     """What is wrong with a checkpoint: a whole line for people, and its place and facts apart for programs."""
 
     def __init__(self, text: str, file: object = None, tensor: str = "", expected: object = None, found: object = None):

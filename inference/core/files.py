@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from core.errors import Damage, UserError
+from core.errors import CheckpointError, UserError
 
 MAX_JSON = 1 << 30  # bytes; the manifest of V3 for 16 ranks, experts split, has 175 MB
 
@@ -28,9 +28,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(read_text(path), object_pairs_hook=unique)
     except FileNotFoundError:
-        raise Damage(f"{path}: no such file", path) from None
+        raise CheckpointError(f"{path}: no such file", path) from None
     except (OSError, ValueError, RecursionError) as e:
-        raise Damage(f"{path}: not readable as JSON ({e})", path) from None
+        raise CheckpointError(f"{path}: not readable as JSON ({e})", path) from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     return raw

@@ -15,20 +15,20 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from checkpoint import weights
-from core.batch import FEW_ROWS, PAGE_SIZE, Batch
+from core.batch import DECODE_ROWS, PAGE_SIZE, Batch
 from core.config import ModelArgs, agree, load_config
 from core.errors import UserError, describe
 from core.numerics import Numerics
 from engine import memory
 from engine.graphs import Capture, Forward, Graphs, Place, cuda_capture, records
 from engine.pages import PagePool
-from engine.sampling import Ask, Draft, Logprob, SamplingParams, logprob, propose, released_params, verify
+from engine.sampling import Ask, Draft, Logprob, SamplingParams, logprob, params_from_generation_config, propose, verify
 from engine.scheduler import Chunk, Job, Scheduler
 from model import Transformer
 from ops import backend as ops
 from ops.cpu import kernels as kernel_cpu
 from parallel.group import SOLO, Group, environment
-from text.tokenizer import THINK, THOUGHT, TextStream, Tokenizer
+from text.tokenizer import THINK, THINK_END, TextStream, Tokenizer
 
 T = TypeVar("T")
 FinishReason = Literal["stop", "length", "error", "cancelled"]
@@ -71,9 +71,9 @@ class Request:
         begins = 0 in self.controls and self.text.startswith(THINK)
         if not (begins or self.opens_thinking):
             return None, self.text
-        closes = next((at for at in self.controls if self.text.startswith(THOUGHT, at)), None)
+        closes = next((at for at in self.controls if self.text.startswith(THINK_END, at)), None)
         inside = self.text[len(THINK) if begins else 0 : closes]
-        return inside.strip("\n"), "" if closes is None else self.text[closes + len(THOUGHT) :].lstrip("\n")
+        return inside.strip("\n"), "" if closes is None else self.text[closes + len(THINK_END) :].lstrip("\n")
 
     @property
     def noise(self) -> int:
@@ -223,11 +223,11 @@ class Engine:
                 if tp.size > 1:
                     print(why, file=sys.stderr)
             has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
-            check_start(memory.Rank(args, num, tp.size, device.type != "cpu", has_mtp), device, limits)
-            return checkpoint, args, num, has_mtp, released_params(Path(ckpt_path))
+            check_start(memory.RankSpec(args, num, tp.size, device.type != "cpu", has_mtp), device, limits)
+            return checkpoint, args, num, has_mtp, params_from_generation_config(Path(ckpt_path))
 
         # what is free is looked at before any rank takes of it
-        checkpoint, args, num, has_mtp, default_params = tp.together(choose)
+        checkpoint, args, num, has_mtp, default_params = tp.run_on_all_ranks(choose)
 
         def load() -> tuple[Transformer, Tokenizer | None]:
             tokenizer = Tokenizer(ckpt_path, args.vocab_size) if tp.rank == 0 else None
@@ -238,7 +238,7 @@ class Engine:
             weights.load_into(model, checkpoint, tp, progress)
             return model.prepare(), tokenizer
 
-        model, tokenizer = tp.together(load)
+        model, tokenizer = tp.run_on_all_ranks(load)
         mine = repr((model.args, model.num, len(model.mtp)))
         first = bytes(tp.broadcast_ints(list(mine.encode()))).decode()
 
@@ -246,7 +246,7 @@ class Engine:
             if mine != first:  # another GPU, or another checkpoint under the same path
                 raise UserError(f"this host would compute {mine}, rank 0 {first}: give --gemm, and check --ckpt-path")
 
-        tp.together(same)
+        tp.run_on_all_ranks(same)
         engine = cls(model, tokenizer, progress=progress, **limits)  # type: ignore[arg-type]
         engine.default_params = default_params
         return engine
@@ -357,7 +357,7 @@ class Engine:
             return []
         chunks = self.scheduler.schedule()
         if not chunks:
-            self.tp.roll_call()
+            self.tp.heartbeat()
         self.stats.preemptions = self.scheduler.preemptions
         if chunks:
             with ops.batch_invariant(self.deterministic):
@@ -367,9 +367,9 @@ class Engine:
         return advanced
 
     def _run(self, chunks: list[Chunk]) -> list[Request]:
-        chunks = sorted(chunks, key=lambda c: len(c.tokens) > FEW_ROWS)  # as Batch.pack wants them
+        chunks = sorted(chunks, key=lambda c: len(c.tokens) > DECODE_ROWS)  # as Batch.pack wants them
         places: list[Place] = [(c.tokens, c.start, list(c.job.pages)) for c in chunks]
-        self.tp.brought.clear()
+        self.tp.partial_sums.clear()
         hidden = self._step_graphs.run(places) if self._step_graphs else None
         if hidden is None:
             hidden = self.model(Batch.pack(places, self.model.device), self.cache)
@@ -377,7 +377,7 @@ class Engine:
         sampling = [c for c in chunks if c.samples]
         decided = dict(zip(sampling, self._sample(chunks, hidden), strict=True))
         failed = any(finish == "error" for _, finish in decided.values())
-        blamed = self.tp.unsound() if failed and self.tp.size > 1 else []
+        blamed = self.tp.nonfinite_ranks() if failed and self.tp.size > 1 else []
         advanced = []
         for chunk in chunks:
             tokens, finish = decided.get(chunk, ([], None))
@@ -724,8 +724,8 @@ def choose_numerics(
     return Numerics(plain, "fp8" if gemm == "fp8" else "bf16", args.scale_fmt), f"numerics: {says} on {device.type}"
 
 
-def rank_of(model: Transformer) -> memory.Rank:
-    return memory.Rank(model.args, model.num, model.tp.size, model.device.type != "cpu", len(model.mtp) > 0)
+def rank_of(model: Transformer) -> memory.RankSpec:
+    return memory.RankSpec(model.args, model.num, model.tp.size, model.device.type != "cpu", len(model.mtp) > 0)
 
 
 def check_limits(limits: memory.Limits, args: ModelArgs, has_mtp: bool) -> None:
@@ -753,7 +753,7 @@ def length_that_fits(limits: memory.Limits, n_pages: int, shrink: bool) -> int:
     return holds
 
 
-def check_start(rank: memory.Rank, device: torch.device, limits: dict[str, Any]) -> None:
+def check_start(rank: memory.RankSpec, device: torch.device, limits: dict[str, Any]) -> None:
     """Refuses, before anything is loaded, limits that the model does not have, and a run that this rank's memory cannot
     hold. `limits` are the constructor's; what they do not say is as the constructor has it. Raises UserError."""
     weights.check_ranks(rank.args, rank.ranks, rank.num.gemm is not None, rank.experts)

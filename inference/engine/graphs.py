@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from core.batch import FEW_ROWS, PAGE_SIZE, Batch, Extent
+from core.batch import DECODE_ROWS, PAGE_SIZE, Batch, BatchBounds
 
 Place = tuple[Sequence[int], int, Sequence[int]]  # new tokens, how many are cached before them, the sequence's pages
 Forward = Callable[[Batch, torch.Tensor], torch.Tensor]  # a batch and hidden states (T, H) to hidden states (T, H)
@@ -76,7 +76,7 @@ class Graphs:
         n_pages: the most a sequence may hold; spare: the page that takes what is only there to fill up; `progress`:
         what a progress bar says, if there is to be one.
         """
-        assert width <= FEW_ROWS
+        assert width <= DECODE_ROWS
         self.width, self.n_pages, self.spare, self.hidden = width, n_pages, spare, hidden
         self._replay: dict[int, Callable[[], torch.Tensor]] = {}
         self._facts: dict[int, torch.Tensor] = {}
@@ -135,5 +135,5 @@ class Graphs:
         tokens, positions, slots, lengths, pages = facts.split([t, t, t, n, n * self.n_pages])
         bounds = torch.arange(0, t + 1, self.width, dtype=torch.int32, device=facts.device)
         longest = self.n_pages * PAGE_SIZE  # what a later batch may need is not known yet
-        few = Extent(n, t, self.width, longest, n * longest)
+        few = BatchBounds(n, t, self.width, longest, n * longest)
         return Batch(tokens, positions, slots, bounds, lengths.int(), pages.int().view(n, self.n_pages), few)

@@ -20,7 +20,7 @@ import torch
 
 from checkpoint import weights
 from checkpoint.weights import AskedLayout, Spec
-from core.batch import FEW_ROWS, PAGE_SIZE
+from core.batch import DECODE_ROWS, PAGE_SIZE
 from core.config import BLOCK_SIZE, ModelArgs
 from core.errors import UserError
 from core.numerics import ExpertLayout, Numerics
@@ -35,7 +35,7 @@ GPU_SHARE = 0.9  # of what weights and a step leave: the rest is for the allocat
 HOST_SHARE = 0.5  # the same of a host, which others need too
 SCORED_ROWS = 256  # rows of prompt logits that exist at one time
 # As in kernel_attention.py, which needs Triton; a test holds them equal.
-SPLIT_BYTES, SLAB_BYTES, PROGRAMS, DECODE_ROWS = 256 << 20, 1 << 30, 264, 64
+SPLIT_BYTES, SLAB_BYTES, PROGRAMS, DECODE_TILE_ROWS = 256 << 20, 1 << 30, 264, 64
 DRAWN_ROWS, SAMPLER_BYTES = 32, 56  # distributions the sampler makes at one time, and what it takes a token of one
 
 EMBEDDING, HEAD, ATTENTION, DENSE = "embedding", "head", "attention", "dense MLPs"
@@ -44,7 +44,7 @@ PARTS = (EMBEDDING, HEAD, ATTENTION, DENSE, ROUTED, SHARED, SMALL)
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankSpec:
     """One rank of a run, as far as its memory depends on it."""
 
     args: ModelArgs
@@ -132,7 +132,7 @@ def _part(name: str, leaf: str) -> str:
     return MTP
 
 
-def weight_bytes(rank: Rank) -> dict[tuple[bool, str], int]:
+def weight_bytes(rank: RankSpec) -> dict[tuple[bool, str], int]:
     """Every rank's weights as they lie in memory after `prepare`, by (of the MTP module, part); scales are counted
     with what they scale, and the zeros between stacked FP8 projections with the first of them.
 
@@ -149,7 +149,7 @@ def weight_bytes(rank: Rank) -> dict[tuple[bool, str], int]:
     return dict(found)
 
 
-def _held_bytes(kind: _Kind, shape: tuple[int, ...], rank: Rank) -> int:
+def _held_bytes(kind: _Kind, shape: tuple[int, ...], rank: RankSpec) -> int:
     """What a tensor of which this rank has so much takes in memory; 0 if it is not kept."""
     plain, size = rank.num.dtype.itemsize, math.prod(shape)
     if kind.leaf == "wkv_b.weight":
@@ -174,7 +174,7 @@ def _held_bytes(kind: _Kind, shape: tuple[int, ...], rank: Rank) -> int:
     return size * plain
 
 
-def _rows_before(leaf: str, shape: tuple[int, ...], rank: Rank) -> int | None:
+def _rows_before(leaf: str, shape: tuple[int, ...], rank: RankSpec) -> int | None:
     """Of the projection whose last part a tensor is; None if another part follows, which is filled up for both."""
     if leaf in ("w1.weight", "wq_a.weight", "wq.weight"):
         return None
@@ -187,7 +187,7 @@ def _in_blocks(n: int) -> int:
     return -(-n // BLOCK_SIZE) * BLOCK_SIZE
 
 
-def parameters(rank: Rank, mtp: bool = False) -> int:
+def parameters(rank: RankSpec, mtp: bool = False) -> int:
     """How many weights the main model has, all ranks' together, or the MTP module alone, whose embedding and head are
     the main model's."""
     kinds = _kinds(rank.args, rank.num.gemm is not None, rank.mtp)
@@ -200,7 +200,7 @@ def parameters(rank: Rank, mtp: bool = False) -> int:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def latent_bytes(rank: Rank, mtp: bool | None = None) -> int:
+def latent_bytes(rank: RankSpec, mtp: bool | None = None) -> int:
     """Of one token, all layers together; every rank keeps the same. `mtp` True or False: the MTP module's or the main
     model's alone."""
     args, num = rank.args, rank.num
@@ -211,7 +211,7 @@ def latent_bytes(rank: Rank, mtp: bool | None = None) -> int:
     return layers * width
 
 
-def page_bytes(rank: Rank) -> int:
+def page_bytes(rank: RankSpec) -> int:
     return PAGE_SIZE * latent_bytes(rank)
 
 
@@ -220,7 +220,7 @@ def page_bytes(rank: Rank) -> int:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def step_bytes(rank: Rank, limits: Limits, decode: bool = False) -> int:
+def step_bytes(rank: RankSpec, limits: Limits, decode: bool = False) -> int:
     """The most that one forward's tensors take at a time, beside weights and latents: the largest the limits allow, or
     with `decode` one of max_num_seqs sequences that bring a token and its drafts.
 
@@ -256,22 +256,22 @@ def step_bytes(rank: Rank, limits: Limits, decode: bool = False) -> int:
     return drafts + max(layer, hidden + max(states + gathered, sampler))
 
 
-def _float_copy(rank: Rank) -> int:
+def _float_copy(rank: RankSpec) -> int:
     """What x.float() takes a value: nothing where x is float32 already."""
     return 0 if rank.num.dtype == torch.float32 else 4
 
 
-def _given(rank: Rank, rows: int, k: int) -> int:
+def _given(rank: RankSpec, rows: int, k: int) -> int:
     """What norm and silu_mul hand to a projection: the values, or in W8A8 the quantised ones and their scales."""
     return rows * k + 4 * rows * -(-k // BLOCK_SIZE) if rank.num.gemm == "fp8" else rows * k * rank.num.dtype.itemsize
 
 
-def _quantising(rank: Rank, rows: int, k: int) -> int:
+def _quantising(rank: RankSpec, rows: int, k: int) -> int:
     """What act_quant takes: a CPU's has a padded float32 copy and another for its result."""
     return 0 if rank.num.gemm != "fp8" else _given(rank, rows, k) if rank.gpu else 10 * rows * _in_blocks(k)
 
 
-def _linear(rank: Rank, rows: int, k: int, n: int, plain: bool = False) -> int:
+def _linear(rank: RankSpec, rows: int, k: int, n: int, plain: bool = False) -> int:
     """What a product (rows, k) by (n, k) takes beside the input: its result, and what it is made from. `plain`: of a
     weight that is never FP8."""
     out = rows * n * rank.num.dtype.itemsize
@@ -283,7 +283,7 @@ def _linear(rank: Rank, rows: int, k: int, n: int, plain: bool = False) -> int:
     return 16 * rows * n  # the sum, the product of 128 channels, its scales, and that scaled
 
 
-def _norm(rank: Rank, rows: int, width: int) -> int:
+def _norm(rank: RankSpec, rows: int, width: int) -> int:
     """RMSNorm. A CPU's has a float32 copy, and two float32 tensors on the way to the result, if it is not compiled."""
     if rank.gpu:
         return _given(rank, rows, width)
@@ -293,12 +293,12 @@ def _norm(rank: Rank, rows: int, width: int) -> int:
     return max(rows * width * (_float_copy(rank) + 8), plain + _quantising(rank, rows, width))
 
 
-def _gate_up(rank: Rank, inner: int) -> int:
+def _gate_up(rank: RankSpec, inner: int) -> int:
     """Rows of gate and up stacked."""
     return 2 * (inner if rank.num.gemm is None else _in_blocks(inner))
 
 
-def _swiglu(rank: Rank, rows: int, inner: int) -> int:
+def _swiglu(rank: RankSpec, rows: int, inner: int) -> int:
     """The product of gate and up, as the next projection takes it, and on a CPU what it is made from, in float32."""
     if rank.gpu:
         return _given(rank, rows, inner)
@@ -308,7 +308,7 @@ def _swiglu(rank: Rank, rows: int, inner: int) -> int:
     return max(rows * inner * (_float_copy(rank) + 4), plain + _quantising(rank, rows, inner))
 
 
-def _mlp(rank: Rank, rows: int, inner: int) -> int:
+def _mlp(rank: RankSpec, rows: int, inner: int) -> int:
     """SwiGLU: gate and up in one; their product; the second projection."""
     width = _gate_up(rank, inner)
     second = _given(rank, rows, inner) + _linear(rank, rows, inner, rank.args.dim)
@@ -316,7 +316,7 @@ def _mlp(rank: Rank, rows: int, inner: int) -> int:
     return max(_linear(rank, rows, rank.args.dim, width), together, second)
 
 
-def _moe(rank: Rank, tokens: int) -> int:
+def _moe(rank: RankSpec, tokens: int) -> int:
     """Router, then this rank's experts and the shared ones."""
     args, b = rank.args, rank.num.dtype.itemsize
     rows, values = tokens * args.n_activated_experts, tokens * args.dim
@@ -339,7 +339,7 @@ def _moe(rank: Rank, tokens: int) -> int:
     return max(router, chosen + max(_routed(rank, tokens), values * (4 + b), 4 * values + shared))
 
 
-def _routed(rank: Rank, tokens: int) -> int:
+def _routed(rank: RankSpec, tokens: int) -> int:
     """A CPU's routed experts: one after another, or several that have few rows, into a float32 sum."""
     args, b = rank.args, rank.num.dtype.itemsize
     values = tokens * args.dim
@@ -349,20 +349,20 @@ def _routed(rank: Rank, tokens: int) -> int:
     return (4 + b) * values + 4 * together * (args.dim + 3 * rank.inner) + 8 * tokens * args.n_activated_experts
 
 
-def _batches(rank: Rank, tokens: int, rows: int, sequences: int) -> Iterator[tuple[int, int]]:
+def _batches(rank: RankSpec, tokens: int, rows: int, sequences: int) -> Iterator[tuple[int, int]]:
     """(tokens, rows of one sequence) of the batches that may be the worst for attention: of `rows`, or of the most that
     still go through a form for fewer rows."""
     yield tokens, rows
     if rank.gpu and rank.num.dtype == torch.bfloat16:
-        bounds = [FEW_ROWS]
+        bounds = [DECODE_ROWS]
     else:
-        bounds = [few_rows(rank.args)] if rank.gpu else [few_rows(rank.args), cpu.DECODE_ROWS]
+        bounds = [few_rows(rank.args)] if rank.gpu else [few_rows(rank.args), cpu.TORCH_DECODE_ROWS]
     for few in bounds:
         if few < rows:
             yield min(tokens, few * sequences) if rank.gpu or sequences == 1 else tokens, few
 
 
-def _attention(rank: Rank, tokens: int, rows: int, limits: Limits) -> int:
+def _attention(rank: RankSpec, tokens: int, rows: int, limits: Limits) -> int:
     """The projections of all tokens, and what lives while their sequences attend, of which the largest has so many
     rows."""
     args, b = rank.args, rank.num.dtype.itemsize
@@ -387,7 +387,7 @@ def _attention(rank: Rank, tokens: int, rows: int, limits: Limits) -> int:
     return max(into, held + max(rotating, rotated + max(attending, out)))
 
 
-def _on_gpu(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) -> int:
+def _on_gpu(rank: RankSpec, tokens: int, rows: int, n: int, limits: Limits) -> int:
     """kernel_attention.mla. Few rows of a sequence are decoded, with the keys split up; many attend to keys and values
     that are expanded a slab at a time, and where one slab does not do carry float32 sums along. A batch of both has the
     absorbed queries, and what they came to, while it expands."""
@@ -395,22 +395,22 @@ def _on_gpu(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) -> int:
     c, dn, r, dv = args.kv_lora_rank, args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim
 
     def decoded(few: int) -> tuple[int, int]:
-        width = min(DECODE_ROWS, min(rows, FEW_ROWS) * n)
+        width = min(DECODE_TILE_ROWS, min(rows, DECODE_ROWS) * n)
         empty = min(few, limits.max_num_seqs) * (width - math.gcd(n, width))  # rows, in the sequences' last tiles
         tiles = (few * n + empty) // width
         split = width * min(tiles * -(-limits.max_model_len // PAGE_SIZE), tiles + PROGRAMS)
         return 2 * few * n * c * b, min(SPLIT_BYTES, 4 * split * c) * (c + 1) // c + 12 * few * n
 
-    if rows <= FEW_ROWS:
+    if rows <= DECODE_ROWS:
         return tokens * n * dv * b + sum(decoded(tokens))
-    absorbed, _ = decoded(min(tokens - rows, FEW_ROWS * (limits.max_num_seqs - 1)))
+    absorbed, _ = decoded(min(tokens - rows, DECODE_ROWS * (limits.max_num_seqs - 1)))
     per_key = (n * (dn + dv) + c + r) * b
-    keys = min(limits.max_num_seqs, tokens // (FEW_ROWS + 1)) * limits.max_model_len * per_key
+    keys = min(limits.max_num_seqs, tokens // (DECODE_ROWS + 1)) * limits.max_model_len * per_key
     carried = 4 * tokens * n * (dv + 1) if keys > SLAB_BYTES else 0
     return tokens * n * dv * b + absorbed + min(keys, SLAB_BYTES) + carried
 
 
-def _on_gpu_float32(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) -> int:
+def _on_gpu_float32(rank: RankSpec, tokens: int, rows: int, n: int, limits: Limits) -> int:
     """reference.mla: one sequence at a time, its latents gathered while those of the one before are still there."""
     args, b = rank.args, rank.num.dtype.itemsize
     gathered = limits.max_model_len * args.latent_dim * b
@@ -419,7 +419,7 @@ def _on_gpu_float32(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) 
     return tokens * n * args.v_head_dim * b + before + max(_unpacking(rank, limits), gathered + form)
 
 
-def _on_cpu(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) -> int:
+def _on_cpu(rank: RankSpec, tokens: int, rows: int, n: int, limits: Limits) -> int:
     """cpu.mla: one sequence's many rows at a time, and all those of few rows together, for which their latents are
     gathered unless a compiled kernel reads the pages."""
     args, b = rank.args, rank.num.dtype.itemsize
@@ -433,7 +433,7 @@ def _on_cpu(rank: Rank, tokens: int, rows: int, n: int, limits: Limits) -> int:
         counts = range(1, min(rows, tokens) + 1)  # not the most rows, nor the fewest, need the most scratch
         fit = ((min(limits.max_num_seqs, tokens // each), each) for each in counts)
         return tokens * n * dv * b + max(kernel_cpu.mla_bytes(*many, n, c, r, context) for many in fit)
-    elif rows > cpu.DECODE_ROWS:
+    elif rows > cpu.TORCH_DECODE_ROWS:
         form = _absorbed(rank, rows, n, context)
     else:  # queries, and results of all with those of one; the last has its copy of the queries and its mask
         mask = rows * context * (n * (1 + b)) if rows > 1 else 0
@@ -448,14 +448,14 @@ def few_rows(args: ModelArgs) -> int:
     return c * both // saved if saved > 0 else 1 << 30
 
 
-def _unpacking(rank: Rank, limits: Limits) -> int:
+def _unpacking(rank: RankSpec, limits: Limits) -> int:
     """reference.unpack_latents of one sequence, beside its result."""
     c = rank.args.kv_lora_rank
     packed = formats.packed_latent_bytes(c, rank.args.qk_rope_head_dim)
     return limits.max_model_len * (12 * c + 2 * packed) if rank.num.fp8_latents else 0
 
 
-def _absorbed(rank: Rank, rows: int, n: int, context: int) -> int:
+def _absorbed(rank: RankSpec, rows: int, n: int, context: int) -> int:
     """reference.mla_absorbed: queries in the latent space, one tile of keys for all heads."""
     args, b = rank.args, rank.num.dtype.itemsize
     c, r = args.kv_lora_rank, args.qk_rope_head_dim
@@ -463,7 +463,7 @@ def _absorbed(rank: Rank, rows: int, n: int, context: int) -> int:
     return queries + 4 * rows * n * c + _attend(rows, n, c + r, c, 1, context, _float_copy(rank) > 0)
 
 
-def _expanded(rank: Rank, rows: int, n: int, context: int) -> int:
+def _expanded(rank: RankSpec, rows: int, n: int, context: int) -> int:
     """reference.mla_expanded, a tile of keys and values at a time, or cpu.mla_expanded, all at once."""
     args, b = rank.args, rank.num.dtype.itemsize
     c, dn, r, dv = args.kv_lora_rank, args.qk_nope_head_dim, args.qk_rope_head_dim, args.v_head_dim
@@ -500,7 +500,7 @@ def _attend(rows: int, n: int, d: int, dv: int, key_heads: int, context: int, co
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Need(NamedTuple):
+class MemoryBudget(NamedTuple):
     """What a rank must have."""
 
     weights: int
@@ -515,7 +515,7 @@ class Need(NamedTuple):
         return self.weights + max(self.packing, self.step + self.graphs + self.cache + self.kept)
 
 
-def need(rank: Rank, limits: Limits, cache: int | None = None) -> Need:
+def need(rank: RankSpec, limits: Limits, cache: int | None = None) -> MemoryBudget:
     """With a cache of so many bytes, which somebody chose, or one for a sequence of full length, beside which the
     rank's share of memory stays free. A CPU packs its weights, one projection or stack of experts at a time."""
     parts = weight_bytes(rank)
@@ -523,12 +523,12 @@ def need(rank: Rank, limits: Limits, cache: int | None = None) -> Need:
     if cache is None:
         cache = limits.pages * page_bytes(rank)
         kept = math.ceil(cache / rank.share) - cache
-    return Need(
+    return MemoryBudget(
         sum(parts.values()), _packing(rank, parts), step_bytes(rank, limits), _graphs(rank, limits), cache, kept
     )
 
 
-def _packing(rank: Rank, parts: dict[tuple[bool, str], int]) -> int:
+def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
     """What packing the largest weight takes beside all weights as they are before or, if that is more, after it."""
     args, plain = rank.args, rank.num.dtype.itemsize
     if rank.gpu or plain == 4:
@@ -543,7 +543,7 @@ def _packing(rank: Rank, parts: dict[tuple[bool, str], int]) -> int:
     return largest
 
 
-def _graphs(rank: Rank, limits: Limits) -> int:
+def _graphs(rank: RankSpec, limits: Limits) -> int:
     """What recorded decode steps keep to themselves: a page; the tensors of the largest step; and of each number of
     sequences its result and the facts that are copied into it; once for the main model, and for each way to draft."""
     if not (graphs.records(rank.gpu, rank.num.dtype) if limits.graphs is None else limits.graphs):
@@ -558,7 +558,7 @@ def _graphs(rank: Rank, limits: Limits) -> int:
     return page_bytes(rank) + kept + step_bytes(rank, limits, decode=True)
 
 
-def pages_that_fit(rank: Rank, limits: Limits, free: int, shrink: bool = False) -> int:
+def pages_that_fit(rank: RankSpec, limits: Limits, free: int, shrink: bool = False) -> int:
     """Pages of latents for which `free` bytes beside the weights have room, after a step's tensors; 0 if none.
 
     A shorter context needs less for a step: with `shrink` it may be as much shorter as makes it fit.
@@ -584,7 +584,7 @@ def _most(n: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def check_fits(rank: Rank, limits: Limits, free: int, cache: int | None = None, shrink: bool = False) -> None:
+def check_fits(rank: RankSpec, limits: Limits, free: int, cache: int | None = None, shrink: bool = False) -> None:
     """Raises UserError, naming what would help, when `free` bytes cannot hold the weights, a step and the smallest
     useful cache: one sequence of the length asked for; with `shrink`, which leaves the length open, one page; or
     `cache` bytes where somebody asks for them.
@@ -592,7 +592,7 @@ def check_fits(rank: Rank, limits: Limits, free: int, cache: int | None = None, 
     if shrink:
         limits = replace(limits, max_model_len=max(PAGE_SIZE - limits.mtp, 2))
 
-    def fits(rank: Rank, limits: Limits = limits) -> bool:
+    def fits(rank: RankSpec, limits: Limits = limits) -> bool:
         return need(rank, limits, cache).total <= free
 
     if fits(rank):
@@ -608,7 +608,7 @@ def check_fits(rank: Rank, limits: Limits, free: int, cache: int | None = None, 
         lines += [f"kept free {gb(wanted.kept)}"] if wanted.kept else []
     ways = []
     others = (with_ranks(rank, n) for n in range(rank.ranks + 1, rank.args.n_heads + 1))
-    if more := next((other for other in others if why_not(other) is None and fits(other)), None):
+    if more := next((other for other in others if partition_error(other) is None and fits(other)), None):
         ways.append(f"{more.ranks} ranks with as much memory each")
     if cache is not None:
         tenths = (free - need(rank, limits, 0).total) * 10 // 2**30
@@ -623,13 +623,13 @@ def check_fits(rank: Rank, limits: Limits, free: int, cache: int | None = None, 
                     f"{' or '.join(ways) or 'more memory'} would do")  # fmt: skip
 
 
-def with_ranks(rank: Rank, ranks: int, asked: AskedLayout = "auto") -> Rank:
+def with_ranks(rank: RankSpec, ranks: int, asked: AskedLayout = "auto") -> RankSpec:
     """The same run on another number of ranks."""
     experts, _ = weights.choose_experts(asked, rank.args, ranks, rank.args.dtype == "fp8")
     return replace(rank, ranks=ranks, num=replace(rank.num, experts=experts))
 
 
-def why_not(rank: Rank) -> str | None:
+def partition_error(rank: RankSpec) -> str | None:
     """Why the model does not divide over its ranks, in weights.check_ranks's words; None if it does."""
     try:
         weights.check_ranks(rank.args, rank.ranks, rank.num.gemm is not None, rank.experts)
@@ -661,7 +661,7 @@ def distinct_experts(args: ModelArgs, tokens: int) -> float:
     return e * (1 - (1 - args.n_activated_experts / e) ** tokens) if e else 0.0
 
 
-def decode_reads(rank: Rank, sequences: int, context: int, drafts: int = 0) -> Read:
+def decode_reads(rank: RankSpec, sequences: int, context: int, drafts: int = 0) -> Read:
     """Every weight once but for the embedding, routed experts as far as somebody chooses them, and the latents of
     `context` tokens a sequence. With whole experts per rank this is the mean rank; a step waits for the busiest.
 

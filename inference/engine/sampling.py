@@ -64,7 +64,7 @@ class SamplingParams:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def released_params(folder: Path, **given: Any) -> SamplingParams:
+def params_from_generation_config(folder: Path, **given: Any) -> SamplingParams:
     """What is given, and for the rest a checkpoint's generation_config.json, where there is one: temperature, top_p,
     top_k, min_p, repetition_penalty, and do_sample false as temperature 0. A given None counts as not given.
 

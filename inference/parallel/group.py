@@ -23,7 +23,7 @@ from core.errors import UserError
 T = TypeVar("T")
 JOINING_LIMIT = 600.0  # seconds for all ranks to come up; a later one may have torch to import from a slow disk
 LOADING_LIMIT = 6 * 3600.0  # seconds that the slowest rank may load longer than the fastest
-BROUGHT = 1024  # sums and gatherings whose parts are remembered, more than a step has
+MAX_PARTIAL_SUMS = 1024  # sums and gatherings whose parts are remembered, more than a step has
 ERROR_BYTES = 2048  # of an error's text that travel between ranks
 STOPPED = "is stopped"
 STORE_LIMIT = 1.0  # seconds for a word to or from the meeting point, which may be on a host that is gone
@@ -49,7 +49,8 @@ class Group:
     neighbours: tuple[tuple[int, int], ...] = field(default=(), compare=False)  # (rank, process id) on this host
     store: Any = field(default=None, compare=False, repr=False)  # where the ranks met
     leaving: Any = field(default_factory=threading.Lock, compare=False, repr=False)  # held by the thread that ends us
-    brought: Any = field(default_factory=lambda: deque(maxlen=BROUGHT), compare=False, repr=False)  # see `unsound`
+    # what this rank brought into the latest sums and gatherings: see nonfinite_ranks
+    partial_sums: Any = field(default_factory=lambda: deque(maxlen=MAX_PARTIAL_SUMS), compare=False, repr=False)
 
     def split(self, n: int, what: str) -> int:
         """n over the ranks; raises UserError when it does not divide."""
@@ -66,8 +67,8 @@ class Group:
         """
         if self.size == 1:
             return x
-        self._bring(x)
-        with _speaking_of_ranks(self):
+        self._record_partial_sum(x)
+        with translate_collective_errors(self):
             if self.one_shot is not None and not self.ordered and self.one_shot.takes(x):
                 return self.one_shot(x)
             if not self.ordered or self.size == 2:
@@ -83,31 +84,31 @@ class Group:
         """(..., n) on every rank to (..., n * size), in rank order."""
         if self.size == 1:
             return x
-        self._bring(x)
+        self._record_partial_sum(x)
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        with _speaking_of_ranks(self):
+        with translate_collective_errors(self):
             dist.all_gather(parts, x.contiguous(), group=self.pg)
         return torch.cat(parts, dim=-1)
 
-    def _bring(self, x: torch.Tensor) -> None:
+    def _record_partial_sum(self, x: torch.Tensor) -> None:
         if not x.is_cuda:  # there it would be a kernel more at each of them
-            self.brought.append(x.sum(dtype=torch.float32))
+            self.partial_sums.append(x.sum(dtype=torch.float32))
 
-    def unsound(self) -> list[int]:
+    def nonfinite_ranks(self) -> list[int]:
         """The ranks that brought NaN or infinity in, to the first of the latest sums and gatherings that had some: from
         then on every rank has it. Every rank calls this. None is named where all were alike, and for GPUs."""
-        first = next((i for i, part in enumerate(self.brought) if not part.isfinite()), BROUGHT)
-        self.brought.clear()
+        first = next((i for i, part in enumerate(self.partial_sums) if not part.isfinite()), MAX_PARTIAL_SUMS)
+        self.partial_sums.clear()
         found = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
-        with _speaking_of_ranks(self):
+        with translate_collective_errors(self):
             dist.all_gather(found, torch.tensor([first]), group=self.control)
-        ranks = [rank for rank, i in enumerate(found) if int(i) == min(map(int, found)) < BROUGHT]
+        ranks = [rank for rank, i in enumerate(found) if int(i) == min(map(int, found)) < MAX_PARTIAL_SUMS]
         return ranks if len(ranks) < self.size else []
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Overwrites x, a host tensor of a shape all ranks know, with rank 0's."""
         if self.size > 1:
-            with _speaking_of_ranks(self):
+            with translate_collective_errors(self):
                 dist.broadcast(x, src=0, group=self.control)
         return x
 
@@ -123,7 +124,7 @@ class Group:
         """The smallest of the ranks' values."""
         x = torch.tensor([value])
         if self.size > 1:
-            with _speaking_of_ranks(self):
+            with translate_collective_errors(self):
                 dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self.control)
         return int(x[0])
 
@@ -131,19 +132,19 @@ class Group:
         """Waits for every rank, `timeout` seconds: a slow phase (loading weights) may take longer than a step."""
         if self.size > 1:
             wait = datetime.timedelta(seconds=timeout)
-            with _speaking_of_ranks(self):
+            with translate_collective_errors(self):
                 dist.monitored_barrier(group=self.control, timeout=wait)
 
-    def roll_call(self) -> None:
+    def heartbeat(self) -> None:
         """Waits for every rank as `barrier` does, for two thirds of the timeout: what is left is for a call every
         third of it, so that a rank that is gone is missed within the timeout."""
         if self.size > 1:
-            with _speaking_of_ranks(self):
+            with translate_collective_errors(self):
                 work = dist.all_reduce(torch.zeros(1), group=self.control, async_op=True)
                 if work is not None:  # None: this rank is not of the group
                     work.wait(datetime.timedelta(seconds=self.timeout * 2 / 3))
 
-    def together(self, work: Callable[[], T], limit: float = LOADING_LIMIT) -> T:
+    def run_on_all_ranks(self, work: Callable[[], T], limit: float = LOADING_LIMIT) -> T:
         """Runs `work`, which holds no collectives, on every rank; a UserError on one of them is raised on all.
 
         Its text is rank 0's, or names the first rank that had one, and is the same everywhere, so that rank 0 can print
@@ -163,17 +164,17 @@ class Group:
             raise UserError(texts[0] or f"rank {failed[0]}: {texts[failed[0]]}")
         return result
 
-    def missing(self) -> list[tuple[int, str]]:
+    def dead_ranks(self) -> list[tuple[int, str]]:
         """Ranks of this host that cannot answer any more, each with what has become of it."""
-        fates = [(rank, _fate(pid)) for rank, pid in self.neighbours if rank != self.rank]
+        fates = [(rank, process_state(pid)) for rank, pid in self.neighbours if rank != self.rank]
         return [(rank, fate) for rank, fate in fates if fate]
 
-    def lost(self) -> str:
+    def describe_dead_ranks(self) -> str:
         """A line that says which ranks of this host cannot answer any more; empty while all can."""
-        missing = " and ".join(f"rank {rank}, which {fate}" for rank, fate in self.missing())
+        missing = " and ".join(f"rank {rank}, which {fate}" for rank, fate in self.dead_ranks())
         return missing and f"rank {self.rank} lost contact with {missing}"
 
-    def leave(self, line: str, status: int) -> NoReturn:
+    def abort(self, line: str, status: int) -> NoReturn:
         """Ends this process at once, whatever state the other ranks are in. The user is told `line`, on standard error,
         by the first rank of a host to leave: later ones lost contact with the ones before. From another host than the
         one where it began, the line is that of the first of all. A rank of this host that is stopped goes on, and finds
@@ -183,19 +184,19 @@ class Group:
             begin = "\n" if self.size > 1 else ""  # rank 0's progress bar may be in the way
             print(f"{begin}error: {line}", file=sys.stderr, flush=True)
         for rank, pid in self.neighbours:
-            if rank != self.rank and _fate(pid) == STOPPED:
+            if rank != self.rank and process_state(pid) == STOPPED:
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGCONT)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(status)
 
-    def stopped(self, number: int) -> NoReturn:
+    def exit_on_signal(self, number: int) -> NoReturn:
         """Leaves on a signal from outside: torchrun sends one when another rank has ended."""
-        lost = self.lost()
-        self.leave(lost or f"stopped from outside ({signal.Signals(number).name})", 1 if lost else 128 + number)
+        lost = self.describe_dead_ranks()
+        self.abort(lost or f"stopped from outside ({signal.Signals(number).name})", 1 if lost else 128 + number)
 
-    def part(self) -> None:
+    def shutdown(self) -> None:
         """Leaves the ranks when all have done their work, or none can. torchrun ends the others as soon as one is gone
         with another status than 0: this one says no more, and waits for them to have got so far."""
         mine = self.leaving.acquire(blocking=False)
@@ -209,7 +210,7 @@ class Group:
                 self.leaving.release()
             raise
 
-    def heed_termination(self) -> None:
+    def install_sigterm_handler(self) -> None:
         """From now on SIGTERM is answered with a line. torchrun sends it to all other ranks as soon as one has ended,
         often before they notice, and then there would be nobody left to say what happened. A thread of its own
         answers, because the main one may be waiting for a rank that is gone. Called on the main thread."""
@@ -223,12 +224,12 @@ class Group:
         def wait() -> None:
             while os.read(signals, 1)[0] != signal.SIGTERM:
                 pass
-            self.stopped(signal.SIGTERM)
+            self.exit_on_signal(signal.SIGTERM)
 
         threading.Thread(target=wait, name="termination", daemon=True).start()
 
     def _line_to_tell(self, line: str) -> str:
-        """What this rank is to tell, empty if another of its host has told something; see `leave`."""
+        """What this rank is to tell, empty if another of its host has told something; see `abort`."""
         if self.size == 1:
             return line
         host = self.neighbours[0][0] if self.neighbours else self.rank
@@ -251,7 +252,7 @@ class Group:
         thread.join(STORE_LIMIT)
         if answers:
             return answers[0][1] if answers[0][0] else ""
-        gone = {rank for rank, _ in self.missing()}
+        gone = {rank for rank, _ in self.dead_ranks()}
         return line if all(rank >= self.rank or rank in gone for rank, _ in self.neighbours) else ""
 
     def _gather_text(self, text: str) -> list[str]:
@@ -260,7 +261,7 @@ class Group:
         raw = text.encode("utf-8", "replace")[:ERROR_BYTES]
         mine[: len(raw)] = torch.tensor(list(raw), dtype=torch.uint8)
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        with _speaking_of_ranks(self):
+        with translate_collective_errors(self):
             dist.all_gather(parts, mine, group=self.control)
         return [bytes(part.tolist()).rstrip(b"\0").decode("utf-8", "ignore") for part in parts]
 
@@ -295,7 +296,7 @@ def join(timeout: float) -> Group:
     loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
     if local_size == size and loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())  # gloo takes it from there and nowhere else
-    with _speaking_of_ranks(Group(rank, size), "could not join the others"):
+    with translate_collective_errors(Group(rank, size), "could not join the others"):
         wait = datetime.timedelta(seconds=max(timeout, JOINING_LIMIT))
         store = _meeting_point(rank, size, wait)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
@@ -335,7 +336,7 @@ def _host() -> int:
     return zlib.crc32(f"{socket.gethostname()} {processes} {os.environ.get('GROUP_RANK')}".encode())
 
 
-def _fate(pid: int) -> str:
+def process_state(pid: int) -> str:
     """What has become of a process of this host; empty while it runs, or where the system does not say."""
     try:
         stat = open(f"/proc/{pid}/stat", "rb").read()  # noqa: SIM115
@@ -352,7 +353,7 @@ def on(device: torch.device, group: Group) -> Group:
     if group.size == 1 or device.type != "cuda":
         return group
     wait = datetime.timedelta(seconds=group.timeout)
-    with _speaking_of_ranks(group):
+    with translate_collective_errors(group):
         group = replace(group, pg=dist.new_group(backend="nccl", timeout=wait, device_id=device))
     if len(group.neighbours) < group.size:
         return group
@@ -407,7 +408,7 @@ def choose_threads(asked: int | None, local_size: int) -> int:
     return threads
 
 
-class _speaking_of_ranks:
+class translate_collective_errors:
     """Turns a collective's failure into one line that names this rank, and the missing one if it ran on this host."""
 
     def __init__(self, group: Group, failure: str = "lost contact with another rank"):
@@ -420,7 +421,7 @@ class _speaking_of_ranks:
         if not isinstance(error, RuntimeError) or isinstance(error, RankFailure | torch.OutOfMemoryError):
             return
         until = time.monotonic() + 0.5  # a process closes its connections a moment before it is seen to be dead
-        while not (said := self.group.lost()) and time.monotonic() < until:
+        while not (said := self.group.describe_dead_ranks()) and time.monotonic() < until:
             time.sleep(0.02)
         if not said:
             cause = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()

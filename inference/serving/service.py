@@ -498,7 +498,7 @@ async def serve(
             return  # the end is near, and has a line of its own
         signals.append(number)
         if len(signals) > 1 or bridge.state == "loading":
-            tp.stopped(number)
+            tp.exit_on_signal(number)
         loop.call_soon_threadsafe(told.set)
 
     told = asyncio.Event()
@@ -527,5 +527,5 @@ async def serve(
     if bridge.error is not None:
         raise bridge.error
     if not bridge.ended.is_set():
-        tp.leave(tp.lost() or "the running step did not end in time", 1)
+        tp.abort(tp.describe_dead_ranks() or "the running step did not end in time", 1)
     return 0

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from text.tokenizer import THINK, THOUGHT
+from text.tokenizer import THINK, THINK_END
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, CALL_END, SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
@@ -122,11 +122,11 @@ class ChatParser:
 
     def _reasoning(self, last: bool) -> list[Piece]:
         self._held = self._held.lstrip(self._skipped)
-        text, closed, after = self._held.partition(THOUGHT)
+        text, closed, after = self._held.partition(THINK_END)
         if closed:
             self._held, self._state, self._skipped = after, self._content, "\n"
         else:
-            end = len(text) if last else _certain(text, (THOUGHT,))
+            end = len(text) if last else _certain(text, (THINK_END,))
             text = text[:end].rstrip("\n")
             self._held = "" if last else self._held[len(text) :]
             self._skipped = "" if text else self._skipped

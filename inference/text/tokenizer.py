@@ -24,7 +24,7 @@ from core.errors import UserError
 from core.files import read_json, read_text, require_folder
 from text.sandbox import ROOM, Room, Sandbox
 
-THINK, THOUGHT = "<think>", "</think>"
+THINK, THINK_END = "<think>", "</think>"
 ROLES = ("system", "user", "assistant", "tool")
 ROUND_TRIP = "Hello  world, 3.14 and 1024\n\tdéjà vu — 你好，世界 🙂 end"
 
@@ -64,7 +64,7 @@ class Tokenizer:
         self._find_special_ids(folder, settings, generation, config)
         self._check_vocabulary(vocab_size)
         self.think_open_id = self._added.get(THINK)
-        self.think_close_id = self._added.get(THOUGHT)
+        self.think_close_id = self._added.get(THINK_END)
         self._hidden |= {i for i in (self.bos_id, *self.eos_ids) if i is not None}
         self._hidden -= {i for i in (self.think_open_id, self.think_close_id) if i is not None}
         self._pieces: dict[int, bytes] = {}

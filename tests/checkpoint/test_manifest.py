@@ -168,7 +168,7 @@ def test_nothing_is_read_twice(write, sources, tmp_path, monkeypatch):
     write(sources[1], tmp_path)
 
 
-# Damage is found ----------------------------------------------------------------------------------------------------
+# CheckpointError is found ----------------------------------------------------------------------------------------------------
 
 
 @BOTH

@@ -514,7 +514,7 @@ def test_every_parameter_is_filled_or_nothing_is(source):
         load_into(model, checkpoint, progress=False)
 
 
-# Damage -------------------------------------------------------------------------------------------------------------
+# CheckpointError -------------------------------------------------------------------------------------------------------------
 
 
 WO = "model.layers.0.self_attn.o_proj.weight"
@@ -681,7 +681,7 @@ def test_damaged_index(copy, text):
         Checkpoint(copy)
 
 
-# Damage to converted directories --------------------------------------------------------------------------------------
+# CheckpointError to converted directories --------------------------------------------------------------------------------------
 
 
 @pytest.fixture

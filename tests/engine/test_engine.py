@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from convert import convert
-from core.batch import FEW_ROWS, Batch, Extent
+from core.batch import DECODE_ROWS, Batch, BatchBounds
 from core.errors import UserError
 from core.numerics import Numerics
 from engine import memory
@@ -79,9 +79,9 @@ def test_few_rows_come_first(model, monkeypatch):
         return pack(sequences, device)
 
     monkeypatch.setattr(Batch, "pack", record)
-    asked = [tokens(n, V3["vocab_size"], seed=n) for n in (FEW_ROWS + 9, 3, FEW_ROWS + 1, FEW_ROWS)]
+    asked = [tokens(n, V3["vocab_size"], seed=n) for n in (DECODE_ROWS + 9, 3, DECODE_ROWS + 1, DECODE_ROWS)]
     answers = Engine(model, None, n_pages=16, max_model_len=128).generate(asked, GREEDY)
-    assert packed[0] == [3, FEW_ROWS, FEW_ROWS + 9, FEW_ROWS + 1]
+    assert packed[0] == [3, DECODE_ROWS, DECODE_ROWS + 9, DECODE_ROWS + 1]
     alone = [Engine(model, None, n_pages=16, max_model_len=128).generate([ids], GREEDY)[0] for ids in asked]
     assert [r.tokens for r in answers] == [r.tokens for r in alone]
 
@@ -263,7 +263,7 @@ def test_choice_of_numerics(model):
 class Lonely(Group):
     """One of several ranks that never hears of the others: enough to load its share of a model."""
 
-    def together(self, work, limit=0.0):
+    def run_on_all_ranks(self, work, limit=0.0):
         return work()
 
     def broadcast_ints(self, values):
@@ -509,11 +509,11 @@ def test_what_is_recorded_fits_every_batch(model):
     extents = []
 
     def forward(batch, hidden):
-        extents.append((batch.few, batch.many.n, batch.kv_lens.tolist(), batch.pages.shape))
+        extents.append((batch.decode, batch.prefill.n, batch.kv_lens.tolist(), batch.pages.shape))
         return hidden
 
     graphs = Graphs(forward, most=3, width=2, hidden=torch.zeros(6, 4), n_pages=5, spare=9, capture=Recorder())
-    assert [e[0] for e in extents] == [Extent(n, 2 * n, 2, 320, 320 * n) for n in (3, 2, 1)]
+    assert [e[0] for e in extents] == [BatchBounds(n, 2 * n, 2, 320, 320 * n) for n in (3, 2, 1)]
     states = torch.arange(12.0).view(3, 4)
     out = graphs.run([([7, 8], 66, [3, 4]), ([9], 0, [2])], states)
     assert torch.equal(out, states) and extents[-1] == (extents[1][0], 0, [68, 1], (2, 5))

@@ -25,7 +25,7 @@ from core.numerics import Numerics
 from engine import engine as engines
 from engine import memory
 from engine.engine import Engine
-from engine.memory import Limits, Rank
+from engine.memory import Limits, RankSpec
 from engine.sampling import Ask, SamplingParams, verify
 from model import Transformer
 from ops import backend as ops
@@ -44,7 +44,7 @@ from support.processes import environment
 INFERENCE = Path(plan.__file__).parent
 V3 = load_config(INFERENCE / "configs" / "config_671B.json")
 FP8 = Numerics(torch.bfloat16, "fp8")
-TP8 = Rank(V3, replace(FP8, experts="split"), 8, mtp=True)
+TP8 = RankSpec(V3, replace(FP8, experts="split"), 8, mtp=True)
 PUBLISHED = 688_574_839_360  # bytes of the tensors in the released checkpoint
 LIMITS = Limits(32768, 32)
 
@@ -153,7 +153,7 @@ def test_a_rank_holds_what_is_said(family, ranks, side, numerics):
         for parameter in model.parameters():
             parameter.data.zero_()
         model.prepare()
-        rank = Rank(args, numerics, ranks, side == "GPU", args.n_mtp_layers > 0)
+        rank = RankSpec(args, numerics, ranks, side == "GPU", args.n_mtp_layers > 0)
         assert sum(memory.weight_bytes(rank).values()) == held(model)
         assert memory.page_bytes(rank) == model.page_bytes
 
@@ -234,15 +234,15 @@ def test_a_step_takes_what_is_said(step, side):
         pytest.skip("there one sequence with all the rows takes far more")
     changes, numerics, sequences, new, context, drafts, ranks = STEPS[step]
     args = ModelArgs(**SIZES | changes)
-    rank = Rank(args, numerics, ranks, side == "GPU", drafts > 0)
-    fewer = (memory.FEW_ROWS, memory.few_rows(args))
+    rank = RankSpec(args, numerics, ranks, side == "GPU", drafts > 0)
+    fewer = (memory.DECODE_ROWS, memory.few_rows(args))
     counts = {new, *(n for n in fewer if n < new)}  # the worst may be the most rows that take the absorbed form
     peak = max(peak_of(rank, [(n, context)] * sequences, drafts) for n in counts)
     said = memory.step_bytes(rank, Limits(context, sequences, new * sequences, drafts), decode=new == 1)
     assert peak <= 1.03 * said <= 1.3 * peak
 
 
-def peak_of(rank: Rank, sequences: list[tuple[int, int]], drafts: int) -> int:
+def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> int:
     """The most that exists in a forward of sequences, each of (new tokens, length with them), in the MTP module, around
     logits of prompts and those that are sampled, and in the sampler."""
     gpu = rank.gpu and rank.num.dtype == torch.bfloat16  # with float32 the reference attends, which looks at tensors
@@ -290,7 +290,7 @@ BATCHES = {  # sequences' new tokens and lengths, drafts, and how far above them
 def test_a_step_of_deepseek_v3_takes_what_is_said(step, numerics, ranks, experts, side, monkeypatch):
     """The same at its real size, on tensors without memory."""
     sequences, drafts, above = BATCHES[step]
-    rank = Rank(replace(V3, n_layers=4), replace(numerics, experts=experts), ranks, mtp=True)
+    rank = RankSpec(replace(V3, n_layers=4), replace(numerics, experts=experts), ranks, mtp=True)
     limits = Limits(max(n for _, n in sequences), len(sequences), sum(n for n, _ in sequences), drafts)
     monkeypatch.setattr(memory, "SAMPLER_BYTES", 0)  # it looks at its tensors, which have no memory here
     peak, said = peak_of(rank, sequences, drafts), memory.step_bytes(rank, limits, decode=sequences[0][0] == 1)
@@ -300,14 +300,14 @@ def test_a_step_of_deepseek_v3_takes_what_is_said(step, numerics, ranks, experts
 def test_constants_are_the_kernels():
     for name in ("SPLIT_BYTES", "SLAB_BYTES", "PROGRAMS"):
         assert getattr(memory, name) == getattr(kernel_attention, name)
-    assert max(tile.rows for tiles in kernel_attention.DECODE.values() for tile in tiles) == memory.DECODE_ROWS
+    assert max(tile.rows for tiles in kernel_attention.DECODE.values() for tile in tiles) == memory.DECODE_TILE_ROWS
 
 
 def test_graphs_keep_a_step_and_a_page(side):
     """What an engine that records takes before it answers: the cache's page, the hidden states, results, facts."""
     args = parse(FAMILIES["v3"])
     gpu = side == "GPU"
-    rank, limits = Rank(args, Numerics(), gpu=gpu, mtp=True), Limits(512, 6, 64, 2)
+    rank, limits = RankSpec(args, Numerics(), gpu=gpu, mtp=True), Limits(512, 6, 64, 2)
     if not gpu:
         assert memory.need(rank, limits).graphs == 0 < memory.need(rank, replace(limits, graphs=True)).graphs
         return
@@ -357,7 +357,7 @@ def test_a_process_grows_as_said(tmp_path):
 # ---------------------------------------------------------------- refusals
 
 
-def refusal(rank: Rank, limits: Limits, gb: float, **more) -> str:
+def refusal(rank: RankSpec, limits: Limits, gb: float, **more) -> str:
     with pytest.raises(UserError) as e:
         memory.check_fits(rank, limits, int(gb * 1e9), **more)
     return str(e.value)
@@ -374,7 +374,7 @@ def test_what_cannot_fit_is_refused_with_what_would_help(monkeypatch):
     assert "latents of one page" in refusal(TP8, LIMITS, 80, shrink=True)
     assert refusal(TP8, LIMITS, 141, cache=100 << 30).endswith("); --kv-cache-gib 48.9 would do")
     assert refusal(replace(TP8, ranks=16), LIMITS, 20).endswith("; more memory would do")
-    on_cpu = Rank(V3, Numerics(), gpu=False, mtp=True)
+    on_cpu = RankSpec(V3, Numerics(), gpu=False, mtp=True)
     if kernel_cpu.library() is not None:
         assert "packing them 1.85 GB); 2 ranks with" in refusal(on_cpu, Limits(64), 1366)
     monkeypatch.setattr(kernel_cpu, "library", lambda: None)
@@ -495,7 +495,7 @@ def test_a_checkpoint_on_a_cpu(capsys, tmp_path):
     found = json.loads(out)
     assert list(found["fits"]) == ["free here"]
     assert found["rank"]["graphs"] == 0 < found["rank"]["packing"]
-    rank = Rank(load_config(tmp_path / "config.json"), Numerics(), 2, gpu=False, mtp=True)
+    rank = RankSpec(load_config(tmp_path / "config.json"), Numerics(), 2, gpu=False, mtp=True)
     assert sum(found["rank"]["weights"].values()) == sum(memory.weight_bytes(rank).values())
     (tmp_path / "model-00001-of-00002.safetensors").unlink(missing_ok=True)
     next(tmp_path.glob("*.safetensors")).unlink()

@@ -14,10 +14,10 @@ from engine.sampling import (
     draw,
     is_sound,
     logprob,
+    params_from_generation_config,
     penalised,
     probabilities,
     propose,
-    released_params,
     uniform,
     verify,
 )
@@ -251,15 +251,15 @@ def test_a_tiny_temperature_is_greedy():
 
 
 def test_released_defaults(tmp_path):
-    assert released_params(tmp_path) == SamplingParams()
+    assert params_from_generation_config(tmp_path) == SamplingParams()
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.95, "top_k": 40, "eos_token_id": 1}')
-    assert released_params(tmp_path, top_p=None) == SamplingParams(temperature=0.6, top_p=0.95, top_k=40)
-    assert released_params(tmp_path, top_p=0.5, temperature=0.0).top_p == 0.5
+    assert params_from_generation_config(tmp_path, top_p=None) == SamplingParams(temperature=0.6, top_p=0.95, top_k=40)
+    assert params_from_generation_config(tmp_path, top_p=0.5, temperature=0.0).top_p == 0.5
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
-    assert released_params(tmp_path).temperature == 0
+    assert params_from_generation_config(tmp_path).temperature == 0
     (tmp_path / "generation_config.json").write_text('{"top_k": "many"}')
     with pytest.raises(UserError, match="top_k is 'many', expected a number"):
-        released_params(tmp_path)
+        params_from_generation_config(tmp_path)
 
 
 def test_penalties():

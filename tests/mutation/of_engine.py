@@ -28,8 +28,8 @@ MUTANTS = (
      "if not begins:",
      "engine/test_answers.py::test_reasoning_is_kept_apart", "thinking that the prompt opened is taken for the answer"),
     ("text-spelled-tag-ends-thinking", "engine/engine.py",
-     "closes = next((at for at in self.controls if self.text.startswith(THOUGHT, at)), None)",
-     "closes = self.text.find(THOUGHT) if THOUGHT in self.text else None",
+     "closes = next((at for at in self.controls if self.text.startswith(THINK_END, at)), None)",
+     "closes = self.text.find(THINK_END) if THINK_END in self.text else None",
      "engine/test_answers.py::test_reasoning_is_kept_apart", "a </think> that was merely written ends the thinking"),
     # --- sampling -----------------------------------------------------------------------------------------------------
     ("sampling-top-p-crossing", "engine/sampling.py",

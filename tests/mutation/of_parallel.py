@@ -2,8 +2,8 @@
 
 MUTANTS = (
     ("ranks-nan-from-anybody", "parallel/group.py",
-     "for i, part in enumerate(self.brought) if not part.isfinite()), BROUGHT)",
-     "for i, part in enumerate(self.brought)), BROUGHT)",
+     "for i, part in enumerate(self.partial_sums) if not part.isfinite()), MAX_PARTIAL_SUMS)",
+     "for i, part in enumerate(self.partial_sums)), MAX_PARTIAL_SUMS)",
      "parallel/test_faults.py::test_nan_in_one_rank", "NaN is not traced to the rank it came from"),
     ("ranks-part-holds-on", "parallel/group.py",
      "            if mine:\n                self.leaving.release()\n",

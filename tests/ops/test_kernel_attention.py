@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from core.batch import FEW_ROWS, Batch, Extent
+from core.batch import DECODE_ROWS, Batch, BatchBounds
 from ops import formats, reference
 
 pytest.importorskip("triton")
@@ -91,7 +91,7 @@ def error(y: torch.Tensor, expected: torch.Tensor) -> float:
 
 def prefilled(batch: Batch) -> Batch:
     """The same batch, every sequence of which is to go through the prefill kernel."""
-    return replace(batch, few=Extent(), many=batch.whole)
+    return replace(batch, decode=BatchBounds(), prefill=batch.whole)
 
 
 BATCHES = [
@@ -163,7 +163,7 @@ def test_splits_agree() -> None:
     q = guarded(torch.einsum("tnd,ndc->tnc", p.q_nope, p.w_uk))
 
     def split(keys: int) -> torch.Tensor:
-        return attention.decode(q, guarded(p.q_pe), p.pool, batch, batch.few, SCALE, split_keys=keys)
+        return attention.decode(q, guarded(p.q_pe), p.pool, batch, batch.decode, SCALE, split_keys=keys)
 
     whole = split(704)
     for keys in (64, 384):
@@ -195,7 +195,7 @@ def test_extents_may_be_upper_bounds() -> None:
     for new in ([1, 2, 1], [70, 80, 66]):
         p = Problem([100, 90, 66], new)
         batch = p.batch
-        name = "few" if batch.few.n else "many"
+        name = "few" if batch.decode.n else "many"
         extent = replace(batch.whole, longest_q=2 * max(new), longest_kv=2048, total_kv=3000)
         assert error(attention.mla(*p.inputs(replace(batch, **{name: extent}))), p.expected()) < EXACT
 
@@ -227,7 +227,7 @@ def test_the_shares_are_as_the_rule_says(fixed: int) -> None:
     expected = [
         [i, begins[i], stops[i], tile, 64 * page, 64 * own] for i, tile, page, own in shared_out(pages, tiles, fixed)
     ]
-    extent = Extent(150, int(bounds[-1]), 4, 40_000, int(lengths.sum()))
+    extent = BatchBounds(150, int(bounds[-1]), 4, 40_000, int(lengths.sum()))
     programs = attention.split_programs(extent, last - first, 6, 16, 64, 64 * fixed)
     assert len(expected) <= programs
     shares = torch.empty(programs, 6, dtype=torch.int32, device=DEVICE)
@@ -242,7 +242,7 @@ def test_short_sequences_in_a_graph_for_long_ones_occupy_the_whole_gpu(many: int
     """4,096 keys each where 163,840 are allowed, on 132 multiprocessors that take two programs: as many have work as
     there are pages for, and the longest share is not much longer than the mean one."""
     longest = 163_840
-    programs = attention.split_programs(Extent(many, many, 1, longest, many * longest), many, 16, 16, 64, 0)
+    programs = attention.split_programs(BatchBounds(many, many, 1, longest, many * longest), many, 16, 16, 64, 0)
     work = [own for *_, own in shared_out([64] * many, [1] * many)]
     assert len(work) <= programs <= many + 2 * 132
     assert len(work) >= min(64 * many, 0.9 * 2 * 132)
@@ -270,8 +270,8 @@ def test_a_table_much_wider_than_needed(lengths: list[int], packed: bool) -> Non
     batch = p.batch
     wide = torch.full((len(lengths), 2560), 1 << 20, dtype=torch.int32)
     wide[:, : batch.pages.shape[1]] = batch.pages.cpu()
-    few = replace(batch.few, longest_kv=163_840, total_kv=len(lengths) * 163_840)
-    recorded = replace(batch, pages=wide.to(DEVICE), few=few)
+    few = replace(batch.decode, longest_kv=163_840, total_kv=len(lengths) * 163_840)
+    recorded = replace(batch, pages=wide.to(DEVICE), decode=few)
     out = attention.mla(*p.inputs(recorded))
     assert error(out, p.expected()) < EXACT
     assert same(attention.mla(*p.inputs(batch)), out)
@@ -341,12 +341,12 @@ def test_the_door(invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_batches_know_their_extents() -> None:
-    sequences = [(1, 70), (FEW_ROWS, 0), (3, 300), (FEW_ROWS + 1, 5), (2, 9)]
+    sequences = [(1, 70), (DECODE_ROWS, 0), (3, 300), (DECODE_ROWS + 1, 5), (2, 9)]
     batch = Batch.pack([([0] * q, start, list(range(6))) for q, start in sequences])
-    assert batch.few == Extent(3, FEW_ROWS + 4, FEW_ROWS, 303, 71 + FEW_ROWS + 303)
-    assert batch.many == Extent(2, FEW_ROWS + 3, FEW_ROWS + 1, FEW_ROWS + 6, FEW_ROWS + 6 + 11)
-    assert batch.whole == Extent(5, 2 * FEW_ROWS + 7, FEW_ROWS + 1, 303, 71 + FEW_ROWS + 303 + FEW_ROWS + 17)
-    assert Batch.pack([([0], 0, [0])]).many == Extent()
+    assert batch.decode == BatchBounds(3, DECODE_ROWS + 4, DECODE_ROWS, 303, 71 + DECODE_ROWS + 303)
+    assert batch.prefill == BatchBounds(2, DECODE_ROWS + 3, DECODE_ROWS + 1, DECODE_ROWS + 6, DECODE_ROWS + 6 + 11)
+    assert batch.whole == BatchBounds(5, 2 * DECODE_ROWS + 7, DECODE_ROWS + 1, 303, 71 + DECODE_ROWS + 303 + DECODE_ROWS + 17)
+    assert Batch.pack([([0], 0, [0])]).prefill == BatchBounds()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
@@ -392,8 +392,8 @@ class TestLaunches:
 
     def run(self, n_heads: int, sequences: list[tuple[int, int]], packed: bool = False, fixed: bool = False) -> None:
         lengths = [(q, start + q) for q, start in sequences]
-        n_few = next((i for i, (q, _) in enumerate(lengths) if q > FEW_ROWS), len(lengths))
-        few, many = Extent.of(lengths[:n_few]), Extent.of(lengths[n_few:])
+        n_few = next((i for i, (q, _) in enumerate(lengths) if q > DECODE_ROWS), len(lengths))
+        few, many = BatchBounds.of(lengths[:n_few]), BatchBounds.of(lengths[n_few:])
         t, b, pages = few.tokens + many.tokens, len(lengths), -(-max(kv for _, kv in lengths) // 64)
 
         def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

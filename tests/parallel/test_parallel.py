@@ -240,7 +240,7 @@ def test_interrupted_while_parting_still_leaves_with_a_line(monkeypatch):
     monkeypatch.setattr(Group, "barrier", interrupted)
     monkeypatch.setattr(os, "_exit", left.append)
     with pytest.raises(KeyboardInterrupt):
-        group.part()
+        group.shutdown()
     leaving = threading.Thread(target=group.leave, args=("interrupted", 130), daemon=True)
     leaving.start()
     leaving.join(20)

@@ -214,7 +214,7 @@ group.broadcast_ints([1, 2, 3])
 agent = connections(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else []
 said = repr((os.environ.get("GLOO_SOCKET_IFNAME"), connections(os.getpid()), agent))
 os.write(1, f"{said}{os.linesep}".encode())  # at once: the ranks share a pipe
-group.part()
+group.shutdown()
 """
 
 

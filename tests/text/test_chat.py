@@ -205,7 +205,7 @@ def test_without_tools_markers_are_content() -> None:
 
 
 PARTS = [
-    *(chat.THINK, chat.THOUGHT, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR, FENCE, "```json", "function"),
+    *(chat.THINK, chat.THINK_END, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR, FENCE, "```json", "function"),
     *("get_weather", "\n", " ", '{"a": 1}', "{", '"', "`", "<", "<｜", "é", "word", f"{CALL_BEGIN}function{SEPARATOR}f\n```json\n"),
     *(V3_CALL % WEATHER, V31_CALL % TIME),
 ]  # fmt: skip
@@ -228,7 +228,7 @@ def test_nothing_is_lost(text: str, style: str) -> None:
     said = "".join(piece.name if isinstance(piece, ToolCallStart) else piece.text for piece in parse([text], style))
 
     def bare(text: str) -> str:
-        for layout in (chat.THINK, chat.THOUGHT, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR, "`", "json"):
+        for layout in (chat.THINK, chat.THINK_END, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR, "`", "json"):
             text = text.replace(layout, "")
         return "".join(text.split()).replace("function", "")
 

@@ -14,7 +14,7 @@ from ops.cpu.kernels import Packed
 from ops.formats import Quantised, Routing, Scales
 
 EXPANDED_BYTES = 1 << 30  # the most that one sequence's expanded keys and values may take
-DECODE_ROWS = 16  # query rows of a sequence that still count as decoding: a token and its drafts
+TORCH_DECODE_ROWS = 16  # query rows of a sequence that still count as decoding: a token and its drafts
 
 
 def _compiled(x: torch.Tensor) -> bool:
@@ -130,7 +130,7 @@ def mla(
     bounds, lengths = batch.memo["lists"]
     few = reference.absorbed_rows(w_uk, w_uv, q_pe.shape[-1])
     c, compiled = w_uk.shape[2], _compiled(q_nope) and latents.dtype == torch.bfloat16
-    most = few if compiled else min(few, DECODE_ROWS)
+    most = few if compiled else min(few, TORCH_DECODE_ROWS)
     if compiled:
         kernel_cpu.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, most, out)
     decoding: dict[int, torch.Tensor] = {}  # their latents

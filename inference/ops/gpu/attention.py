@@ -11,7 +11,8 @@ Two kernels, one for each phase.
   plain matrix products, as many at a time as a bounded workspace holds, and a flash kernel carries on over each such
   slab from where it stopped after the one before.
 
-Neither asks the device for anything: how many sequences, rows and keys there are at most the host says (model.Extent).
+Neither asks the device for anything: the host says how many sequences, rows and keys there are at most
+(core.batch.BatchBounds).
 
 Names: T, N, C, R, P, dn, dv as in model.py. *_PAD is the power of two that a tile's side is padded to.
 """
@@ -26,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from core.batch import Batch, Extent
+from core.batch import Batch, BatchBounds
 from core.config import BLOCK_SIZE
 from ops.gpu.gemm import INTERPRETED, Configuration, _converts, architecture, cast, dot_operand, widen_e4m3
 
@@ -448,7 +449,7 @@ def mla(
     with splits and tiles of one size, so that a token's result does not depend on its company.
     """
     assert batch.whole.n == len(batch.kv_lens), "the host does not know the batch's extents"
-    few = batch.few if by_rows is None else batch.whole
+    few = batch.decode if by_rows is None else batch.whole
     n_heads, dv, c = w_uv.shape
     out = torch.empty(len(q_nope), n_heads, dv, dtype=q_nope.dtype, device=q_nope.device)
     if few.n:
@@ -475,7 +476,7 @@ def decode(
     q_pe: torch.Tensor,
     latents: torch.Tensor,
     batch: Batch,
-    extent: Extent,
+    extent: BatchBounds,
     scale: float,
     fixed: bool = False,
     split_keys: int | None = None,
@@ -531,7 +532,7 @@ def decode(
     return out
 
 
-def split_programs(extent: Extent, tokens: int, n_heads: int, rows: int, page: int, split_keys: int) -> int:
+def split_programs(extent: BatchBounds, tokens: int, n_heads: int, rows: int, page: int, split_keys: int) -> int:
     """How many programs share_kernel numbers at most for so many tokens, in tiles of `rows`; split_keys 0: by its rule.
     It depends on what the host knows beforehand, and little on the lengths allowed."""
     sequences = min(extent.n, tokens)
@@ -554,8 +555,8 @@ def prefill(
     out: torch.Tensor,
     tile: Tile | None = None,
 ) -> None:
-    """The sequences of batch.many in the multi-head form, into their rows of out (T, N, dv)."""
-    extent, skip = batch.many, batch.few.n
+    """The sequences of batch.prefill in the multi-head form, into their rows of out (T, N, dv)."""
+    extent, skip = batch.prefill, batch.decode.n
     (n_heads, dn, c), dv, r = w_uk.shape, w_uv.shape[1], q_pe.shape[-1]
     page = latents.shape[1]
     assert page % GATHERED == 0
