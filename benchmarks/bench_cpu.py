@@ -27,7 +27,8 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
 import report
 from checkpoint.weights import Checkpoint, load_into
-from core.batch import PAGE_SIZE, Batch
+from core.batch import Batch
+from core.run_config import PAGE_SIZE
 from model import Transformer
 
 CONFIG = dict(

@@ -29,8 +29,8 @@ import report
 from checkpoint.weights import Checkpoint, load_into
 from core.config import ModelArgs, load_config
 from core.numerics import Numerics
+from core.sampling_params import SamplingParams
 from engine.engine import Engine
-from engine.sampling import SamplingParams
 from model import Transformer
 from timing import NO_TIMING, Clock, clock_for, fill, reason
 

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
 sys.path.insert(0, str(ROOT / "inference"))
 import report
+from core.sampling_params import SamplingParams
 from engine.engine import Engine
-from engine.sampling import SamplingParams
 
 
 class NoNorm(torch.nn.Module):

@@ -29,9 +29,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
 import report
-from core.batch import DECODE_ROWS, PAGE_SIZE, Batch
+from core.batch import DECODE_ROWS, Batch
 from core.config import ModelArgs, load_config
 from core.numerics import Numerics
+from core.run_config import PAGE_SIZE
 from engine import memory
 from model import MLP, Block, Gate, Linear, MoE, Transformer
 from ops.gpu import gemm as kernel

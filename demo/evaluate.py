@@ -79,8 +79,8 @@ class OurEngine:
         self, checkpoint: Path, dtype: Any, gemm: Any, device: str, mtp: int, batch: int, kv_cache_dtype: Any = "auto"
     ) -> None:
         sys.path.insert(0, str(HERE.parent / "inference"))
+        from core.sampling_params import SamplingParams
         from engine.engine import Engine
-        from engine.sampling import SamplingParams
 
         self.params = SamplingParams(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
         self.engine = Engine.from_pretrained(

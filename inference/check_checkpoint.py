@@ -36,8 +36,8 @@ from checkpoint.weights import IGNORED, Checkpoint, bad_scale, expected_tensors,
 from core.config import ModelArgs
 from core.errors import CheckpointError, UserError
 from core.files import require_folder
+from core.sampling_params import params_from_generation_config
 from engine.engine import choose_args
-from engine.sampling import params_from_generation_config
 from parallel.group import Group
 from text.tokenizer import Tokenizer
 

@@ -46,11 +46,11 @@ from checkpoint.manifest import (
     versions,
 )
 from checkpoint.tensorfile import Entry, Reader, Staging, Writer, small_files
-from checkpoint.weights import AskedLayout, Checkpoint, Spec, check_ranks, choose_experts, expected_tensors, warn
+from checkpoint.weights import Checkpoint, Spec, check_ranks, choose_experts, expected_tensors, warn
 from core.config import ModelArgs
 from core.errors import UserError
 from core.files import read_json
-from core.numerics import ExpertLayout
+from core.run_config import AskedLayout, ExpertLayout
 from parallel.group import Group
 
 MAX_FILE = 1536 << 20  # bytes

@@ -23,8 +23,9 @@ from core.errors import UserError
 from serving import requestfields
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
+    from core.sampling_params import SamplingParams
     from engine.engine import Engine, Prompt, Request
-    from engine.sampling import Logprob, SamplingParams
+    from engine.sampling import Logprob
     from parallel.group import Group
 
 LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # to some readers; JSON allows them bare
@@ -73,7 +74,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def default_params(options: argparse.Namespace) -> "SamplingParams":
     """From the flags, else the checkpoint's generation_config.json, else 0.2 and the rest off. Raises UserError."""
-    from engine.sampling import params_from_generation_config
+    from core.sampling_params import params_from_generation_config
 
     return params_from_generation_config(
         Path(options.ckpt_path),

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.batch import PAGE_SIZE, Batch
+from core.batch import Batch
 from core.config import BLOCK_SIZE, ModelArgs
 from core.numerics import Numerics
+from core.run_config import PAGE_SIZE
 from ops import backend as ops
 from ops.formats import Quantised, Routing, Scales, Weight, packed_latent_bytes
 from parallel.group import SOLO, Group

@@ -140,7 +140,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
 
 def room(rank: "memory.RankSpec", limits: "memory.Limits", size: int) -> dict[str, Any]:
     """What so much memory has room for beside the weights and the largest step."""
-    from core.batch import PAGE_SIZE
+    from core.run_config import PAGE_SIZE
     from engine import memory
 
     free = size - sum(memory.weight_bytes(rank).values())

@@ -33,7 +33,7 @@ from checkpoint.tensorfile import TEMPORARY, Entry, Staging, hash_file, read_hea
 from core.config import PROGRAM_VERSION
 from core.errors import CheckpointError, UserError
 from core.files import read_json, require_folder
-from core.numerics import ExpertLayout
+from core.run_config import ExpertLayout
 
 FORMAT, VERSION = "deepseek-v3-ranks", 2  # the mark in converted files; a reader refuses a version it does not know
 CAST_FORMAT = "deepseek-v3-bf16"

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,10 +26,9 @@ from checkpoint.tensorfile import TEMPORARY, Entry, Reader, describe, read_heade
 from core.config import BLOCK_SIZE, ModelArgs, load_config
 from core.errors import CheckpointError, UserError
 from core.files import read_json, require_folder
-from core.numerics import ExpertLayout
+from core.run_config import AskedLayout, ExpertLayout
 from parallel.group import SOLO, Group
 
-AskedLayout = ExpertLayout | Literal["auto"]
 IGNORED = "rotary_emb.inv_freq"  # a buffer some releases saved; it follows from the config
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-PAGE_SIZE = 64  # tokens a page of the latent cache holds
+from core.run_config import PAGE_SIZE
+
 DECODE_ROWS = 64  # new tokens of a sequence up to which it is decoding, or close to it: see ops/gpu/attention.py
 
 

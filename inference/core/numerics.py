@@ -5,8 +5,9 @@ from typing import Literal
 
 import torch
 
+from core.run_config import ExpertLayout
+
 Gemm = Literal["fp8", "bf16"]
-ExpertLayout = Literal["whole", "split"]  # a rank has some experts whole, or a share of every one's inner width
 
 
 @dataclass(frozen=True)

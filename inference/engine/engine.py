@@ -15,14 +15,16 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from checkpoint import weights
-from core.batch import DECODE_ROWS, PAGE_SIZE, Batch
+from core.batch import DECODE_ROWS, Batch
 from core.config import ModelArgs, agree, load_config
 from core.errors import UserError, describe
 from core.numerics import Numerics
+from core.run_config import PAGE_SIZE, AskedLayout
+from core.sampling_params import SamplingParams, params_from_generation_config
 from engine import memory
 from engine.graphs import Capture, Forward, Graphs, Place, cuda_capture, records
 from engine.pages import PagePool
-from engine.sampling import Ask, Draft, Logprob, SamplingParams, logprob, params_from_generation_config, propose, verify
+from engine.sampling import Ask, Draft, Logprob, logprob, propose, verify
 from engine.scheduler import Chunk, Job, Scheduler
 from model import Transformer
 from ops import backend as ops
@@ -193,7 +195,7 @@ class Engine:
         chat: bool = False,
         thinking: bool | None = None,
         kv_cache_dtype: Literal["auto", "fp8"] = "auto",
-        experts: weights.AskedLayout = "auto",
+        experts: AskedLayout = "auto",
         **limits: float | None,
     ) -> "Engine":
         """Loads a checkpoint directory: Hugging Face's layout, converted by this project, or by the V3 repository.

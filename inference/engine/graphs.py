@@ -11,7 +11,8 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from core.batch import DECODE_ROWS, PAGE_SIZE, Batch, BatchBounds
+from core.batch import DECODE_ROWS, Batch, BatchBounds
+from core.run_config import PAGE_SIZE
 
 Place = tuple[Sequence[int], int, Sequence[int]]  # new tokens, how many are cached before them, the sequence's pages
 Forward = Callable[[Batch, torch.Tensor], torch.Tensor]  # a batch and hidden states (T, H) to hidden states (T, H)

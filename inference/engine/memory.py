@@ -19,11 +19,12 @@ from typing import NamedTuple
 import torch
 
 from checkpoint import weights
-from checkpoint.weights import AskedLayout, Spec
-from core.batch import DECODE_ROWS, PAGE_SIZE
+from checkpoint.weights import Spec
+from core.batch import DECODE_ROWS
 from core.config import BLOCK_SIZE, ModelArgs
 from core.errors import UserError
-from core.numerics import ExpertLayout, Numerics
+from core.numerics import Numerics
+from core.run_config import PAGE_SIZE, AskedLayout, ExpertLayout
 from engine import graphs
 from ops import formats, reference
 from ops.cpu import backend as cpu

@@ -14,8 +14,9 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from core.errors import UserError
+from core.sampling_params import SamplingParams
 from engine.engine import Request
-from engine.sampling import Logprob, SamplingParams
+from engine.sampling import Logprob
 from serving import requestfields
 from serving.requestfields import shown
 from text.parser import ChatParser, Content, Piece, Reasoning, ToolCallStart

@@ -20,8 +20,8 @@ from checkpoint.tensorfile import read_header
 from cli import flags as commandline
 from convert import convert
 from core.errors import UserError
+from core.sampling_params import SamplingParams
 from engine.engine import Engine, Request
-from engine.sampling import SamplingParams
 from parallel.group import Group
 from support import processes as launch
 from support.checkpoints import make_checkpoint

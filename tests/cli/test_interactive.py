@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from core.sampling_params import SamplingParams
 from engine.engine import Engine
-from engine.sampling import SamplingParams
 from support import processes as launch
 
 pexpect = pytest.importorskip("pexpect")

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
+from core.sampling_params import SamplingParams
 from engine.engine import Engine, Request
-from engine.sampling import SamplingParams
 from support.families import V3
 from support.model_pairs import hidden_states, ours, random_checkpoint
 from support.tiny_tokenizer import VOCAB_SIZE, write_tokenizer

@@ -14,10 +14,10 @@ from convert import convert
 from core.batch import DECODE_ROWS, Batch, BatchBounds
 from core.errors import UserError
 from core.numerics import Numerics
+from core.sampling_params import SamplingParams
 from engine import memory
 from engine.engine import Engine, choose_numerics, free_memory
 from engine.graphs import Graphs, cuda_capture, records
-from engine.sampling import SamplingParams
 from ops import backend as ops
 from ops import reference
 from ops.formats import Routing

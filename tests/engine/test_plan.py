@@ -22,11 +22,12 @@ from core.batch import Batch
 from core.config import ModelArgs, load_config, parse
 from core.errors import UserError
 from core.numerics import Numerics
+from core.sampling_params import SamplingParams
 from engine import engine as engines
 from engine import memory
 from engine.engine import Engine
 from engine.memory import Limits, RankSpec
-from engine.sampling import Ask, SamplingParams, verify
+from engine.sampling import Ask, verify
 from model import Transformer
 from ops import backend as ops
 from ops import reference

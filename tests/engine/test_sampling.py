@@ -4,17 +4,16 @@ import pytest
 import torch
 
 from core.errors import UserError
+from core.sampling_params import SamplingParams, params_from_generation_config
 from engine.sampling import (
     ACCEPT,
     DRAFT,
     SAMPLE,
     Ask,
     Draft,
-    SamplingParams,
     draw,
     is_sound,
     logprob,
-    params_from_generation_config,
     penalised,
     probabilities,
     propose,

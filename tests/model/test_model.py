@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from core.batch import PAGE_SIZE, Batch
+from core.batch import Batch
 from core.config import ModelArgs
 from core.numerics import Numerics
+from core.run_config import PAGE_SIZE
 from model import Linear, Transformer, yarn_frequencies
 from ops import backend as ops
 from support.checkpoints import fp8_sizes

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from core.sampling_params import SamplingParams
 from engine import engine as engines
 from engine import sampling
 from engine.engine import Engine
-from engine.sampling import Ask, SamplingParams
+from engine.sampling import Ask
 from support import processes as launch
 from text.tokenizer import TextStream, Tokenizer
 

@@ -12,8 +12,8 @@ import torch
 from checkpoint.weights import Checkpoint
 from core.config import ModelArgs, agree, load_config
 from core.numerics import Numerics
+from core.sampling_params import SamplingParams
 from engine.engine import Engine
-from engine.sampling import SamplingParams
 from support.model_pairs import hidden_states, ours, relative_error
 
 ROOT = Path(__file__).parents[2]

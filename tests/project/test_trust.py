@@ -7,8 +7,8 @@ import torch
 from test_engine import answers_alone, logits_of_mixes
 
 from core.numerics import Numerics
+from core.sampling_params import SamplingParams
 from engine.engine import Engine
-from engine.sampling import SamplingParams
 from support.families import V3
 from support.model_pairs import ours, random_checkpoint, tokens
 

@@ -29,9 +29,9 @@ import generate
 import server
 from cli import flags as commandline
 from core.errors import UserError
+from core.sampling_params import SamplingParams
 from engine import engine as engine_module
 from engine.engine import Engine
-from engine.sampling import SamplingParams
 from parallel.group import SOLO
 from serving import requestfields, service
 from serving.protocol import ChatBody, CompletionBody

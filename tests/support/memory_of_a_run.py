@@ -9,9 +9,9 @@ import torch
 
 from checkpoint import weights
 from core.numerics import Numerics
+from core.sampling_params import SamplingParams
 from engine import engine as engines
 from engine import memory
-from engine.sampling import SamplingParams
 from model import Transformer
 from ops import backend as ops
 from ops.cpu import backend as cpu

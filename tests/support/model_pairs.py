@@ -9,8 +9,9 @@ import transformers
 from transformers.modeling_layers import MtpModel
 
 from checkpoint.weights import Checkpoint, load_into
-from core.batch import PAGE_SIZE, Batch
+from core.batch import Batch
 from core.numerics import Numerics
+from core.run_config import PAGE_SIZE
 from model import Transformer
 from parallel.group import SOLO, Group
 from support.checkpoints import make_checkpoint

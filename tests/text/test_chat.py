@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import BOS, EOS, VOCAB_SIZE, real_folder
 
+from core.sampling_params import SamplingParams
 from engine.engine import Request
-from engine.sampling import SamplingParams
 from text import parser as chat
 from text.parser import (
     CALL_BEGIN,

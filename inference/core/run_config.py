@@ -1,0 +1,75 @@
+"""How a model is run: every flag of the engine, with its default and its meaning, in one frozen object.
+
+The command lines make their flags of these fields (cli/flags.py), the engine, the memory bound and the plan read them,
+and the ranks compare them at the start. No torch here: a mistyped flag is answered before it is imported.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from core.errors import UserError
+
+PAGE_SIZE = 64  # tokens a page of the latent cache holds
+MAX_DRAFTS = 4
+
+ExpertLayout = Literal["whole", "split"]  # a rank has some experts whole, or a share of every one's inner width
+AskedLayout = ExpertLayout | Literal["auto"]
+
+
+def flag(default: Any, help: str, metavar: str | None = None, agreed: bool = True) -> Any:
+    """A field that is a command-line flag too. `agreed`: all ranks must be started with the same value."""
+    return field(default=default, metadata={"help": help, "metavar": metavar, "agreed": agreed})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Names are vLLM's where it has the flag. Raises UserError for values that no model can be run with."""
+
+    dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "what to compute in")
+    gemm: Literal["auto", "fp8", "bf16"] = flag(
+        "auto", "FP8 weights times FP8 (W8A8) or bf16 (W8A16) activations (default: as the GPU allows)"
+    )
+    experts: Literal["auto", "whole", "split"] = flag(
+        "auto", "a rank has some whole, or a share of each (default: as converted, else split if that fits)"
+    )
+    device: Literal["auto", "cuda", "cpu"] = flag("auto", "default: a GPU if there is one")
+    max_model_len: int | None = flag(None, "most tokens of prompt and answer (default: as fit)", "N")
+    max_num_seqs: int = flag(8, "prompts answered at a time (default: 8)", "N")
+    max_num_batched_tokens: int = flag(2048, "tokens one forward takes, prompts in chunks (default: 2048)", "N")
+    max_num_mixed_tokens: int | None = flag(
+        None, "prompt tokens a step takes while others are answered; fewer, and their answers stall less", "N"
+    )
+    kv_cache_gib: float | None = flag(None, "memory a rank gives the latent cache (default: as fits)", "GIB")
+    kv_cache_dtype: Literal["auto", "fp8"] = flag("auto", "fp8: latents in 0.57 of the bytes")
+    mtp: int = flag(0, "tokens the MTP module drafts a step, 0 to 4; greedy answers stay the same (default: 0)", "K")
+    deterministic: bool = flag(False, "bitwise the same logits for a prompt in any batch; slower")
+    eager: bool = flag(False, "no CUDA graphs: starts sooner, decodes slower")
+    verify: bool = flag(False, "first compare the checkpoint with the hashes in its manifest")
+    threads: int | None = flag(None, "CPU threads a rank (default: the cores over the host's ranks)", "N", agreed=False)
+    timeout: float = flag(
+        300.0, "seconds a rank waits for another before it gives up (default: 300)", "S", agreed=False
+    )
+    # no flags: for callers in Python
+    n_pages: int | None = None  # of the cache, instead of kv_cache_gib
+    prefix_reuse: bool = True  # requests share the cached beginnings of their prompts
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            choices = [c for part in get_args(f.type) or () for c in (get_args(part) or (part,))]
+            if choices and all(isinstance(c, str) for c in choices) and getattr(self, f.name) not in choices:
+                raise UserError(f"--{f.name.replace('_', '-')} is {getattr(self, f.name)!r}, expected {choices}")
+        if not 0 <= self.mtp <= MAX_DRAFTS:
+            raise UserError(f"--mtp is {self.mtp}, expected from 0 to {MAX_DRAFTS}")
+        if self.max_num_seqs < 1 or self.max_num_batched_tokens < 1:
+            raise UserError("--max-num-seqs and --max-num-batched-tokens must be at least 1")
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Tokens of the largest forward: all decoding sequences take part in a step, whatever the budget."""
+        return max(self.max_num_batched_tokens, self.max_num_seqs * (1 + self.mtp))
+
+    @property
+    def pages_per_sequence(self) -> int:
+        """Pages of one sequence of full length, with its drafts. `max_model_len` must be known."""
+        assert self.max_model_len is not None
+        return -(-(self.max_model_len + self.mtp) // PAGE_SIZE)
