@@ -32,12 +32,11 @@ import torch
 from tqdm import tqdm
 
 from checkpoint.tensorfile import Entry, Reader, read_header
-from checkpoint.weights import IGNORED, Checkpoint, bad_scale, expected_tensors, require_equal
+from checkpoint.weights import IGNORED, Checkpoint, bad_scale, choose_args, expected_tensors, require_equal
 from core.config import ModelArgs
 from core.errors import CheckpointError, UserError
 from core.files import require_folder
 from core.sampling_params import params_from_generation_config
-from engine.engine import choose_args
 from parallel.group import Group
 from text.tokenizer import Tokenizer
 

@@ -77,7 +77,7 @@ def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", "memory.Li
         args = load_config(options.config)
         has_mtp = args.n_mtp_layers > 0
     else:
-        args = engine.choose_args(checkpoint, options.config)
+        args = weights.choose_args(checkpoint, options.config)
         checkpoint.on_disk(Group(0, options.tp))
         has_mtp = args.n_mtp_layers > 0 and checkpoint.has_mtp
     num, says = engine.choose_numerics(args, device, options.dtype, options.gemm, has_fp8=device.type == "cuda")

@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from checkpoint.manifest import CAST_MANIFEST, CAST_MARK, FORMAT, HF_INDEX, Manifest, check_file_name, read_manifests
 from checkpoint.tensorfile import TEMPORARY, Entry, Reader, describe, read_header
-from core.config import BLOCK_SIZE, ModelArgs, load_config
+from core.config import BLOCK_SIZE, ModelArgs, agree, load_config
 from core.errors import CheckpointError, UserError
 from core.files import read_json, require_folder
 from core.run_config import AskedLayout, ExpertLayout
@@ -516,6 +516,19 @@ def bad_scale(entry: Entry, scale: torch.Tensor) -> CheckpointError | None:
         return None
     wanted, found = "finite, positive scales", f"{scale[tuple(bad[0])].item()} at {bad[0]}"
     return CheckpointError(f"{entry}: expected {wanted}, found {found}", entry.file, entry.name, wanted, found)
+
+
+def choose_args(checkpoint: Checkpoint, config: str | Path | None) -> ModelArgs:
+    """The checkpoint's own config, which `config` must not contradict, or, where it has none, `config`."""
+    if checkpoint.args is not None:
+        if config is not None:
+            agree(config, checkpoint.args)
+        return checkpoint.args
+    if config is None:
+        raise UserError(f"{checkpoint.path} has no config.json; name its model with --config configs/…")
+    args = load_config(config)
+    stored = "fp8" if checkpoint.quantised else "bf16" if args.dtype == "fp8" else args.dtype
+    return replace(args, dtype=stored)  # converted files may be a BF16 cast of the FP8 model that --config describes
 
 
 def _fail(problem: UserError) -> None:

@@ -23,3 +23,4 @@ class Numerics:
     scale_fmt: str | None = None
     fp8_latents: bool = False  # the cache holds the compressed key/value in e4m3, see reference.pack_latents
     experts: ExpertLayout = "whole"  # how ranks share the routed experts, see weights.choose_experts
+    batch_invariant: bool = False  # a token's result does not depend on the rest of its batch, to the bit

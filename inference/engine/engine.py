@@ -16,7 +16,7 @@ import torch
 
 from checkpoint import weights
 from core.batch import DECODE_ROWS, Batch
-from core.config import ModelArgs, agree, load_config
+from core.config import ModelArgs
 from core.errors import UserError, describe
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, AskedLayout
@@ -212,7 +212,7 @@ class Engine:
 
         def choose() -> tuple[weights.Checkpoint, ModelArgs, Numerics, bool, SamplingParams]:
             checkpoint = weights.Checkpoint(ckpt_path)
-            args = choose_args(checkpoint, config)
+            args = weights.choose_args(checkpoint, config)
             num, says = choose_numerics(args, device, dtype, gemm)
             layout, why = weights.choose_experts(
                 experts, args, tp.size, checkpoint.quantised, checkpoint.experts(tp.size)
@@ -680,19 +680,6 @@ class Engine:
             self._jobs[id] = Job(id, [next(wire) for _ in range(n)], capacity, n, whole=bool(whole))
             self.scheduler.add(self._jobs[id])
         return gone
-
-
-def choose_args(checkpoint: weights.Checkpoint, config: str | Path | None) -> ModelArgs:
-    """The checkpoint's own config, which `config` must not contradict, or, where it has none, `config`."""
-    if checkpoint.args is not None:
-        if config is not None:
-            agree(config, checkpoint.args)
-        return checkpoint.args
-    if config is None:
-        raise UserError(f"{checkpoint.path} has no config.json; name its model with --config configs/…")
-    args = load_config(config)
-    stored = "fp8" if checkpoint.quantised else "bf16" if args.dtype == "fp8" else args.dtype
-    return replace(args, dtype=stored)  # converted files may be a BF16 cast of the FP8 model that --config describes
 
 
 def choose_numerics(

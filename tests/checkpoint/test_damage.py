@@ -12,11 +12,11 @@ import check_checkpoint
 from check_checkpoint import check
 from checkpoint.manifest import verify
 from checkpoint.tensorfile import TEMPORARY
-from checkpoint.weights import Checkpoint, load_into
+from checkpoint.weights import Checkpoint, choose_args, load_into
 from convert import convert
 from core.errors import UserError
 from core.numerics import Numerics
-from engine.engine import Engine, choose_args
+from engine.engine import Engine
 from fp8_cast_bf16 import cast
 from model import Transformer
 from parallel.group import Group
