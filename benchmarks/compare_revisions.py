@@ -106,6 +106,7 @@ def load_engine(root: Path) -> tuple[Any, list[list[int]], Any]:
     import random
 
     import engine as door
+    from evaluate import KINDS, held_out  # type: ignore[import-not-found]
 
     kind: Any = getattr(door, "SamplingParams", None)
     if kind is None:  # the flat layout
