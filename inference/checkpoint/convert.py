@@ -60,7 +60,7 @@ def convert(
     assert args is not None
     if n_experts is not None and n_experts != args.n_routed_experts:
         raise UserError(f"--n-experts is {n_experts}, but config.json says {args.n_routed_experts}")
-    partition = checkpoint.partition(args, ranks, experts, keeps_fp8=checkpoint.quantised)
+    partition = checkpoint.partition(args, ranks, experts, keeps_fp8=args.dtype == "fp8")
     entries = checkpoint.check(Partition(args))
     if args.n_mtp_layers and not checkpoint.has_mtp:
         warn(f"{source} has no MTP module, though its config names one")
