@@ -1,5 +1,6 @@
 """The one exception that means "the user can mend this", and one line about any other."""
 
+import sys
 import traceback
 from pathlib import Path
 
@@ -16,6 +17,10 @@ class CheckpointError(UserError):
         self.file, self.tensor, self.expected, self.found = file, tensor, expected, found
 
 
+class CheckWarning(CheckpointError):
+    """Something about a checkpoint that is worth knowing and no fault."""
+
+
 def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no more is known")
 
@@ -26,3 +31,8 @@ def describe(error: BaseException) -> str:
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {first_line(error)} ({Path(place.filename).name}, line {place.lineno})"
+
+
+def warn(text: str) -> None:
+    """Prints a warning to stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)

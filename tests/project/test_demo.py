@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.weights import Checkpoint
+from checkpoint.directory import Checkpoint
 from core.config import ModelArgs, agree, load_config
 from core.numerics import Numerics
 from core.sampling_params import SamplingParams
