@@ -374,7 +374,7 @@ def converse(engine: "Engine", params: "SamplingParams", options: argparse.Names
 
     assert engine.tokenizer is not None
     messages: list[dict] = []
-    with Terminal(engine.tp.exit_on_signal) as terminal:
+    with Terminal(engine.tp.process.exit_on_signal) as terminal:
         if terminal.is_tty:
             print(HINT, file=sys.stderr, flush=True)
         while (line := terminal.ask(meanwhile=engine.step, every=options.timeout / 3)) is not None:

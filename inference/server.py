@@ -112,7 +112,7 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
         return commandline.load(options, tp, lambda: None, chat=False)[0]
 
     if listener is None:
-        tp.install_sigterm_handler()
+        tp.process.install_sigterm_handler()
         engine = load()
         for number in (signal.SIGTERM, signal.SIGINT):  # torchrun tells every rank, and rank 0 may still have answers
             signal.signal(number, signal.SIG_IGN)

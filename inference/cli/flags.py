@@ -108,14 +108,14 @@ def load(
     loaded. `chat` and `thinking` are Engine.from_pretrained's. Raises UserError on all ranks alike."""
     from checkpoint.manifest import require_hashes
     from engine.engine import Engine
-    from parallel import group as parallel
+    from parallel import startup
 
-    _, _, local_rank, local_size = parallel.environment()
+    _, _, local_rank, local_size = startup.environment()
 
     def check() -> tuple["torch.device", T | None]:
-        parallel.choose_threads(options.threads, local_size)
+        startup.choose_threads(options.threads, local_size)
         require_folder(Path(options.ckpt_path))
-        device = choose_device(options.device, local_rank, local_size)
+        device = startup.choose_device(options.device, local_rank, local_size)
         return device, prepare() if tp.rank == 0 else None
 
     device, prepared = tp.run_on_all_ranks(check)
@@ -129,7 +129,7 @@ def load(
         device=device,
         dtype=options.dtype,
         gemm=options.gemm,
-        tp=parallel.on(device, tp),
+        tp=startup.on(device, tp),
         progress=True,
         chat=chat,
         thinking=thinking,
@@ -153,23 +153,6 @@ def mixed_tokens(options: argparse.Namespace, device: "torch.device") -> int | N
     if "max_num_mixed_tokens" not in options:
         return None
     return options.max_num_mixed_tokens or (CPU_MIXED_TOKENS if device.type == "cpu" else None)
-
-
-def choose_device(name: str, local_rank: int, local_size: int) -> "torch.device":
-    """This rank's device. Raises UserError when a GPU is asked for and missing, or there are more ranks than GPUs."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU that this build of torch can use")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_size > (gpus := torch.cuda.device_count()):
-        raise UserError(
-            f"{local_size} ranks on a host with {gpus} GPU{'s' * (gpus > 1)}: start as many, or --device cpu"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 def agree_on_flags(options: argparse.Namespace, device: "torch.device", tp: "Group") -> None:
@@ -234,14 +217,16 @@ def main(
         problem = e  # told once all ranks are there, by rank 0
     import torch
 
-    from parallel import group as parallel
+    from parallel import startup
+    from parallel.failure import RankFailure
+    from parallel.group import SOLO
 
     interrupts.heed()
-    tp = parallel.SOLO
+    tp = SOLO
     try:
-        tp = parallel.join(TIMEOUT if problem else options.timeout)
+        tp = startup.join(TIMEOUT if problem else options.timeout)
         if not heeds_signals:
-            tp.install_sigterm_handler()
+            tp.process.install_sigterm_handler()
 
         def usage() -> None:
             if problem is not None:
@@ -256,13 +241,13 @@ def main(
             complain(str(e))
         tp.shutdown()
         return 2
-    except parallel.RankFailure as e:
-        tp.abort(str(e), 1)
+    except RankFailure as e:
+        tp.process.abort(str(e), 1)
     except (torch.OutOfMemoryError, MemoryError) as e:
         ways = "a smaller --max-num-batched-tokens, --max-num-seqs or --kv-cache-gib needs less"
-        tp.abort(f"rank {tp.rank} is out of memory: {first_line(e)} ({ways})", 1)
+        tp.process.abort(f"rank {tp.rank} is out of memory: {first_line(e)} ({ways})", 1)
     except KeyboardInterrupt:
-        tp.abort("interrupted", 130)
+        tp.process.abort("interrupted", 130)
     except Exception as e:  # a mistake of ours
         traceback.print_exc()
-        tp.abort(f"rank {tp.rank} failed: {describe(e)}", 1)
+        tp.process.abort(f"rank {tp.rank} failed: {describe(e)}", 1)

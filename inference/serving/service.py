@@ -494,11 +494,11 @@ async def serve(
     signals: list[int] = []
 
     def signalled(number: int) -> None:
-        if bridge.error is not None or tp.leaving.locked():
+        if bridge.error is not None or tp.process.exit_lock.locked():
             return  # the end is near, and has a line of its own
         signals.append(number)
         if len(signals) > 1 or bridge.state == "loading":
-            tp.exit_on_signal(number)
+            tp.process.exit_on_signal(number)
         loop.call_soon_threadsafe(told.set)
 
     told = asyncio.Event()
@@ -527,5 +527,5 @@ async def serve(
     if bridge.error is not None:
         raise bridge.error
     if not bridge.ended.is_set():
-        tp.abort(tp.describe_dead_ranks() or "the running step did not end in time", 1)
+        tp.process.abort(tp.process.describe_dead_ranks() or "the running step did not end in time", 1)
     return 0

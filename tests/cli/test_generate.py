@@ -23,6 +23,7 @@ from core.errors import UserError
 from core.sampling_params import SamplingParams
 from engine.engine import Engine, Request
 from parallel.group import Group
+from parallel.startup import choose_device
 from support import processes as launch
 from support.checkpoints import make_checkpoint
 from support.tiny_tokenizer import write_tokenizer
@@ -326,10 +327,10 @@ def test_one_gpu_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
-    assert commandline.choose_device("auto", 1, 2) == torch.device("cuda", 1) == chosen[0]
-    assert commandline.choose_device("cpu", 1, 2) == torch.device("cpu")
+    assert choose_device("auto", 1, 2) == torch.device("cuda", 1) == chosen[0]
+    assert choose_device("cpu", 1, 2) == torch.device("cpu")
     with pytest.raises(UserError, match=r"^4 ranks on a host with 2 GPUs: start as many, or --device cpu$"):
-        commandline.choose_device("auto", 0, 4)
+        choose_device("auto", 0, 4)
 
 
 # ---------------------------------------------------------------- batches
