@@ -29,7 +29,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cli import flags as commandline
 from core.config import PROGRAM_VERSION
 from engine.engine import Engine
 from parallel.group import Group
@@ -482,14 +481,13 @@ class Server(uvicorn.Server):
 
 
 async def serve(
-    options: argparse.Namespace, tp: Group, listener: socket.socket, load: Callable[[], Engine]
+    options: argparse.Namespace, tp: Group, listener: socket.socket,
+    load: Callable[[], Engine], finish: Callable[[Engine], object] = Engine.close,
 ) -> int:  # fmt: skip
     """Loads the engine while it listens already, serves until a signal or a failure, and returns the exit status.
-    Raises what the engine failed of."""
+    `finish` takes leave of the engine. Raises what the engine failed of."""
     loop = asyncio.get_running_loop()
-    bridge = Bridge(
-        load, name=options.model_name, max_queue=options.max_queue, finish=partial(commandline.finish, status=0)
-    )
+    bridge = Bridge(load, name=options.model_name, max_queue=options.max_queue, finish=finish)
     app = application(bridge, options.model_name, options.api_key, options.host, options.allow_origin)
     signals: list[int] = []
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import generate
 from checkpoint.tensorfile import read_header
-from cli import flags as commandline
 from convert import convert
+from core.config import PROGRAM_VERSION
 from core.errors import UserError
 from core.sampling_params import SamplingParams
 from engine.engine import Engine, Request
@@ -130,7 +130,7 @@ def test_wrong_values(run: Any, tiny: Path, tmp_path: Path, flags: str, message:
 
 
 def test_help_and_version(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for flag, expected in (("--version", commandline.PROGRAM_VERSION), ("--help", "--max-model-len")):
+    for flag, expected in (("--version", PROGRAM_VERSION), ("--help", "--max-model-len")):
         for rank, speaks in (("0", True), ("1", False)):
             monkeypatch.setenv("RANK", rank)
             with pytest.raises(SystemExit) as left:
