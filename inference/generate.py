@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli import flags as commandline
-from cli.flags import Parser, complain
+from cli import main as cli
+from cli.flags import Parser, add_checkpoint_flags, add_engine_flags
 from core.errors import UserError
 from serving import requestfields
 
@@ -40,7 +40,7 @@ HINT = "(Ctrl-C stops an answer, /clear forgets the conversation, /exit leaves)"
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Raises UserError for wrong use."""
     parser = Parser(__doc__)
-    commandline.add_checkpoint_flags(parser)
+    add_checkpoint_flags(parser)
     add = parser.add_argument
     add("--interactive", action="store_true", help="a conversation in the terminal")
     add("--input-file", metavar="FILE", help="one prompt a line, or .jsonl requests in the OpenAI batch format")
@@ -59,7 +59,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--no-thinking", action="store_true", help="for chat templates that can leave thinking out (DeepSeek-V3.1)")
     add("--raw", action="store_true", help="no chat template: complete the text (base models)")
     add("--stats", action="store_true", help="say at the end what the cache and the drafts were worth")
-    commandline.add_engine_flags(parser)
+    add_engine_flags(parser)
     options = parser.parse_args(arguments)
     if options.interactive == (options.input_file is not None):
         parser.error("give either --interactive or --input-file")
@@ -374,7 +374,7 @@ def converse(engine: "Engine", params: "SamplingParams", options: argparse.Names
 
     assert engine.tokenizer is not None
     messages: list[dict] = []
-    with Terminal(engine.tp.exit_on_signal) as terminal:
+    with Terminal(engine.tp.process.exit_on_signal) as terminal:
         if terminal.is_tty:
             print(HINT, file=sys.stderr, flush=True)
         while (line := terminal.ask(meanwhile=engine.step, every=options.timeout / 3)) is not None:
@@ -439,9 +439,9 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
         return params, jobs
 
     thinking = False if options.no_thinking else None
-    engine, prepared = commandline.load(options, tp, prepare, chat=not options.raw, thinking=thinking)
+    engine, prepared = cli.load(options, tp, prepare, chat=not options.raw, thinking=thinking)
     if prepared is None:
-        return commandline.follow(engine)
+        return cli.follow(engine)
     params, jobs = prepared
     try:
         status = (
@@ -451,17 +451,17 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
         )
         if options.stats:
             print(engine.stats, file=sys.stderr, flush=True)
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        cli.discard_output()
         status = 1
     except UserError as e:  # an output file that cannot be written further
-        complain(str(e))
+        cli.complain(str(e))
         status = 1
-    return commandline.finish(engine, status)
+    return cli.finish(engine, status)
 
 
 def main() -> int:
-    return commandline.main(parse, run)
+    return cli.run_on_ranks(parse, run)
 
 
 if __name__ == "__main__":

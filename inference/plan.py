@@ -9,14 +9,13 @@ Exit status: 0; 2 wrong use, or a model or checkpoint that cannot be run so.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cli import interrupts
 from cli.flags import Parser, positive
+from cli.main import run_command
 from core.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
@@ -252,19 +251,12 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> int:
-    try:
-        options = parse(sys.argv[1:])
+    def run(options: argparse.Namespace) -> int:
         found = plan(options)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    interrupts.heed()
-    try:
         print(json.dumps(found, indent=2) if options.json else "\n".join(lines(found)), flush=True)
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+        return 0
+
+    return run_command(parse, run)
 
 
 if __name__ == "__main__":

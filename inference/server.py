@@ -18,11 +18,12 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import flags as commandline
-from cli.flags import Parser, positive
+from cli import main as cli
+from cli.flags import Parser, add_checkpoint_flags, add_engine_flags, positive
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ SHORTEST_KEY = 8
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Raises UserError for wrong use."""
     parser = Parser(__doc__)
-    commandline.add_checkpoint_flags(parser)
+    add_checkpoint_flags(parser)
     add = parser.add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="to listen on (default: 127.0.0.1)")
     add("--port", type=port, default=8000, metavar="N", help="to listen on, 0 for any (default: 8000)")
@@ -46,13 +47,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="let web pages of this origin (https://example.com) use the API; may be given several times")  # fmt: skip
     add("--model-name", metavar="NAME", help="what clients call the model (default: the checkpoint directory's name)")
     add("--max-queue", type=positive, default=256, metavar="N", help="requests that may wait (default: 256)")
-    add("--max-num-mixed-tokens", type=positive, metavar="N",
-        help="prompt tokens a step takes while others are answered; fewer, and their answers stall less "
-        f"(default: {commandline.CPU_MIXED_TOKENS} on CPUs, else as --max-num-batched-tokens)")  # fmt: skip
     add("--drain-seconds", type=float, default=20.0, metavar="S",
         help="time running answers have to finish when the server is told to end (default: 20); torchrun gives them "
         "30 at most, unless its --shutdown-timeout says otherwise")  # fmt: skip
-    commandline.add_engine_flags(parser)
+    add_engine_flags(parser, "max_num_mixed_tokens")
     options = parser.parse_args(arguments)
     options.api_key = read_key(options.api_key or os.environ.get(KEY_VARIABLE) or None)
     if not 0 <= options.drain_seconds <= 86400:
@@ -109,18 +107,18 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
     listener = tp.run_on_all_ranks(lambda: listen(options.host, options.port) if tp.rank == 0 else None)
 
     def load() -> "Engine":
-        return commandline.load(options, tp, lambda: None, chat=False)[0]
+        return cli.load(options, tp, lambda: None, chat=False)[0]
 
     if listener is None:
-        tp.install_sigterm_handler()
+        tp.process.install_sigterm_handler()
         engine = load()
         for number in (signal.SIGTERM, signal.SIGINT):  # torchrun tells every rank, and rank 0 may still have answers
             signal.signal(number, signal.SIG_IGN)
-        return commandline.follow(engine)
+        return cli.follow(engine)
     from serving import service
 
-    return asyncio.run(service.serve(options, tp, listener, load))
+    return asyncio.run(service.serve(options, tp, listener, load, partial(cli.finish, status=0)))
 
 
 if __name__ == "__main__":
-    sys.exit(commandline.main(parse, run, heeds_signals=True))
+    sys.exit(cli.run_on_ranks(parse, run, handles_sigterm=True))

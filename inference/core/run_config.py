@@ -4,13 +4,14 @@ The command lines make their flags of these fields (cli/flags.py), the engine, t
 and the ranks compare them at the start. No torch here: a mistyped flag is answered before it is imported.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from core.errors import UserError
 
 PAGE_SIZE = 64  # tokens a page of the latent cache holds
 MAX_DRAFTS = 4
+CPU_MIXED_TOKENS = 64  # see RunConfig.for_serving
 
 ExpertLayout = Literal["whole", "split"]  # a rank has some experts whole, or a share of every one's inner width
 AskedLayout = ExpertLayout | Literal["auto"]
@@ -37,7 +38,10 @@ class RunConfig:
     max_num_seqs: int = flag(8, "prompts answered at a time (default: 8)", "N")
     max_num_batched_tokens: int = flag(2048, "tokens one forward takes, prompts in chunks (default: 2048)", "N")
     max_num_mixed_tokens: int | None = flag(
-        None, "prompt tokens a step takes while others are answered; fewer, and their answers stall less", "N"
+        None,
+        "prompt tokens a step takes while others are answered; fewer, and their answers stall less "
+        f"(default: {CPU_MIXED_TOKENS} on CPUs, else as --max-num-batched-tokens)",
+        "N",
     )
     kv_cache_gib: float | None = flag(None, "memory a rank gives the latent cache (default: as fits)", "GIB")
     kv_cache_dtype: Literal["auto", "fp8"] = flag("auto", "fp8: latents in 0.57 of the bytes")
@@ -62,6 +66,13 @@ class RunConfig:
             raise UserError(f"--mtp is {self.mtp}, expected from 0 to {MAX_DRAFTS}")
         if self.max_num_seqs < 1 or self.max_num_batched_tokens < 1:
             raise UserError("--max-num-seqs and --max-num-batched-tokens must be at least 1")
+
+    def for_serving(self) -> "RunConfig":
+        """With a server's default of max_num_mixed_tokens. On CPUs a full step takes seconds, for which all answers
+        would stall. `device` must be known."""
+        if self.device == "cpu" and self.max_num_mixed_tokens is None:
+            return replace(self, max_num_mixed_tokens=CPU_MIXED_TOKENS)
+        return self
 
     @property
     def max_step_tokens(self) -> int:

@@ -30,7 +30,8 @@ from engine.scheduler import Chunk, Job, Scheduler
 from model import Transformer
 from ops import backend as ops
 from ops.cpu import kernels as kernel_cpu
-from parallel.group import SOLO, Group, environment
+from parallel.group import SOLO, Group
+from parallel.startup import environment
 from text.tokenizer import THINK, THINK_END, TextStream, Tokenizer
 
 T = TypeVar("T")

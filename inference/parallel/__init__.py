@@ -1,1 +1,1 @@
-"""Ranks: who takes part, their collectives, and what happens when one fails."""
+"""Ranks: `group` has their collectives, `startup` makes them find each other, `failure` is how a run of them ends."""

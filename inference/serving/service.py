@@ -29,7 +29,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cli import flags as commandline
 from core.config import PROGRAM_VERSION
 from engine.engine import Engine
 from parallel.group import Group
@@ -482,23 +481,22 @@ class Server(uvicorn.Server):
 
 
 async def serve(
-    options: argparse.Namespace, tp: Group, listener: socket.socket, load: Callable[[], Engine]
+    options: argparse.Namespace, tp: Group, listener: socket.socket,
+    load: Callable[[], Engine], finish: Callable[[Engine], object] = Engine.close,
 ) -> int:  # fmt: skip
     """Loads the engine while it listens already, serves until a signal or a failure, and returns the exit status.
-    Raises what the engine failed of."""
+    `finish` takes leave of the engine. Raises what the engine failed of."""
     loop = asyncio.get_running_loop()
-    bridge = Bridge(
-        load, name=options.model_name, max_queue=options.max_queue, finish=partial(commandline.finish, status=0)
-    )
+    bridge = Bridge(load, name=options.model_name, max_queue=options.max_queue, finish=finish)
     app = application(bridge, options.model_name, options.api_key, options.host, options.allow_origin)
     signals: list[int] = []
 
     def signalled(number: int) -> None:
-        if bridge.error is not None or tp.leaving.locked():
+        if bridge.error is not None or tp.process.exit_lock.locked():
             return  # the end is near, and has a line of its own
         signals.append(number)
         if len(signals) > 1 or bridge.state == "loading":
-            tp.exit_on_signal(number)
+            tp.process.exit_on_signal(number)
         loop.call_soon_threadsafe(told.set)
 
     told = asyncio.Event()
@@ -527,5 +525,5 @@ async def serve(
     if bridge.error is not None:
         raise bridge.error
     if not bridge.ended.is_set():
-        tp.abort(tp.describe_dead_ranks() or "the running step did not end in time", 1)
+        tp.process.abort(tp.process.describe_dead_ranks() or "the running step did not end in time", 1)
     return 0

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 import generate
 from checkpoint.convert import convert
 from checkpoint.reading import read_header
-from cli import flags as commandline
+from core.config import PROGRAM_VERSION
 from core.errors import UserError
 from core.sampling_params import SamplingParams
 from engine.engine import Engine, Request
 from parallel.group import Group
+from parallel.startup import choose_device
 from support import processes as launch
 from support.checkpoints import make_checkpoint
 from support.tiny_tokenizer import write_tokenizer
@@ -129,7 +130,7 @@ def test_wrong_values(run: Any, tiny: Path, tmp_path: Path, flags: str, message:
 
 
 def test_help_and_version(run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for flag, expected in (("--version", commandline.PROGRAM_VERSION), ("--help", "--max-model-len")):
+    for flag, expected in (("--version", PROGRAM_VERSION), ("--help", "--max-model-len")):
         for rank, speaks in (("0", True), ("1", False)):
             monkeypatch.setenv("RANK", rank)
             with pytest.raises(SystemExit) as left:
@@ -326,10 +327,10 @@ def test_one_gpu_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
-    assert commandline.choose_device("auto", 1, 2) == torch.device("cuda", 1) == chosen[0]
-    assert commandline.choose_device("cpu", 1, 2) == torch.device("cpu")
+    assert choose_device("auto", 1, 2) == torch.device("cuda", 1) == chosen[0]
+    assert choose_device("cpu", 1, 2) == torch.device("cpu")
     with pytest.raises(UserError, match=r"^4 ranks on a host with 2 GPUs: start as many, or --device cpu$"):
-        commandline.choose_device("auto", 0, 4)
+        choose_device("auto", 0, 4)
 
 
 # ---------------------------------------------------------------- batches

@@ -21,7 +21,8 @@ from engine.graphs import Graphs, cuda_capture, records
 from ops import backend as ops
 from ops import reference
 from ops.formats import Routing
-from parallel.group import Group, choose_threads
+from parallel.group import Group
+from parallel.startup import choose_threads
 from support.families import V3
 from support.model_pairs import hidden_states, ours, random_checkpoint, relative_error, theirs, tokens
 

@@ -97,7 +97,7 @@ def check(ended: Ended, kind: str, rank: int, ranks: int = 2) -> None:
         "oom": [f"error: rank {r} is out of memory: CUDA out of memory. Tried to allocate 2.00 GiB (a smaller "
                 "--max-num-batched-tokens, --max-num-seqs or --kv-cache-gib needs less)" for r in faulty],
     }[kind]  # fmt: skip
-    assert len(ended.errors) == 1 and ended.errors[0].partition(" (faulty.py")[0] in expected, ended.stderr
+    assert len(ended.errors) == 1 and ended.errors[0].partition(f" ({FAULTY.name}")[0] in expected, ended.stderr
     assert ended.took < (TIMEOUT + 2 if kind == "stop" else 5), ended.took
     assert all(len(answer["tokens"]) == 20 for answer in ended.answers)
 

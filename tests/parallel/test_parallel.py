@@ -17,7 +17,8 @@ from core.config import ModelArgs
 from core.errors import UserError
 from core.numerics import Numerics
 from model import Transformer
-from parallel.group import ONE_SHOT_BYTES, SOLO, Group, OneShot, environment
+from parallel.group import ONE_SHOT_BYTES, SOLO, Group, OneShot
+from parallel.startup import environment
 from support.checkpoints import fp8_sizes
 from support.families import FAMILIES, V3
 from support.model_pairs import hidden_states, ours, random_checkpoint, relative_error, tokens
@@ -166,7 +167,7 @@ def test_two_reductions_a_layer(tmp_path, experts):
 ORDERED = """
 import os, sys, torch
 import torch.distributed as dist
-from parallel import Group
+from parallel.group import Group
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=4)
 row = torch.randn(256, generator=torch.Generator().manual_seed(rank))
@@ -218,7 +219,7 @@ def test_small_sums_take_one_shot(monkeypatch, n, ordered, taken):
 
 def test_one_shot_is_left_out_where_it_is_not_offered():
     """A group that is none, or no GPU: None, and NCCL goes on."""
-    assert OneShot.offered(Group(0, 2), torch.device("cpu")) is None
+    assert OneShot.create(Group(0, 2), torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,7 @@ def test_interrupted_while_parting_still_leaves_with_a_line(monkeypatch):
     monkeypatch.setattr(os, "_exit", left.append)
     with pytest.raises(KeyboardInterrupt):
         group.shutdown()
-    leaving = threading.Thread(target=group.leave, args=("interrupted", 130), daemon=True)
+    leaving = threading.Thread(target=group.process.abort, args=("interrupted", 130), daemon=True)
     leaving.start()
     leaving.join(20)
     assert left == [130]

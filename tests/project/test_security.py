@@ -43,7 +43,7 @@ REFUSED_ARGUMENTS = {"trust_remote_code": (False,), "shell": (False,), "allow_pi
 OURS = {"Engine", "Tokenizer"}  # whose from_pretrained reads directories only
 
 ALLOWED = {  # file and finding: why
-    ("inference/parallel/group.py", "import socket"): "names the host and its loopback; without torchrun, the ranks' meeting point",
+    ("inference/parallel/startup.py", "import socket"): "names the host and its loopback; without torchrun, the ranks' meeting point",
     ("inference/ops/cpu/kernels.py", "import ctypes"): "calls what it compiled from kernels.c",
     ("inference/ops/cpu/kernels.py", "import subprocess"): "starts the C compiler on kernels.c, which is its own",
     ("inference/checkpoint/commit.py", "import importlib"): "importlib.metadata: the versions of what is installed",
@@ -207,9 +207,9 @@ def test_one_rank_has_no_sockets(tmp_path: Path) -> None:
 JOINED = """
 import os, sys
 sys.path[:0] = sys.argv[1:]
-import parallel
+from parallel import startup
 from test_security import connections
-group = parallel.join(30)
+group = startup.join(30)
 group.broadcast_ints([1, 2, 3])
 agent = connections(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else []
 said = repr((os.environ.get("GLOO_SOCKET_IFNAME"), connections(os.getpid()), agent))

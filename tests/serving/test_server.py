@@ -22,13 +22,15 @@ from typing import Any
 
 import openai
 import pytest
-import torch
 import torch.distributed as dist
 
 import generate
 import server
-from cli import flags as commandline
+from cli.flags import run_config
+from cli.main import load
+from core.config import PROGRAM_VERSION
 from core.errors import UserError
+from core.run_config import CPU_MIXED_TOKENS
 from core.sampling_params import SamplingParams
 from engine import engine as engine_module
 from engine.engine import Engine
@@ -393,7 +395,7 @@ def test_errors_in_the_client(client: openai.OpenAI, demo: tuple[House, Engine])
     for method, path, status in (("GET", CHAT, 405), ("POST", "/health", 405), ("GET", "/v2", 404), ("GET", "/v1/models/x", 404)):
         found, _, said = demo[0].send(method, path)
         assert found == status and set(said["error"]) == {"message", "type", "param", "code"}
-    assert demo[0].send("GET", "/version")[2] == {"version": server.commandline.PROGRAM_VERSION}
+    assert demo[0].send("GET", "/version")[2] == {"version": PROGRAM_VERSION}
 
 
 def test_metrics(demo: tuple[House, Engine], client: openai.OpenAI) -> None:
@@ -765,14 +767,13 @@ def test_wrong_flags(flags: str, message: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_prompts_beside_answers_are_cut_smaller_on_a_cpu() -> None:
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    options = server.parse(["--ckpt-path", "C"])
-    assert (commandline.mixed_tokens(options, cpu), commandline.mixed_tokens(options, gpu)) == (commandline.CPU_MIXED_TOKENS, None)
-    options = server.parse(["--ckpt-path", "C", "--max-num-mixed-tokens", "40"])
-    assert (commandline.mixed_tokens(options, cpu), commandline.mixed_tokens(options, gpu)) == (40, 40)
-    assert commandline.mixed_tokens(generate.parse(["--ckpt-path", "C", "--interactive"]), cpu) is None
+    for flags, on_cpu, on_gpu in (([], CPU_MIXED_TOKENS, None), (["--max-num-mixed-tokens", "40"], 40, 40)):
+        config = run_config(server.parse(["--ckpt-path", "C", *flags]))
+        assert replace(config, device="cpu").for_serving().max_num_mixed_tokens == on_cpu
+        assert replace(config, device="cuda").for_serving().max_num_mixed_tokens == on_gpu
+    assert "max_num_mixed_tokens" not in generate.parse(["--ckpt-path", "C", "--interactive"])
     flags = ["--ckpt-path", str(DEMO), "--device", "cpu", "--threads", "1", "--kv-cache-gib", "0.1", "--max-model-len", "512"]
-    assert commandline.load(server.parse(flags), SOLO, lambda: None, chat=False)[0].scheduler.max_num_mixed_tokens == 64
+    assert load(server.parse(flags), SOLO, lambda: None, chat=False)[0].scheduler.max_num_mixed_tokens == 64
 
 
 def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""generate.py with something going wrong in one rank: faulty.py FAULT FLAGS…, FAULT in JSON:
+"""generate.py with something going wrong in one rank: generate_with_fault.py FAULT FLAGS…, FAULT in JSON:
 
   kind   "kill" or "stop" (signals to itself), "exception", "oom", or "nan" (in what it adds to a sum of the ranks)
   rank, at   in which rank (-1: in every one), and in which of its sums, counted from the first forward on

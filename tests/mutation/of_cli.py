@@ -1,0 +1,16 @@
+"""Mutants of cli/: name, file, text, what takes its place, the tests that must fail, the bug."""
+
+MUTANTS = (
+    ("cli-interrupt-in-an-import", "cli/main.py",
+     "    signal.signal(signal.SIGINT, signal.SIG_DFL)\n",
+     "",
+     "cli/test_generate.py::test_interrupted_while_torch_is_imported", "Ctrl-C is an exception in the middle of an import"),
+    ("cli-no-interrupt-after-imports", "cli/main.py",
+     "        signal.signal(signal.SIGINT, signal.default_int_handler)\n",
+     "        pass\n",
+     "cli/test_main.py::test_exit_statuses", "Ctrl-C ends a run with no word to the other ranks"),
+    ("cli-flags-never-compared", "cli/main.py",
+     'if f.metadata.get("agreed")}',
+     'if f.metadata.get("compared")}',
+     "cli/test_generate.py::test_one_rank_s_mistake_is_everyone_s", "ranks may be started with other flags"),
+)  # fmt: skip
