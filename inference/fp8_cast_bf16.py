@@ -39,7 +39,8 @@ from checkpoint.weights import Checkpoint
 from core.config import BLOCK_SIZE
 from core.errors import UserError
 from core.files import read_json
-from ops import backend as ops
+from core.numerics import Numerics
+from ops.backend import choose_backend
 
 SCALE = "_scale_inv"
 
@@ -102,6 +103,7 @@ def lay_out(entries: dict[str, Entry], staging: Staging) -> dict[str, Writer]:
 def write(entries: dict[str, Entry], files: dict[str, Writer], device: torch.device) -> None:
     """Fills the output files that are not finished one after the other, a window of whole blocks at a time."""
     order = sorted((e for e in entries.values() if not e.name.endswith(SCALE)), key=lambda e: (e.file, e.start))
+    backend = choose_backend(device, Numerics(torch.float32))  # float32: weight_dequant alone needs no C compiler
     missing = [e for e in order if files[e.file.name].missing]
     total = sum(e.nbytes for e in order)
     bar = tqdm(total=total, initial=total - sum(e.nbytes for e in missing), unit="B", unit_scale=True, desc="casting")
@@ -114,7 +116,7 @@ def write(entries: dict[str, Entry], files: dict[str, Writer], device: torch.dev
                 if scale is not None:
                     q = window.view(entry.dtype).to(device)
                     s = scale[row // BLOCK_SIZE :][: -(-len(q) // BLOCK_SIZE)].to(device)
-                    window, at = ops.weight_dequant(q, s, torch.bfloat16).cpu(), 2 * at
+                    window, at = backend.weight_dequant(q, s, torch.bfloat16).cpu(), 2 * at
                 files[entry.file.name].write(entry.name, window, at)
                 bar.update(len(window) * entry.row_bytes)
 

@@ -27,7 +27,7 @@ from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, AskedLayout, ExpertLayout
 from engine import graphs
 from ops import formats, reference
-from ops.cpu import backend as cpu
+from ops.cpu import attention as cpu
 from ops.cpu import kernels as kernel_cpu
 from ops.gpu import tiles
 from parallel.group import Group

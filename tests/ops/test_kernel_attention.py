@@ -18,9 +18,10 @@ from ops import formats, reference
 pytest.importorskip("triton")
 from test_kernel import DEVICE, INTERPRETED, guarded, poisoned, same  # noqa: F401  (poisoned works by being here)
 
-from ops import backend as ops
-from ops.gpu import attention
-from ops.gpu import gemm as kernel
+from ops.gpu import attention, device
+from ops.gpu.backend import GpuBackend
+from ops.reference_backend import in_row_blocks
+from support.kernel_configurations import configurations
 
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # compiled, the kernels multiply in bfloat16
 EXACT = 2e-6 if INTERPRETED else 1e-2
@@ -118,7 +119,7 @@ def test_prefill_of_few_rows(lengths: list[int], new: list[int], packed: bool) -
 
 def own(table: dict[Any, tuple[attention.Tile, ...]]) -> list[attention.Tile]:
     """On a GPU its own tiles, in the interpreter all of them, each once."""
-    arch = None if INTERPRETED else kernel.architecture(torch.device(DEVICE))
+    arch = None if INTERPRETED else device.architecture(torch.device(DEVICE))
     found = [tile for key, tiles in table.items() if arch is None or arch in key for tile in tiles]
     return list({(tile.rows, tile.keys, tile.swap): tile for tile in found}.values())
 
@@ -284,8 +285,7 @@ def test_a_table_much_wider_than_needed(lengths: list[int], packed: bool) -> Non
 
 
 def in_mode(p: Problem, batch: Batch) -> torch.Tensor:
-    with ops.batch_invariant():
-        return attention.mla(*p.inputs(batch), by_rows=ops._by_rows)
+    return attention.mla(*p.inputs(batch), by_rows=in_row_blocks)
 
 
 def part(p: Problem, i: int, lo: int, hi: int) -> torch.Tensor:
@@ -330,13 +330,11 @@ def test_without_the_mode_bits_may_differ(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("invariant", [False, True])
-def test_the_door(invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 through ops.mla as on a GPU, against the reference."""
+def test_the_backend_s_mla(invariant: bool) -> None:
+    """bfloat16 through the GPU's backend, against the reference."""
     p = Problem([300, 1, 100], [1, 1, 70], TINY)
-    monkeypatch.setattr(ops, "_fast", lambda x: True)
     inputs = [x.to(DEVICE, torch.bfloat16) if isinstance(x, torch.Tensor) else x for x in p.inputs()]
-    with ops.batch_invariant(invariant):
-        out = ops.mla(*inputs)
+    out = GpuBackend(invariant).mla(*inputs)
     assert out.dtype == torch.bfloat16 and error(out, p.expected()) < 3e-2
 
 
@@ -404,9 +402,8 @@ class TestLaunches:
         pool = empty(9, 64, 656, dtype=torch.uint8) if packed else empty(9, 64, 576)
         q_nope, q_pe = empty(t, n_heads, 192)[..., :128], empty(t, n_heads, 64)
         w_uk, w_uv = empty(n_heads, 128, 512), empty(n_heads, 128, 512)
-        with ops.batch_invariant(fixed):
-            by_rows = ops._by_rows if fixed else None
-            out = attention.mla(q_nope, q_pe, pool, Batch(*numbers, *tables, few, many), w_uk, w_uv, 0.1, by_rows)
+        by_rows = in_row_blocks if fixed else None
+        out = attention.mla(q_nope, q_pe, pool, Batch(*numbers, *tables, few, many), w_uk, w_uv, 0.1, by_rows)
         assert out.shape == (t, n_heads, 128) and out.is_contiguous()
 
     @pytest.mark.parametrize("n_heads", [16, 128])
@@ -420,7 +417,7 @@ class TestLaunches:
         self.run(n_heads, [(3, 600), (40, 0)], packed, fixed=True)
         assert {name for name, *_ in launched} == LAUNCHED
         listed: dict[str, list[tuple[dict[str, Any], dict[str, str]]]] = {}
-        for c in attention.configurations():
+        for c in configurations(attention):
             if c.target == "sm_90":
                 listed.setdefault(c.kernel.name, []).append((c.constexprs | c.options, c.types))
         for name, constants, types in launched:

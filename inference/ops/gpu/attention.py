@@ -17,9 +17,8 @@ Neither asks the device for anything: the host says how many sequences, rows and
 Names: T, N, C, R, P, dn, dv as in model.py. *_PAD is the power of two that a tile's side is padded to.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +28,10 @@ import triton.language as tl
 
 from core.batch import Batch, BatchBounds
 from core.config import BLOCK_SIZE
-from ops.gpu.gemm import INTERPRETED, Configuration, _converts, architecture, cast, dot_operand, widen_e4m3
+from ops.gpu.casts import INTERPRETED, SCALE_BLOCK, cast, dot_operand, widen_e4m3
+from ops.gpu.device import architecture, converts_fp8
 
 ByRows = Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor]
-SCALE_BLOCK = tl.constexpr(BLOCK_SIZE)
 SEQUENCES = tl.constexpr(128)  # whose lengths share_kernel looks at at a time
 LOG2_E = math.log2(math.e)  # the kernels' exponentials are powers of two
 
@@ -593,79 +592,6 @@ def _pool(latents: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor | N
     if latents.dtype != torch.uint8:
         return flat, None, flat[c:]
     after = c + 4 * triton.cdiv(c, BLOCK_SIZE)
-    native = _converts(torch.float8_e4m3fn, architecture(latents.device)) and not INTERPRETED.value
+    native = converts_fp8(torch.float8_e4m3fn, architecture(latents.device)) and not INTERPRETED.value
     values = flat.view(torch.float8_e4m3fn) if native else flat
     return values, flat.view(torch.float32)[c // 4 :], flat.view(torch.bfloat16)[after // 2 :]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What there is to compile
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def configurations() -> Iterator[Configuration]:
-    """Every kernel as it is compiled for V3's dimensions, with all heads and with those of one rank of eight."""
-    dims = {"C": 512, "R": 64, "C_PAD": 512, "R_PAD": 64, "PAGE": 64}
-    heads = {"DN": 128, "R": 64, "DV": 128, "DN_PAD": 128, "R_PAD": 64, "DV_PAD": 128}
-    queries = {"q_ptr": "*bf16", "q_pe_ptr": "*bf16", "positions_ptr": "*i64", "scale": "fp32"}
-    slab = {"lengths_ptr": "*i32", "ends_ptr": "*i32", "slab": "i32", "n_slab": "i32"}
-    for (target, packed), tiles in DECODE.items():
-        native = "*fp8e4nv" if _converts(torch.float8_e4m3fn, target) else "*u8"
-        pool = {"latents_ptr": native, "scales_ptr": "*fp32"} if packed else {"latents_ptr": "*bf16"}
-        pool |= {"pages_ptr": "*i32", "P": "i32"}
-        none = {} if packed else {"scales_ptr": None}
-        kind = f"{target} {'fp8' if packed else 'bf16'}"
-        for n_heads, tile in itertools.product((16, 128), tiles):
-            if tile.up_to < n_heads:
-                continue
-            yield Configuration(
-                f"decode {kind} {n_heads} heads {tile.rows}x{tile.keys}",
-                decode_kernel,
-                target,
-                queries
-                | pool
-                | {"k_pe_ptr": "*bf16", "out_ptr": "*fp32", "lse_ptr": "*fp32", "splits_ptr": "*i32"}
-                | {"shares_ptr": "*i32", "first": "i32", "width": "i32"},
-                none | dims | {"N": n_heads, "SWAP": tile.swap} | tile.constexprs(),
-                tile.options(),
-            )
-        yield Configuration(
-            f"gather {kind}",
-            gather_kernel,
-            target,
-            pool | slab | {"k_pe_in_ptr": "*bf16", "c_kv_ptr": "*bf16", "k_pe_ptr": "*bf16"},
-            none | dims | {"KEYS": GATHERED},
-            {"num_warps": GATHER_WARPS},
-        )
-    for target, tiles in PREFILL.items():
-        for n_heads, tile in itertools.product((16, 128), tiles):
-            yield Configuration(
-                f"prefill {target} {n_heads} heads {tile.rows}x{tile.keys}",
-                prefill_kernel,
-                target,
-                queries
-                | slab
-                | {"bounds_ptr": "*i32"}
-                | dict.fromkeys(("k_ptr", "k_pe_ptr", "v_ptr", "out_ptr"), "*bf16")
-                | {"state_ptr": "*fp32", "lse_ptr": "*fp32"},
-                heads | {"N": n_heads, "Q_TOKEN": n_heads * 192, "Q_HEAD": 192} | tile.constexprs(),
-                tile.options(),
-            )
-        numbers = ("n_programs", "first", "last", "fixed_pages", "PROGRAMS", "N", "ROWS", "PAGE")
-        yield Configuration(
-            f"share {target}",
-            share_kernel,
-            target,
-            dict.fromkeys(("lengths_ptr", "bounds_ptr", "shares_ptr"), "*i32") | dict.fromkeys(numbers, "i32"),
-            {},
-            {"num_warps": 1},
-        )
-        yield Configuration(
-            f"combine_splits {target}",
-            combine_splits_kernel,
-            target,
-            {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "splits_ptr": "*i32", "positions_ptr": "*i64"}
-            | {"out_ptr": "*bf16", "first": "i32"},
-            {"N": 128, "C": 512, "COLUMNS": COLUMNS, "SPLITS": SPLITS},
-            {"num_warps": COMBINE_WARPS},
-        )

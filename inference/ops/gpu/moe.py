@@ -5,7 +5,7 @@ the layer. What is different from token to token, which expert gets how many row
 of row tiles; it is launched as long as it can possibly be, and programs without a tile return at once.
 
 Launches of a layer in W8A8, its input quantised beforehand: the router's counters zeroed 1, `router` 1, `sort` 1,
-`grouped_gemm` up 1, kernel_fused.silu_mul 1, `grouped_gemm` down 1, `combine` 1, in all 7, whatever the number of
+`grouped_gemm` up 1, fused.silu_mul 1, `grouped_gemm` down 1, `combine` 1, in all 7, whatever the number of
 tokens and experts. What the shared experts launch runs beside them on a second stream.
 
 Names: T tokens, K experts a token, E experts, H the model's width. The assignment a = t * K + k is token t's k-th
@@ -13,7 +13,7 @@ expert.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -24,10 +24,11 @@ import triton.language as tl
 
 from core.config import BLOCK_SIZE
 from ops.formats import Quantised, Routing, Weight
-from ops.gpu import fused as kernel_fused
-from ops.gpu import gemm as kernel
-from ops.gpu.gemm import SCALE_BLOCK, Configuration, Tile, architecture, cast, dot_operand
-from ops.gpu.tiles import PROCESSORS, split_for
+from ops.gpu import fused
+from ops.gpu.casts import SCALE_BLOCK, cast, dot_operand
+from ops.gpu.device import architecture, kernel_view
+from ops.gpu.quantisation import act_quant
+from ops.gpu.tiles import PROCESSORS, Tile, split_for
 
 LEAST = tl.constexpr(-(2**31))  # below the key of every float
 
@@ -325,7 +326,7 @@ def grouped_gemm_kernel(
     """out[a] = x[a // SHARE] times its expert's w (N, K) transposed, for the assignments a of one row tile.
 
     FP8 by FP8; without x_s_ptr bfloat16 by FP8; without w_s_ptr as well, bfloat16 or float32 by the same. See
-    reference.grouped_gemm, and kernel.gemm_kernel, which this follows. Rows past a tile's end repeat its last one and
+    reference.grouped_gemm, and gemm.gemm_kernel, which this follows. Rows past a tile's end repeat its last one and
     are not stored. With SPLIT the grid's second axis cuts K in parts, and out[part, a] takes the sum of each.
     """
     FP8: tl.constexpr = x_s_ptr is not None
@@ -392,7 +393,7 @@ def grouped_gemm_kernel(
     tl.store(out_ptrs, out.T if SWAP else out, mask=(m < rows)[:, None] & (n < N)[None, :])
 
 
-# Keyed on the mean number of rows an expert gets; the rest as in kernel.py. Both products of a layer share a row's
+# Keyed on the mean number of rows an expert gets; the rest as in tiles.py. Both products of a layer share a row's
 # block_m, since they share its table of tiles. tests/test_compile.py holds every row to the limits and to its
 # tensor-core instruction.
 W8A8 = {
@@ -499,8 +500,8 @@ def grouped_gemm(
     out = torch.empty(shape, dtype=dtype, device=values.device)
     if out.numel():
         grouped_gemm_kernel[(len(tiles) * triton.cdiv(n, tile.block_n), tile.split)](
-            values if scales is None else kernel._view(values), scales,
-            w.data if w.scale is None else kernel._view(w.data), w.scale,
+            values if scales is None else kernel_view(values), scales,
+            w.data if w.scale is None else kernel_view(w.data), w.scale,
             out, order, tiles, len(tiles), rows * share, n, k, SHARE=share, **constexprs(tile, k), **tile.options(),
         )  # fmt: skip
     return out
@@ -528,7 +529,7 @@ def split_up(tile: Tile, rows: float, n_local: int, n: int, k: int, arch: str) -
 
 def quantise(x: torch.Tensor, w: Weight) -> torch.Tensor | Quantised:
     """x as w's product takes it."""
-    return Quantised(*kernel.act_quant(x, scale_fmt=w.scale_fmt), dtype=x.dtype) if w.fp8 else x
+    return Quantised(*act_quant(x, scale_fmt=w.scale_fmt), dtype=x.dtype) if w.fp8 else x
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -590,8 +591,8 @@ def experts(
     n_experts: int | None = None,
     invariant: bool = False,
 ) -> torch.Tensor:
-    """As ops.experts. With `invariant` the tile is the same for any T and K is not split, so that a token's bits do
-    not depend on its company."""
+    """As ReferenceBackend.experts. With `invariant` the tile is the same for any T and K is not split, so that a
+    token's bits do not depend on the rest of its batch."""
     n_local, (n, k) = len(w13.data), w13.data.shape[1:]
     table = table_for(w13, weights.device)
     rows = ids.numel() / (n_experts or n_local)  # to an expert, in the mean
@@ -606,7 +607,7 @@ def experts(
         x = x.x
     order, tiles = sort(ids, first, n_local, tile.block_m)
     gate_up = grouped_gemm(x, w13, order, tiles, ids.shape[1], up_tile)
-    y = grouped_gemm(kernel_fused.silu_mul(gate_up, inter, w2.fp8, rounded=x.dtype), w2, order, tiles, 1, tile)
+    y = grouped_gemm(fused.silu_mul(gate_up, inter, w2.fp8, rounded=x.dtype), w2, order, tiles, 1, tile)
     return combine(y, weights, ids, first, n_local, join() if join else None)
 
 
@@ -635,65 +636,3 @@ def beside(work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[
 @cache
 def second_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
     return torch.cuda.Stream(main.device)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What there is to compile
-# --------------------------------------------------------------------------------------------------------------------
-
-RULES = {  # experts and rule of the released models
-    "V3": (256, Routing(8, "sigmoid", "noaux_tc", 8, 4, True, 2.5)),
-    "K2": (384, Routing(8, "sigmoid", "noaux_tc", 1, 1, True, 2.827)),
-    "V2": (160, Routing(6, "softmax", "group_limited_greedy", 8, 3, False, 16.0)),
-}
-
-
-def configurations() -> Iterator[Configuration]:
-    """Every kernel, as it is compiled for V3's sizes on each architecture; the router also for two models more."""
-    scale, plain, index = "*fp32", "*bf16", "*i32"
-    for target in PLAIN:
-        for rule_name, (n_experts, rule) in RULES.items():
-            for cut, x in [(cut, plain) for cut in ROUTER[target]] + [(cut, scale) for cut in ROUTER_FLOAT32]:
-                types = {
-                    "x_ptr": x, "w_ptr": x, "bias_ptr": scale, "weights_ptr": scale, "ids_ptr": "*i64",
-                    "partial_ptr": scale, "counter_ptr": index, "T": "i32", "H": "i32", "route_scale": "fp32",
-                }  # fmt: skip
-                constant = {"CHUNK": cut.chunk(7168)} | rule_constexprs(n_experts, rule) | cut.constexprs()
-                if rule.score_func == "softmax":
-                    del types["bias_ptr"]
-                    constant["bias_ptr"] = None
-                op = "router" if x == plain else "router_float32"
-                name = f"{op} {target} {rule_name} {cut.block_t}x{cut.block_e}x{cut.splits}"
-                yield Configuration(name, router_kernel, target, types, constant, {"num_warps": cut.warps})
-        for chunk in SORT_CHUNKS:
-            types = {"ids_ptr": "*i64", "order_ptr": index, "tiles_ptr": index}
-            types |= {"n": "i32", "first": "i32", "n_tiles": "i32", "block_m": "i32"}
-            constant = {"N_LOCAL": 256, "CHUNK": chunk}
-            yield Configuration(f"sort {target} {chunk}", sort_kernel, target, types, constant, {})
-        weights = "*fp8e4nv" if kernel._converts(torch.float8_e4m3fn, target) else "*u8"
-        native = "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"
-        for op, tables, x, w in (
-            ("w8a8", W8A8, native, native),
-            ("w8a16", W8A16, plain, weights),
-            ("plain", PLAIN, plain, plain),
-            ("float32", {target: FLOAT32}, scale, scale),
-        ):
-            table = tables.get(target, ())
-            for row in table:
-                # gate and up, and down when the inner width is split 8 ways; gate and up for the fewest rows in parts
-                halved = [(replace(row, split=2), 7168, 8)] if row is table[0] else []
-                for tile, k, share in [(row, 7168, 8), (row, 256, 1), *halved]:
-                    out = scale if op == "float32" or tile.split > 1 else plain
-                    types = {"x_ptr": x, "x_s_ptr": scale, "w_ptr": w, "w_s_ptr": scale, "out_ptr": out}
-                    types |= {"order_ptr": index, "tiles_ptr": index, "m_tiles": "i32", "assignments": "i32"}
-                    types |= {"N": "i32", "K": "i32"}
-                    constant = constexprs(tile, k) | {"SHARE": share}
-                    for absent in {"w8a8": (), "w8a16": ("x_s_ptr",)}.get(op, ("x_s_ptr", "w_s_ptr")):
-                        del types[absent]
-                        constant[absent] = None
-                    name = f"grouped_{op} {target} {tile.block_m}x{tile.block_n} K={k}{' split' * (tile.split > 1)}"
-                    yield Configuration(name, grouped_gemm_kernel, target, types, constant, tile.options())
-        types = {"y_ptr": plain, "weights_ptr": scale, "ids_ptr": "*i64", "shared_ptr": plain, "out_ptr": plain}
-        types |= {"H": "i32", "first": "i32", "n_local": "i32"}
-        constant = {"TOP_K": 8, "BLOCK_H": COMBINE_COLUMNS}
-        yield Configuration(f"combine {target}", combine_kernel, target, types, constant, {})
