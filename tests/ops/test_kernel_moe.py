@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from core.config import BLOCK_SIZE
 from ops import reference
 from ops.formats import Quantised, Routing, Weight
 from ops.reference_backend import ReferenceBackend
 from support.kernel_launches import only_listed_launches
 
 pytest.importorskip("triton")
-from test_kernel import BLOCK_SIZE, DEVICE, E4M3, INTERPRETED, PRECISE, PRECISE_BF16, guarded, poisoned, same, wide
+from test_kernel import DEVICE, E4M3, INTERPRETED, PRECISE, PRECISE_BF16, guarded, poisoned, same, wide
 from test_kernel import activations as quantised_activations
 from test_kernel import seeded as seeded
 from test_kernel import weights as quantised_weights

@@ -28,6 +28,62 @@ SUMS = 1024  # numbers to a sum_splits program
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def multiply_rows(
+    x_ptr, x_s_ptr, x_row, w_ptr, w_s_ptr, w_row, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Rows x_row (BLOCK_M,) of x (…, K) times rows w_row (BLOCK_N,) of w (…, K) transposed: float32 (BLOCK_M, BLOCK_N),
+    or with SWAP (BLOCK_N, BLOCK_M). The inner loop of the dense and of the grouped GEMM.
+
+    FP8 by FP8, whose 128-channel products are promoted to float32 (W8A8); bfloat16 by FP8 widened in the loop where
+    x_s_ptr is None (W8A16); bfloat16 or float32 by the same where w_s_ptr is None too. x_s_ptr: scales of x
+    (…, K blocks), w_s_ptr: the row of block scales that all of w_row have. With SPLIT the grid's second axis cuts K in
+    parts, and this is the sum of the program's own part. Channels past the end are zeros.
+    """
+    FP8: tl.constexpr = x_s_ptr is not None
+    SCALED: tl.constexpr = w_s_ptr is not None
+    k = tl.arange(0, SCALE_BLOCK)
+    k_blocks = tl.cdiv(K, SCALE_BLOCK)  # in a row, that is; `blocks` are this program's, `channels` as far as the end
+    blocks, channels = k_blocks, K
+    if SPLIT:
+        per_part = tl.cdiv(k_blocks, tl.num_programs(1))
+        first = tl.program_id(1) * per_part
+        blocks = tl.minimum(per_part, k_blocks - first)  # below 1 where earlier parts took them all
+        channels -= first * SCALE_BLOCK
+        x_ptr += first * SCALE_BLOCK
+        w_ptr += first * SCALE_BLOCK
+        if SCALED:
+            w_s_ptr += first
+        if FP8:
+            x_s_ptr += first
+    x_ptrs = x_ptr + x_row[:, None] * K + k[None, :]
+    w_ptrs = w_ptr + w_row[:, None] * K + k[None, :]
+    if FP8:
+        x_s_ptrs = x_s_ptr + x_row * k_blocks
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    for i in tl.range(0, blocks, num_stages=STAGES):  # said here, not at the launch, it holds for the scales too
+        inside = (k < channels - i * SCALE_BLOCK)[None, :]
+        x, w = tl.load(x_ptrs, mask=inside, other=0.0), tl.load(w_ptrs, mask=inside, other=0.0)
+        if w.dtype != tl.float32:
+            x, w = dot_operand(x, FP8), dot_operand(w, FP8)
+        if SCALED:
+            scale = tl.load(w_s_ptr + i)
+            if FP8:
+                scale = tl.load(x_s_ptrs + i) * scale
+                scale = scale[None, :] if SWAP else scale[:, None]
+            acc += (tl.dot(w, x.T) if SWAP else tl.dot(x, w.T)) * scale
+        else:
+            if SWAP:
+                acc = tl.dot(w, x.T, acc, input_precision="ieee")
+            else:
+                acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        x_ptrs += SCALE_BLOCK
+        w_ptrs += SCALE_BLOCK
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     x_ptr, x_s_ptr, w_ptr, w_s_ptr, out_ptr, M, N, K,
@@ -36,51 +92,21 @@ def gemm_kernel(
 ):  # fmt: skip
     """out (M, N) = x (M, K) times w (N, K) transposed; FP8 by FP8, or bfloat16 by FP8 where x_s_ptr is None.
 
-    See reference.fp8_gemm and reference.w8a16_gemm. With SPLIT the grid's second axis cuts K in parts,
-    out (parts, M, N) takes the sum of each, and sum_splits_kernel does the rest. Rows past the end repeat the last one
-    and are not stored; channels past the end are zeros.
+    See reference.fp8_gemm and reference.w8a16_gemm. With SPLIT out (parts, M, N) takes the sum of each part of K, and
+    sum_splits_kernel does the rest. Rows past the end repeat the last one and are not stored.
     """
-    FP8: tl.constexpr = x_s_ptr is not None
     m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     # Programs that run together share GROUP_M row tiles, so that both operands stay in the L2 cache.
     pid_m, pid_n = tl.swizzle2d(pid // n_tiles, pid % n_tiles, m_tiles, n_tiles, GROUP_M)
     m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, SCALE_BLOCK)
-    m_read = tl.minimum(m, M - 1).to(tl.int64)
-    n_read = tl.minimum(n, N - 1).to(tl.int64)
-
-    k_blocks = tl.cdiv(K, SCALE_BLOCK)  # in a row, that is; `blocks` are this program's, `channels` as far as the end
-    blocks, channels = k_blocks, K
-    w_s_ptr += (pid_n * BLOCK_N // SCALE_BLOCK) * k_blocks  # BLOCK_N divides 128: one scale to a tile
-    if SPLIT:
-        per_part = tl.cdiv(k_blocks, tl.num_programs(1))
-        first = tl.program_id(1) * per_part
-        blocks = tl.minimum(per_part, k_blocks - first)  # below 1 where earlier parts took them all
-        channels -= first * SCALE_BLOCK
-        x_ptr += first * SCALE_BLOCK
-        w_ptr += first * SCALE_BLOCK
-        w_s_ptr += first
-        if FP8:
-            x_s_ptr += first
-    x_ptrs = x_ptr + m_read[:, None] * K + k[None, :]
-    w_ptrs = w_ptr + n_read[:, None] * K + k[None, :]
-    if FP8:
-        x_s_ptrs = x_s_ptr + m_read * k_blocks
-
-    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
-    for i in tl.range(0, blocks, num_stages=STAGES):  # said here, not at the launch, it holds for the scales too
-        inside = (k < channels - i * SCALE_BLOCK)[None, :]
-        x = dot_operand(tl.load(x_ptrs, mask=inside, other=0.0), FP8)
-        w = dot_operand(tl.load(w_ptrs, mask=inside, other=0.0), FP8)
-        scale = tl.load(w_s_ptr + i)
-        if FP8:
-            scale = tl.load(x_s_ptrs + i) * scale
-            scale = scale[None, :] if SWAP else scale[:, None]
-        acc += (tl.dot(w, x.T) if SWAP else tl.dot(x, w.T)) * scale
-        x_ptrs += SCALE_BLOCK
-        w_ptrs += SCALE_BLOCK
+    x_row = tl.minimum(m, M - 1).to(tl.int64)
+    w_row = tl.minimum(n, N - 1).to(tl.int64)
+    w_s_ptr += (pid_n * BLOCK_N // SCALE_BLOCK) * tl.cdiv(K, SCALE_BLOCK)  # BLOCK_N divides 128: one scale to a tile
+    acc = multiply_rows(
+        x_ptr, x_s_ptr, x_row, w_ptr, w_s_ptr, w_row, K, BLOCK_M, BLOCK_N, STAGES, SWAP, SPLIT
+    )  # fmt: skip
 
     out = cast(acc, out_ptr.dtype.element_ty)
     if SPLIT:

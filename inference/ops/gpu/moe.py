@@ -27,6 +27,7 @@ from ops.formats import Quantised, Routing, Weight
 from ops.gpu import fused
 from ops.gpu.casts import SCALE_BLOCK, cast, dot_operand
 from ops.gpu.device import architecture, kernel_view
+from ops.gpu.gemm import multiply_rows
 from ops.gpu.quantisation import act_quant
 from ops.gpu.tiles import PROCESSORS, Tile, split_for
 
@@ -326,11 +327,9 @@ def grouped_gemm_kernel(
     """out[a] = x[a // SHARE] times its expert's w (N, K) transposed, for the assignments a of one row tile.
 
     FP8 by FP8; without x_s_ptr bfloat16 by FP8; without w_s_ptr as well, bfloat16 or float32 by the same. See
-    reference.grouped_gemm, and gemm.gemm_kernel, which this follows. Rows past a tile's end repeat its last one and
-    are not stored. With SPLIT the grid's second axis cuts K in parts, and out[part, a] takes the sum of each.
+    reference.grouped_gemm. Rows past a tile's end repeat its last one and are not stored. With SPLIT out[part, a] takes
+    the sum of each part of K.
     """
-    FP8: tl.constexpr = x_s_ptr is not None
-    SCALED: tl.constexpr = w_s_ptr is not None
     n_tiles = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     pid_m, pid_n = tl.swizzle2d(pid // n_tiles, pid % n_tiles, m_tiles, n_tiles, GROUP_M)
@@ -343,48 +342,13 @@ def grouped_gemm_kernel(
     a = tl.load(order_ptr + start + tl.minimum(m, rows - 1)).to(tl.int64)
     x_row = a // SHARE
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_read = tl.minimum(n, N - 1).to(tl.int64)
-    k = tl.arange(0, SCALE_BLOCK)
-
-    k_blocks = tl.cdiv(K, SCALE_BLOCK)  # in a row, that is; `blocks` are this program's, `channels` as far as the end
-    blocks, channels = k_blocks, K
-    if SCALED:  # BLOCK_N divides 128: one scale to a tile
-        w_s_ptr += (expert * tl.cdiv(N, SCALE_BLOCK) + pid_n * BLOCK_N // SCALE_BLOCK) * k_blocks
-    if SPLIT:
-        per_part = tl.cdiv(k_blocks, tl.num_programs(1))
-        first = tl.program_id(1) * per_part
-        blocks = tl.minimum(per_part, k_blocks - first)  # below 1 where earlier parts took them all
-        channels -= first * SCALE_BLOCK
-        x_ptr += first * SCALE_BLOCK
-        w_ptr += first * SCALE_BLOCK
-        if SCALED:
-            w_s_ptr += first
-        if FP8:
-            x_s_ptr += first
-    x_ptrs = x_ptr + x_row[:, None] * K + k[None, :]
-    w_ptrs = w_ptr + (expert * N + n_read)[:, None] * K + k[None, :]
-    if FP8:
-        x_s_ptrs = x_s_ptr + x_row * k_blocks
-
-    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
-    for i in tl.range(0, blocks, num_stages=STAGES):
-        inside = (k < channels - i * SCALE_BLOCK)[None, :]
-        x, w = tl.load(x_ptrs, mask=inside, other=0.0), tl.load(w_ptrs, mask=inside, other=0.0)
-        if w.dtype != tl.float32:
-            x, w = dot_operand(x, FP8), dot_operand(w, FP8)
-        if SCALED:
-            scale = tl.load(w_s_ptr + i)
-            if FP8:
-                scale = tl.load(x_s_ptrs + i) * scale
-                scale = scale[None, :] if SWAP else scale[:, None]
-            acc += (tl.dot(w, x.T) if SWAP else tl.dot(x, w.T)) * scale
-        else:
-            if SWAP:
-                acc = tl.dot(w, x.T, acc, input_precision="ieee")
-            else:
-                acc = tl.dot(x, w.T, acc, input_precision="ieee")
-        x_ptrs += SCALE_BLOCK
-        w_ptrs += SCALE_BLOCK
+    w_row = expert * N + tl.minimum(n, N - 1).to(tl.int64)
+    if w_s_ptr is not None:  # BLOCK_N divides 128: one scale to a tile
+        s_row = expert * tl.cdiv(N, SCALE_BLOCK) + pid_n * BLOCK_N // SCALE_BLOCK
+        w_s_ptr += s_row * tl.cdiv(K, SCALE_BLOCK)
+    acc = multiply_rows(
+        x_ptr, x_s_ptr, x_row, w_ptr, w_s_ptr, w_row, K, BLOCK_M, BLOCK_N, STAGES, SWAP, SPLIT
+    )  # fmt: skip
 
     out = cast(acc, out_ptr.dtype.element_ty)
     if SPLIT:
