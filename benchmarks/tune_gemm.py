@@ -50,12 +50,12 @@ def candidates(op: str, arch: str, n: int, k: int, up_to: float) -> Iterator[til
     for (persistent, specialised), values in product(kinds, axes):
         tile = tiles.Tile(up_to, *values, persistent, specialised)
         count, sums = tile.count(rows, n), tile.block_m * tile.block_n
-        few = 2 * tile.split * BLOCK_SIZE <= k and count * tile.split <= 4 * tiles.PROCESSORS[arch]
+        few = 2 * tile.split * BLOCK_SIZE <= k and count * tile.split <= 4 * tiles.SM_COUNT[arch]
         sensible = (
             min(64, rows) <= tile.block_m <= max(16, rows)  # fewer rows would read the weights more than once
             and (tile.registers is None or sums == 64 * 128)
-            and (tile.split == 1 or (up_to <= tiles.SPLIT_UP_TO and few))
-            and (not persistent or (rows > tiles.SPLIT_UP_TO and tile.stages >= 3))
+            and (tile.split == 1 or (up_to <= tiles.SPLIT_MAX_ROWS and few))
+            and (not persistent or (rows > tiles.SPLIT_MAX_ROWS and tile.stages >= 3))
             and (tile.warps == 4 or sums >= 64 * 128)
             and (tile.stages % 2 == 0 or sums >= 64 * 128)  # small tiles: a pipeline of 2, 4 or 6 stages
         )

@@ -279,8 +279,8 @@ def _linear(rank: RankSpec, rows: int, k: int, n: int, plain: bool = False) -> i
     if rank.num.gemm is None or plain:
         return out + 4 * min(rows, kernel_cpu.chunk_rows(k)) * k if rank.compiled else out
     if rank.gpu:  # sums of the parts of K: a part to each multiprocessor, or two
-        parts = 2 * max(tiles.PROCESSORS.values()) * 64 * 64 * 4
-        return out + (min(4 * tiles.SPLITS[-1] * rows * n, parts) if rows <= tiles.SPLIT_UP_TO else 0)
+        parts = 2 * max(tiles.SM_COUNT.values()) * 64 * 64 * 4
+        return out + (min(4 * tiles.SPLITS[-1] * rows * n, parts) if rows <= tiles.SPLIT_MAX_ROWS else 0)
     return 16 * rows * n  # the sum, the product of 128 channels, its scales, and that scaled
 
 

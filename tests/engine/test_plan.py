@@ -30,7 +30,7 @@ from engine.memory import Limits, RankSpec
 from engine.sampling import Ask, verify
 from model import Transformer
 from ops.cpu import kernels
-from ops.gpu import attention, device, fused, gemm, moe, quantisation
+from ops.gpu import attention, device, fused, gemm, moe, quantisation, router
 from ops.gpu.backend import GpuBackend
 from parallel.group import Group
 from support.checkpoints import fp8_sizes, make_checkpoint
@@ -129,7 +129,7 @@ def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr(kernels, "library", lambda: None)
     if request.param == "GPU":
         monkeypatch.setattr("model.choose_backend", lambda device, num: GpuBackend(num.batch_invariant))
-        for module in (attention, device, fused, gemm, moe, quantisation):
+        for module in (attention, device, fused, gemm, moe, quantisation, router):
             monkeypatch.setattr(module, "architecture", lambda device: "sm_90", raising=False)
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 monkeypatch.setattr(module, name, NoKernel())

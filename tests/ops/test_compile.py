@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-from ops.gpu import attention, moe, tiles
+from ops.gpu import attention, moe, router, tiles
 from support.kernel_configurations import Configuration, configurations
 
 Report = dict[str, Any]
@@ -42,7 +42,7 @@ def waits(c: Configuration) -> bool:
     attention for others than Hopper, and of the layer of experts what is like those selected."""
     if c.kernel.__module__ == attention.__name__:
         return c.target != "sm_90"
-    return c.target == "sm_89" or (c.kernel.__module__ == moe.__name__ and not SELECTED.fullmatch(c.name))
+    return c.target == "sm_89" or (c.kernel.__module__ in (moe.__name__, router.__name__) and not SELECTED.fullmatch(c.name))
 
 
 CONFIGURATIONS = [pytest.param(c, id=c.name, marks=pytest.mark.trust if waits(c) else ()) for c in configurations()]

@@ -260,16 +260,16 @@ persistent = Tile(math.inf, 128, 128, False, 4, 4, persistent=1, specialised=Tru
 
 @needs_fp8
 @pytest.mark.parametrize("m, n, k", [(1, 576, 144), (130, 136, 576), (300, 260, 128)])
-@pytest.mark.parametrize("processors, specialised", [(2, True), (132, True), (2, False)])
+@pytest.mark.parametrize("sms, specialised", [(2, True), (132, True), (2, False)])
 def test_persistent(
-    m: int, n: int, k: int, processors: int, specialised: bool, monkeypatch: pytest.MonkeyPatch
+    m: int, n: int, k: int, sms: int, specialised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With fewer programs than tiles and with more; every edge ragged."""
     tile = Tile(math.inf, 128, 128, False, 4 if specialised else 8, 4, persistent=1, specialised=specialised)
     own = device.architecture(torch.device(DEVICE))
     if own not in ("sm_90", "sm_100"):
         pytest.skip("this GPU has no tensor memory accelerator")
-    monkeypatch.setitem(tiles.PROCESSORS, own, processors)
+    monkeypatch.setitem(tiles.SM_COUNT, own, sms)
     a, a_s = activations(m, k)
     b, b_s = weights(n, k)
     exact = a.double() * wide(a_s, a.shape, 1), b.double() * wide(b_s, b.shape, BLOCK)

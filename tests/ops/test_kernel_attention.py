@@ -117,7 +117,7 @@ def test_prefill_of_few_rows(lengths: list[int], new: list[int], packed: bool) -
     assert error(attention.mla(*p.inputs(prefilled(p.batch))), p.expected()) < EXACT
 
 
-def own(table: dict[Any, tuple[attention.Tile, ...]]) -> list[attention.Tile]:
+def own(table: dict[Any, tuple[attention.AttentionTile, ...]]) -> list[attention.AttentionTile]:
     """On a GPU its own tiles, in the interpreter all of them, each once."""
     arch = None if INTERPRETED else device.architecture(torch.device(DEVICE))
     found = [tile for key, tiles in table.items() if arch is None or arch in key for tile in tiles]
@@ -126,7 +126,7 @@ def own(table: dict[Any, tuple[attention.Tile, ...]]) -> list[attention.Tile]:
 
 @pytest.mark.parametrize("tile", own(attention.DECODE), ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "fp8"])
-def test_every_decode_tile(tile: attention.Tile, packed: bool) -> None:
+def test_every_decode_tile(tile: attention.AttentionTile, packed: bool) -> None:
     """Rows of one sequence in two tiles and more, and keys in two splits."""
     p = Problem([150, 40], [1 + tile.rows // 5, 3], (6, 16, 16, 16, 32), packed)
     batch = p.batch
@@ -136,7 +136,7 @@ def test_every_decode_tile(tile: attention.Tile, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("tile", own(attention.PREFILL), ids=str)
-def test_every_prefill_tile(tile: attention.Tile) -> None:
+def test_every_prefill_tile(tile: attention.AttentionTile) -> None:
     p = Problem([tile.rows + 70, 40], [tile.rows + 5, 3])
     out = torch.empty(sum(p.new), p.n, 20, dtype=DTYPE, device=DEVICE)
     inputs = p.inputs(prefilled(p.batch))
@@ -205,7 +205,7 @@ def test_extents_may_be_upper_bounds() -> None:
 
 
 def shared_out(pages: list[int], tiles: list[int], fixed: int = 0, programs: int = attention.PROGRAMS) -> list[Any]:
-    """share_kernel's rule: for each program (sequence, tile, first page, pages of a split)."""
+    """plan_splits_kernel's rule: for each program (sequence, tile, first page, pages of a split)."""
     most = fixed or max(1, -(-sum(p * t for p, t in zip(pages, tiles, strict=True)) // programs))
     found = []
     for i, (p, t) in enumerate(zip(pages, tiles, strict=True)):
@@ -232,7 +232,7 @@ def test_the_shares_are_as_the_rule_says(fixed: int) -> None:
     programs = attention.split_programs(extent, last - first, 6, 16, 64, 64 * fixed)
     assert len(expected) <= programs
     shares = torch.empty(programs, 6, dtype=torch.int32, device=DEVICE)
-    attention.share_kernel[(150,)](
+    attention.plan_splits_kernel[(150,)](
         guarded(lengths.int()), guarded(bounds), shares, programs, first, last, fixed, attention.PROGRAMS, 6, 16, 64
     )
     assert shares[: len(expected)].tolist() == expected and (shares[len(expected) :, 0] == -1).all()
@@ -466,4 +466,4 @@ NAMES = {
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 UNALIGNED = ("bounds_ptr", "lengths_ptr", "pages_ptr", "positions_ptr")  # parts of a batch's tables
-LAUNCHED = {"share_kernel", "decode_kernel", "combine_splits_kernel", "gather_kernel", "prefill_kernel"}
+LAUNCHED = {"plan_splits_kernel", "decode_kernel", "combine_splits_kernel", "gather_kernel", "prefill_kernel"}

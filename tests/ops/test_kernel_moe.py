@@ -24,7 +24,7 @@ from test_kernel import activations as quantised_activations
 from test_kernel import seeded as seeded
 from test_kernel import weights as quantised_weights
 
-from ops.gpu import device, moe, quantisation
+from ops.gpu import device, moe, quantisation, router, tiles
 from ops.gpu.tiles import Tile
 from support.kernel_configurations import RULES as RELEASED_RULES
 
@@ -51,7 +51,7 @@ def gate_bias(n_experts: int, rule: Routing) -> torch.Tensor | None:
 def launch_router(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, rule: Routing, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weights, ids = moe.router(guarded(x), guarded(w), None if bias is None else guarded(bias), rule, **options)
+    weights, ids = router.router(guarded(x), guarded(w), None if bias is None else guarded(bias), rule, **options)
     return weights.cpu(), ids.cpu()
 
 
@@ -99,11 +99,11 @@ def brief(tables: dict[str, tuple[Any, ...]]) -> list[Any]:
     return [pytest.param(t, id=str(t), marks=() if t in known or not INTERPRETED else pytest.mark.trust) for t in found]
 
 
-@pytest.mark.parametrize("tile", brief(moe.ROUTER))
-def test_every_router_tile(tile: moe.RouterTile, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", brief(router.ROUTER))
+def test_every_router_tile(tile: router.RouterTile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two row tiles, and experts' tiles, the last of each ragged; channels in as many parts as there can be."""
-    row = replace(tile, up_to=math.inf)
-    monkeypatch.setitem(moe.ROUTER, device.architecture(torch.device(DEVICE)), (row,))
+    row = replace(tile, max_rows=math.inf)
+    monkeypatch.setitem(router.ROUTER, device.architecture(torch.device(DEVICE)), (row,))
     n_experts, rule = 144, replace(TEST_RULE, n_groups=9)
     x, w = torch.randn(tile.block_t + 3, 600).bfloat16(), torch.randn(n_experts, 600).bfloat16() / 8
     bias = gate_bias(n_experts, rule)
@@ -159,7 +159,7 @@ def test_router_leaves_no_trace_of_company() -> None:
 
 
 def test_router_of_no_tokens() -> None:
-    weights, ids = moe.router(torch.zeros(0, 128), torch.zeros(32, 128), None, LITE)
+    weights, ids = router.router(torch.zeros(0, 128), torch.zeros(32, 128), None, LITE)
     assert weights.shape == ids.shape == (0, 6)
 
 
@@ -180,21 +180,21 @@ def routed(tokens: int, top_k: int, n_experts: int, kind: str = "uniform") -> to
 def test_sort(first: int, n_local: int, kind: str, block_m: int) -> None:
     for tokens in TOKENS:
         ids = routed(tokens, 6, 20, kind)
-        order, tiles = (t.cpu() for t in moe.sort(guarded(ids), first, n_local, block_m))
+        order, row_tiles = (t.cpu() for t in moe.sort(guarded(ids), first, n_local, block_m))
         expected_order, expected_tiles = reference.sort(ids, first, n_local, block_m)
         used, here = expected_tiles[:, 0] >= 0, expected_order >= 0
         assert order.shape == expected_order.shape and torch.equal(order[here], expected_order[here])
-        assert torch.equal(tiles[:, 0], expected_tiles[:, 0]) and torch.equal(tiles[used], expected_tiles[used])
+        assert torch.equal(row_tiles[:, 0], expected_tiles[:, 0]) and torch.equal(row_tiles[used], expected_tiles[used])
         assert here.sum() == ((ids >= first) & (ids < first + n_local)).sum()
 
 
 def test_sort_in_several_chunks() -> None:
     n = moe.SORT_CHUNKS[-1] + 300
     ids = torch.randint(0, 5, (n, 1), dtype=torch.int32)
-    order, tiles = moe.sort(guarded(ids), 1, 3, 64)
+    order, row_tiles = moe.sort(guarded(ids), 1, 3, 64)
     expected_order, expected_tiles = reference.sort(ids, 1, 3, 64)
     here, used = expected_order >= 0, expected_tiles[:, 0] >= 0
-    assert torch.equal(order.cpu()[here], expected_order[here]) and torch.equal(tiles.cpu()[used], expected_tiles[used])
+    assert torch.equal(order.cpu()[here], expected_order[here]) and torch.equal(row_tiles.cpu()[used], expected_tiles[used])
 
 
 def test_there_are_always_tiles_enough() -> None:
@@ -212,8 +212,8 @@ needs_fp8 = pytest.mark.skipif(
     not INTERPRETED and not device.has_fp8(torch.device(DEVICE)), reason="this GPU has no FP8 tensor cores"
 )
 KINDS = [pytest.param("w8a8", marks=needs_fp8), "w8a16", "bf16", "float32"]
-TABLES = {"w8a8": moe.W8A8, "w8a16": moe.W8A16, "bf16": moe.PLAIN}
-TABLES |= {"float32": {arch: moe.FLOAT32 for arch in moe.PLAIN}}
+TABLES = {"w8a8": tiles.GROUPED_W8A8, "w8a16": tiles.GROUPED_W8A16, "bf16": tiles.GROUPED_PLAIN}
+TABLES |= {"float32": {arch: tiles.GROUPED_FLOAT32 for arch in tiles.GROUPED_PLAIN}}
 LIMITS = {"w8a8": PRECISE, "w8a16": PRECISE_BF16, "bf16": PRECISE_BF16, "float32": PRECISE_BF16}
 
 
@@ -262,11 +262,11 @@ def check_grouped(kind: str, tile: Tile) -> None:
     tokens, top_k, first, n_local, n, k = tile.block_m + 5, 2, 1, 3, tile.block_n + 28, 320
     ids = torch.randint(3, 6, (tokens, top_k))
     ids[:, 0] = 1
-    order, tiles = moe.sort(guarded(ids), first, n_local, tile.block_m)
+    order, row_tiles = moe.sort(guarded(ids), first, n_local, tile.block_m)
     w, exact = stacked(kind, n_local, n, k)
     for share in (top_k, 1):
         x, exact_x = inputs(kind, tokens * top_k // share, k)
-        y = moe.grouped_gemm(x, w, order, tiles, share, tile).cpu()
+        y = moe.grouped_gemm(x, w, order, row_tiles, share, tile).cpu()
         if tile.split > 1:
             assert y.shape[0] == tile.split and y.dtype == torch.float32
             y = y.sum(0)
@@ -284,8 +284,8 @@ def test_few_rows_are_cut_in_as_many_parts_as_occupy_the_gpu() -> None:
     """Gate and up of V3, split over eight and sixteen ranks, of whole experts, and where there is nothing to gain."""
 
     def parts(tokens: int, n: int, n_local: int = 256, k: int = 7168, arch: str = "sm_90") -> int:
-        table = moe.W8A8[arch]
-        return moe.split_up(table[0], tokens * 8 * n_local / 256, n_local, n, k, arch).split
+        table = tiles.GROUPED_W8A8[arch]
+        return tiles.split_for_few_rows(table[0], tokens * 8 * n_local / 256, n_local, n, k, arch).split
 
     assert [parts(tokens, 512) for tokens in (1, 2, 4, 64)] == [2, 1, 1, 1]  # 64 programs and 128
     assert [parts(tokens, 256) for tokens in (1, 2, 4, 64)] == [4, 2, 1, 1]
@@ -304,19 +304,19 @@ def test_a_tile_is_as_high_as_the_rows_of_an_expert(
     x, ids = token_rows("bf16", tokens).to(DEVICE), routed(tokens, TOP_K, N_EXPERTS).to(DEVICE)
     rest = torch.rand(tokens, TOP_K, device=DEVICE), ids, 0, *layer("bf16", n_local), INTER
     moe.experts(x, *rest, n_experts=N_EXPERTS)
-    table = moe.PLAIN[device.architecture(torch.device(DEVICE))]
-    assert heights == [moe.tile_for(table, tokens * TOP_K / N_EXPERTS).block_m]
+    table = tiles.GROUPED_PLAIN[device.architecture(torch.device(DEVICE))]
+    assert heights == [tiles.tile_for(table, tokens * TOP_K / N_EXPERTS).block_m]
 
 
 def test_grouped_gemm_refuses_mistaken_shapes() -> None:
-    tile = moe.FLOAT32[0]
-    order, tiles = moe.sort(guarded(torch.zeros(4, 1, dtype=torch.int64)), 0, 2, 16)
+    tile = tiles.GROUPED_FLOAT32[0]
+    order, row_tiles = moe.sort(guarded(torch.zeros(4, 1, dtype=torch.int64)), 0, 2, 16)
     w, _ = stacked("float32", 2, 32, 64)
     for x, share in ((torch.zeros(4, 60), 1), (torch.zeros(3, 64), 1), (torch.zeros(4, 64), 2)):
         with pytest.raises(AssertionError):
-            moe.grouped_gemm(x.to(DEVICE), w, order, tiles, share, tile)
+            moe.grouped_gemm(x.to(DEVICE), w, order, row_tiles, share, tile)
     with pytest.raises(AssertionError):
-        moe.grouped_gemm(torch.zeros(4, 64, device=DEVICE).bfloat16(), w, order, tiles, 1, tile)
+        moe.grouped_gemm(torch.zeros(4, 64, device=DEVICE).bfloat16(), w, order, row_tiles, 1, tile)
 
 
 # Combine
@@ -398,7 +398,7 @@ def test_experts_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         moe.fused, "silu_mul", lambda y, *a, **how: shapes.append(y.shape) or silu_mul(y, *a, **how)
     )
     whole = moe.experts(*arguments)
-    monkeypatch.setattr(moe, "split_for", lambda *_: 2)
+    monkeypatch.setattr(tiles, "split_for", lambda *_: 2)
     compare(moe.experts(*arguments), whole, kind)
     moe.experts(*arguments, invariant=True)
     assert [len(shape) for shape in shapes] == [2, 3, 2]
@@ -492,8 +492,8 @@ def test_shared_experts_run_between_fork_and_join(monkeypatch: pytest.MonkeyPatc
     main = Stream("main")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(moe, "second_stream", lambda of: Stream())
-    join = moe.beside(lambda: said.append("work") or torch.ones(1), torch.device("cuda"))
+    monkeypatch.setattr(moe, "side_stream", lambda of: Stream())
+    join = moe.run_on_side_stream(lambda: said.append("work") or torch.ones(1), torch.device("cuda"))
     said.append("routed")
     assert join() == 1
     assert said == ["side waits for main", "on side", "work", "back", "routed", "main waits for side"]
@@ -503,22 +503,22 @@ def test_shared_experts_run_between_fork_and_join(monkeypatch: pytest.MonkeyPatc
 
 
 def test_tables_serve_every_size() -> None:
-    for table in (t for tables in (*TABLES.values(), moe.ROUTER) for t in tables.values()):
-        bounds = [tile.up_to for tile in table]
+    for table in (t for tables in (*TABLES.values(), router.ROUTER) for t in tables.values()):
+        bounds = [tile.max_rows for tile in table]
         assert bounds == sorted(set(bounds)) and bounds[-1] == math.inf
-    for tables in (moe.W8A8, moe.W8A16):
+    for tables in (tiles.GROUPED_W8A8, tiles.GROUPED_W8A16):
         assert all(BLOCK_SIZE % tile.block_n == 0 for table in tables.values() for tile in table)  # one scale to a tile
-    assert moe.W8A8.keys() < moe.W8A16.keys() == moe.PLAIN.keys() == moe.ROUTER.keys()
+    assert tiles.GROUPED_W8A8.keys() < tiles.GROUPED_W8A16.keys() == tiles.GROUPED_PLAIN.keys() == router.ROUTER.keys()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
 def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
-    with only_listed_launches(moe, monkeypatch):
+    with only_listed_launches(moe, monkeypatch), only_listed_launches(router, monkeypatch):
         for n_experts, rule in RELEASED_RULES.values():
             for tokens in (1, 4, 5, 64, 65, 512, 513, None):
                 dtype = torch.bfloat16 if tokens else torch.float32
                 x, w = torch.zeros(tokens or 1, 7168, dtype=dtype), torch.zeros(n_experts, 7168, dtype=dtype)
-                moe.router(x, w, gate_bias(n_experts, rule) if rule.score_func == "sigmoid" else None, rule)
+                router.router(x, w, gate_bias(n_experts, rule) if rule.score_func == "sigmoid" else None, rule)
         for tokens, k, share in ((1, 7168, 8), (600, 7168, 8), (2000, 7168, 8), (1, 256, 1), (600, 256, 1), (2000, 256, 1)):
             ids = torch.zeros(tokens, 8, dtype=torch.int64)
             rows = tokens * 8 // share
@@ -528,12 +528,12 @@ def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch)
                 Weight(torch.zeros(256, 1, k, dtype=torch.bfloat16)),
                 Weight(torch.zeros(256, 1, k)),
             ):
-                tile = moe.tile_for(moe.table_for(w, ids.device), ids.numel() // 256)
-                order, tiles = moe.sort(ids, 0, 256, tile.block_m)
+                tile = tiles.tile_for(moe.grouped_tiles(w, ids.device), ids.numel() // 256)
+                order, row_tiles = moe.sort(ids, 0, 256, tile.block_m)
                 x = torch.zeros(rows, k, dtype=torch.float32 if w.data.dtype == torch.float32 else torch.bfloat16)
                 if w.fp8:
                     x = Quantised(torch.zeros(rows, k, dtype=E4M3), torch.zeros(rows, k // BLOCK_SIZE))
-                moe.grouped_gemm(x, w, order, tiles, share, tile)
+                moe.grouped_gemm(x, w, order, row_tiles, share, tile)
                 if tokens == 1 and share == 8:
-                    moe.grouped_gemm(x, w, order, tiles, share, replace(tile, split=8))
+                    moe.grouped_gemm(x, w, order, row_tiles, share, replace(tile, split=8))
             moe.combine(torch.zeros(tokens * 8, 1).bfloat16(), torch.zeros(tokens, 8), ids, 0, 256, torch.zeros(tokens, 1))

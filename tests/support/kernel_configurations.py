@@ -11,7 +11,7 @@ import triton.language as tl
 
 from core.config import BLOCK_SIZE
 from ops.formats import Routing
-from ops.gpu import attention, fused, gemm, moe, quantisation, tiles
+from ops.gpu import attention, fused, gemm, moe, quantisation, router, tiles
 from ops.gpu.device import converts_fp8
 from ops.gpu.tiles import Tile
 
@@ -184,23 +184,29 @@ RULES = {  # experts and rule of the released models
 }
 
 
-def of_moe() -> Iterator[Configuration]:
-    """Every kernel, as it is compiled for V3's sizes on each architecture; the router also for two models more."""
+def of_router() -> Iterator[Configuration]:
+    """The router at the sizes of three released models on each architecture."""
     scale, plain, index = "*fp32", "*bf16", "*i32"
-    for target in moe.PLAIN:
+    for target in router.ROUTER:
         for rule_name, (n_experts, rule) in RULES.items():
-            for cut, x in [(cut, plain) for cut in moe.ROUTER[target]] + [(cut, scale) for cut in moe.ROUTER_FLOAT32]:
+            for cut, x in [(cut, plain) for cut in router.ROUTER[target]] + [(cut, scale) for cut in router.ROUTER_FLOAT32]:
                 types = {
                     "x_ptr": x, "w_ptr": x, "bias_ptr": scale, "weights_ptr": scale, "ids_ptr": "*i64",
                     "partial_ptr": scale, "counter_ptr": index, "T": "i32", "H": "i32", "route_scale": "fp32",
                 }  # fmt: skip
-                constant = {"CHUNK": cut.chunk(7168)} | moe.rule_constexprs(n_experts, rule) | cut.constexprs()
+                constant = {"CHUNK": cut.chunk(7168)} | router.rule_constexprs(n_experts, rule) | cut.constexprs()
                 if rule.score_func == "softmax":
                     del types["bias_ptr"]
                     constant["bias_ptr"] = None
                 op = "router" if x == plain else "router_float32"
                 name = f"{op} {target} {rule_name} {cut.block_t}x{cut.block_e}x{cut.splits}"
-                yield Configuration(name, moe.router_kernel, target, types, constant, {"num_warps": cut.warps})
+                yield Configuration(name, router.router_kernel, target, types, constant, {"num_warps": cut.warps})
+
+
+def of_moe() -> Iterator[Configuration]:
+    """Every kernel of a layer of experts, as it is compiled for V3's sizes on each architecture."""
+    scale, plain, index = "*fp32", "*bf16", "*i32"
+    for target in tiles.GROUPED_PLAIN:
         for chunk in moe.SORT_CHUNKS:
             types = {"ids_ptr": "*i64", "order_ptr": index, "tiles_ptr": index}
             types |= {"n": "i32", "first": "i32", "n_tiles": "i32", "block_m": "i32"}
@@ -209,10 +215,10 @@ def of_moe() -> Iterator[Configuration]:
         weights = "*fp8e4nv" if converts_fp8(torch.float8_e4m3fn, target) else "*u8"
         native = "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"
         for op, tables, x, w in (
-            ("w8a8", moe.W8A8, native, native),
-            ("w8a16", moe.W8A16, plain, weights),
-            ("plain", moe.PLAIN, plain, plain),
-            ("float32", {target: moe.FLOAT32}, scale, scale),
+            ("w8a8", tiles.GROUPED_W8A8, native, native),
+            ("w8a16", tiles.GROUPED_W8A16, plain, weights),
+            ("plain", tiles.GROUPED_PLAIN, plain, plain),
+            ("float32", {target: tiles.GROUPED_FLOAT32}, scale, scale),
         ):
             table = tables.get(target, ())
             for row in table:
@@ -223,7 +229,7 @@ def of_moe() -> Iterator[Configuration]:
                     types = {"x_ptr": x, "x_s_ptr": scale, "w_ptr": w, "w_s_ptr": scale, "out_ptr": out}
                     types |= {"order_ptr": index, "tiles_ptr": index, "m_tiles": "i32", "assignments": "i32"}
                     types |= {"N": "i32", "K": "i32"}
-                    constant = moe.constexprs(tile, k) | {"SHARE": share}
+                    constant = tile.for_channels(k).constexprs() | {"SHARE": share}
                     for absent in {"w8a8": (), "w8a16": ("x_s_ptr",)}.get(op, ("x_s_ptr", "w_s_ptr")):
                         del types[absent]
                         constant[absent] = None
@@ -248,7 +254,7 @@ def of_attention() -> Iterator[Configuration]:
         none = {} if packed else {"scales_ptr": None}
         kind = f"{target} {'fp8' if packed else 'bf16'}"
         for n_heads, tile in itertools.product((16, 128), table):
-            if tile.up_to < n_heads:
+            if tile.max_rows < n_heads:
                 continue
             yield Configuration(
                 f"decode {kind} {n_heads} heads {tile.rows}x{tile.keys}",
@@ -257,7 +263,7 @@ def of_attention() -> Iterator[Configuration]:
                 queries
                 | pool
                 | {"k_pe_ptr": "*bf16", "out_ptr": "*fp32", "lse_ptr": "*fp32", "splits_ptr": "*i32"}
-                | {"shares_ptr": "*i32", "first": "i32", "width": "i32"},
+                | {"plan_ptr": "*i32", "first": "i32", "width": "i32"},
                 none | dims | {"N": n_heads, "SWAP": tile.swap} | tile.constexprs(),
                 tile.options(),
             )
@@ -285,10 +291,10 @@ def of_attention() -> Iterator[Configuration]:
             )
         numbers = ("n_programs", "first", "last", "fixed_pages", "PROGRAMS", "N", "ROWS", "PAGE")
         yield Configuration(
-            f"share {target}",
-            attention.share_kernel,
+            f"plan_splits {target}",
+            attention.plan_splits_kernel,
             target,
-            dict.fromkeys(("lengths_ptr", "bounds_ptr", "shares_ptr"), "*i32") | dict.fromkeys(numbers, "i32"),
+            dict.fromkeys(("lengths_ptr", "bounds_ptr", "plan_ptr"), "*i32") | dict.fromkeys(numbers, "i32"),
             {},
             {"num_warps": 1},
         )
@@ -304,7 +310,7 @@ def of_attention() -> Iterator[Configuration]:
 
 
 OF_MODULE = {
-    quantisation: of_quantisation, gemm: of_gemm, fused: of_fused, moe: of_moe, attention: of_attention
+    quantisation: of_quantisation, gemm: of_gemm, fused: of_fused, router: of_router, moe: of_moe, attention: of_attention
 }  # fmt: skip
 
 

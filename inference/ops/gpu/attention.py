@@ -30,9 +30,10 @@ from core.batch import Batch, BatchBounds
 from core.config import BLOCK_SIZE
 from ops.gpu.casts import INTERPRETED, SCALE_BLOCK, cast, dot_operand, widen_e4m3
 from ops.gpu.device import architecture, converts_fp8
+from ops.gpu.tiles import tile_for
 
 ByRows = Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor]
-SEQUENCES = tl.constexpr(128)  # whose lengths share_kernel looks at at a time
+SEQUENCES = tl.constexpr(128)  # whose lengths plan_splits_kernel looks at at a time
 LOG2_E = math.log2(math.e)  # the kernels' exponentials are powers of two
 
 
@@ -69,7 +70,7 @@ def load_latents(
 
 
 @triton.jit
-def work_of(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE):
+def count_work(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE):
     """Of the SEQUENCES sequences from `at` on: pages, and tiles of rows that are among [first, last); 0 from B on."""
     b = at + tl.arange(0, SEQUENCES)
     begin = tl.maximum(tl.load(bounds_ptr + b, mask=b < B, other=0), first)
@@ -83,7 +84,9 @@ def work_of(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE):
         "lengths_ptr", "bounds_ptr", "n_programs", "first", "last", "fixed_pages", "PROGRAMS", "N", "ROWS", "PAGE"
     ]
 )  # fmt: skip
-def share_kernel(lengths_ptr, bounds_ptr, shares_ptr, n_programs, first, last, fixed_pages, PROGRAMS, N, ROWS, PAGE):
+def plan_splits_kernel(
+    lengths_ptr, bounds_ptr, plan_ptr, n_programs, first, last, fixed_pages, PROGRAMS, N, ROWS, PAGE
+):
     """One program per sequence says what falls to decode's programs for it, in shares (n_programs, 6): the sequence
     (-1: nothing is left), its tokens' begin and end among [first, last), the tile of their rows, the first of its keys
     and the keys of a split.
@@ -97,12 +100,12 @@ def share_kernel(lengths_ptr, bounds_ptr, shares_ptr, n_programs, first, last, f
     if fixed_pages == 0:
         total = 0
         for at in range(0, B, SEQUENCES):
-            pages, tiles = work_of(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE)
+            pages, tiles = count_work(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE)
             total += tl.sum(pages * tiles)
         most = tl.maximum(tl.cdiv(total, PROGRAMS), 1)
     start = 0
     for at in range(0, sequence, SEQUENCES):
-        pages, tiles = work_of(lengths_ptr, bounds_ptr, at, sequence, first, last, N, ROWS, PAGE)
+        pages, tiles = count_work(lengths_ptr, bounds_ptr, at, sequence, first, last, N, ROWS, PAGE)
         start += tl.sum(tl.cdiv(pages, most) * tiles)
 
     begin = tl.maximum(tl.load(bounds_ptr + sequence), first)
@@ -114,7 +117,7 @@ def share_kernel(lengths_ptr, bounds_ptr, shares_ptr, n_programs, first, last, f
     end = start + splits * its_tiles
     for at in range(start, end, SEQUENCES):
         program = at + tl.arange(0, SEQUENCES)
-        ptrs, inside = shares_ptr + 6 * program, program < end
+        ptrs, inside = plan_ptr + 6 * program, program < end
         tl.store(ptrs, sequence, mask=inside)
         tl.store(ptrs + 1, begin, mask=inside)
         tl.store(ptrs + 2, stop, mask=inside)
@@ -124,17 +127,17 @@ def share_kernel(lengths_ptr, bounds_ptr, shares_ptr, n_programs, first, last, f
     if sequence == B - 1:
         for at in range(end, n_programs, SEQUENCES):
             program = at + tl.arange(0, SEQUENCES)
-            tl.store(shares_ptr + 6 * program, -1, mask=program < n_programs)
+            tl.store(plan_ptr + 6 * program, -1, mask=program < n_programs)
 
 
 @triton.jit(do_not_specialize=["pages_ptr", "positions_ptr", "P", "first", "width"])
 def decode_kernel(
-    q_ptr, q_pe_ptr, latents_ptr, scales_ptr, k_pe_ptr, pages_ptr, positions_ptr, shares_ptr, out_ptr, lse_ptr,
+    q_ptr, q_pe_ptr, latents_ptr, scales_ptr, k_pe_ptr, pages_ptr, positions_ptr, plan_ptr, out_ptr, lse_ptr,
     splits_ptr, P, first, width, scale,
     N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS of one sequence's (query token, head) rows against one split of its keys, as share_kernel says.
+    """ROWS of one sequence's (query token, head) rows against one split of its keys, as plan_splits_kernel says.
 
     q (T, N, C) absorbed, q_pe (T, N, R). out (programs, width, C) is the result, normalised, lse (programs, width) the
     binary logarithm of what it was divided by, which are this row's weights' sum; no tile has more than `width` rows.
@@ -142,12 +145,12 @@ def decode_kernel(
     how many keys a split has. `scale` includes log2(e). With SWAP all tiles are transposed.
     """
     program = tl.program_id(0)
-    shares_ptr += 6 * program
-    sequence = tl.load(shares_ptr)
+    plan_ptr += 6 * program
+    sequence = tl.load(plan_ptr)
     if sequence < 0:
         return
-    begin, stop, tile = tl.load(shares_ptr + 1), tl.load(shares_ptr + 2), tl.load(shares_ptr + 3)
-    low, keys = tl.load(shares_ptr + 4), tl.load(shares_ptr + 5)
+    begin, stop, tile = tl.load(plan_ptr + 1), tl.load(plan_ptr + 2), tl.load(plan_ptr + 3)
+    low, keys = tl.load(plan_ptr + 4), tl.load(plan_ptr + 5)
     row = tile * ROWS + tl.arange(0, ROWS)
     real = row < (stop - begin) * N
     token = begin + row // N
@@ -361,10 +364,10 @@ def prefill_kernel(
 
 
 @dataclass(frozen=True)
-class Tile:
+class AttentionTile:
     """How a kernel computes: rows and keys of its tile of scores, warps and stages of the pipeline."""
 
-    up_to: float  # rows a sequence has at most: query tokens x heads for decode, query tokens for prefill
+    max_rows: float  # rows a sequence has at most: query tokens x heads for decode, query tokens for prefill
     rows: int
     keys: int
     warps: int
@@ -385,27 +388,27 @@ class Tile:
 # that is used twice, and has no room for them: one stage, and two programs to a multiprocessor; with more than 16 rows
 # (32 of FP8 latents) the result spills on its way through the registers.
 DECODE = {  # by architecture and whether latents are packed
-    ("sm_80", False): (Tile(16, 16, 32, 4, 2), Tile(math.inf, 32, 32, 4, 2)),
-    ("sm_80", True): (Tile(math.inf, 16, 32, 8, 2),),
-    ("sm_89", False): (Tile(16, 16, 32, 4, 2), Tile(math.inf, 32, 32, 4, 2)),
-    ("sm_89", True): (Tile(math.inf, 16, 32, 8, 2),),
+    ("sm_80", False): (AttentionTile(16, 16, 32, 4, 2), AttentionTile(math.inf, 32, 32, 4, 2)),
+    ("sm_80", True): (AttentionTile(math.inf, 16, 32, 8, 2),),
+    ("sm_89", False): (AttentionTile(16, 16, 32, 4, 2), AttentionTile(math.inf, 32, 32, 4, 2)),
+    ("sm_89", True): (AttentionTile(math.inf, 16, 32, 8, 2),),
     ("sm_90", False): (
-        Tile(16, 16, 64, 4, 3, True),
-        Tile(32, 32, 64, 4, 2, True),
-        Tile(math.inf, 64, 64, 8, 2),
+        AttentionTile(16, 16, 64, 4, 3, True),
+        AttentionTile(32, 32, 64, 4, 2, True),
+        AttentionTile(math.inf, 64, 64, 8, 2),
     ),
-    ("sm_90", True): (Tile(math.inf, 64, 32, 8, 2),),
-    ("sm_100", False): (Tile(math.inf, 16, 64, 8, 1, True),),
-    ("sm_100", True): (Tile(16, 16, 64, 8, 1, True), Tile(math.inf, 32, 64, 8, 1, True)),
-    ("gfx942", False): (Tile(16, 16, 32, 4, 1), Tile(math.inf, 32, 32, 4, 1)),
-    ("gfx942", True): (Tile(math.inf, 32, 16, 4, 1),),
+    ("sm_90", True): (AttentionTile(math.inf, 64, 32, 8, 2),),
+    ("sm_100", False): (AttentionTile(math.inf, 16, 64, 8, 1, True),),
+    ("sm_100", True): (AttentionTile(16, 16, 64, 8, 1, True), AttentionTile(math.inf, 32, 64, 8, 1, True)),
+    ("gfx942", False): (AttentionTile(16, 16, 32, 4, 1), AttentionTile(math.inf, 32, 32, 4, 1)),
+    ("gfx942", True): (AttentionTile(math.inf, 32, 16, 4, 1),),
 }
 PREFILL = {
-    "sm_80": (Tile(math.inf, 64, 64, 4, 2),),
-    "sm_89": (Tile(math.inf, 64, 32, 4, 2),),
-    "sm_90": (Tile(math.inf, 128, 64, 8, 3),),
-    "sm_100": (Tile(math.inf, 128, 64, 8, 2),),
-    "gfx942": (Tile(math.inf, 64, 32, 4, 1),),
+    "sm_80": (AttentionTile(math.inf, 64, 64, 4, 2),),
+    "sm_89": (AttentionTile(math.inf, 64, 32, 4, 2),),
+    "sm_90": (AttentionTile(math.inf, 128, 64, 8, 3),),
+    "sm_100": (AttentionTile(math.inf, 128, 64, 8, 2),),
+    "gfx942": (AttentionTile(math.inf, 64, 32, 4, 1),),
 }
 PROGRAMS = 264  # that decode's pages are shared among: two for each multiprocessor of an H200
 FIXED_SPLIT = 512  # keys of a split where a token's result may not depend on its company
@@ -416,10 +419,6 @@ SPLIT_BYTES = 256 << 20  # the most that the results of splits may take
 # for the 16 heads of V3 on one rank of eight 2 (16 x 256 + 576) = 9,344 bytes, so that a slab has 114,912 keys, and a
 # prompt of 131,072 takes two; with all 128 heads 66,688 bytes, 16,100 keys.
 SLAB_BYTES = 1 << 30
-
-
-def _tile(table: tuple[Tile, ...], rows: float) -> Tile:
-    return next(tile for tile in table if rows <= tile.up_to)
 
 
 def _pad(size: int) -> int:
@@ -479,7 +478,7 @@ def decode(
     scale: float,
     fixed: bool = False,
     split_keys: int | None = None,
-    tile: Tile | None = None,
+    tile: AttentionTile | None = None,
 ) -> torch.Tensor:
     """The first sequences' rows in the latent space: q (T, N, C) absorbed, q_pe (T, N, R) to (T, N, C).
 
@@ -490,7 +489,7 @@ def decode(
     r, page = q_pe.shape[-1], latents.shape[1]
     packed = latents.dtype == torch.uint8
     longest_rows = math.inf if fixed else extent.longest_q * n_heads
-    tile = tile or _tile(DECODE[architecture(q.device), packed], longest_rows)
+    tile = tile or tile_for(DECODE[architecture(q.device), packed], longest_rows)
     assert q.is_contiguous() and page % tile.keys == 0 and n_tokens == extent.tokens
     split_keys = FIXED_SPLIT if fixed else split_keys or 0
     assert split_keys % page == 0
@@ -514,7 +513,7 @@ def decode(
         key = extent, first, last, n_heads, tile.rows, split_keys
         if key not in batch.memo:
             batch.memo[key] = torch.empty(programs(last - first), 6, dtype=torch.int32, device=q.device)
-            share_kernel[(extent.n,)](
+            plan_splits_kernel[(extent.n,)](
                 batch.kv_lens, batch.cu_seqlens_q, batch.memo[key], programs(last - first), first, last,
                 split_keys // page, PROGRAMS, n_heads, tile.rows, page, num_warps=1,
             )  # fmt: skip
@@ -532,8 +531,8 @@ def decode(
 
 
 def split_programs(extent: BatchBounds, tokens: int, n_heads: int, rows: int, page: int, split_keys: int) -> int:
-    """How many programs share_kernel numbers at most for so many tokens, in tiles of `rows`; split_keys 0: by its rule.
-    It depends on what the host knows beforehand, and little on the lengths allowed."""
+    """How many programs plan_splits_kernel numbers at most for so many tokens, in tiles of `rows`; split_keys 0: by its
+    rule. It depends on what the host knows beforehand, and little on the lengths allowed."""
     sequences = min(extent.n, tokens)
     most_tiles = triton.cdiv(min(extent.longest_q, tokens) * n_heads, rows)  # of one sequence
     tiles = min(sequences * most_tiles, sequences + tokens * n_heads // rows)
@@ -552,14 +551,14 @@ def prefill(
     w_uv: torch.Tensor,
     scale: float,
     out: torch.Tensor,
-    tile: Tile | None = None,
+    tile: AttentionTile | None = None,
 ) -> None:
     """The sequences of batch.prefill in the multi-head form, into their rows of out (T, N, dv)."""
     extent, skip = batch.prefill, batch.decode.n
     (n_heads, dn, c), dv, r = w_uk.shape, w_uv.shape[1], q_pe.shape[-1]
     page = latents.shape[1]
     assert page % GATHERED == 0
-    tile = tile or _tile(PREFILL[architecture(q_nope.device)], extent.longest_q)
+    tile = tile or tile_for(PREFILL[architecture(q_nope.device)], extent.longest_q)
     per_key = (n_heads * (dn + dv) + c + r) * q_nope.itemsize
     n_slab = min(max(page, SLAB_BYTES // per_key), extent.total_kv)
     lengths, pages, bounds = batch.kv_lens[skip:], batch.pages[skip:], batch.cu_seqlens_q[skip:]

@@ -8,7 +8,7 @@ import torch
 from core.batch import Batch
 from ops import reference
 from ops.formats import Quantised, Routing, Scales, Weight
-from ops.gpu import attention, fused, gemm, moe, quantisation
+from ops.gpu import attention, fused, gemm, moe, quantisation, router
 from ops.gpu.device import fp8_dtype
 from ops.reference_backend import ROW_BLOCK, ReferenceBackend, in_row_blocks
 
@@ -66,7 +66,7 @@ class GpuBackend(ReferenceBackend):
     def router(
         self, x: torch.Tensor, w: Any, bias: torch.Tensor | None, rule: Routing
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return moe.router(x, w, bias, rule, self.batch_invariant)
+        return router.router(x, w, bias, rule, self.batch_invariant)
 
     def experts(
         self,

@@ -229,7 +229,7 @@ def gemm(
     x, w = x if x_s is None else kernel_view(x), kernel_view(w)
     if tile.persistent:
         assert x_s is not None and not tile.swap and tile.split == 1, tile
-        programs = min(count, tile.persistent * tiles.PROCESSORS[architecture(x.device)])
+        programs = min(count, tile.persistent * tiles.SM_COUNT[architecture(x.device)])
         device = out.device  # not a tensor's own name in there: the function stays, and would keep it alive
         # Triton asks for the memory its programs' descriptors lie in, 128 bytes each.
         triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.uint8, device=device))
