@@ -73,12 +73,17 @@ def sizes(
     return asked or (smoke if options.smoke else quick if options.quick else full)
 
 
-OURS = {"kernel": "ops.gpu.gemm", "kernel_fused": "ops.gpu.fused", "kernel_attention": "ops.gpu.attention",
-        "ops": "ops.backend", "reference": "ops.reference", "model": "core.batch"}  # fmt: skip
+OURS = {"GpuBackend": "ops.gpu.backend", "ReferenceBackend": "ops.reference_backend",
+        "kernel": "ops.gpu.gemm", "kernel_fused": "ops.gpu.fused", "kernel_attention": "ops.gpu.attention",
+        "reference": "ops.reference", "model": "core.batch"}  # fmt: skip
 
 
 def ours_by_name(module: str) -> Any:
-    """A module of inference/, imported where it is first used: the V3 repository's have the same names."""
+    """A module of inference/ (for "ops" a backend), imported where it is first used: the V3 repository's have the same
+    names."""
+    if module == "ops":
+        name = "GpuBackend" if torch.cuda.is_available() else "ReferenceBackend"
+        return getattr(importlib.import_module(OURS[name]), name)()
     return importlib.import_module(OURS[module])
 
 

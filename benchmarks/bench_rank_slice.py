@@ -35,8 +35,8 @@ from core.numerics import Numerics
 from core.run_config import PAGE_SIZE
 from engine import memory
 from model import MLP, Block, Gate, Linear, MoE, Transformer
-from ops.gpu import gemm as kernel
 from ops.gpu import tiles
+from ops.gpu.device import architecture
 from parallel.group import Group
 from timing import (
     NO_TIMING,
@@ -420,7 +420,7 @@ def run(args: ModelArgs, options: argparse.Namespace, clock: Clock, done: Callab
                 kernels = profiled(step, clock)
                 if clock.timing:
                     new, before = (context, 0) if prefill else (1 + drafts, context)
-                    arch = kernel.architecture(clock.device)
+                    arch = architecture(clock.device)
                     done_by = work(rank.model, b, new, before, drafts, row["experts_touched"] or 0.0, arch)
                     kernels = rates(kernels, done_by)
                 found["kernels"][f"{kind} B={b} {context}"] = kernels

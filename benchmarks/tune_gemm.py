@@ -50,12 +50,12 @@ def candidates(op: str, arch: str, n: int, k: int, up_to: float) -> Iterator[til
     for (persistent, specialised), values in product(kinds, axes):
         tile = tiles.Tile(up_to, *values, persistent, specialised)
         count, sums = tile.count(rows, n), tile.block_m * tile.block_n
-        few = 2 * tile.split * BLOCK_SIZE <= k and count * tile.split <= 4 * tiles.PROCESSORS[arch]
+        few = 2 * tile.split * BLOCK_SIZE <= k and count * tile.split <= 4 * tiles.SM_COUNT[arch]
         sensible = (
             min(64, rows) <= tile.block_m <= max(16, rows)  # fewer rows would read the weights more than once
             and (tile.registers is None or sums == 64 * 128)
-            and (tile.split == 1 or (up_to <= tiles.SPLIT_UP_TO and few))
-            and (not persistent or (rows > tiles.SPLIT_UP_TO and tile.stages >= 3))
+            and (tile.split == 1 or (up_to <= tiles.SPLIT_MAX_ROWS and few))
+            and (not persistent or (rows > tiles.SPLIT_MAX_ROWS and tile.stages >= 3))
             and (tile.warps == 4 or sums >= 64 * 128)
             and (tile.stages % 2 == 0 or sums >= 64 * 128)  # small tiles: a pipeline of 2, 4 or 6 stages
         )
@@ -76,20 +76,20 @@ class Problem:
     """One product, M tokens by each of several sets of weights of the same shape, and its exact result."""
 
     def __init__(self, op: str, m: int, sets: list[Set]) -> None:
-        from ops.gpu import gemm as kernel
+        from ops.gpu.quantisation import act_quant
 
         self.op, self.sets = op, sets
-        q, q_s = kernel.act_quant(torch.randn(m, sets[0].w.shape[1], device=sets[0].w.device).bfloat16())
+        q, q_s = act_quant(torch.randn(m, sets[0].w.shape[1], device=sets[0].w.device).bfloat16())
         meant = widened(q, q_s)
         self.exact = meant @ dequantised(sets[0].w, sets[0].s).T
         self.x: torch.Tensor = q if op == "fp8_gemm" else meant.bfloat16()
         self.x_s: torch.Tensor | None = q_s if op == "fp8_gemm" else None
 
     def run(self, tile: tiles.Tile, w: Set) -> torch.Tensor:
-        from ops.gpu import gemm as kernel
+        from ops.gpu import gemm
 
         data, scale = (w.w_fp8, w.s_fp8) if self.op == "fp8_gemm" else (w.w, w.s)
-        return kernel.gemm(self.x, self.x_s, data, scale, torch.bfloat16, tile)
+        return gemm.gemm(self.x, self.x_s, data, scale, torch.bfloat16, tile)
 
     def right(self, tile: tiles.Tile) -> bool:
         """Whether the tile can be launched here and its result is near enough. Says on stderr when it is not near."""
@@ -154,10 +154,10 @@ def main() -> int:
     elif not torch.cuda.is_available():
         print("error: tuning needs a GPU, and torch sees none; --smoke does without", file=sys.stderr)
         return 2
-    from ops.gpu import gemm as kernel
+    from ops.gpu.device import architecture, fp8_dtype
 
     device = torch.device("cpu") if options.smoke else torch.device("cuda", torch.cuda.current_device())
-    arch = kernel.architecture(device)
+    arch = architecture(device)
     torch.manual_seed(0)
     path = options.table or tiles.TABLE
     cache = 0 if options.smoke else torch.cuda.get_device_properties(device).L2_cache_size
@@ -167,7 +167,7 @@ def main() -> int:
     try:
         table = tiles.read(path) if path.exists() else {}
         for n, k in shapes:
-            fnuz = kernel.fp8_dtype(device) == torch.float8_e4m3fnuz
+            fnuz = fp8_dtype(device) == torch.float8_e4m3fnuz
             sets = [Set(n, k, device, fnuz) for _ in range(max(2, math.ceil(4 * cache / (n * k))))]
             for up_to, op in product(dict.fromkeys(map(tiles.bucket, tokens)), options.op or tiles.DEFAULTS):
                 if arch not in tiles.DEFAULTS[op]:

@@ -2,9 +2,10 @@
 
     from kernel import act_quant, weight_dequant, fp8_gemm
 
-They are Triton kernels; ops/gpu/gemm.py has them, ops/reference.py specifies them.
+They are Triton kernels, which ops/reference.py specifies.
 """
 
-from ops.gpu.gemm import act_quant, fp8_gemm, weight_dequant
+from ops.gpu.gemm import fp8_gemm
+from ops.gpu.quantisation import act_quant, weight_dequant
 
 __all__ = ["act_quant", "fp8_gemm", "weight_dequant"]

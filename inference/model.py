@@ -23,7 +23,7 @@ from core.batch import Batch
 from core.config import BLOCK_SIZE, ModelArgs
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE
-from ops import backend as ops
+from ops.backend import ReferenceBackend, choose_backend
 from ops.formats import Quantised, Routing, Scales, Weight, packed_latent_bytes
 from parallel.group import SOLO, Group
 
@@ -33,14 +33,14 @@ INNER_NORM_EPS = 1e-6  # of q_norm and kv_norm in the released code, whatever rm
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension, in float32, rounded once."""
 
-    def __init__(self, dim: int, eps: float, dtype: torch.dtype):
+    def __init__(self, dim: int, eps: float, dtype: torch.dtype, ops: ReferenceBackend):
         super().__init__()
-        self.eps = eps
+        self.eps, self.ops = eps, ops
         self.weight = _parameter(dim, dtype=dtype)
 
     def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
         """Of x (T, H), or of x + delta."""
-        y, _ = ops.norm(x, self.weight, self.eps, delta)
+        y, _ = self.ops.norm(x, self.weight, self.eps, delta)
         assert isinstance(y, torch.Tensor)
         return y
 
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
         self, x: torch.Tensor, delta: torch.Tensor | None, fp8: Scales | None, keep: bool = False
     ) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
         """Of x + delta, in the form the linear with this `fp8` takes (`keep`: and in x's dtype), and x + delta."""
-        return ops.norm(x, self.weight, self.eps, delta, fp8, keep)
+        return self.ops.norm(x, self.weight, self.eps, delta, fp8, keep)
 
 
 class Linear(nn.Module):
@@ -66,12 +66,14 @@ class Linear(nn.Module):
         in_dim: int,
         out: int | dict[str, int],
         num: Numerics,
+        ops: ReferenceBackend,
         experts: int | None = None,
         quantised: bool = True,
     ):
         super().__init__()
         stack = () if experts is None else (experts,)
         fp8 = num.gemm is not None and quantised
+        self.ops = ops
         self.gemm, self.scale_fmt = num.gemm or "bf16", num.scale_fmt
         self.parts = {} if isinstance(out, int) else out
         widths = [out] if isinstance(out, int) else list(out.values())
@@ -97,21 +99,22 @@ class Linear(nn.Module):
         return self.w.fp8
 
     def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
-        return ops.linear(x, self.w)
+        return self.ops.linear(x, self.w)
 
     def split(self, y: torch.Tensor) -> list[torch.Tensor]:
         """Each part's columns of this projection's result."""
         return [y[..., start : start + n] for start, n in zip(self.starts, self.parts.values(), strict=True)]
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight if self.scale is None else ops.weight_dequant(self.weight, self.scale, dtype)
+        return self.weight if self.scale is None else self.ops.weight_dequant(self.weight, self.scale, dtype)
 
     def prepare(self) -> None:
-        """Lets the backend put a loaded weight in the form it multiplies; a packed form takes the parameter's place."""
-        if self.scale is not None:
-            self.weight.data, self.scale.data = ops.prepare_fp8(self.weight.data, self.scale.data, self.gemm)
-            return
-        _prepare_weight(self, ops.prepare)
+        """Puts a loaded weight in the layout that the backend multiplies."""
+        packed = self.ops.pack_weight(self.w)
+        if self.scale is not None and packed.scale is not None:
+            self.weight.data, self.scale.data = packed.data, packed.scale
+        else:
+            _replace_weight(self, packed.data)
 
 
 class Embedding(nn.Module):
@@ -139,21 +142,21 @@ class MLA(nn.Module):
     w_uk: torch.Tensor  # (N, dn, C)
     w_uv: torch.Tensor  # (N, dv, C)
 
-    def __init__(self, args: ModelArgs, num: Numerics, tp: Group):
+    def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend):
         super().__init__()
-        self.args, self.tp, self.dtype = args, tp, num.dtype
+        self.args, self.tp, self.dtype, self.ops = args, tp, num.dtype, ops
         self.n_heads = tp.split(args.n_heads, "n_heads")
         # W^DQ with W^DKV and W^KR (V3 equations 1, 3 and 6); without a query latent W^Q takes W^DQ's place
         if args.q_lora_rank:
-            self.wqkv_a = Linear(args.dim, {"wq_a": args.q_lora_rank, "wkv_a": args.latent_dim}, num)
-            self.q_norm = RMSNorm(args.q_lora_rank, INNER_NORM_EPS, num.dtype)
-            self.wq_b = Linear(args.q_lora_rank, self.n_heads * args.qk_head_dim, num)
+            self.wqkv_a = Linear(args.dim, {"wq_a": args.q_lora_rank, "wkv_a": args.latent_dim}, num, ops)
+            self.q_norm = RMSNorm(args.q_lora_rank, INNER_NORM_EPS, num.dtype, ops)
+            self.wq_b = Linear(args.q_lora_rank, self.n_heads * args.qk_head_dim, num, ops)
         else:
             queries = self.n_heads * args.qk_head_dim
-            self.wqkv_a = Linear(args.dim, {"wq": queries, "wkv_a": args.latent_dim}, num)
-        self.kv_norm = RMSNorm(args.kv_lora_rank, INNER_NORM_EPS, num.dtype)
-        self.wkv_b = Linear(args.kv_lora_rank, self.n_heads * (args.qk_nope_head_dim + args.v_head_dim), num)
-        self.wo = Linear(self.n_heads * args.v_head_dim, args.dim, num)
+            self.wqkv_a = Linear(args.dim, {"wq": queries, "wkv_a": args.latent_dim}, num, ops)
+        self.kv_norm = RMSNorm(args.kv_lora_rank, INNER_NORM_EPS, num.dtype, ops)
+        self.wkv_b = Linear(args.kv_lora_rank, self.n_heads * (args.qk_nope_head_dim + args.v_head_dim), num, ops)
+        self.wo = Linear(self.n_heads * args.v_head_dim, args.dim, num, ops)
 
     def prepare(self) -> None:
         """Splits wkv_b into W^UK and W^UV (V2 equations 10 and 11), dequantised once."""
@@ -174,26 +177,27 @@ class MLA(nn.Module):
         q_nope, q_pe = q.unflatten(-1, (self.n_heads, -1)).split([args.qk_nope_head_dim, args.qk_rope_head_dim], dim=-1)
         c_kv, k_pe = kv.split([args.kv_lora_rank, args.qk_rope_head_dim], dim=-1)
         norm = self.kv_norm
-        q_pe = ops.latent_write(c_kv, k_pe, norm.weight, norm.eps, cos, sin, q_pe, batch.slots, latents)
-        o = ops.mla(q_nope, q_pe, latents, batch, self.w_uk, self.w_uv, args.softmax_scale)
+        q_pe = self.ops.latent_write(c_kv, k_pe, norm.weight, norm.eps, cos, sin, q_pe, batch.slots, latents)
+        o = self.ops.mla(q_nope, q_pe, latents, batch, self.w_uk, self.w_uv, args.softmax_scale)
         return self.tp.all_reduce(self.wo(o.flatten(1)))  # (T, N, dv) -> (T, H)
 
 
 class MLP(nn.Module):
     """SwiGLU, its inner width split over the ranks. The result is this rank's part of a sum."""
 
-    def __init__(self, dim: int, inter_dim: int, num: Numerics, tp: Group, what: str):
+    def __init__(self, dim: int, inter_dim: int, num: Numerics, tp: Group, ops: ReferenceBackend, what: str):
         super().__init__()
+        self.ops = ops
         self.inner = tp.split(inter_dim, what)
-        self.w13 = Linear(dim, {"w1": self.inner, "w3": self.inner}, num)  # gate and up, one product for two
-        self.w2 = Linear(self.inner, dim, num)
+        self.w13 = Linear(dim, {"w1": self.inner, "w3": self.inner}, num, ops)  # gate and up, one product for two
+        self.w2 = Linear(self.inner, dim, num, ops)
 
     @property
     def fp8(self) -> Scales | None:
         return self.w13.fp8
 
     def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
-        return self.w2(ops.silu_mul(self.w13(x), self.inner, self.w2.fp8))
+        return self.w2(self.ops.silu_mul(self.w13(x), self.inner, self.w2.fp8))
 
 
 class Gate(nn.Module):
@@ -201,8 +205,9 @@ class Gate(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, args: ModelArgs, num: Numerics):
+    def __init__(self, args: ModelArgs, num: Numerics, ops: ReferenceBackend):
         super().__init__()
+        self.ops = ops
         self.rule = Routing(
             args.n_activated_experts, args.score_func, args.topk_method, args.n_expert_groups, args.n_limited_groups,
             args.norm_topk_prob, args.route_scale,
@@ -213,7 +218,7 @@ class Gate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x (T, H) to weights (T, K) float32 and expert ids (T, K)."""
-        return ops.router(x, self.weight, self.bias, self.rule)
+        return self.ops.router(x, self.weight, self.bias, self.rule)
 
 
 class Experts(nn.Module):
@@ -221,8 +226,9 @@ class Experts(nn.Module):
     all ranks work on each token. The result is this rank's part of a sum either way.
     """
 
-    def __init__(self, args: ModelArgs, num: Numerics, tp: Group):
+    def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend):
         super().__init__()
+        self.ops = ops
         n, self.first, self.inner = args.n_routed_experts, 0, args.moe_inter_dim
         self.n_experts = n
         if num.experts == "split":
@@ -230,8 +236,8 @@ class Experts(nn.Module):
         else:
             n = tp.split(args.n_routed_experts, "n_routed_experts")
             self.first = tp.rank * n
-        self.w13 = Linear(args.dim, {"w1": self.inner, "w3": self.inner}, num, experts=n)  # gate and up
-        self.w2 = Linear(self.inner, args.dim, num, experts=n)
+        self.w13 = Linear(args.dim, {"w1": self.inner, "w3": self.inner}, num, ops, experts=n)  # gate and up
+        self.w2 = Linear(self.inner, args.dim, num, ops, experts=n)
 
     def forward(
         self,
@@ -241,20 +247,20 @@ class Experts(nn.Module):
         shared: Callable[[], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         w13, w2 = self.w13.w, self.w2.w
-        return ops.experts(x, weights, ids, self.first, w13, w2, self.inner, shared, self.n_experts)  # (T, H)
+        return self.ops.experts(x, weights, ids, self.first, w13, w2, self.inner, shared, self.n_experts)  # (T, H)
 
 
 class MoE(nn.Module):
     """DeepSeekMoE (V3 equation 12): routed experts, and shared ones that see every token. A rank's part of a sum."""
 
-    def __init__(self, args: ModelArgs, num: Numerics, tp: Group):
+    def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend):
         super().__init__()
-        self.gate = Gate(args, num)
-        self.experts = Experts(args, num, tp)
+        self.gate = Gate(args, num, ops)
+        self.experts = Experts(args, num, tp, ops)
         self.shared_experts = None
         if args.n_shared_experts:
             width = args.n_shared_experts * args.moe_inter_dim
-            self.shared_experts = MLP(args.dim, width, num, tp, "the shared experts' width")
+            self.shared_experts = MLP(args.dim, width, num, tp, ops, "the shared experts' width")
 
     @property
     def fp8(self) -> Scales | None:
@@ -269,13 +275,13 @@ class MoE(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind its norm and around a residual."""
 
-    def __init__(self, args: ModelArgs, num: Numerics, tp: Group, dense: bool):
+    def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend, dense: bool):
         super().__init__()
         self.tp = tp
-        self.attn_norm = RMSNorm(args.dim, args.norm_eps, num.dtype)
-        self.attn = MLA(args, num, tp)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps, num.dtype)
-        self.ffn = MLP(args.dim, args.inter_dim, num, tp, "inter_dim") if dense else MoE(args, num, tp)
+        self.attn_norm = RMSNorm(args.dim, args.norm_eps, num.dtype, ops)
+        self.attn = MLA(args, num, tp, ops)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps, num.dtype, ops)
+        self.ffn = MLP(args.dim, args.inter_dim, num, tp, ops, "inter_dim") if dense else MoE(args, num, tp, ops)
 
     def forward(
         self,
@@ -298,12 +304,12 @@ class MTP(Block):
     predicts the token after that. Embedding and head are the main model's.
     """
 
-    def __init__(self, args: ModelArgs, num: Numerics, tp: Group):
-        super().__init__(args, num, tp, dense=False)
-        self.enorm = RMSNorm(args.dim, args.norm_eps, num.dtype)
-        self.hnorm = RMSNorm(args.dim, args.norm_eps, num.dtype)
-        self.eh_proj = Linear(2 * args.dim, args.dim, num, quantised=False)
-        self.norm = RMSNorm(args.dim, args.norm_eps, num.dtype)
+    def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend):
+        super().__init__(args, num, tp, ops, dense=False)
+        self.enorm = RMSNorm(args.dim, args.norm_eps, num.dtype, ops)
+        self.hnorm = RMSNorm(args.dim, args.norm_eps, num.dtype, ops)
+        self.eh_proj = Linear(2 * args.dim, args.dim, num, ops, quantised=False)
+        self.norm = RMSNorm(args.dim, args.norm_eps, num.dtype, ops)
 
     def combine(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """The embedding comes first, as in the released weights (V3 equation 21 has the other order)."""
@@ -322,21 +328,26 @@ class Transformer(nn.Module):
         tp: Group = SOLO,
         device: torch.device | str = "cpu",
         mtp: bool | None = None,
+        backend: ReferenceBackend | None = None,
     ):
-        """`mtp` False leaves the MTP module out (a checkpoint may lack it); None builds it if args has it.
+        """`mtp` False leaves the MTP module out (a checkpoint may lack it); None builds it if args has it. `backend`
+        computes every op; None is the fastest one for the device and these numerics.
 
         Raises UserError when a size does not divide by the ranks.
         """
         super().__init__()
         self.args, self.num, self.tp = args, num, tp
         self.device = torch.device(device)
+        self.ops = ops = backend or choose_backend(self.device, num)
         with self.device:
             self.embed = Embedding(args, num, tp)
-            self.layers = nn.ModuleList(Block(args, num, tp, i < args.n_dense_layers) for i in range(args.n_layers))
-            self.norm = RMSNorm(args.dim, args.norm_eps, num.dtype)
-            self.head = Linear(args.dim, tp.split(args.vocab_size, "vocab_size"), num, quantised=False)
+            self.layers = nn.ModuleList(
+                Block(args, num, tp, ops, i < args.n_dense_layers) for i in range(args.n_layers)
+            )
+            self.norm = RMSNorm(args.dim, args.norm_eps, num.dtype, ops)
+            self.head = Linear(args.dim, tp.split(args.vocab_size, "vocab_size"), num, ops, quantised=False)
             n_mtp = args.n_mtp_layers if mtp is None else int(mtp)
-            self.mtp = nn.ModuleList(MTP(args, num, tp) for _ in range(n_mtp))
+            self.mtp = nn.ModuleList(MTP(args, num, tp, ops) for _ in range(n_mtp))
             self.register_buffer("inv_freq", yarn_frequencies(args), persistent=False)
         if args.tie_word_embeddings:
             self.head.weight = self.embed.weight
@@ -348,7 +359,7 @@ class Transformer(nn.Module):
                 module.prepare()
         for module in list(self.modules()):
             if isinstance(module, Gate) or module is self.head:
-                _prepare_weight(module, ops.prepare_float32)
+                _replace_weight(module, self.ops.pack_float32_weight(module.weight.data))
             elif isinstance(module, Linear):
                 module.prepare()
         return self
@@ -392,7 +403,7 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(rows, H) to (rows, V), float32, on every rank: ask only for rows that are sampled or scored."""
-        return self.tp.all_gather(ops.project_float32(hidden, self.head.weight))
+        return self.tp.all_gather(self.ops.project_float32(hidden, self.head.weight))
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (T, R/2), float32, of the rotary embedding at these positions."""
@@ -421,13 +432,11 @@ def yarn_frequencies(args: ModelArgs) -> torch.Tensor:
     return freqs / args.rope_factor * slowed + freqs * (1 - slowed)
 
 
-def _prepare_weight(module: Any, prepare: Callable[[torch.Tensor], Any]) -> None:
-    """Puts a backend's form of a loaded weight, a tensor or not, in the parameter's place, if it has one of its own."""
-    plain = module.weight.data
-    prepared = prepare(plain)
-    if prepared is not plain:
+def _replace_weight(module: Any, packed: Any) -> None:
+    """Puts a backend's own form of a loaded weight, a tensor or not, in the parameter's place."""
+    if packed is not module.weight:
         del module.weight
-        module.weight = prepared
+        module.weight = packed
 
 
 def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:

@@ -14,7 +14,8 @@ from checkpoint.transform import NewCheckpoint, Output, OutputFile, open_source,
 from core.config import BLOCK_SIZE
 from core.errors import UserError
 from core.files import read_json
-from ops import backend as ops
+from core.numerics import Numerics
+from ops.backend import ReferenceBackend, choose_backend
 
 SCALE = "_scale_inv"
 
@@ -33,6 +34,7 @@ class Dequantised(Output):
 
     scale: Entry
     device: torch.device
+    ops: ReferenceBackend
     step = BLOCK_SIZE
 
     def begin(self, reader: Reader) -> Callable[[int, torch.Tensor], None]:
@@ -41,7 +43,7 @@ class Dequantised(Output):
     def _write(self, scale: torch.Tensor, row: int, window: torch.Tensor) -> None:
         q = window.view(self.source.dtype).to(self.device)
         s = scale[row // BLOCK_SIZE :][: -(-len(q) // BLOCK_SIZE)].to(self.device)
-        self.put(ops.weight_dequant(q, s, torch.bfloat16).cpu(), 2 * row * self.source.row_bytes)
+        self.put(self.ops.weight_dequant(q, s, torch.bfloat16).cpu(), 2 * row * self.source.row_bytes)
 
 
 def cast(source: Path, target: Path, device: str = "auto") -> None:
@@ -58,11 +60,12 @@ def cast(source: Path, target: Path, device: str = "auto") -> None:
         raise UserError(f"{source}: holds no FP8 weights, so there is nothing to cast")
     checkpoint.check(Partition(args))
     entries = checkpoint.on_disk()
+    ops = choose_backend(where, Numerics(torch.float32))  # float32: weight_dequant alone needs no C compiler
     files: dict[str, list[Output]] = {}
     for name, entry in entries.items():
         outputs = files.setdefault(entry.file.name, [])
         if entry.dtype == torch.float8_e4m3fn:
-            outputs.append(Dequantised(name, entry, torch.bfloat16, entry.shape, entries[name + SCALE], where))
+            outputs.append(Dequantised(name, entry, torch.bfloat16, entry.shape, entries[name + SCALE], where, ops))
         elif not name.endswith(SCALE):
             outputs.append(Copied(name, entry, entry.dtype, entry.shape))
     new = [OutputFile(file, CAST_MARK, outputs) for file, outputs in sorted(files.items()) if outputs]

@@ -28,7 +28,7 @@ from engine.pages import PagePool
 from engine.sampling import Ask, Draft, Logprob, logprob, propose, verify
 from engine.scheduler import Chunk, Job, Scheduler
 from model import Transformer
-from ops import backend as ops
+from ops import backend
 from ops.cpu import kernels as kernel_cpu
 from parallel.group import SOLO, Group
 from parallel.startup import environment
@@ -149,7 +149,9 @@ class Engine:
         progress        whether rank 0 shows a bar while it records them
         """
         self.model, self.tokenizer, self.tp = model, tokenizer, model.tp
-        self.mtp, self.deterministic = mtp, deterministic
+        if deterministic and not model.num.batch_invariant:
+            raise UserError("deterministic needs a model built with Numerics(batch_invariant=True)")
+        self.mtp = mtp
         wanted = model.args.max_seq_len if max_model_len is None else max_model_len
         asked = memory.Limits(wanted, max_num_seqs, max_num_batched_tokens, mtp)
         check_limits(asked, model.args, len(model.mtp) > 0)
@@ -217,7 +219,10 @@ class Engine:
             args = choose_args(checkpoint, config)
             num, says = choose_numerics(args, device, dtype, gemm)
             partition = checkpoint.partition(args, tp.size, experts, num.gemm is not None)
-            num = replace(num, fp8_latents=kv_cache_dtype == "fp8", experts=partition.experts)
+            deterministic = bool(limits.get("deterministic"))
+            num = replace(
+                num, fp8_latents=kv_cache_dtype == "fp8", experts=partition.experts, batch_invariant=deterministic
+            )
             if progress and tp.rank == 0:
                 print(says, file=sys.stderr)
                 if device.type == "cpu" and num.dtype == torch.bfloat16 and (slower := kernel_cpu.why_not()):
@@ -362,8 +367,7 @@ class Engine:
             self.tp.heartbeat()
         self.stats.preemptions = self.scheduler.preemptions
         if chunks:
-            with ops.batch_invariant(self.deterministic):
-                advanced += self._run(chunks)
+            advanced += self._run(chunks)
             self.stats.steps += 1
             self.stats.seconds += time.perf_counter() - began
         return advanced
@@ -627,11 +631,10 @@ class Engine:
                 capture=capture, progress=f"recording {what}" if progress else "",
             )  # fmt: skip
 
-        with ops.batch_invariant(self.deterministic):
-            self._step_graphs = record(1 + self.mtp, lambda batch, _: model(batch, self.cache), "decode steps")
-            for width in sorted({1, 1 + self.mtp} if self.mtp > 1 else {1 + self.mtp} if self.mtp else ()):
-                drafts = record(width, lambda batch, h: model.draft(batch, h, self.cache), "drafts")
-                self._draft_graphs.append(drafts)
+        self._step_graphs = record(1 + self.mtp, lambda batch, _: model(batch, self.cache), "decode steps")
+        for width in sorted({1, 1 + self.mtp} if self.mtp > 1 else {1 + self.mtp} if self.mtp else ()):
+            drafts = record(width, lambda batch, h: model.draft(batch, h, self.cache), "drafts")
+            self._draft_graphs.append(drafts)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Ranks
@@ -703,7 +706,7 @@ def choose_numerics(
             return Numerics(plain, "fp8", args.scale_fmt), says
         return Numerics(plain), f"numerics: {name}, FP8 weights dequantised once at load, on {device.type}"
     if has_fp8 is None and gemm != "bf16":
-        has_fp8 = ops.has_fp8(device)
+        has_fp8 = backend.has_fp8(device)
     if gemm == "auto":
         gemm = "fp8" if has_fp8 else "bf16"
     if gemm == "fp8" and not has_fp8:

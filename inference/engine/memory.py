@@ -27,7 +27,7 @@ from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, AskedLayout, ExpertLayout
 from engine import graphs
 from ops import formats, reference
-from ops.cpu import backend as cpu
+from ops.cpu import attention as cpu
 from ops.cpu import kernels as kernel_cpu
 from ops.gpu import tiles
 
@@ -278,8 +278,8 @@ def _linear(rank: RankSpec, rows: int, k: int, n: int, plain: bool = False) -> i
     if rank.num.gemm is None or plain:
         return out + 4 * min(rows, kernel_cpu.chunk_rows(k)) * k if rank.compiled else out
     if rank.gpu:  # sums of the parts of K: a part to each multiprocessor, or two
-        parts = 2 * max(tiles.PROCESSORS.values()) * 64 * 64 * 4
-        return out + (min(4 * tiles.SPLITS[-1] * rows * n, parts) if rows <= tiles.SPLIT_UP_TO else 0)
+        parts = 2 * max(tiles.SM_COUNT.values()) * 64 * 64 * 4
+        return out + (min(4 * tiles.SPLITS[-1] * rows * n, parts) if rows <= tiles.SPLIT_MAX_ROWS else 0)
     return 16 * rows * n  # the sum, the product of 128 channels, its scales, and that scaled
 
 

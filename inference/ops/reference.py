@@ -1,6 +1,6 @@
 """Every op in plain torch, written to be read: this is the specification the kernels are tested against."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -291,7 +291,6 @@ def combine(
 # Multi-head latent attention (V2 report, section 2.1; V3 report, section 2.1.1)
 # --------------------------------------------------------------------------------------------------------------------
 
-Form = Callable[..., torch.Tensor]  # mla_expanded, mla_absorbed
 KEY_TILE = 512  # keys whose scores exist at one time; bounds memory at any context length
 SCORE_TILE = 1 << 24  # scores in flight, so query rows x heads x keys
 
@@ -313,35 +312,50 @@ def mla(
     w_uk: torch.Tensor,
     w_uv: torch.Tensor,
     scale: float,
-    expanded: Form | None = None,
-    one_form: int | None = None,
 ) -> torch.Tensor:
     """Causal attention of every query over its own sequence's cached latents.
 
     q_nope (T, N, dn), q_pe (T, N, R) rotated, latents (n_pages, page, C + R) of this layer, w_uk (N, dn, C),
     w_uv (N, dv, C); returns (T, N, dv). Few query rows attend in the latent space (absorbed: the cache is read once
-    for all heads and never expanded); many are cheaper against keys and values expanded a tile at a time, or by
-    another implementation of that form, `expanded`. With `one_form` all are absorbed, that many rows at a time and over
-    key tiles of one size, so that a row's sums are ordered alike in any batch.
+    for all heads and never expanded); many are cheaper against keys and values expanded a tile at a time.
     """
     out = q_nope.new_empty(*q_nope.shape[:2], w_uv.shape[1])
-    bounds, lengths = batch.cu_seqlens_q.tolist(), batch.kv_lens.tolist()
     few = absorbed_rows(w_uk, w_uv, q_pe.shape[-1])
-    for b, length in enumerate(lengths):
-        rows = slice(bounds[b], bounds[b + 1])
-        cached = gather(latents, batch.pages[b], length, w_uk.shape[2], q_pe.dtype)
-        if one_form is not None:
-            cached = F.pad(cached, (0, 0, 0, -length % KEY_TILE))
-            for at in range(rows.start, rows.stop, one_form):
-                block = slice(at, min(at + one_form, rows.stop))
-                fill = (0, 0, 0, 0, 0, one_form - (block.stop - at))
-                seen = F.pad(batch.positions[block], (0, fill[-1]))
-                nope, pe = F.pad(q_nope[block], fill), F.pad(q_pe[block], fill)
-                out[block] = mla_absorbed(nope, pe, cached, seen, w_uk, w_uv, scale)[: block.stop - at]
-            continue
-        form = mla_absorbed if rows.stop - rows.start <= few else expanded or mla_expanded
+    for rows, cached in _sequences(latents, batch, w_uk.shape[2], q_pe.dtype):
+        form = mla_absorbed if rows.stop - rows.start <= few else mla_expanded
         out[rows] = form(q_nope[rows], q_pe[rows], cached, batch.positions[rows], w_uk, w_uv, scale)
     return out
+
+
+def mla_batch_invariant(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    latents: torch.Tensor,
+    batch: Batch,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    scale: float,
+    row_block: int,
+) -> torch.Tensor:
+    """mla, all absorbed, `row_block` query rows at a time over key tiles of one size: a row's sums are ordered alike in
+    any batch."""
+    out = q_nope.new_empty(*q_nope.shape[:2], w_uv.shape[1])
+    for rows, cached in _sequences(latents, batch, w_uk.shape[2], q_pe.dtype):
+        cached = F.pad(cached, (0, 0, 0, -len(cached) % KEY_TILE))
+        for at in range(rows.start, rows.stop, row_block):
+            block = slice(at, min(at + row_block, rows.stop))
+            fill = (0, 0, 0, 0, 0, row_block - (block.stop - at))
+            seen = F.pad(batch.positions[block], (0, fill[-1]))
+            nope, pe = F.pad(q_nope[block], fill), F.pad(q_pe[block], fill)
+            out[block] = mla_absorbed(nope, pe, cached, seen, w_uk, w_uv, scale)[: block.stop - at]
+    return out
+
+
+def _sequences(latents: torch.Tensor, batch: Batch, c: int, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Each sequence's query rows and its latents (L, C + R)."""
+    bounds, lengths = batch.cu_seqlens_q.tolist(), batch.kv_lens.tolist()
+    for b, length in enumerate(lengths):
+        yield slice(bounds[b], bounds[b + 1]), gather(latents, batch.pages[b], length, c, dtype)
 
 
 def absorbed_rows(w_uk: torch.Tensor, w_uv: torch.Tensor, rope: int) -> int:

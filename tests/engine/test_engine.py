@@ -18,8 +18,8 @@ from core.sampling_params import SamplingParams
 from engine import memory
 from engine.engine import Engine, choose_numerics, free_memory
 from engine.graphs import Graphs, cuda_capture, records
-from ops import backend as ops
 from ops import reference
+from ops.backend import choose_backend
 from ops.formats import Routing
 from parallel.group import Group
 from parallel.startup import choose_threads
@@ -611,7 +611,7 @@ def logits_of_mixes(model, deterministic, mixes, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batch_invariant_mode_is_bitwise(path, dtype):
     """Whatever the company, chunking, reuse, preemption or speculation: one set of bits for each position."""
-    seen = logits_of_mixes(ours(path, Numerics(dtype)), True, 25, seed=1)
+    seen = logits_of_mixes(ours(path, Numerics(dtype, batch_invariant=True)), True, 25, seed=1)
     assert sum(len(places) for places in seen.values()) > 50
     assert all(len(bits) == 1 for places in seen.values() for bits in places if bits)
 
@@ -620,7 +620,8 @@ def test_one_set_of_bits_in_a_router_of_any_width():
     """A row's scores do not depend on how many rows are behind it, where rows end in the middle of a vector too."""
     rule = Routing(4, "sigmoid", "noaux_tc", 4, 2, True, 2.5)
     logits = torch.randn(40, 16)
-    with ops.batch_invariant():
+    for dtype in (torch.float32, torch.bfloat16):
+        ops = choose_backend(torch.device("cpu"), Numerics(dtype, batch_invariant=True))
         whole = ops.route(logits, None, rule)
         for n in range(1, 40):
             assert all(torch.equal(a, b[:n]) for a, b in zip(ops.route(logits[:n], None, rule), whole, strict=True)), n
@@ -628,7 +629,7 @@ def test_one_set_of_bits_in_a_router_of_any_width():
 
 def test_one_set_of_bits_over_many_key_tiles(path):
     """A context of several tiles of keys: in one piece, in chunks, and with company."""
-    model = ours(path)
+    model = ours(path, Numerics(torch.float32, batch_invariant=True))
     prompt = tokens(1300, V3["vocab_size"])
     bits = set()
     for budget, company in ((4096, []), (100, []), (333, prompts(3))):

@@ -29,14 +29,9 @@ from engine.engine import Engine
 from engine.memory import Limits, RankSpec
 from engine.sampling import Ask, verify
 from model import Transformer
-from ops import backend as ops
-from ops import reference
-from ops.cpu import backend as cpu
-from ops.cpu import kernels as kernel_cpu
-from ops.gpu import attention as kernel_attention
-from ops.gpu import fused as kernel_fused
-from ops.gpu import gemm as kernel
-from ops.gpu import moe as kernel_moe
+from ops.cpu import kernels
+from ops.gpu import attention, device, fused, gemm, moe, quantisation, router
+from ops.gpu.backend import GpuBackend
 from parallel.group import Group
 from support.checkpoints import fp8_sizes, make_checkpoint
 from support.families import FAMILIES
@@ -99,7 +94,7 @@ def test_drafts_read_more_experts_and_the_module():
 
 def sizes_of(value: object) -> dict[int, int]:
     """Bytes of the tensors in a module's attribute, packed ones and lists of them too."""
-    if isinstance(value, cpu.Packed):
+    if isinstance(value, kernels.Packed):
         return sizes_of(value.data)
     if isinstance(value, list):
         return {key: n for each in value for key, n in sizes_of(each).items()}
@@ -128,16 +123,13 @@ SPLIT = Numerics(experts="split")
 @pytest.fixture(params=SIDES)
 def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The device whose forms of weights and ops a test meets: a CPU with compiled kernels or without, or a GPU, whose ops do all but launch their kernels: these allocate nothing, and no size depends on what they compute."""
-    if request.param == "CPU" and kernel_cpu.library() is None:
+    if request.param == "CPU" and kernels.library() is None:
         pytest.skip("there is no C compiler")
     if request.param == "CPU, no compiler":
-        monkeypatch.setattr(kernel_cpu, "library", lambda: None)
+        monkeypatch.setattr(kernels, "library", lambda: None)
     if request.param == "GPU":
-        monkeypatch.setattr(ops, "_fast", lambda x: True)
-        monkeypatch.setattr(cpu, "mla", reference.mla)  # float32's
-        monkeypatch.setattr(ops, "prepare", lambda w: w)
-        monkeypatch.setattr(ops, "prepare_float32", lambda w: w)
-        for module in (kernel, kernel_attention, kernel_fused, kernel_moe):
+        monkeypatch.setattr("model.choose_backend", lambda device, num: GpuBackend(num.batch_invariant))
+        for module in (attention, device, fused, gemm, moe, quantisation, router):
             monkeypatch.setattr(module, "architecture", lambda device: "sm_90", raising=False)
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 monkeypatch.setattr(module, name, NoKernel())
@@ -300,8 +292,8 @@ def test_a_step_of_deepseek_v3_takes_what_is_said(step, numerics, ranks, experts
 
 def test_constants_are_the_kernels():
     for name in ("SPLIT_BYTES", "SLAB_BYTES", "PROGRAMS"):
-        assert getattr(memory, name) == getattr(kernel_attention, name)
-    assert max(tile.rows for tiles in kernel_attention.DECODE.values() for tile in tiles) == memory.DECODE_TILE_ROWS
+        assert getattr(memory, name) == getattr(attention, name)
+    assert max(tile.rows for tiles in attention.DECODE.values() for tile in tiles) == memory.DECODE_TILE_ROWS
 
 
 def test_graphs_keep_a_step_and_a_page(side):
@@ -376,9 +368,9 @@ def test_what_cannot_fit_is_refused_with_what_would_help(monkeypatch):
     assert refusal(TP8, LIMITS, 141, cache=100 << 30).endswith("); --kv-cache-gib 48.9 would do")
     assert refusal(replace(TP8, ranks=16), LIMITS, 20).endswith("; more memory would do")
     on_cpu = RankSpec(V3, Numerics(), gpu=False, mtp=True)
-    if kernel_cpu.library() is not None:
+    if kernels.library() is not None:
         assert "packing them 1.85 GB); 2 ranks with" in refusal(on_cpu, Limits(64), 1366)
-    monkeypatch.setattr(kernel_cpu, "library", lambda: None)
+    monkeypatch.setattr(kernels, "library", lambda: None)
     assert "packing them 3.71 GB); 2 ranks with" in refusal(on_cpu, Limits(64), 1366)
 
 

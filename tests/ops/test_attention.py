@@ -5,10 +5,10 @@ import torch
 
 from core.batch import Batch
 from core.numerics import Numerics
-from ops import backend as ops
 from ops import reference
-from ops.cpu import backend as cpu
-from ops.cpu import kernels as kernel_cpu
+from ops.cpu import attention, kernels
+from ops.cpu.backend import CompiledCpuBackend, CpuBackend
+from ops.reference_backend import ReferenceBackend
 from support.families import V3
 from support.model_pairs import hidden_states, ours, random_checkpoint, relative_error, tokens
 
@@ -51,13 +51,13 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("lengths, new", SHAPES)
-@pytest.mark.parametrize("side", [reference, cpu])
+@pytest.mark.parametrize("side", [reference, CpuBackend()])
 def test_against_float64(lengths, new, side):
     inputs, expected = problem(lengths, new)
     assert relative_error(side.mla(*inputs), expected) < 2e-6
 
 
-@pytest.mark.parametrize("form", [reference.mla_absorbed, reference.mla_expanded, cpu.mla_expanded])
+@pytest.mark.parametrize("form", [reference.mla_absorbed, reference.mla_expanded, attention.mla_expanded])
 @pytest.mark.parametrize("lengths, new", [([600], [90]), ([1100], [1]), ([300], [300])])
 def test_every_form_at_every_row_count(form, lengths, new):
     """The forms agree whatever number of rows would choose between them."""
@@ -72,8 +72,8 @@ def test_bounded_tiles(monkeypatch):
     inputs, expected = problem([700], [300])
     monkeypatch.setattr(reference, "SCORE_TILE", 7 * N * 100)
     monkeypatch.setattr(reference, "KEY_TILE", 100)
-    monkeypatch.setattr(cpu, "EXPANDED_BYTES", 0)
-    for side in (reference, cpu):
+    monkeypatch.setattr(attention, "EXPANDED_BYTES", 0)
+    for side in (reference, CpuBackend()):
         assert relative_error(side.mla(*inputs), expected) < 2e-6
 
 
@@ -82,7 +82,7 @@ def test_bfloat16_scores_are_float32():
     inputs, _ = problem([400], [400])
     rounded = [x.bfloat16() if isinstance(x, torch.Tensor) else x for x in inputs]
     exact = reference.mla(*[x.float() if isinstance(x, torch.Tensor) else x for x in rounded])
-    for side in (reference, cpu):
+    for side in (reference, CpuBackend()):
         assert relative_error(side.mla(*rounded), exact) < 6e-3
 
 
@@ -92,36 +92,38 @@ def test_decoding_sequences_together(new, threads, monkeypatch):
     """Whatever share of the batch decodes, one row or several, and however the heads are shared out."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     inputs, expected = problem([300, 517, 250], new)
-    assert relative_error(cpu.mla(*inputs), expected) < 2e-6
+    assert relative_error(CpuBackend().mla(*inputs), expected) < 2e-6
     monkeypatch.setitem(globals(), "N", 6)  # divides by the threads
     inputs, expected = problem([300, 517, 250], new, seed=1)
-    assert relative_error(cpu.mla(*inputs), expected) < 2e-6
+    assert relative_error(CpuBackend().mla(*inputs), expected) < 2e-6
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="there is no C compiler")
+
+
+@pytest.mark.parametrize("backend", [pytest.param(CompiledCpuBackend, marks=needs_compiler), CpuBackend])
 @pytest.mark.parametrize("new", [[1, 1], [4, 1], [300, 200], [100, 2]])
-def test_bfloat16_attention(new, compiled, monkeypatch):
+def test_bfloat16_attention(new, backend):
     """With a compiler and without one."""
-    if not compiled:
-        monkeypatch.setattr(kernel_cpu, "library", lambda: None)
     inputs, _ = problem([300, 200], new)
     rounded = [x.bfloat16() if isinstance(x, torch.Tensor) else x for x in inputs]
     exact = reference.mla(*[x.float() if isinstance(x, torch.Tensor) else x for x in rounded])
-    out = cpu.mla(*rounded)
+    out = backend().mla(*rounded)
     assert out.dtype == torch.bfloat16 and relative_error(out, exact) < 6e-3
 
 
-def test_the_model_on_the_attention_kernels(tmp_path, monkeypatch):
+def test_the_model_on_the_attention_kernels(tmp_path):
     """A prompt, its continuation and single tokens, through every layer. On a GPU in bfloat16, as compiled kernels
     multiply it, and without routed experts, for others may be chosen after a rounding."""
-    attention = pytest.importorskip("ops.gpu.attention")
+    kernels = pytest.importorskip("ops.gpu.attention")
     gpu, ids = torch.cuda.is_available(), tokens(75, V3["vocab_size"])
     config = V3 | {"first_k_dense_replace": V3["num_hidden_layers"], "num_nextn_predict_layers": 0} if gpu else V3
     num = Numerics(torch.bfloat16 if gpu else torch.float32)
-    model = ours(random_checkpoint(tmp_path, config), num, device="cuda" if gpu else "cpu")
-    with ops.use("reference" if gpu else "auto"):
-        expected = hidden_states(model, ids)
-    monkeypatch.setattr(ops, "mla", attention.mla)
+    path, device = random_checkpoint(tmp_path, config), "cuda" if gpu else "cpu"
+    expected = hidden_states(ours(path, num, device=device, backend=ReferenceBackend()), ids)
+    mixed = ReferenceBackend()
+    mixed.mla = kernels.mla
+    model = ours(path, num, device=device, backend=None if gpu else mixed)
     assert relative_error(hidden_states(model, ids, [66, 7, 1, 1]), expected) < (5e-2 if gpu else 1e-5)
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from ops.gpu import gemm as kernel
+from ops.gpu import casts, quantisation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # the interpreter computes in numpy
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,15 +25,15 @@ def each(x_ptr, y_ptr, n, OP: tl.constexpr, SIZE: tl.constexpr):
     i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     x = tl.load(x_ptr + i, mask=i < n)
     if OP == "widen":
-        y = kernel.widen_e4m3(x)
+        y = casts.widen_e4m3(x)
     elif OP == "round":
-        y = kernel.round_e4m3(x)
+        y = casts.round_e4m3(x)
     elif OP == "round fnuz":
-        y = kernel.round_e4m3(x, FNUZ=True)
+        y = casts.round_e4m3(x, FNUZ=True)
     elif OP == "cast":
-        y = kernel.cast(x, y_ptr.dtype.element_ty)
+        y = casts.cast(x, y_ptr.dtype.element_ty)
     else:
-        y = kernel.round_up_to_power_of_two(x)
+        y = casts.round_up_to_power_of_two(x)
     tl.store(y_ptr + i, y, mask=i < n)
 
 
@@ -128,7 +128,7 @@ def test_act_quant_of_every_bf16(order: str, dtype: torch.dtype, scale_fmt: str 
         finite = x[x.isfinite()]
         x = torch.cat([finite, torch.zeros(-finite.numel() % 128, dtype=x.dtype)]).view(128, -1).T.contiguous()
     x = x.reshape(-1, 128)
-    q, s = kernel.act_quant(x.to(DEVICE), scale_fmt=scale_fmt, dtype=dtype)
+    q, s = quantisation.act_quant(x.to(DEVICE), scale_fmt=scale_fmt, dtype=dtype)
     expected_q, expected_s = reference.act_quant(x, scale_fmt=scale_fmt, dtype=dtype)
     assert same(s.cpu(), expected_s)
     assert same(q.cpu(), expected_q)
@@ -155,7 +155,7 @@ def test_act_quant_keeps_nan_and_never_makes_one(scale_fmt: str | None) -> None:
     x[1, 5], x[2, 200], x[3, 7] = math.nan, math.inf, torch.finfo(torch.bfloat16).max
     x[4] = 0
     x[5, :128] = torch.finfo(torch.bfloat16).tiny
-    for q, s in (kernel.act_quant(x.to(DEVICE), scale_fmt=scale_fmt), reference.act_quant(x, scale_fmt=scale_fmt)):
+    for q, s in (quantisation.act_quant(x.to(DEVICE), scale_fmt=scale_fmt), reference.act_quant(x, scale_fmt=scale_fmt)):
         bad = (q.cpu().float().unflatten(-1, (2, 128)) * s.cpu().unsqueeze(-1)).isnan().any(dim=-1)
         assert bad.nonzero().tolist() == [[1, 0], [2, 1]]
         assert (q[4].float() == 0).all() and (s > 0).cpu()[[0, 3, 4, 5]].all()

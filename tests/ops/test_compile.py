@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-from ops.gpu import gemm as kernel
-from ops.gpu import tiles
-from support.compile_kernels import configurations
+from ops.gpu import attention, moe, router, tiles
+from support.kernel_configurations import Configuration, configurations
 
 Report = dict[str, Any]
 
@@ -38,12 +37,12 @@ SELECTED = re.compile(
 )
 
 
-def waits(c: kernel.Configuration) -> bool:
+def waits(c: Configuration) -> bool:
     """Whether it is compiled by `make trust` only, to save time: for Ada, which hardly differs from its neighbours,
     attention for others than Hopper, and of the layer of experts what is like those selected."""
-    if c.kernel.__module__ == "kernel_attention":
+    if c.kernel.__module__ == attention.__name__:
         return c.target != "sm_90"
-    return c.target == "sm_89" or (c.kernel.__module__ == "kernel_moe" and not SELECTED.fullmatch(c.name))
+    return c.target == "sm_89" or (c.kernel.__module__ in (moe.__name__, router.__name__) and not SELECTED.fullmatch(c.name))
 
 
 CONFIGURATIONS = [pytest.param(c, id=c.name, marks=pytest.mark.trust if waits(c) else ()) for c in configurations()]
@@ -56,7 +55,7 @@ def compiled(
     """Reports by configuration name, for one target at a time: what this run tests of it is compiled in one process,
     by the first worker that asks."""
     cases = (item.callspec.params.get("c") for item in request.session.items if hasattr(item, "callspec"))
-    wanted = [c for c in cases if isinstance(c, kernel.Configuration)]
+    wanted = [c for c in cases if isinstance(c, Configuration)]
     shared = tmp_path_factory.getbasetemp()
     shared = shared if worker_id == "master" else shared.parent
 
@@ -80,7 +79,7 @@ def compiled(
 
 
 @pytest.mark.parametrize("c", CONFIGURATIONS)
-def test_fits_and_uses_the_tensor_core(c: kernel.Configuration, compiled: Callable[[str], dict[str, Report]]) -> None:
+def test_fits_and_uses_the_tensor_core(c: Configuration, compiled: Callable[[str], dict[str, Report]]) -> None:
     report = compiled(c.target)[c.name]
     assert report["stack"] == 0
     assert report["shared"] <= tiles.SHARED_LIMIT[c.target]
@@ -94,7 +93,7 @@ def test_fits_and_uses_the_tensor_core(c: kernel.Configuration, compiled: Callab
         check_persistent(c, report)
 
 
-def check_persistent(c: kernel.Configuration, report: Report) -> None:
+def check_persistent(c: Configuration, report: Report) -> None:
     """That the tensor memory accelerator copies, and that a request for warp specialisation was granted: there are more
     warps than asked for, registers move to those that multiply, and on Hopper their products make up one tile."""
     assert {"UTMALDG", "UTMASTG"} <= set(report["instructions"])

@@ -7,24 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from ops.cpu import kernels as kernel_cpu
+from ops.cpu import kernels
 from support import processes as launch
 from support.processes import environment
 
-if kernel_cpu.library() is None:
+if kernels.library() is None:
     pytest.skip("no C compiler, or other threads than GNU OpenMP's", allow_module_level=True)
 
-INFERENCE = kernel_cpu.SOURCE.parents[2]
+INFERENCE = kernels.SOURCE.parents[2]
 
 
 def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", f"from ops.cpu import kernels as kernel_cpu\n{code}"]
+    command = [sys.executable, "-c", f"from ops.cpu import kernels\n{code}"]
     return subprocess.run(
         command, env=environment(PYTHONPATH=str(INFERENCE), **variables), capture_output=True, text=True
     )
 
 
-WHERE = "print(kernel_cpu.library()._name if kernel_cpu.library() else None)"
+WHERE = "print(kernels.library()._name if kernels.library() else None)"
 
 
 def test_it_is_compiled_once(tmp_path):
@@ -35,7 +35,7 @@ def test_it_is_compiled_once(tmp_path):
     before = made.stat()
     again = run(WHERE, XDG_CACHE_HOME=str(tmp_path))
     assert again.stdout == first.stdout and made.stat().st_mtime_ns == before.st_mtime_ns
-    other = run(f"kernel_cpu.FLAGS += ('-DOTHER',)\n{WHERE}", XDG_CACHE_HOME=str(tmp_path))
+    other = run(f"kernels.FLAGS += ('-DOTHER',)\n{WHERE}", XDG_CACHE_HOME=str(tmp_path))
     assert Path(other.stdout.strip()).parent == made.parent and other.stdout != first.stdout
 
 
@@ -66,9 +66,10 @@ def test_another_command_makes_another_library(tmp_path):
 @pytest.mark.parametrize("command", ["/nowhere/cc", "false", "cat", '"cc'])
 def test_without_a_compiler(tmp_path, command):
     """The ops that torch has, and a reason."""
-    code = f"{WHERE}\nimport torch\nfrom ops import backend as ops\nfrom ops.cpu import backend as cpu\nfrom ops.formats import Weight\nw = cpu.pack(torch.eye(8).bfloat16())\n"
-    code += "print(ops.linear(torch.ones(1, 8).bfloat16(), Weight(w)).tolist())"
-    code += "\nprint(kernel_cpu.why_not())"
+    code = f"{WHERE}\nimport torch\nfrom core.numerics import Numerics\nfrom ops.backend import choose_backend\nfrom ops.formats import Weight\n"
+    code += "ops = choose_backend(torch.device('cpu'), Numerics())\nw = ops.pack_weight(Weight(torch.eye(8).bfloat16()))\n"
+    code += "print(ops.linear(torch.ones(1, 8).bfloat16(), w).tolist())"
+    code += "\nprint(kernels.why_not())"
     done = run(code, XDG_CACHE_HOME=str(tmp_path), CC=command)
     assert done.returncode == 0 and not done.stderr
     found, product, why = done.stdout.splitlines()

@@ -21,11 +21,11 @@ from support.kernel_launches import only_listed_launches
 pytest.importorskip("triton")
 from triton.runtime import interpreter
 
-from ops.gpu import gemm as kernel
-from ops.gpu import tiles
+from ops.gpu import device, gemm, quantisation, tiles
+from ops.gpu.tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = kernel.INTERPRETED.value
+INTERPRETED = device.interpreted()
 E4M3 = torch.float8_e4m3fn
 PRECISE = 1e-6 if INTERPRETED else 5e-4  # FP8 tensor cores add up the 128 products of a block in about 14 bits
 PRECISE_BF16 = 1e-6 if INTERPRETED else 1e-5  # and cut, rather than round, what they add in float32
@@ -136,7 +136,7 @@ def seeded() -> None:
 def test_act_quant(shape: tuple[int, ...], dtype: torch.dtype, scale_fmt: str | None) -> None:
     x = torch.randn(shape) * torch.exp2(torch.randint(-12, 12, (*shape[:-1], 1)))
     x = (x * torch.exp2(torch.arange(shape[-1]) // BLOCK)).to(dtype)
-    q, s = kernel.act_quant(guarded(x), scale_fmt=scale_fmt, dtype=E4M3)
+    q, s = quantisation.act_quant(guarded(x), scale_fmt=scale_fmt, dtype=E4M3)
     expected_q, expected_s = reference.act_quant(x, scale_fmt=scale_fmt)
     assert q.is_contiguous() and same(q, expected_q)
     assert s.is_contiguous() and same(s, expected_s)
@@ -145,9 +145,9 @@ def test_act_quant(shape: tuple[int, ...], dtype: torch.dtype, scale_fmt: str | 
 
 def test_act_quant_of_a_view_and_of_nothing() -> None:
     x = guarded(torch.randn(6, 256).bfloat16())
-    assert same(kernel.act_quant(x[:, 64:192], dtype=E4M3)[0], kernel.act_quant(x[:, 64:192].clone(), dtype=E4M3)[0])
-    assert same(kernel.act_quant(x, 64, dtype=E4M3)[0], reference.act_quant(x.cpu(), 64)[0])
-    q, s = kernel.act_quant(x[:0])
+    assert same(quantisation.act_quant(x[:, 64:192], dtype=E4M3)[0], quantisation.act_quant(x[:, 64:192].clone(), dtype=E4M3)[0])
+    assert same(quantisation.act_quant(x, 64, dtype=E4M3)[0], reference.act_quant(x.cpu(), 64)[0])
+    q, s = quantisation.act_quant(x[:0])
     assert q.shape == (0, 256) and s.shape == (0, 2)
 
 
@@ -157,13 +157,13 @@ def test_weight_dequant(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     w, s = weights(*shape)
     expected = (w.double() * wide(s, w.shape, BLOCK)).float().to(dtype)  # 4 by 24 bits: exact in float64
     assert same(reference.weight_dequant(w, s, dtype), expected)
-    assert same(kernel.weight_dequant(guarded(w), guarded(s), dtype), expected)
+    assert same(quantisation.weight_dequant(guarded(w), guarded(s), dtype), expected)
 
 
 # The GEMMs
 
 needs_fp8 = pytest.mark.skipif(
-    not INTERPRETED and not kernel.has_fp8(torch.device(DEVICE)), reason="this GPU has no FP8 tensor cores"
+    not INTERPRETED and not device.has_fp8(torch.device(DEVICE)), reason="this GPU has no FP8 tensor cores"
 )
 
 
@@ -176,9 +176,9 @@ def test_fp8_gemm(m: int, n: int, k: int) -> None:
     exact = a.double() * wide(a_s, a.shape, 1), b.double() * wide(b_s, b.shape, BLOCK)
     assert error(reference.fp8_gemm(a, a_s, b, b_s, torch.float32), *exact) < 1e-6
     on_device = [guarded(t) for t in (a, a_s, b, b_s)]
-    y = kernel.fp8_gemm(*on_device, torch.float32)
+    y = gemm.fp8_gemm(*on_device, torch.float32)
     assert y.shape == (m, n) and error(y, *exact) < PRECISE
-    assert same(kernel.fp8_gemm(*on_device), y.bfloat16())
+    assert same(gemm.fp8_gemm(*on_device), y.bfloat16())
     assert same(reference.fp8_gemm(a, a_s, b, b_s), reference.fp8_gemm(a, a_s, b, b_s, torch.float32).bfloat16())
 
 
@@ -190,45 +190,45 @@ def test_w8a16_gemm(m: int, n: int, k: int) -> None:
     exact = x.double(), b.double() * wide(b_s, b.shape, BLOCK)
     assert error(reference.w8a16_gemm(x, b, b_s, torch.float32), *exact) < 1e-6
     on_device = [guarded(t) for t in (x, b, b_s)]
-    y = kernel.w8a16_gemm(*on_device, torch.float32)
+    y = gemm.w8a16_gemm(*on_device, torch.float32)
     assert y.shape == (m, n) and error(y, *exact) < PRECISE_BF16
-    assert same(kernel.w8a16_gemm(*on_device), y.bfloat16())
+    assert same(gemm.w8a16_gemm(*on_device), y.bfloat16())
     assert same(reference.w8a16_gemm(x, b, b_s), reference.w8a16_gemm(x, b, b_s, torch.float32).bfloat16())
 
 
 def reached(op: str) -> list[Any]:
     """The tiles that `choose` can return, split ones too: on a GPU its own, in the interpreter those of all."""
-    own = kernel.architecture(torch.device(DEVICE))
+    own = device.architecture(torch.device(DEVICE))
     found = [tile for name, arch, tile in tiles.reachable() if name == op and (INTERPRETED or arch == own)]
     return [pytest.param(t, id=str(t)) for t in {str(t.constexprs()): t for t in found}.values()]
 
 
 @pytest.mark.parametrize("tile", reached("fp8_gemm"))
-def test_every_fp8_tile(tile: kernel.Tile) -> None:
+def test_every_fp8_tile(tile: Tile) -> None:
     """Two row tiles and five column tiles, the last of each ragged, over two and a half blocks of channels."""
     m, n, k = tile.block_m + 5, 4 * tile.block_n + 28, 320
     a, a_s = activations(m, k)
     b, b_s = weights(n, k)
-    y = kernel.gemm(*[guarded(t) for t in (a, a_s, b, b_s)], torch.float32, tile)
+    y = gemm.gemm(*[guarded(t) for t in (a, a_s, b, b_s)], torch.float32, tile)
     assert error(y, a.double() * wide(a_s, a.shape, 1), b.double() * wide(b_s, b.shape, BLOCK)) < PRECISE
 
 
 @pytest.mark.parametrize("tile", reached("w8a16_gemm"))
-def test_every_w8a16_tile(tile: kernel.Tile) -> None:
+def test_every_w8a16_tile(tile: Tile) -> None:
     m, n, k = tile.block_m + 5, 4 * tile.block_n + 28, 320
     x = torch.randn(m, k).bfloat16()
     b, b_s = weights(n, k)
-    y = kernel.gemm(guarded(x), None, guarded(b), guarded(b_s), torch.float32, tile)
+    y = gemm.gemm(guarded(x), None, guarded(b), guarded(b_s), torch.float32, tile)
     assert error(y, x.double(), b.double() * wide(b_s, b.shape, BLOCK)) < PRECISE_BF16
 
 
 def test_programs_cover_every_tile_once() -> None:
     """More row tiles than share a group, and a last group that is not full."""
-    tile = kernel.Tile(math.inf, 16, 16, False, 4, 2)
+    tile = Tile(math.inf, 16, 16, False, 4, 2)
     m, n = (tiles.GROUP_M + 3) * 16, 48
     x = torch.randn(m, 32).bfloat16()
     b, b_s = weights(n, 32)
-    y = kernel.gemm(guarded(x), None, guarded(b), guarded(b_s), torch.float32, tile)
+    y = gemm.gemm(guarded(x), None, guarded(b), guarded(b_s), torch.float32, tile)
     assert error(y, x.double(), b.double() * wide(b_s, b.shape, BLOCK)) < PRECISE_BF16
 
 
@@ -241,51 +241,51 @@ def test_split_k(split: int) -> None:
     b, b_s = weights(n, k)
     exact = a.double() * wide(a_s, a.shape, 1), b.double() * wide(b_s, b.shape, BLOCK)
     on_device = [guarded(t) for t in (a, a_s, b, b_s)]
-    tile = kernel.Tile(math.inf, 16, 64, True, 4, 2, split=split)
-    y = kernel.gemm(*on_device, torch.float32, tile)
+    tile = Tile(math.inf, 16, 64, True, 4, 2, split=split)
+    y = gemm.gemm(*on_device, torch.float32, tile)
     assert error(y, *exact) < PRECISE
-    assert same(kernel.gemm(*on_device, torch.bfloat16, tile), y.bfloat16())
+    assert same(gemm.gemm(*on_device, torch.bfloat16, tile), y.bfloat16())
 
 
 def test_partial_sums_are_added_in_order() -> None:
     """1e8 - 1e8 + 1 is 1 in this order only, and a float32 sum in another would show."""
     parts = torch.tensor([1e8, -1e8, 1.0, 2.0]).reshape(4, 1, 1).expand(4, 3, 700).contiguous()
     out = torch.empty(3, 700, dtype=torch.float32, device=DEVICE)
-    kernel.sum_splits_kernel[(3,)](guarded(parts), out, 3, 700, PARTS=4, SUMS=1024)
+    gemm.sum_splits_kernel[(3,)](guarded(parts), out, 3, 700, PARTS=4, SUMS=1024)
     assert (out == 3).all()
 
 
-persistent = kernel.Tile(math.inf, 128, 128, False, 4, 4, persistent=1, specialised=True)
+persistent = Tile(math.inf, 128, 128, False, 4, 4, persistent=1, specialised=True)
 
 
 @needs_fp8
 @pytest.mark.parametrize("m, n, k", [(1, 576, 144), (130, 136, 576), (300, 260, 128)])
-@pytest.mark.parametrize("processors, specialised", [(2, True), (132, True), (2, False)])
+@pytest.mark.parametrize("sms, specialised", [(2, True), (132, True), (2, False)])
 def test_persistent(
-    m: int, n: int, k: int, processors: int, specialised: bool, monkeypatch: pytest.MonkeyPatch
+    m: int, n: int, k: int, sms: int, specialised: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With fewer programs than tiles and with more; every edge ragged."""
-    tile = kernel.Tile(math.inf, 128, 128, False, 4 if specialised else 8, 4, persistent=1, specialised=specialised)
-    own = kernel.architecture(torch.device(DEVICE))
+    tile = Tile(math.inf, 128, 128, False, 4 if specialised else 8, 4, persistent=1, specialised=specialised)
+    own = device.architecture(torch.device(DEVICE))
     if own not in ("sm_90", "sm_100"):
         pytest.skip("this GPU has no tensor memory accelerator")
-    monkeypatch.setitem(tiles.PROCESSORS, own, processors)
+    monkeypatch.setitem(tiles.SM_COUNT, own, sms)
     a, a_s = activations(m, k)
     b, b_s = weights(n, k)
     exact = a.double() * wide(a_s, a.shape, 1), b.double() * wide(b_s, b.shape, BLOCK)
     on_device = [guarded(t) for t in (a, a_s, b, b_s)]
-    y = kernel.gemm(*on_device, torch.float32, tile)
+    y = gemm.gemm(*on_device, torch.float32, tile)
     assert error(y, *exact) < PRECISE
-    assert same(kernel.gemm(*on_device, torch.bfloat16, tile), y.bfloat16())
+    assert same(gemm.gemm(*on_device, torch.bfloat16, tile), y.bfloat16())
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
 def test_the_allocator_keeps_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """It stays with Triton until the next launch: activations in it would be kept as long, or in a graph's memory."""
-    monkeypatch.setattr(kernel, "gemm_persistent_kernel", {(1,): lambda *_args, **_options: None})
+    monkeypatch.setattr(gemm, "gemm_persistent_kernel", {(1,): lambda *_args, **_options: None})
     given: list[Callable[..., torch.Tensor]] = []
-    monkeypatch.setattr(kernel.triton, "set_allocator", given.append)
-    kernel.gemm(*activations(128, 128), *weights(128, 128), torch.bfloat16, persistent)
+    monkeypatch.setattr(gemm.triton, "set_allocator", given.append)
+    gemm.gemm(*activations(128, 128), *weights(128, 128), torch.bfloat16, persistent)
     assert [cell.cell_contents for cell in given[0].__closure__ or ()] == [torch.device("cpu")]
 
 
@@ -293,23 +293,23 @@ def test_the_allocator_keeps_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("n, k, offset", [(100, 128, 0), (128, 100, 0), (128, 128, 8)])
 def test_what_tma_cannot_take_goes_another_way(n: int, k: int, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 rows of 200 bytes, FP8 rows of 100, and a matrix that begins at half of 16 bytes."""
-    monkeypatch.setattr(kernel, "gemm_persistent_kernel", None)
+    monkeypatch.setattr(gemm, "gemm_persistent_kernel", None)
     (a, a_s), (b, b_s) = activations(20, k), weights(n, k)
     shifted = guarded(torch.cat((torch.zeros(offset), a.float().flatten())).to(E4M3))[offset:].view(20, k)
-    y = kernel.gemm(shifted, guarded(a_s), guarded(b), guarded(b_s), torch.bfloat16, persistent)
+    y = gemm.gemm(shifted, guarded(a_s), guarded(b), guarded(b_s), torch.bfloat16, persistent)
     exact = a.double() * wide(a_s, a.shape, 1), b.double() * wide(b_s, b.shape, BLOCK)
     assert error(y, *exact) < 2**-8
 
 
 @needs_fp8
-@pytest.mark.parametrize("tile", [kernel.Tile(math.inf, 16, 64, True, 4, 2, split=4), persistent], ids=str)
-def test_with_one_tile_a_row_does_not_depend_on_the_others(tile: kernel.Tile) -> None:
+@pytest.mark.parametrize("tile", [Tile(math.inf, 16, 64, True, 4, 2, split=4), persistent], ids=str)
+def test_with_one_tile_a_row_does_not_depend_on_the_others(tile: Tile) -> None:
     m = tile.block_m + 10
     a, a_s = (guarded(t) for t in activations(m, 576))
     b, b_s = (guarded(t) for t in weights(64, 576))
-    together = kernel.gemm(a, a_s, b, b_s, torch.float32, tile)
+    together = gemm.gemm(a, a_s, b, b_s, torch.float32, tile)
     for rows in (slice(0, 1), slice(7, m - 6), slice(m - 3, m)):
-        alone = kernel.gemm(a[rows].contiguous(), a_s[rows].contiguous(), b, b_s, torch.float32, tile)
+        alone = gemm.gemm(a[rows].contiguous(), a_s[rows].contiguous(), b, b_s, torch.float32, tile)
         assert same(alone, together[rows])
 
 
@@ -318,20 +318,20 @@ def test_a_row_s_bits_do_not_depend_on_how_many_there_are(n: int, k: int) -> Non
     """By the tile for 16 rows, K split or not: of 70 rows, of 17 of them, and alone."""
     b, b_s = (guarded(t) for t in weights(n, k))
     x = torch.randn(70, k).bfloat16().to(DEVICE)
-    a, a_s = kernel.act_quant(x)
+    a, a_s = quantisation.act_quant(x)
     some = [slice(0, 70), slice(3, 20), slice(5, 6)]
     for rows in some:
-        part = [kernel.w8a16_gemm(guarded(x[r]), b, b_s, torch.float32, as_for=16) for r in (rows, slice(0, 70))]
+        part = [gemm.w8a16_gemm(guarded(x[r]), b, b_s, torch.float32, as_for=16) for r in (rows, slice(0, 70))]
         assert same(part[0], part[1][rows])
-        if INTERPRETED or kernel.has_fp8(torch.device(DEVICE)):
-            y = [kernel.fp8_gemm(guarded(a[r]), guarded(a_s[r]), b, b_s, torch.float32, as_for=16) for r in (rows, slice(0, 70))]
+        if INTERPRETED or device.has_fp8(torch.device(DEVICE)):
+            y = [gemm.fp8_gemm(guarded(a[r]), guarded(a_s[r]), b, b_s, torch.float32, as_for=16) for r in (rows, slice(0, 70))]
             assert same(y[0], y[1][rows])
 
 
 def test_no_tokens() -> None:
     b, b_s = (t.to(DEVICE) for t in weights(200, 192))
     x = torch.zeros(0, 192, dtype=torch.bfloat16, device=DEVICE)
-    assert kernel.w8a16_gemm(x, b, b_s).shape == (0, 200)
+    assert gemm.w8a16_gemm(x, b, b_s).shape == (0, 200)
 
 
 def test_nan_stays_in_its_row_and_column() -> None:
@@ -340,16 +340,16 @@ def test_nan_stays_in_its_row_and_column() -> None:
     b.view(torch.uint8)[150, 130] = 0xFF
     expected = torch.zeros(20, 200, dtype=torch.bool)
     expected[3], expected[:, 150] = True, True
-    for y in (kernel.w8a16_gemm(guarded(x), guarded(b), guarded(b_s)), reference.w8a16_gemm(x, b, b_s)):
+    for y in (gemm.w8a16_gemm(guarded(x), guarded(b), guarded(b_s)), reference.w8a16_gemm(x, b, b_s)):
         assert torch.equal(y.isnan().cpu(), expected)
 
 
 def test_mistaken_shapes_are_refused() -> None:
     x, (b, b_s) = torch.randn(4, 192).bfloat16(), weights(200, 192)
-    for gemm in (kernel.w8a16_gemm, reference.w8a16_gemm):
+    for product in (gemm.w8a16_gemm, reference.w8a16_gemm):
         with pytest.raises(AssertionError):
-            gemm(x, b, b_s[:1])
-    for dequant in (kernel.weight_dequant, reference.weight_dequant):
+            product(x, b, b_s[:1])
+    for dequant in (quantisation.weight_dequant, reference.weight_dequant):
         with pytest.raises(AssertionError):
             dequant(b, b_s.T.contiguous()[:, :1])
 
@@ -371,7 +371,7 @@ def test_mistaken_shapes_are_refused() -> None:
 def test_architectures(capability: tuple[int, int], row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert kernel.architecture.__wrapped__(torch.device("cuda")) == row
+    assert device.architecture.__wrapped__(torch.device("cuda")) == row
 
 
 def test_unserved_architecture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,18 +379,18 @@ def test_unserved_architecture_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(UserError, match=r"^Tesla T4 \(sm_75\) is none of the GPUs served"):
-        kernel.architecture.__wrapped__(torch.device("cuda"))
+        device.architecture.__wrapped__(torch.device("cuda"))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
 def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
-    with only_listed_launches(kernel, monkeypatch):
+    with only_listed_launches(gemm, monkeypatch), only_listed_launches(quantisation, monkeypatch):
         for n, k in ((8192, 32), (100, 1024), (100, 2048), (100, 4096), (100, 8192)):  # parts: 1, 2, 4, 8, 16
             b, b_s = torch.zeros(n, k, dtype=E4M3), torch.zeros(-(-n // BLOCK), -(-k // BLOCK))
-            kernel.weight_dequant(b, b_s)
+            quantisation.weight_dequant(b, b_s)
             for m in (1, 16, 17, 32, 33, 64, 65, 256, 257, 5000):
                 x = torch.zeros(m, k, dtype=torch.bfloat16)
-                q, s = kernel.act_quant(x)
-                kernel.act_quant(x, scale_fmt="ue8m0")
-                kernel.fp8_gemm(q, s, b, b_s)
-                kernel.w8a16_gemm(x, b, b_s)
+                q, s = quantisation.act_quant(x)
+                quantisation.act_quant(x, scale_fmt="ue8m0")
+                gemm.fp8_gemm(q, s, b, b_s)
+                gemm.w8a16_gemm(x, b, b_s)

@@ -18,9 +18,10 @@ from ops import formats, reference
 pytest.importorskip("triton")
 from test_kernel import DEVICE, INTERPRETED, guarded, poisoned, same  # noqa: F401  (poisoned works by being here)
 
-from ops import backend as ops
-from ops.gpu import attention
-from ops.gpu import gemm as kernel
+from ops.gpu import attention, device
+from ops.gpu.backend import GpuBackend
+from ops.reference_backend import in_row_blocks
+from support.kernel_configurations import configurations
 
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # compiled, the kernels multiply in bfloat16
 EXACT = 2e-6 if INTERPRETED else 1e-2
@@ -116,16 +117,16 @@ def test_prefill_of_few_rows(lengths: list[int], new: list[int], packed: bool) -
     assert error(attention.mla(*p.inputs(prefilled(p.batch))), p.expected()) < EXACT
 
 
-def own(table: dict[Any, tuple[attention.Tile, ...]]) -> list[attention.Tile]:
+def own(table: dict[Any, tuple[attention.AttentionTile, ...]]) -> list[attention.AttentionTile]:
     """On a GPU its own tiles, in the interpreter all of them, each once."""
-    arch = None if INTERPRETED else kernel.architecture(torch.device(DEVICE))
+    arch = None if INTERPRETED else device.architecture(torch.device(DEVICE))
     found = [tile for key, tiles in table.items() if arch is None or arch in key for tile in tiles]
     return list({(tile.rows, tile.keys, tile.swap): tile for tile in found}.values())
 
 
 @pytest.mark.parametrize("tile", own(attention.DECODE), ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "fp8"])
-def test_every_decode_tile(tile: attention.Tile, packed: bool) -> None:
+def test_every_decode_tile(tile: attention.AttentionTile, packed: bool) -> None:
     """Rows of one sequence in two tiles and more, and keys in two splits."""
     p = Problem([150, 40], [1 + tile.rows // 5, 3], (6, 16, 16, 16, 32), packed)
     batch = p.batch
@@ -135,7 +136,7 @@ def test_every_decode_tile(tile: attention.Tile, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("tile", own(attention.PREFILL), ids=str)
-def test_every_prefill_tile(tile: attention.Tile) -> None:
+def test_every_prefill_tile(tile: attention.AttentionTile) -> None:
     p = Problem([tile.rows + 70, 40], [tile.rows + 5, 3])
     out = torch.empty(sum(p.new), p.n, 20, dtype=DTYPE, device=DEVICE)
     inputs = p.inputs(prefilled(p.batch))
@@ -204,7 +205,7 @@ def test_extents_may_be_upper_bounds() -> None:
 
 
 def shared_out(pages: list[int], tiles: list[int], fixed: int = 0, programs: int = attention.PROGRAMS) -> list[Any]:
-    """share_kernel's rule: for each program (sequence, tile, first page, pages of a split)."""
+    """plan_splits_kernel's rule: for each program (sequence, tile, first page, pages of a split)."""
     most = fixed or max(1, -(-sum(p * t for p, t in zip(pages, tiles, strict=True)) // programs))
     found = []
     for i, (p, t) in enumerate(zip(pages, tiles, strict=True)):
@@ -231,7 +232,7 @@ def test_the_shares_are_as_the_rule_says(fixed: int) -> None:
     programs = attention.split_programs(extent, last - first, 6, 16, 64, 64 * fixed)
     assert len(expected) <= programs
     shares = torch.empty(programs, 6, dtype=torch.int32, device=DEVICE)
-    attention.share_kernel[(150,)](
+    attention.plan_splits_kernel[(150,)](
         guarded(lengths.int()), guarded(bounds), shares, programs, first, last, fixed, attention.PROGRAMS, 6, 16, 64
     )
     assert shares[: len(expected)].tolist() == expected and (shares[len(expected) :, 0] == -1).all()
@@ -284,8 +285,7 @@ def test_a_table_much_wider_than_needed(lengths: list[int], packed: bool) -> Non
 
 
 def in_mode(p: Problem, batch: Batch) -> torch.Tensor:
-    with ops.batch_invariant():
-        return attention.mla(*p.inputs(batch), by_rows=ops._by_rows)
+    return attention.mla(*p.inputs(batch), by_rows=in_row_blocks)
 
 
 def part(p: Problem, i: int, lo: int, hi: int) -> torch.Tensor:
@@ -330,13 +330,11 @@ def test_without_the_mode_bits_may_differ(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("invariant", [False, True])
-def test_the_door(invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 through ops.mla as on a GPU, against the reference."""
+def test_the_backend_s_mla(invariant: bool) -> None:
+    """bfloat16 through the GPU's backend, against the reference."""
     p = Problem([300, 1, 100], [1, 1, 70], TINY)
-    monkeypatch.setattr(ops, "_fast", lambda x: True)
     inputs = [x.to(DEVICE, torch.bfloat16) if isinstance(x, torch.Tensor) else x for x in p.inputs()]
-    with ops.batch_invariant(invariant):
-        out = ops.mla(*inputs)
+    out = GpuBackend(invariant).mla(*inputs)
     assert out.dtype == torch.bfloat16 and error(out, p.expected()) < 3e-2
 
 
@@ -404,9 +402,8 @@ class TestLaunches:
         pool = empty(9, 64, 656, dtype=torch.uint8) if packed else empty(9, 64, 576)
         q_nope, q_pe = empty(t, n_heads, 192)[..., :128], empty(t, n_heads, 64)
         w_uk, w_uv = empty(n_heads, 128, 512), empty(n_heads, 128, 512)
-        with ops.batch_invariant(fixed):
-            by_rows = ops._by_rows if fixed else None
-            out = attention.mla(q_nope, q_pe, pool, Batch(*numbers, *tables, few, many), w_uk, w_uv, 0.1, by_rows)
+        by_rows = in_row_blocks if fixed else None
+        out = attention.mla(q_nope, q_pe, pool, Batch(*numbers, *tables, few, many), w_uk, w_uv, 0.1, by_rows)
         assert out.shape == (t, n_heads, 128) and out.is_contiguous()
 
     @pytest.mark.parametrize("n_heads", [16, 128])
@@ -420,7 +417,7 @@ class TestLaunches:
         self.run(n_heads, [(3, 600), (40, 0)], packed, fixed=True)
         assert {name for name, *_ in launched} == LAUNCHED
         listed: dict[str, list[tuple[dict[str, Any], dict[str, str]]]] = {}
-        for c in attention.configurations():
+        for c in configurations(attention):
             if c.target == "sm_90":
                 listed.setdefault(c.kernel.name, []).append((c.constexprs | c.options, c.types))
         for name, constants, types in launched:
@@ -469,4 +466,4 @@ NAMES = {
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 UNALIGNED = ("bounds_ptr", "lengths_ptr", "pages_ptr", "positions_ptr")  # parts of a batch's tables
-LAUNCHED = {"share_kernel", "decode_kernel", "combine_splits_kernel", "gather_kernel", "prefill_kernel"}
+LAUNCHED = {"plan_splits_kernel", "decode_kernel", "combine_splits_kernel", "gather_kernel", "prefill_kernel"}

@@ -10,20 +10,20 @@ import torch
 
 from core.batch import Batch
 from ops import reference
-from ops.cpu import kernels as kernel_cpu
+from ops.cpu import kernels
 from ops.cpu.kernels import Packed
 from ops.formats import Routing
 from support.model_pairs import relative_error
 
-if kernel_cpu.library() is None:
+if kernels.library() is None:
     pytest.skip("no C compiler, or other threads than GNU OpenMP's", allow_module_level=True)
 
-SHORTER = tuple("-march=x86-64-v3" if flag == "-march=native" else flag for flag in kernel_cpu.FLAGS)  # AVX2
+SHORTER = tuple("-march=x86-64-v3" if flag == "-march=native" else flag for flag in kernels.FLAGS)  # AVX2
 
 
 @functools.cache
 def compiled(flags: tuple[str, ...]):
-    return kernel_cpu.load(kernel_cpu.build(kernel_cpu.compiler(), flags))
+    return kernels.load(kernels.build(kernels.compiler(), flags))
 
 
 @pytest.fixture(params=["native", "shorter vectors", "three threads"], autouse=True)
@@ -32,11 +32,11 @@ def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "shorter vectors":
         if platform.machine() != "x86_64":
             pytest.skip("x86's")
-        monkeypatch.setattr(kernel_cpu, "library", lambda: compiled(SHORTER))
-        assert kernel_cpu.panel_width() == 16
+        monkeypatch.setattr(kernels, "library", lambda: compiled(SHORTER))
+        assert kernels.panel_width() == 16
     if request.param == "three threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-        monkeypatch.setattr(kernel_cpu, "_threads", lambda work: 3)
+        monkeypatch.setattr(kernels, "_threads", lambda work: 3)
     return request.param
 
 
@@ -53,45 +53,45 @@ def test_linear(n, k, rows):
     """Whole panels and part of one, every number of rows a block can have; rounded once, if at all."""
     w, x = randn(n, k), randn(rows, k, seed=1)
     expected = x.double() @ w.double().T
-    packed = kernel_cpu.pack(w)
-    y = kernel_cpu.linear(x, packed, torch.float32)
+    packed = kernels.pack(w)
+    y = kernels.linear(x, packed, torch.float32)
     assert y.shape == (rows, n) and ((y - expected).abs() <= 1e-6 * (x.double().abs() @ w.double().abs().T)).all()
-    assert torch.equal(kernel_cpu.linear(x, packed, torch.bfloat16), y.bfloat16())
-    assert torch.equal(kernel_cpu.linear(x.float(), packed, torch.float32), y)
+    assert torch.equal(kernels.linear(x, packed, torch.bfloat16), y.bfloat16())
+    assert torch.equal(kernels.linear(x.float(), packed, torch.float32), y)
     wider = randn(rows, k + 5, seed=2)
     wider[:, 2 : k + 2] = x
-    assert torch.equal(kernel_cpu.linear(wider[:, 2 : k + 2], packed, torch.float32), y)  # rows that lie apart
-    assert torch.equal(kernel_cpu.linear(x.T.contiguous().T, packed, torch.float32), y)  # numbers that do
+    assert torch.equal(kernels.linear(wider[:, 2 : k + 2], packed, torch.float32), y)  # rows that lie apart
+    assert torch.equal(kernels.linear(x.T.contiguous().T, packed, torch.float32), y)  # numbers that do
 
 
 def test_a_row_does_not_depend_on_its_company(monkeypatch):
     """To the bit: whatever the number of rows, and so the block's and the chunk's."""
-    x, packed = randn(90, 200), kernel_cpu.pack(randn(150, 200, seed=1))
-    whole = kernel_cpu.linear(x, packed, torch.float32)
+    x, packed = randn(90, 200), kernels.pack(randn(150, 200, seed=1))
+    whole = kernels.linear(x, packed, torch.float32)
     for rows in range(1, 30):
-        assert torch.equal(kernel_cpu.linear(x[:rows], packed, torch.float32), whole[:rows])
-    monkeypatch.setattr(kernel_cpu, "CHUNK_BYTES", 4 * 200 * 30)
-    assert kernel_cpu.chunk_rows(200) == 24
-    assert torch.equal(kernel_cpu.linear(x, packed, torch.float32), whole)
+        assert torch.equal(kernels.linear(x[:rows], packed, torch.float32), whole[:rows])
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 4 * 200 * 30)
+    assert kernels.chunk_rows(200) == 24
+    assert torch.equal(kernels.linear(x, packed, torch.float32), whole)
 
 
 def test_a_stack_of_whole_panels_is_packed_where_it_lies():
     stack, x = randn(3, 96, 50), randn(5, 50, seed=1)
     plain = stack.clone()
-    packed = kernel_cpu.pack(stack)
+    packed = kernels.pack(stack)
     assert packed.data.data_ptr() == stack.data_ptr() and len(packed) == 3 and not torch.equal(stack, plain)
-    ragged = kernel_cpu.pack(odd := plain[:, :91].contiguous())
-    assert torch.equal(odd, plain[:, :91]) and ragged.data.numel() == 3 * kernel_cpu.packed_numbers(91, 50)
+    ragged = kernels.pack(odd := plain[:, :91].contiguous())
+    assert torch.equal(odd, plain[:, :91]) and ragged.data.numel() == 3 * kernels.packed_numbers(91, 50)
     for e in range(3):
-        y = kernel_cpu.linear(x, packed[e], torch.float32)
+        y = kernels.linear(x, packed[e], torch.float32)
         assert relative_error(y, x.double() @ plain[e].double().T) < 1e-6
-        assert torch.equal(kernel_cpu.linear(x, ragged[e], torch.float32), y[:, :91])
+        assert torch.equal(kernels.linear(x, ragged[e], torch.float32), y[:, :91])
 
 
 def test_a_matrix_is_left_as_it_was():
     """The head may be the embedding too."""
     w = randn(64, 32)
-    kernel_cpu.pack(w)
+    kernels.pack(w)
     assert torch.equal(w, randn(64, 32))
 
 
@@ -99,25 +99,25 @@ def test_a_matrix_is_left_as_it_was():
 def test_what_is_not_finite_stays_in_its_row(bad):
     w, x = randn(70, 20), randn(3, 20, seed=1)
     w[33, 4] = x[1, 7] = bad
-    y = kernel_cpu.linear(x, kernel_cpu.pack(w), torch.float32)
+    y = kernels.linear(x, kernels.pack(w), torch.float32)
     expected = x.float() @ w.float().T
     assert torch.equal(y.isfinite(), expected.isfinite()) and not y[0, 33].isfinite() and not y[1].isfinite().any()
     assert torch.equal(y.isnan(), expected.isnan())
-    rounded = kernel_cpu.linear(x, kernel_cpu.pack(w), torch.bfloat16)
+    rounded = kernels.linear(x, kernels.pack(w), torch.bfloat16)
     assert torch.equal(rounded.isnan(), y.isnan()) and torch.equal(rounded.isinf(), y.isinf())
 
 
 def test_rounding_is_to_even():
     """Ties, which multiplying by one leaves as they are; the largest numbers round up to infinity."""
-    one = kernel_cpu.pack(torch.eye(64).bfloat16())
+    one = kernels.pack(torch.eye(64).bfloat16())
     bits = torch.arange(1 << 16, dtype=torch.int64)[:, None] * 65536 + torch.tensor(
         [0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]
     )
     x = ((bits + 2**31) % 2**32 - 2**31).to(torch.int32).view(torch.float32).flatten()
     x = x[x.isfinite() & ((x.abs() >= 2.0**-126) | (x == 0))][: 6 * 65000 // 64 * 64].view(-1, 64)
-    assert torch.equal(kernel_cpu.linear(x, one, torch.bfloat16), x.bfloat16())
-    few = kernel_cpu.pack(torch.eye(5, 64).bfloat16())  # less than a vector
-    assert torch.equal(kernel_cpu.linear(x, few, torch.bfloat16), x[:, :5].bfloat16())
+    assert torch.equal(kernels.linear(x, one, torch.bfloat16), x.bfloat16())
+    few = kernels.pack(torch.eye(5, 64).bfloat16())  # less than a vector
+    assert torch.equal(kernels.linear(x, few, torch.bfloat16), x[:, :5].bfloat16())
 
 
 # ---------------------------------------------------------------- mixture of experts
@@ -139,18 +139,18 @@ def test_experts(rows, first, n_local, h, inter, monkeypatch):
             if 0 <= e < n_local:
                 gate, up = (w13[e].double() @ x[t].double()).chunk(2)
                 expected[t] += weight * (w2[e].double() @ (torch.nn.functional.silu(gate) * up))
-    packed = kernel_cpu.pack(w13), kernel_cpu.pack(w2)
-    alone = kernel_cpu.experts(x, weights, ids, first, *packed, inter)
+    packed = kernels.pack(w13), kernels.pack(w2)
+    alone = kernels.experts(x, weights, ids, first, *packed, inter)
     assert alone.dtype == torch.bfloat16
     assert ((alone.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5 * expected.abs().max()).all()
-    both = kernel_cpu.experts(x, weights, ids, first, *packed, inter, shared)
+    both = kernels.experts(x, weights, ids, first, *packed, inter, shared)
     exact = expected + shared.double()
     assert ((both.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * exact.abs().max()).all()
     for bundle in (1, 40):  # whatever goes together, and a row whatever else there is
-        monkeypatch.setattr(kernel_cpu, "BUNDLE_ROWS", bundle)
-        assert torch.equal(kernel_cpu.experts(x, weights, ids, first, *packed, inter, shared), both)
+        monkeypatch.setattr(kernels, "BUNDLE_ROWS", bundle)
+        assert torch.equal(kernels.experts(x, weights, ids, first, *packed, inter, shared), both)
     last = slice(rows - 1, rows)
-    few = kernel_cpu.experts(x[last], weights[last], ids[last], first, *packed, inter, shared[last])
+    few = kernels.experts(x[last], weights[last], ids[last], first, *packed, inter, shared[last])
     assert torch.equal(few, both[last])
 
 
@@ -168,13 +168,13 @@ def test_route(rule, biased):
     g = torch.Generator().manual_seed(1)
     logits = 3 * torch.randn(300, 64, generator=g)
     bias = torch.randn(64, generator=g) if biased else None
-    weights, ids = kernel_cpu.route(logits, bias, rule)
+    weights, ids = kernels.route(logits, bias, rule)
     expected, chosen = reference.route(logits, bias, rule)
     assert torch.equal(ids, chosen) and relative_error(weights, expected) < 1e-6
 
 
 def test_equal_choices_are_taken_in_order():
-    weights, ids = kernel_cpu.route(torch.zeros(2, 12), None, Routing(5, "softmax", "noaux_tc", 4, 2, False, 1.0))
+    weights, ids = kernels.route(torch.zeros(2, 12), None, Routing(5, "softmax", "noaux_tc", 4, 2, False, 1.0))
     assert ids.tolist() == [[0, 1, 2, 3, 4]] * 2 and torch.allclose(weights, torch.tensor(1 / 12))
 
 
@@ -185,11 +185,11 @@ def test_equal_choices_are_taken_in_order():
 def test_nan_is_chosen_and_so_seen(rule, place):
     logits = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
     logits[1, place] = math.nan
-    weights, ids = kernel_cpu.route(logits, None, rule)
+    weights, ids = kernels.route(logits, None, rule)
     assert weights[1].isnan().any() and not weights[0].isnan().any()
     assert place in ids[1].tolist() or rule.score_func == "softmax"  # where all are NaN
     logits[1] = math.nan
-    weights, ids = kernel_cpu.route(logits, None, rule)
+    weights, ids = kernels.route(logits, None, rule)
     assert weights[1].isnan().all() and len(set(ids[1].tolist())) == 4 and ids.max() < 64
 
 
@@ -199,7 +199,7 @@ def test_choices_of_minus_infinity():
     bias = torch.full((8,), -math.inf)
     bias[3] = 0
     for b, one in ((None, rule), (bias, rule), (bias, replace(rule, n_groups=1))):
-        weights, ids = kernel_cpu.route(torch.randn(5, 8), b, one)
+        weights, ids = kernels.route(torch.randn(5, 8), b, one)
         assert all(len(set(row)) == 4 for row in ids.tolist()) and weights.isfinite().all()
     assert ids[:, 0].eq(3).all()
 
@@ -218,25 +218,25 @@ def same_but_for_the_last_bit(y: torch.Tensor, expected: torch.Tensor, share: fl
 def test_norm(h, rows):
     x, delta, w = randn(rows, h), randn(rows, h, seed=1), randn(h, seed=2)
     for more in (None, delta):
-        y, total = kernel_cpu.norm(x, w, 1e-6, more)
+        y, total = kernels.norm(x, w, 1e-6, more)
         expected, sums = reference.norm(x, w, 1e-6, more)
         assert torch.equal(total, sums)
         same_but_for_the_last_bit(y, expected)
     wide = randn(rows, h + 9)
-    same_but_for_the_last_bit(kernel_cpu.norm(wide[:, :h], w, 1e-6)[0], reference.norm(wide[:, :h], w, 1e-6)[0])
+    same_but_for_the_last_bit(kernels.norm(wide[:, :h], w, 1e-6)[0], reference.norm(wide[:, :h], w, 1e-6)[0])
 
 
 @pytest.mark.parametrize("inter", [1, 33, 64])
 def test_silu_mul(inter):
     gate_up = randn(50, 2 * (inter + 3)) * 4
-    assert torch.equal(kernel_cpu.silu_mul(gate_up, inter), reference.silu_mul(gate_up, inter))
+    assert torch.equal(kernels.silu_mul(gate_up, inter), reference.silu_mul(gate_up, inter))
 
 
 def test_silu_of_every_number():
     """All 65,536 of bfloat16, with which exp is tested too."""
     gate = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     gate_up = torch.cat((gate[:, None], torch.ones(1 << 16, 1).bfloat16()), dim=-1).view(-1, 32, 2).mT.reshape(-1, 64)
-    y = kernel_cpu.silu_mul(gate_up, 32).flatten()
+    y = kernels.silu_mul(gate_up, 32).flatten()
     exact = torch.nn.functional.silu(gate.double())
     finite = gate.isfinite()
     assert torch.equal(y.isnan(), gate.isnan() | (gate == -math.inf))
@@ -253,11 +253,11 @@ def test_latent_write():
     slots = torch.tensor([3, 4, 200, -1, 100, 101, 7, 8, 255])
     pools = [torch.full((4, 64, c + r), 7.0).bfloat16() for _ in range(2)]
     inputs = kv[:, :c], kv[:, c:], randn(c, seed=3), 1e-6, angles.cos(), angles.sin(), q[..., 24:], slots
-    turned = kernel_cpu.latent_write(*inputs, pools[0])
+    turned = kernels.latent_write(*inputs, pools[0])
     expected = reference.latent_write(*inputs, pools[1])
     same_but_for_the_last_bit(turned, expected, 0.02)
     same_but_for_the_last_bit(pools[0], pools[1], 0.02)
-    apart = kernel_cpu.latent_write(kv[:, :c].clone(), kv[:, c:].clone(), *inputs[2:], pools[0])
+    apart = kernels.latent_write(kv[:, :c].clone(), kv[:, c:].clone(), *inputs[2:], pools[0])
     assert torch.equal(apart, turned)
 
 
@@ -281,7 +281,7 @@ def problem(lengths, new, n=5, dn=24, r=16, dv=20, c=48, page=64, seed=0):
 
 def attend(inputs, most: int = 16) -> torch.Tensor:
     out = torch.full((*inputs[0].shape[:2], inputs[5].shape[1]), 7.0).bfloat16()
-    kernel_cpu.mla(*inputs, most, out)
+    kernels.mla(*inputs, most, out)
     return out
 
 
@@ -339,10 +339,10 @@ def test_sequences_of_many_rows_are_left_alone():
 
 
 def test_wrong_dtypes_are_noticed():
-    packed = kernel_cpu.pack(randn(32, 8))
+    packed = kernels.pack(randn(32, 8))
     with pytest.raises(Exception, match="float16 where C takes"):
-        kernel_cpu.norm(torch.ones(1, 8).half(), torch.ones(8).bfloat16(), 1e-6)
+        kernels.norm(torch.ones(1, 8).half(), torch.ones(8).bfloat16(), 1e-6)
     with pytest.raises(AssertionError):
-        kernel_cpu.linear(randn(2, 9), packed, torch.float32)
+        kernels.linear(randn(2, 9), packed, torch.float32)
     with pytest.raises(AssertionError):
-        kernel_cpu.linear(randn(2, 8), Packed(packed.data[None], 32), torch.float32)
+        kernels.linear(randn(2, 8), Packed(packed.data[None], 32), torch.float32)

@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from ops import backend as ops
 from ops import formats, reference
 from ops.formats import Quantised
+from ops.reference_backend import ReferenceBackend
 from support.kernel_launches import only_listed_launches
 
 pytest.importorskip("triton")
 from test_kernel import DEVICE, E4M3, INTERPRETED, guarded, poisoned, same
 from test_kernel import seeded as seeded
 
-from ops.gpu import fused as kernel_fused
+from ops.gpu import fused
+from ops.gpu.backend import GpuBackend
 
 __all__ = ["poisoned", "seeded"]  # fixtures, for every test here
 
@@ -74,14 +75,14 @@ def test_norm_is_the_reference(dtype: torch.dtype, t: int, h: int, add: bool, fp
     x, weight = integers(t, h).to(dtype), norm_weight(h, dtype)
     delta = integers(t, h).to(dtype) if add else None
     arguments = slice_of_nan(x), guarded(weight), EPS, None if delta is None else guarded(delta), fp8
-    y, total = kernel_fused.norm(*arguments, dtype=E4M3)
+    y, total = fused.norm(*arguments, dtype=E4M3)
     expected, expected_total = reference.norm(x, weight, EPS, delta, fp8)
     assert same(total.contiguous(), expected_total)
     if fp8 is None:
         assert same(y, expected)
         return
     assert same(y.x, expected.x) and same_quantised(y, expected.x, fp8)
-    unkept, again = kernel_fused.norm(*arguments, keep=False, dtype=E4M3)
+    unkept, again = fused.norm(*arguments, keep=False, dtype=E4M3)
     assert unkept.x is None and unkept.dtype == dtype
     assert same(unkept.q, y.q) and same(unkept.s, y.s) and same(again.contiguous(), expected_total)
 
@@ -92,7 +93,7 @@ def test_norm_is_the_reference(dtype: torch.dtype, t: int, h: int, add: bool, fp
 def test_norm_is_exact(dtype: torch.dtype, h: int, fp8: Any) -> None:
     """Any numbers: the sum is rounded first, the norm is off by its last bit at most, and FP8 is made of that norm."""
     x, delta, weight = spread(5, h).to(dtype), spread(5, h).to(dtype), norm_weight(h, dtype)
-    y, total = kernel_fused.norm(guarded(x), guarded(weight), EPS, guarded(delta), fp8, dtype=E4M3)
+    y, total = fused.norm(guarded(x), guarded(weight), EPS, guarded(delta), fp8, dtype=E4M3)
     assert same(total, x + delta)
     wide = (x + delta).double()
     exact = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
@@ -103,16 +104,16 @@ def test_norm_is_exact(dtype: torch.dtype, h: int, fp8: Any) -> None:
 
 def test_norm_for_fnuz() -> None:
     x, weight = guarded(spread(4, 300).bfloat16()), guarded(norm_weight(300, torch.bfloat16))
-    y, _ = kernel_fused.norm(x, weight, EPS, fp8="float32", dtype=FNUZ)
+    y, _ = fused.norm(x, weight, EPS, fp8="float32", dtype=FNUZ)
     assert same_quantised(y, y.x, "float32", FNUZ)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nan_stays_in_its_row(bad: float) -> None:
     x, weight = torch.randn(6, 200).bfloat16(), norm_weight(200, torch.bfloat16)
-    y, _ = kernel_fused.norm(guarded(x), guarded(weight), EPS, fp8="ue8m0", dtype=E4M3)
+    y, _ = fused.norm(guarded(x), guarded(weight), EPS, fp8="ue8m0", dtype=E4M3)
     x[2, 150] = bad
-    z, _ = kernel_fused.norm(guarded(x), guarded(weight), EPS, fp8="ue8m0", dtype=E4M3)
+    z, _ = fused.norm(guarded(x), guarded(weight), EPS, fp8="ue8m0", dtype=E4M3)
     expected = reference.norm(x, weight, EPS, fp8="ue8m0")[0]
     for a, b, e in zip(y[:3], z[:3], expected[:3], strict=True):
         others = torch.arange(6) != 2
@@ -122,8 +123,8 @@ def test_nan_stays_in_its_row(bad: float) -> None:
 
 def test_a_norm_of_columns_that_lie_apart_and_of_no_tokens() -> None:
     x, weight = guarded(integers(100, 6).bfloat16()).T, guarded(norm_weight(100, torch.bfloat16))
-    assert same(kernel_fused.norm(x, weight, EPS)[0], reference.norm(x.cpu(), weight.cpu(), EPS)[0].contiguous())
-    y, total = kernel_fused.norm(x[:0], weight, EPS, x[:0], "ue8m0", dtype=E4M3)
+    assert same(fused.norm(x, weight, EPS)[0], reference.norm(x.cpu(), weight.cpu(), EPS)[0].contiguous())
+    y, total = fused.norm(x[:0], weight, EPS, x[:0], "ue8m0", dtype=E4M3)
     assert y.q.shape == total.shape == (0, 100) and y.s.shape == (0, 1)
 
 
@@ -146,16 +147,16 @@ def test_silu_mul(
     dtype: torch.dtype, few: bool, rows: int, inter: int, half: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The columns between are NaN, as are those before and behind."""
-    monkeypatch.setattr(kernel_fused, "FEW_BLOCKS", 1 << 30 if few else 0)
+    monkeypatch.setattr(fused, "FEW_BLOCKS", 1 << 30 if few else 0)
     x = torch.full((rows, 2, half), math.nan, dtype=dtype)
     x[..., :inter] = (4 * torch.randn(rows, 2, inter)).to(dtype)
     stacked = slice_of_nan(x.flatten(1))
-    y = kernel_fused.silu_mul(stacked, inter)
+    y = fused.silu_mul(stacked, inter)
     gate, up = x[..., :inter].double().unbind(1)
     assert y.is_contiguous() and y.shape == (rows, inter)
     assert near(y, gate * gate.sigmoid() * up, 1 if dtype == torch.bfloat16 else 8)
     for fp8, fp8_dtype in (("float32", E4M3), ("ue8m0", E4M3), ("ue8m0", FNUZ)):
-        assert same_quantised(kernel_fused.silu_mul(stacked, inter, fp8, dtype=fp8_dtype), y, fp8, fp8_dtype)
+        assert same_quantised(fused.silu_mul(stacked, inter, fp8, dtype=fp8_dtype), y, fp8, fp8_dtype)
 
 
 def test_silu_mul_far_out() -> None:
@@ -163,7 +164,7 @@ def test_silu_mul_far_out() -> None:
     gate = torch.tensor([[0.0, -0.0, 90, -90, 1e4, -1e4, math.inf, -math.inf, math.nan, 1]])
     x = torch.cat((gate, torch.full((1, 10), 2.0)), dim=1)
     x[0, -1] = math.nan
-    y, expected = kernel_fused.silu_mul(guarded(x), 10).cpu(), reference.silu_mul(x, 10)
+    y, expected = fused.silu_mul(guarded(x), 10).cpu(), reference.silu_mul(x, 10)
     assert torch.equal(y.isnan(), expected.isnan())
     assert torch.allclose(y, expected, rtol=1e-6, atol=1e-36, equal_nan=True)
 
@@ -175,8 +176,8 @@ def test_silu_mul_of_partial_sums(dtype: torch.dtype, fp8: str | None) -> None:
     parts = torch.full((3, 5, 2, 128), math.nan)
     parts[..., :100] = torch.randn(3, 5, 2, 100)
     summed = (parts[0] + parts[1] + parts[2]).to(dtype)
-    found = kernel_fused.silu_mul(guarded(parts.flatten(2)), 100, fp8, rounded=dtype)
-    expected = kernel_fused.silu_mul(guarded(summed.flatten(1)), 100, fp8)
+    found = fused.silu_mul(guarded(parts.flatten(2)), 100, fp8, rounded=dtype)
+    expected = fused.silu_mul(guarded(summed.flatten(1)), 100, fp8)
     if fp8:
         assert found.dtype == expected.dtype == dtype and same(found.q, expected.q) and same(found.s, expected.s)
     else:
@@ -185,8 +186,8 @@ def test_silu_mul_of_partial_sums(dtype: torch.dtype, fp8: str | None) -> None:
 
 def test_silu_mul_of_nothing() -> None:
     empty = torch.zeros(0, 256, dtype=torch.bfloat16, device=DEVICE)
-    assert kernel_fused.silu_mul(empty, 100).shape == (0, 100)
-    assert kernel_fused.silu_mul(empty, 100, "ue8m0").s.shape == (0, 1)
+    assert fused.silu_mul(empty, 100).shape == (0, 100)
+    assert fused.silu_mul(empty, 100, "ue8m0").s.shape == (0, 1)
 
 
 # latent_write
@@ -232,7 +233,7 @@ def test_latent_write(dtype: torch.dtype, t: int, c: int, rope: int, heads: int,
     expected = latents.clone()
     q_pe = write(reference.latent_write, inputs, expected)
     on_device = latents.to(DEVICE, copy=True)
-    y = write(kernel_fused.latent_write, inputs, on_device)
+    y = write(fused.latent_write, inputs, on_device)
     assert y.is_contiguous() and same(y, q_pe)
     assert same(on_device, expected)
     untouched = torch.ones(PAGES * 64, dtype=torch.bool)
@@ -245,8 +246,8 @@ def test_latent_write(dtype: torch.dtype, t: int, c: int, rope: int, heads: int,
 def test_latents_of_any_numbers(dtype: torch.dtype, packed: bool) -> None:
     inputs, latents = latent_inputs(4, 320, 16, 3, dtype), pool(320, 16, dtype, packed).to(DEVICE)
     inputs["c_kv"] = spread(4, 320).to(dtype)
-    write(kernel_fused.latent_write, inputs, latents)
-    c_kv = kernel_fused.norm(inputs["c_kv"].to(DEVICE), inputs["weight"].to(DEVICE), EPS)[0].cpu()
+    write(fused.latent_write, inputs, latents)
+    c_kv = fused.norm(inputs["c_kv"].to(DEVICE), inputs["weight"].to(DEVICE), EPS)[0].cpu()
     expected = torch.cat((c_kv, reference.rotary(inputs["k_pe"], inputs["cos"], inputs["sin"])), dim=-1)
     expected = reference.pack_latents(expected, 320) if packed else expected
     kept = inputs["slots"] >= 0
@@ -257,9 +258,9 @@ def test_latent_write_of_nothing_and_of_padding() -> None:
     inputs, latents = latent_inputs(6, 128, 8, 2, torch.bfloat16), pool(128, 8, torch.bfloat16, False).to(DEVICE)
     before = latents.clone()
     inputs["slots"] = torch.full((6,), -1)
-    assert write(kernel_fused.latent_write, inputs, latents).shape == (6, 2, 8) and same(latents, before)
+    assert write(fused.latent_write, inputs, latents).shape == (6, 2, 8) and same(latents, before)
     nothing = {n: x[:0] if n != "weight" else x for n, x in inputs.items()}
-    assert write(kernel_fused.latent_write, nothing, latents).shape == (0, 2, 8)
+    assert write(fused.latent_write, nothing, latents).shape == (0, 2, 8)
 
 
 def test_mistaken_pools_are_refused() -> None:
@@ -270,23 +271,23 @@ def test_mistaken_pools_are_refused() -> None:
         pool(129, 8, torch.bfloat16, False),
     ):
         with pytest.raises(AssertionError):
-            write(kernel_fused.latent_write, inputs, latents.to(DEVICE))
+            write(fused.latent_write, inputs, latents.to(DEVICE))
 
 
-# Doors and configurations
+# The backend and its launches
 
 
 @pytest.mark.parametrize("invariant", [False, True])
-def test_doors_lead_to_the_kernels(invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And, on a CPU or when the reference is asked for, to the reference, which gives the same here."""
+def test_the_backend_calls_the_kernels(invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the reference backend does not; its results are the same here."""
     x, weight = guarded(integers(5, 200).bfloat16()), guarded(norm_weight(200, torch.bfloat16))
     inputs, latents = latent_inputs(5, 64, 8, 3, torch.bfloat16), pool(64, 8, torch.bfloat16, False)
     called = []
     for name in ("norm", "silu_mul", "latent_write"):
-        plain = getattr(kernel_fused, name)
-        monkeypatch.setattr(kernel_fused, name, lambda *a, plain=plain, name=name: called.append(name) or plain(*a))
+        plain = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, plain=plain, name=name: called.append(name) or plain(*a))
 
-    def run() -> list[torch.Tensor]:
+    def run(ops: ReferenceBackend) -> list[torch.Tensor]:
         y, total = ops.norm(x, weight, EPS, x, "ue8m0", keep=True)
         z = ops.silu_mul(x, 90, "ue8m0")
         written = latents.to(DEVICE, copy=True)
@@ -294,31 +295,28 @@ def test_doors_lead_to_the_kernels(invariant: bool, monkeypatch: pytest.MonkeyPa
         assert z.x is None
         return [*y[:3], total, *z[:2], q_pe, written]
 
-    with ops.batch_invariant(invariant):
-        with ops.use("reference"):
-            expected = run()
-        assert not called
-        monkeypatch.setattr(ops, "_fast", lambda x: True)
-        found = run()
-        assert called == ["norm", "silu_mul", "latent_write"]
+    expected = run(ReferenceBackend(invariant))
+    assert not called
+    found = run(GpuBackend(invariant))
+    assert called == ["norm", "silu_mul", "latent_write"]
     if INTERPRETED:
         assert all(same(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
 def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
-    with only_listed_launches(kernel_fused, monkeypatch):
+    with only_listed_launches(fused, monkeypatch):
         bf16 = {"dtype": torch.bfloat16}
         x, weight = torch.zeros(3, 7168, **bf16), torch.zeros(7168, **bf16)
-        kernel_fused.norm(x, weight, EPS, x)
-        kernel_fused.norm(x, weight, EPS, x, "float32")
-        kernel_fused.norm(x, weight, EPS, x, "ue8m0", keep=False)
-        kernel_fused.norm(x[:, :1536], weight[:1536], EPS, fp8="float32", keep=False)
-        kernel_fused.silu_mul(x[:1, :512], 256, "float32")
+        fused.norm(x, weight, EPS, x)
+        fused.norm(x, weight, EPS, x, "float32")
+        fused.norm(x, weight, EPS, x, "ue8m0", keep=False)
+        fused.norm(x[:, :1536], weight[:1536], EPS, fp8="float32", keep=False)
+        fused.silu_mul(x[:1, :512], 256, "float32")
         for parts, fp8 in ((2, None), (16, "float32")):
-            kernel_fused.silu_mul(torch.zeros(parts, 8, 512), 256, fp8, rounded=torch.bfloat16)
+            fused.silu_mul(torch.zeros(parts, 8, 512), 256, fp8, rounded=torch.bfloat16)
         for fp8 in (None, "ue8m0"):
-            kernel_fused.silu_mul(x.expand(1000, 3, 7168).flatten(0, 1), 3584, fp8)
+            fused.silu_mul(x.expand(1000, 3, 7168).flatten(0, 1), 3584, fp8)
         for packed in (False, True):
             inputs = latent_inputs(2, 512, 64, 16, torch.bfloat16)
-            kernel_fused.latent_write(**inputs, eps=EPS, latents=pool(512, 64, torch.bfloat16, packed))
+            fused.latent_write(**inputs, eps=EPS, latents=pool(512, 64, torch.bfloat16, packed))

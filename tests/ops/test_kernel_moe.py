@@ -12,19 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from ops import backend as ops
+from core.config import BLOCK_SIZE
 from ops import reference
 from ops.formats import Quantised, Routing, Weight
+from ops.reference_backend import ReferenceBackend
 from support.kernel_launches import only_listed_launches
 
 pytest.importorskip("triton")
-from test_kernel import BLOCK_SIZE, DEVICE, E4M3, INTERPRETED, PRECISE, PRECISE_BF16, guarded, poisoned, same, wide
+from test_kernel import DEVICE, E4M3, INTERPRETED, PRECISE, PRECISE_BF16, guarded, poisoned, same, wide
 from test_kernel import activations as quantised_activations
 from test_kernel import seeded as seeded
 from test_kernel import weights as quantised_weights
 
-from ops.gpu import gemm as kernel
-from ops.gpu import moe as kernel_moe
+from ops.gpu import device, moe, quantisation, router, tiles
+from ops.gpu.tiles import Tile
+from support.kernel_configurations import RULES as RELEASED_RULES
 
 __all__ = ["poisoned", "seeded"]  # fixtures, for every test here
 
@@ -39,7 +41,7 @@ RULES = {
     "V2-Lite": (64, LITE),
     "greedy with groups": (64, replace(LITE, n_groups=8, n_limited_groups=2)),
     "six groups": (60, replace(TEST_RULE, n_groups=6, topk_method="group_limited_greedy")),
-} | kernel_moe.RULES
+} | RELEASED_RULES
 
 
 def gate_bias(n_experts: int, rule: Routing) -> torch.Tensor | None:
@@ -49,7 +51,7 @@ def gate_bias(n_experts: int, rule: Routing) -> torch.Tensor | None:
 def launch_router(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, rule: Routing, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weights, ids = kernel_moe.router(guarded(x), guarded(w), None if bias is None else guarded(bias), rule, **options)
+    weights, ids = router.router(guarded(x), guarded(w), None if bias is None else guarded(bias), rule, **options)
     return weights.cpu(), ids.cpu()
 
 
@@ -91,17 +93,17 @@ def test_router(name: str, tokens: int) -> None:
 
 def brief(tables: dict[str, tuple[Any, ...]]) -> list[Any]:
     """Every tile of the tables; those that are not in Hopper's wait for `make trust`. On a GPU only its own."""
-    archs = tables if INTERPRETED else [kernel.architecture(torch.device(DEVICE))]
+    archs = tables if INTERPRETED else [device.architecture(torch.device(DEVICE))]
     found = dict.fromkeys(tile for arch in archs for tile in tables.get(arch, ()))
     known = set(tables.get("sm_90", ()))
     return [pytest.param(t, id=str(t), marks=() if t in known or not INTERPRETED else pytest.mark.trust) for t in found]
 
 
-@pytest.mark.parametrize("tile", brief(kernel_moe.ROUTER))
-def test_every_router_tile(tile: kernel_moe.RouterTile, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tile", brief(router.ROUTER))
+def test_every_router_tile(tile: router.RouterTile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two row tiles, and experts' tiles, the last of each ragged; channels in as many parts as there can be."""
-    row = replace(tile, up_to=math.inf)
-    monkeypatch.setitem(kernel_moe.ROUTER, kernel.architecture(torch.device(DEVICE)), (row,))
+    row = replace(tile, max_rows=math.inf)
+    monkeypatch.setitem(router.ROUTER, device.architecture(torch.device(DEVICE)), (row,))
     n_experts, rule = 144, replace(TEST_RULE, n_groups=9)
     x, w = torch.randn(tile.block_t + 3, 600).bfloat16(), torch.randn(n_experts, 600).bfloat16() / 8
     bias = gate_bias(n_experts, rule)
@@ -157,7 +159,7 @@ def test_router_leaves_no_trace_of_company() -> None:
 
 
 def test_router_of_no_tokens() -> None:
-    weights, ids = kernel_moe.router(torch.zeros(0, 128), torch.zeros(32, 128), None, LITE)
+    weights, ids = router.router(torch.zeros(0, 128), torch.zeros(32, 128), None, LITE)
     assert weights.shape == ids.shape == (0, 6)
 
 
@@ -178,21 +180,21 @@ def routed(tokens: int, top_k: int, n_experts: int, kind: str = "uniform") -> to
 def test_sort(first: int, n_local: int, kind: str, block_m: int) -> None:
     for tokens in TOKENS:
         ids = routed(tokens, 6, 20, kind)
-        order, tiles = (t.cpu() for t in kernel_moe.sort(guarded(ids), first, n_local, block_m))
+        order, row_tiles = (t.cpu() for t in moe.sort(guarded(ids), first, n_local, block_m))
         expected_order, expected_tiles = reference.sort(ids, first, n_local, block_m)
         used, here = expected_tiles[:, 0] >= 0, expected_order >= 0
         assert order.shape == expected_order.shape and torch.equal(order[here], expected_order[here])
-        assert torch.equal(tiles[:, 0], expected_tiles[:, 0]) and torch.equal(tiles[used], expected_tiles[used])
+        assert torch.equal(row_tiles[:, 0], expected_tiles[:, 0]) and torch.equal(row_tiles[used], expected_tiles[used])
         assert here.sum() == ((ids >= first) & (ids < first + n_local)).sum()
 
 
 def test_sort_in_several_chunks() -> None:
-    n = kernel_moe.SORT_CHUNKS[-1] + 300
+    n = moe.SORT_CHUNKS[-1] + 300
     ids = torch.randint(0, 5, (n, 1), dtype=torch.int32)
-    order, tiles = kernel_moe.sort(guarded(ids), 1, 3, 64)
+    order, row_tiles = moe.sort(guarded(ids), 1, 3, 64)
     expected_order, expected_tiles = reference.sort(ids, 1, 3, 64)
     here, used = expected_order >= 0, expected_tiles[:, 0] >= 0
-    assert torch.equal(order.cpu()[here], expected_order[here]) and torch.equal(tiles.cpu()[used], expected_tiles[used])
+    assert torch.equal(order.cpu()[here], expected_order[here]) and torch.equal(row_tiles.cpu()[used], expected_tiles[used])
 
 
 def test_there_are_always_tiles_enough() -> None:
@@ -201,17 +203,17 @@ def test_there_are_always_tiles_enough() -> None:
         spread = min(n, n_local)
         counts = [n - spread + 1, *[1] * (spread - 1)]
         needed = sum(-(-count // block_m) for count in counts)
-        assert needed <= kernel_moe.max_tiles(n, n_local, block_m)
+        assert needed <= moe.max_tiles(n, n_local, block_m)
 
 
 # Grouped GEMM
 
 needs_fp8 = pytest.mark.skipif(
-    not INTERPRETED and not kernel.has_fp8(torch.device(DEVICE)), reason="this GPU has no FP8 tensor cores"
+    not INTERPRETED and not device.has_fp8(torch.device(DEVICE)), reason="this GPU has no FP8 tensor cores"
 )
 KINDS = [pytest.param("w8a8", marks=needs_fp8), "w8a16", "bf16", "float32"]
-TABLES = {"w8a8": kernel_moe.W8A8, "w8a16": kernel_moe.W8A16, "bf16": kernel_moe.PLAIN}
-TABLES |= {"float32": {arch: kernel_moe.FLOAT32 for arch in kernel_moe.PLAIN}}
+TABLES = {"w8a8": tiles.GROUPED_W8A8, "w8a16": tiles.GROUPED_W8A16, "bf16": tiles.GROUPED_PLAIN}
+TABLES |= {"float32": {arch: tiles.GROUPED_FLOAT32 for arch in tiles.GROUPED_PLAIN}}
 LIMITS = {"w8a8": PRECISE, "w8a16": PRECISE_BF16, "bf16": PRECISE_BF16, "float32": PRECISE_BF16}
 
 
@@ -242,7 +244,7 @@ EVERY_TILE = [
 
 
 @pytest.mark.parametrize("kind, tile", EVERY_TILE)
-def test_every_grouped_tile(kind: str, tile: kernel.Tile) -> None:
+def test_every_grouped_tile(kind: str, tile: Tile) -> None:
     """Gate and up's product of shared rows and down's of rows of their own: an expert with more than a tile, one with
     none, experts of other ranks; half blocks of channels and a ragged last column tile."""
     check_grouped(kind, tile)
@@ -252,19 +254,19 @@ def test_every_grouped_tile(kind: str, tile: kernel.Tile) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_grouped_gemm_in_parts(kind: str, split: int) -> None:
     """Two and a half blocks of channels, so that the last part is a short one, or has nothing."""
-    [row, *_] = TABLES[kind][kernel.architecture(torch.device(DEVICE))]
+    [row, *_] = TABLES[kind][device.architecture(torch.device(DEVICE))]
     check_grouped(kind, replace(row, split=split))
 
 
-def check_grouped(kind: str, tile: kernel.Tile) -> None:
+def check_grouped(kind: str, tile: Tile) -> None:
     tokens, top_k, first, n_local, n, k = tile.block_m + 5, 2, 1, 3, tile.block_n + 28, 320
     ids = torch.randint(3, 6, (tokens, top_k))
     ids[:, 0] = 1
-    order, tiles = kernel_moe.sort(guarded(ids), first, n_local, tile.block_m)
+    order, row_tiles = moe.sort(guarded(ids), first, n_local, tile.block_m)
     w, exact = stacked(kind, n_local, n, k)
     for share in (top_k, 1):
         x, exact_x = inputs(kind, tokens * top_k // share, k)
-        y = kernel_moe.grouped_gemm(x, w, order, tiles, share, tile).cpu()
+        y = moe.grouped_gemm(x, w, order, row_tiles, share, tile).cpu()
         if tile.split > 1:
             assert y.shape[0] == tile.split and y.dtype == torch.float32
             y = y.sum(0)
@@ -282,8 +284,8 @@ def test_few_rows_are_cut_in_as_many_parts_as_occupy_the_gpu() -> None:
     """Gate and up of V3, split over eight and sixteen ranks, of whole experts, and where there is nothing to gain."""
 
     def parts(tokens: int, n: int, n_local: int = 256, k: int = 7168, arch: str = "sm_90") -> int:
-        table = kernel_moe.W8A8[arch]
-        return kernel_moe.split_up(table[0], tokens * 8 * n_local / 256, n_local, n, k, arch).split
+        table = tiles.GROUPED_W8A8[arch]
+        return tiles.split_for_few_rows(table[0], tokens * 8 * n_local / 256, n_local, n, k, arch).split
 
     assert [parts(tokens, 512) for tokens in (1, 2, 4, 64)] == [2, 1, 1, 1]  # 64 programs and 128
     assert [parts(tokens, 256) for tokens in (1, 2, 4, 64)] == [4, 2, 1, 1]
@@ -297,24 +299,24 @@ def test_a_tile_is_as_high_as_the_rows_of_an_expert(
 ) -> None:
     """Six rows to each, whichever part of the experts is here."""
     heights = []
-    sort = kernel_moe.sort
-    monkeypatch.setattr(kernel_moe, "sort", lambda *args: heights.append(args[-1]) or sort(*args))
+    sort = moe.sort
+    monkeypatch.setattr(moe, "sort", lambda *args: heights.append(args[-1]) or sort(*args))
     x, ids = token_rows("bf16", tokens).to(DEVICE), routed(tokens, TOP_K, N_EXPERTS).to(DEVICE)
     rest = torch.rand(tokens, TOP_K, device=DEVICE), ids, 0, *layer("bf16", n_local), INTER
-    kernel_moe.experts(x, *rest, n_experts=N_EXPERTS)
-    table = kernel_moe.PLAIN[kernel.architecture(torch.device(DEVICE))]
-    assert heights == [kernel_moe.tile_for(table, tokens * TOP_K / N_EXPERTS).block_m]
+    moe.experts(x, *rest, n_experts=N_EXPERTS)
+    table = tiles.GROUPED_PLAIN[device.architecture(torch.device(DEVICE))]
+    assert heights == [tiles.tile_for(table, tokens * TOP_K / N_EXPERTS).block_m]
 
 
 def test_grouped_gemm_refuses_mistaken_shapes() -> None:
-    tile = kernel_moe.FLOAT32[0]
-    order, tiles = kernel_moe.sort(guarded(torch.zeros(4, 1, dtype=torch.int64)), 0, 2, 16)
+    tile = tiles.GROUPED_FLOAT32[0]
+    order, row_tiles = moe.sort(guarded(torch.zeros(4, 1, dtype=torch.int64)), 0, 2, 16)
     w, _ = stacked("float32", 2, 32, 64)
     for x, share in ((torch.zeros(4, 60), 1), (torch.zeros(3, 64), 1), (torch.zeros(4, 64), 2)):
         with pytest.raises(AssertionError):
-            kernel_moe.grouped_gemm(x.to(DEVICE), w, order, tiles, share, tile)
+            moe.grouped_gemm(x.to(DEVICE), w, order, row_tiles, share, tile)
     with pytest.raises(AssertionError):
-        kernel_moe.grouped_gemm(torch.zeros(4, 64, device=DEVICE).bfloat16(), w, order, tiles, 1, tile)
+        moe.grouped_gemm(torch.zeros(4, 64, device=DEVICE).bfloat16(), w, order, row_tiles, 1, tile)
 
 
 # Combine
@@ -325,14 +327,14 @@ def test_grouped_gemm_refuses_mistaken_shapes() -> None:
 def test_combine(first: int, n_local: int, with_shared: bool) -> None:
     """More columns than a program takes. Rows and weights of experts that are not here are NaN and change nothing."""
     for tokens in (0, 1, 17):
-        h = kernel_moe.COMBINE_COLUMNS + 100
+        h = moe.COMBINE_COLUMNS + 100
         ids, weights = routed(tokens, 3, 10), torch.rand(tokens, 3)
         y = torch.randn(tokens * 3, h).bfloat16()
         elsewhere = (ids < first) | (ids >= first + n_local)
         y[elsewhere.flatten()], weights[elsewhere] = math.nan, math.nan
         shared = torch.randn(tokens, h).bfloat16() if with_shared else None
         expected = reference.combine(y, weights, ids, first, n_local, shared)
-        found = kernel_moe.combine(
+        found = moe.combine(
             guarded(y), guarded(weights), guarded(ids), first, n_local, None if shared is None else guarded(shared)
         )
         assert found.dtype == torch.bfloat16 and not expected.isnan().any()
@@ -340,7 +342,7 @@ def test_combine(first: int, n_local: int, with_shared: bool) -> None:
         exact = exact.masked_fill(elsewhere.unsqueeze(-1), 0).sum(dim=1) + (0 if shared is None else shared.double())
         for result in (found.cpu(), expected):
             torch.testing.assert_close(result.double(), exact, rtol=1 / 256, atol=1e-6)
-        found = kernel_moe.combine(guarded(y.float()), guarded(weights), guarded(ids), first, n_local, None)
+        found = moe.combine(guarded(y.float()), guarded(weights), guarded(ids), first, n_local, None)
         expected = reference.combine(y.float(), weights, ids, first, n_local, None)
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=1e-6)
 
@@ -380,9 +382,8 @@ def test_experts(kind: str, first: int, n_local: int) -> None:
         ids = routed(tokens, TOP_K, N_EXPERTS, "skewed" if tokens == 70 else "uniform").to(DEVICE)
         shared = token_rows(kind, tokens).to(DEVICE)
         arguments = x, weights, ids, first, w13, w2, INTER, partial(torch.clone, shared) if tokens != 3 else None
-        with ops.use("reference"):
-            expected = ops.experts(*arguments)
-        compare(kernel_moe.experts(*arguments), expected, kind)
+        expected = ReferenceBackend().experts(*arguments)
+        compare(moe.experts(*arguments), expected, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -392,14 +393,14 @@ def test_experts_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weights = token_rows(kind, 1).to(DEVICE), torch.rand(1, TOP_K, device=DEVICE)
     arguments = x, weights, routed(1, TOP_K, N_EXPERTS).to(DEVICE), 0, w13, w2, INTER
     shapes = []
-    silu_mul = kernel_moe.kernel_fused.silu_mul
+    silu_mul = moe.fused.silu_mul
     monkeypatch.setattr(
-        kernel_moe.kernel_fused, "silu_mul", lambda y, *a, **how: shapes.append(y.shape) or silu_mul(y, *a, **how)
+        moe.fused, "silu_mul", lambda y, *a, **how: shapes.append(y.shape) or silu_mul(y, *a, **how)
     )
-    whole = kernel_moe.experts(*arguments)
-    monkeypatch.setattr(kernel_moe, "split_for", lambda *_: 2)
-    compare(kernel_moe.experts(*arguments), whole, kind)
-    kernel_moe.experts(*arguments, invariant=True)
+    whole = moe.experts(*arguments)
+    monkeypatch.setattr(tiles, "split_for", lambda *_: 2)
+    compare(moe.experts(*arguments), whole, kind)
+    moe.experts(*arguments, invariant=True)
     assert [len(shape) for shape in shapes] == [2, 3, 2]
 
 
@@ -410,15 +411,14 @@ def test_experts_take_quantised_tokens(scale_fmt: str | None) -> None:
     x, weights = token_rows("w8a8", 2).to(DEVICE), torch.rand(2, TOP_K, device=DEVICE)
     ids = routed(2, TOP_K, N_EXPERTS).to(DEVICE)
     rest = weights, ids, 0, w13, w2, INTER
-    q, s = kernel.act_quant(x, scale_fmt=scale_fmt)
-    found = kernel_moe.experts(x, *rest)
-    assert same(kernel_moe.experts(Quantised(q, s, dtype=x.dtype), *rest), found)
-    with ops.use("reference"):
-        compare(found, ops.experts(Quantised(q, s, x), *rest), "w8a8")
+    q, s = quantisation.act_quant(x, scale_fmt=scale_fmt)
+    found = moe.experts(x, *rest)
+    assert same(moe.experts(Quantised(q, s, dtype=x.dtype), *rest), found)
+    compare(found, ReferenceBackend().experts(Quantised(q, s, x), *rest), "w8a8")
     plain = layer("bf16")
     assert same(
-        kernel_moe.experts(Quantised(q, s, x), weights, ids, 0, *plain, INTER),
-        kernel_moe.experts(x, weights, ids, 0, *plain, INTER),
+        moe.experts(Quantised(q, s, x), weights, ids, 0, *plain, INTER),
+        moe.experts(x, weights, ids, 0, *plain, INTER),
     )
 
 
@@ -428,7 +428,7 @@ def test_scale_format_reaches_both_products() -> None:
     w13, w2 = layer("w8a8")
     x, weights, ids = token_rows("w8a8", 2).to(DEVICE), torch.rand(2, TOP_K, device=DEVICE), routed(2, TOP_K, N_EXPERTS)
     outs = [
-        kernel_moe.experts(x, weights, ids.to(DEVICE), 0, w13._replace(scale_fmt=a), w2._replace(scale_fmt=b), INTER)
+        moe.experts(x, weights, ids.to(DEVICE), 0, w13._replace(scale_fmt=a), w2._replace(scale_fmt=b), INTER)
         for a in (None, "ue8m0")
         for b in (None, "ue8m0")
     ]
@@ -440,14 +440,14 @@ def test_company_leaves_no_trace(kind: str, own_sums: None, monkeypatch: pytest.
     """With the tile fixed, a token's bits are its own: alone, in another order, or among others. (The interpreter adds
     up alike in every tile, so that the tile itself is looked at too.)"""
     heights = []
-    sort = kernel_moe.sort
-    monkeypatch.setattr(kernel_moe, "sort", lambda *args: heights.append(args[-1]) or sort(*args))
+    sort = moe.sort
+    monkeypatch.setattr(moe, "sort", lambda *args: heights.append(args[-1]) or sort(*args))
     w13, w2 = layer(kind, 3)
     x, weights, ids = token_rows(kind, 20), torch.rand(20, 2), routed(20, 2, 3)
 
     def run(rows: torch.Tensor) -> torch.Tensor:
         parts = (guarded(t[rows]) for t in (x, weights, ids))
-        return kernel_moe.experts(*parts, 0, w13, w2, INTER, invariant=True).cpu()
+        return moe.experts(*parts, 0, w13, w2, INTER, invariant=True).cpu()
 
     together = run(torch.arange(20))
     for rows in (torch.tensor([13]), torch.randperm(20)):
@@ -455,8 +455,8 @@ def test_company_leaves_no_trace(kind: str, own_sums: None, monkeypatch: pytest.
     assert heights == [heights[0]] * 3
 
 
-def test_experts_run_on_a_cpu_as_ever() -> None:
-    """The door's loop over experts, against the sum spelled out."""
+def test_the_reference_s_experts() -> None:
+    """The loop over experts, against the sum spelled out."""
     w13, w2 = layer("float32")
     x, weights, ids = token_rows("float32", 9), torch.rand(9, TOP_K), routed(9, TOP_K, N_EXPERTS)
     shared = torch.randn(9, H)
@@ -467,7 +467,8 @@ def test_experts_run_on_a_cpu_as_ever() -> None:
             if 5 <= e < 9:
                 gate, up = (w13.data[e - 5].double() @ x[t].double()).chunk(2)
                 expected[t] += weight * (w2.data[e - 5].double() @ (torch.nn.functional.silu(gate) * up))
-    compare(ops.experts(x, weights, ids, 5, *(w._replace(data=w.data[:4]) for w in (w13, w2)), INTER, lambda: shared),
+    experts = ReferenceBackend().experts
+    compare(experts(x, weights, ids, 5, *(w._replace(data=w.data[:4]) for w in (w13, w2)), INTER, lambda: shared),
             expected.float(), "float32")  # fmt: skip
 
 
@@ -491,8 +492,8 @@ def test_shared_experts_run_between_fork_and_join(monkeypatch: pytest.MonkeyPatc
     main = Stream("main")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(kernel_moe, "second_stream", lambda of: Stream())
-    join = kernel_moe.beside(lambda: said.append("work") or torch.ones(1), torch.device("cuda"))
+    monkeypatch.setattr(moe, "side_stream", lambda of: Stream())
+    join = moe.run_on_side_stream(lambda: said.append("work") or torch.ones(1), torch.device("cuda"))
     said.append("routed")
     assert join() == 1
     assert said == ["side waits for main", "on side", "work", "back", "routed", "main waits for side"]
@@ -502,22 +503,22 @@ def test_shared_experts_run_between_fork_and_join(monkeypatch: pytest.MonkeyPatc
 
 
 def test_tables_serve_every_size() -> None:
-    for table in (t for tables in (*TABLES.values(), kernel_moe.ROUTER) for t in tables.values()):
-        bounds = [tile.up_to for tile in table]
+    for table in (t for tables in (*TABLES.values(), router.ROUTER) for t in tables.values()):
+        bounds = [tile.max_rows for tile in table]
         assert bounds == sorted(set(bounds)) and bounds[-1] == math.inf
-    for tables in (kernel_moe.W8A8, kernel_moe.W8A16):
+    for tables in (tiles.GROUPED_W8A8, tiles.GROUPED_W8A16):
         assert all(BLOCK_SIZE % tile.block_n == 0 for table in tables.values() for tile in table)  # one scale to a tile
-    assert kernel_moe.W8A8.keys() < kernel_moe.W8A16.keys() == kernel_moe.PLAIN.keys() == kernel_moe.ROUTER.keys()
+    assert tiles.GROUPED_W8A8.keys() < tiles.GROUPED_W8A16.keys() == tiles.GROUPED_PLAIN.keys() == router.ROUTER.keys()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
 def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
-    with only_listed_launches(kernel_moe, monkeypatch):
-        for n_experts, rule in kernel_moe.RULES.values():
+    with only_listed_launches(moe, monkeypatch), only_listed_launches(router, monkeypatch):
+        for n_experts, rule in RELEASED_RULES.values():
             for tokens in (1, 4, 5, 64, 65, 512, 513, None):
                 dtype = torch.bfloat16 if tokens else torch.float32
                 x, w = torch.zeros(tokens or 1, 7168, dtype=dtype), torch.zeros(n_experts, 7168, dtype=dtype)
-                kernel_moe.router(x, w, gate_bias(n_experts, rule) if rule.score_func == "sigmoid" else None, rule)
+                router.router(x, w, gate_bias(n_experts, rule) if rule.score_func == "sigmoid" else None, rule)
         for tokens, k, share in ((1, 7168, 8), (600, 7168, 8), (2000, 7168, 8), (1, 256, 1), (600, 256, 1), (2000, 256, 1)):
             ids = torch.zeros(tokens, 8, dtype=torch.int64)
             rows = tokens * 8 // share
@@ -527,12 +528,12 @@ def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch)
                 Weight(torch.zeros(256, 1, k, dtype=torch.bfloat16)),
                 Weight(torch.zeros(256, 1, k)),
             ):
-                tile = kernel_moe.tile_for(kernel_moe.table_for(w, ids.device), ids.numel() // 256)
-                order, tiles = kernel_moe.sort(ids, 0, 256, tile.block_m)
+                tile = tiles.tile_for(moe.grouped_tiles(w, ids.device), ids.numel() // 256)
+                order, row_tiles = moe.sort(ids, 0, 256, tile.block_m)
                 x = torch.zeros(rows, k, dtype=torch.float32 if w.data.dtype == torch.float32 else torch.bfloat16)
                 if w.fp8:
                     x = Quantised(torch.zeros(rows, k, dtype=E4M3), torch.zeros(rows, k // BLOCK_SIZE))
-                kernel_moe.grouped_gemm(x, w, order, tiles, share, tile)
+                moe.grouped_gemm(x, w, order, row_tiles, share, tile)
                 if tokens == 1 and share == 8:
-                    kernel_moe.grouped_gemm(x, w, order, tiles, share, replace(tile, split=8))
-            kernel_moe.combine(torch.zeros(tokens * 8, 1).bfloat16(), torch.zeros(tokens, 8), ids, 0, 256, torch.zeros(tokens, 1))
+                    moe.grouped_gemm(x, w, order, row_tiles, share, replace(tile, split=8))
+            moe.combine(torch.zeros(tokens * 8, 1).bfloat16(), torch.zeros(tokens, 8), ids, 0, 256, torch.zeros(tokens, 1))

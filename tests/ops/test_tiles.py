@@ -32,9 +32,9 @@ def fresh() -> Iterator[None]:
 @pytest.mark.parametrize("tables", tiles.DEFAULTS.values(), ids=list(tiles.DEFAULTS))
 def test_defaults_serve_every_m(tables: dict[str, tuple[Tile, ...]]) -> None:
     for table in tables.values():
-        bounds = [tile.up_to for tile in table]
+        bounds = [tile.max_rows for tile in table]
         assert bounds == sorted(set(bounds)) and bounds[-1] == math.inf
-        assert all(m <= tiles.tile_for(table, m).up_to for m in (1, 16, 17, 128, 1000, 1 << 20))
+        assert all(m <= tiles.tile_for(table, m).max_rows for m in (1, 16, 17, 128, 1000, 1 << 20))
     assert tuple(sorted(tiles.BUCKETS)) == tiles.BUCKETS and tiles.BUCKETS[-1] == math.inf
 
 
@@ -46,11 +46,11 @@ def test_defaults_and_shipped_rows_have_no_fault() -> None:
 
 def test_a_choice_depends_on_m_through_its_bucket_only(fresh: None) -> None:
     smallest = 1
-    for up_to in tiles.BUCKETS:
-        largest = 1 << 20 if up_to == math.inf else int(up_to)
+    for max_rows in tiles.BUCKETS:
+        largest = 1 << 20 if max_rows == math.inf else int(max_rows)
         for n, k in ((2112, 7168), (100, 4096), (32768, 512)):
             first = tiles.choose("fp8_gemm", "sm_90", n, k, smallest)
-            assert first == tiles.choose("fp8_gemm", "sm_90", n, k, largest) and first.up_to == up_to
+            assert first == tiles.choose("fp8_gemm", "sm_90", n, k, largest) and first.max_rows == max_rows
         smallest = largest + 1
 
 
@@ -112,12 +112,12 @@ BAD: list[tuple[Any, str]] = [
     ({"op": "gemm"}, "there is no gemm for sm_90"),
     ({"arch": "sm_80"}, "there is no fp8_gemm for sm_80"),
     ({"n": 0}, "N = 0, K = 7168"),
-    ({"up_to": 17}, "up_to is 17, expected one of 16, 32"),
+    ({"max_rows": 17}, "max_rows is 17, expected one of 16, 32"),
     ({"warps": "4"}, "warps is '4', expected int"),
     ({"warps": True}, "warps is True, expected int"),
     ({"swap": 1}, "swap is 1, expected bool"),
     ({"stages": None}, "stages is None, expected int"),
-    ({"extra": 1}, "expected an object of op, arch, n, k, up_to"),
+    ({"extra": 1}, "expected an object of op, arch, n, k, max_rows"),
     ({"block_m": 24}, "a tile of 24 x 128"),
     ({"block_n": 256}, "a tile of 16 x 256"),
     ({"warps": 2}, "2 warps"),
@@ -186,8 +186,8 @@ def test_candidates_begin_with_the_default_and_have_no_fault(monkeypatch: pytest
 
     for op, tables in tiles.DEFAULTS.items():
         for arch in tables:
-            for up_to in (16, 512, math.inf):
-                field = list(tune_gemm.candidates(op, arch, 2112, 7168, up_to))
-                assert field[0] == tiles.default(op, arch, 2112, 7168, up_to)
+            for max_rows in (16, 512, math.inf):
+                field = list(tune_gemm.candidates(op, arch, 2112, 7168, max_rows))
+                assert field[0] == tiles.default(op, arch, 2112, 7168, max_rows)
                 assert len(set(field)) == len(field) > 5
-                assert all(tile.up_to == up_to and tiles.fault(op, arch, tile) is None for tile in field)
+                assert all(tile.max_rows == max_rows and tiles.fault(op, arch, tile) is None for tile in field)

@@ -157,7 +157,7 @@ COMPANY = ["What is 2+2?", "hello " * 30, "z"]
 
 @pytest.fixture(scope="module")
 def loaded(tiny: Path) -> Engine:
-    return Engine.from_pretrained(tiny, dtype="float32")
+    return Engine.from_pretrained(tiny, dtype="float32", deterministic=True)
 
 
 def answers(loaded: Engine, faulty: str | None, mtp: int = 0) -> tuple[dict[str, Any], dict[str, set[bytes]]]:

@@ -122,7 +122,7 @@ def test_a_second_turn_remembers_and_reuses(tokenizer):
     """In bitwise mode the second answer has the same tokens with reuse and without; with it the facts are not run again."""
     words = "maple otter Oslo fox amber pearl cedar iron swan duck".split()
     facts = " ".join(f"The code of {w} is {4821 + 137 * i}." for i, w in enumerate(words))
-    model = ours(DEMO, Numerics(torch.bfloat16))
+    model = ours(DEMO, Numerics(torch.bfloat16, batch_invariant=True))
     answers = []
     for reuse in (True, False):
         engine = Engine(model, tokenizer, max_model_len=1024, reuse=reuse, deterministic=True)

@@ -1,6 +1,6 @@
 """Compiles kernel configurations without a GPU and prints what came out, as one JSON object.
 
-    python compile_kernels.py sm_90 [NAME…]    what the modules of kernels list for a target, or those of it named
+    python compile_kernels.py sm_90 [NAME…]    what kernel_configurations.py lists for a target, or those of it named
     python compile_kernels.py controls         some that must be found wanting
 
 A program of its own, because Triton's interpreter, in which the other tests run, takes the place of the compiler.
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
-from ops.gpu import attention as kernel_attention
-from ops.gpu import fused as kernel_fused
-from ops.gpu import gemm as kernel
-from ops.gpu import moe as kernel_moe
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ops.gpu import attention
+from ops.gpu.tiles import Tile
+from support.kernel_configurations import Configuration, configurations, gemm_configuration
 
-MODULES = (kernel, kernel_fused, kernel_moe, kernel_attention)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def compile_(c: kernel.Configuration) -> Any:
+def compile_(c: Configuration) -> Any:
     """Compiles as a launch would: told that all pointers and sizes it may look at (not M) are multiples of 16."""
     names = c.kernel.arg_names
     assert set(names) == set(c.types) | set(c.constexprs), (c.name, names)
@@ -79,25 +78,19 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([str(TOOLS / tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def controls() -> Iterable[kernel.Configuration]:
+def controls() -> Iterable[Configuration]:
     """What the tables avoid on sm_90: a tile too large for its threads, 16 rows not swapped, of attention too, and a
     request for warp specialisation that the compiler grants by computing everything twice, or ignores."""
     tiles = {
-        "spills": kernel.Tile(math.inf, 128, 128, False, 4, 3),
-        "not swapped": kernel.Tile(math.inf, 16, 64, False, 4, 6),
-        "computed twice": kernel.Tile(math.inf, 64, 128, False, 4, 4, persistent=1, specialised=True),
-        "not specialised": kernel.Tile(math.inf, 128, 128, False, 8, 4, persistent=1, specialised=True),
+        "spills": Tile(math.inf, 128, 128, False, 4, 3),
+        "not swapped": Tile(math.inf, 16, 64, False, 4, 6),
+        "computed twice": Tile(math.inf, 64, 128, False, 4, 4, persistent=1, specialised=True),
+        "not specialised": Tile(math.inf, 128, 128, False, 8, 4, persistent=1, specialised=True),
     }
     for name, tile in tiles.items():
-        yield replace(kernel.gemm_configuration("fp8_gemm", "sm_90", tile), name=name)
-    few = next(c for c in kernel_attention.configurations() if c.name.startswith("decode sm_90 bf16 16 heads 16x64"))
+        yield replace(gemm_configuration("fp8_gemm", "sm_90", tile), name=name)
+    few = next(c for c in configurations(attention) if c.name.startswith("decode sm_90 bf16 16 heads 16x64"))
     yield replace(few, name="attention not swapped", constexprs=few.constexprs | {"SWAP": False})
-
-
-def configurations() -> Iterator[kernel.Configuration]:
-    """What all modules of kernels list."""
-    for module in MODULES:
-        yield from module.configurations()
 
 
 def main(target: str, *names: str) -> None:

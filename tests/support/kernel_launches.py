@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from support.kernel_configurations import configurations
+
 
 class Recorder:
     """Stands in for a kernel: each launch appends its name and its constants (flags, and absent pointers) to `asked`."""
@@ -24,8 +26,8 @@ class Recorder:
 
 @contextmanager
 def only_listed_launches(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What is launched of a module's kernels inside is what the module lists for sm_90, and all of that."""
-    listed = [(c.kernel.fn.__name__, c.constexprs | c.options) for c in module.configurations() if c.target == "sm_90"]
+    """What is launched of a module's kernels inside is what kernel_configurations.py lists for it and sm_90, and all of that."""
+    listed = [(c.kernel.fn.__name__, c.constexprs | c.options) for c in configurations(module) if c.target == "sm_90"]
     asked: list[tuple[str, dict[str, Any]]] = []
     for name in {name for name, _ in listed}:
         monkeypatch.setattr(module, name, Recorder(getattr(module, name), name, asked))

@@ -14,8 +14,7 @@ from core.sampling_params import SamplingParams
 from engine import engine as engines
 from engine import memory
 from model import Transformer
-from ops import backend as ops
-from ops.cpu import backend as cpu
+from ops.backend import choose_backend
 from ops.formats import Weight
 
 
@@ -27,7 +26,8 @@ def resident(what: str) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     folder, length, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    ops.linear(torch.ones(8, 64).bfloat16(), Weight(cpu.pack(torch.ones(64, 64).bfloat16())))  # brings libraries in
+    ops = choose_backend(torch.device("cpu"), Numerics())
+    ops.linear(torch.ones(8, 64).bfloat16(), ops.pack_weight(Weight(torch.ones(64, 64).bfloat16())))  # brings libraries in
     torch.nn.functional.scaled_dot_product_attention(*[torch.ones(1, 4, 64, 32).bfloat16()] * 3, is_causal=True)
     before = resident("VmRSS")
     checkpoint = Checkpoint(folder)

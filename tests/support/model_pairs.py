@@ -14,6 +14,7 @@ from core.batch import Batch
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE
 from model import Transformer
+from ops.reference_backend import ReferenceBackend
 from parallel.group import SOLO, Group
 from support.checkpoints import make_checkpoint
 
@@ -23,11 +24,12 @@ def ours(
     num: Numerics = Numerics(torch.float32),
     tp: Group = SOLO,
     device: torch.device | str = "cpu",
+    backend: ReferenceBackend | None = None,
 ) -> Transformer:
     """Our model, float32 unless told otherwise, with the checkpoint's weights."""
     checkpoint = Checkpoint(path)
     assert checkpoint.args is not None
-    model = Transformer(checkpoint.args, num, tp, device, mtp=checkpoint.has_mtp)
+    model = Transformer(checkpoint.args, num, tp, device, mtp=checkpoint.has_mtp, backend=backend)
     load_into(model, checkpoint, tp, progress=False)
     return model.prepare()
 

@@ -17,9 +17,8 @@ Neither asks the device for anything: the host says how many sequences, rows and
 Names: T, N, C, R, P, dn, dv as in model.py. *_PAD is the power of two that a tile's side is padded to.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +28,12 @@ import triton.language as tl
 
 from core.batch import Batch, BatchBounds
 from core.config import BLOCK_SIZE
-from ops.gpu.gemm import INTERPRETED, Configuration, _converts, architecture, cast, dot_operand, widen_e4m3
+from ops.gpu.casts import INTERPRETED, SCALE_BLOCK, cast, dot_operand, widen_e4m3
+from ops.gpu.device import architecture, converts_fp8
+from ops.gpu.tiles import tile_for
 
 ByRows = Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor]
-SCALE_BLOCK = tl.constexpr(BLOCK_SIZE)
-SEQUENCES = tl.constexpr(128)  # whose lengths share_kernel looks at at a time
+SEQUENCES = tl.constexpr(128)  # whose lengths plan_splits_kernel looks at at a time
 LOG2_E = math.log2(math.e)  # the kernels' exponentials are powers of two
 
 
@@ -70,7 +70,7 @@ def load_latents(
 
 
 @triton.jit
-def work_of(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE):
+def count_work(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE):
     """Of the SEQUENCES sequences from `at` on: pages, and tiles of rows that are among [first, last); 0 from B on."""
     b = at + tl.arange(0, SEQUENCES)
     begin = tl.maximum(tl.load(bounds_ptr + b, mask=b < B, other=0), first)
@@ -84,7 +84,9 @@ def work_of(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE):
         "lengths_ptr", "bounds_ptr", "n_programs", "first", "last", "fixed_pages", "PROGRAMS", "N", "ROWS", "PAGE"
     ]
 )  # fmt: skip
-def share_kernel(lengths_ptr, bounds_ptr, shares_ptr, n_programs, first, last, fixed_pages, PROGRAMS, N, ROWS, PAGE):
+def plan_splits_kernel(
+    lengths_ptr, bounds_ptr, plan_ptr, n_programs, first, last, fixed_pages, PROGRAMS, N, ROWS, PAGE
+):
     """One program per sequence says what falls to decode's programs for it, in shares (n_programs, 6): the sequence
     (-1: nothing is left), its tokens' begin and end among [first, last), the tile of their rows, the first of its keys
     and the keys of a split.
@@ -98,12 +100,12 @@ def share_kernel(lengths_ptr, bounds_ptr, shares_ptr, n_programs, first, last, f
     if fixed_pages == 0:
         total = 0
         for at in range(0, B, SEQUENCES):
-            pages, tiles = work_of(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE)
+            pages, tiles = count_work(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE)
             total += tl.sum(pages * tiles)
         most = tl.maximum(tl.cdiv(total, PROGRAMS), 1)
     start = 0
     for at in range(0, sequence, SEQUENCES):
-        pages, tiles = work_of(lengths_ptr, bounds_ptr, at, sequence, first, last, N, ROWS, PAGE)
+        pages, tiles = count_work(lengths_ptr, bounds_ptr, at, sequence, first, last, N, ROWS, PAGE)
         start += tl.sum(tl.cdiv(pages, most) * tiles)
 
     begin = tl.maximum(tl.load(bounds_ptr + sequence), first)
@@ -115,7 +117,7 @@ def share_kernel(lengths_ptr, bounds_ptr, shares_ptr, n_programs, first, last, f
     end = start + splits * its_tiles
     for at in range(start, end, SEQUENCES):
         program = at + tl.arange(0, SEQUENCES)
-        ptrs, inside = shares_ptr + 6 * program, program < end
+        ptrs, inside = plan_ptr + 6 * program, program < end
         tl.store(ptrs, sequence, mask=inside)
         tl.store(ptrs + 1, begin, mask=inside)
         tl.store(ptrs + 2, stop, mask=inside)
@@ -125,17 +127,17 @@ def share_kernel(lengths_ptr, bounds_ptr, shares_ptr, n_programs, first, last, f
     if sequence == B - 1:
         for at in range(end, n_programs, SEQUENCES):
             program = at + tl.arange(0, SEQUENCES)
-            tl.store(shares_ptr + 6 * program, -1, mask=program < n_programs)
+            tl.store(plan_ptr + 6 * program, -1, mask=program < n_programs)
 
 
 @triton.jit(do_not_specialize=["pages_ptr", "positions_ptr", "P", "first", "width"])
 def decode_kernel(
-    q_ptr, q_pe_ptr, latents_ptr, scales_ptr, k_pe_ptr, pages_ptr, positions_ptr, shares_ptr, out_ptr, lse_ptr,
+    q_ptr, q_pe_ptr, latents_ptr, scales_ptr, k_pe_ptr, pages_ptr, positions_ptr, plan_ptr, out_ptr, lse_ptr,
     splits_ptr, P, first, width, scale,
     N: tl.constexpr, C: tl.constexpr, R: tl.constexpr, C_PAD: tl.constexpr, R_PAD: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """ROWS of one sequence's (query token, head) rows against one split of its keys, as share_kernel says.
+    """ROWS of one sequence's (query token, head) rows against one split of its keys, as plan_splits_kernel says.
 
     q (T, N, C) absorbed, q_pe (T, N, R). out (programs, width, C) is the result, normalised, lse (programs, width) the
     binary logarithm of what it was divided by, which are this row's weights' sum; no tile has more than `width` rows.
@@ -143,12 +145,12 @@ def decode_kernel(
     how many keys a split has. `scale` includes log2(e). With SWAP all tiles are transposed.
     """
     program = tl.program_id(0)
-    shares_ptr += 6 * program
-    sequence = tl.load(shares_ptr)
+    plan_ptr += 6 * program
+    sequence = tl.load(plan_ptr)
     if sequence < 0:
         return
-    begin, stop, tile = tl.load(shares_ptr + 1), tl.load(shares_ptr + 2), tl.load(shares_ptr + 3)
-    low, keys = tl.load(shares_ptr + 4), tl.load(shares_ptr + 5)
+    begin, stop, tile = tl.load(plan_ptr + 1), tl.load(plan_ptr + 2), tl.load(plan_ptr + 3)
+    low, keys = tl.load(plan_ptr + 4), tl.load(plan_ptr + 5)
     row = tile * ROWS + tl.arange(0, ROWS)
     real = row < (stop - begin) * N
     token = begin + row // N
@@ -362,10 +364,10 @@ def prefill_kernel(
 
 
 @dataclass(frozen=True)
-class Tile:
+class AttentionTile:
     """How a kernel computes: rows and keys of its tile of scores, warps and stages of the pipeline."""
 
-    up_to: float  # rows a sequence has at most: query tokens x heads for decode, query tokens for prefill
+    max_rows: float  # rows a sequence has at most: query tokens x heads for decode, query tokens for prefill
     rows: int
     keys: int
     warps: int
@@ -386,27 +388,27 @@ class Tile:
 # that is used twice, and has no room for them: one stage, and two programs to a multiprocessor; with more than 16 rows
 # (32 of FP8 latents) the result spills on its way through the registers.
 DECODE = {  # by architecture and whether latents are packed
-    ("sm_80", False): (Tile(16, 16, 32, 4, 2), Tile(math.inf, 32, 32, 4, 2)),
-    ("sm_80", True): (Tile(math.inf, 16, 32, 8, 2),),
-    ("sm_89", False): (Tile(16, 16, 32, 4, 2), Tile(math.inf, 32, 32, 4, 2)),
-    ("sm_89", True): (Tile(math.inf, 16, 32, 8, 2),),
+    ("sm_80", False): (AttentionTile(16, 16, 32, 4, 2), AttentionTile(math.inf, 32, 32, 4, 2)),
+    ("sm_80", True): (AttentionTile(math.inf, 16, 32, 8, 2),),
+    ("sm_89", False): (AttentionTile(16, 16, 32, 4, 2), AttentionTile(math.inf, 32, 32, 4, 2)),
+    ("sm_89", True): (AttentionTile(math.inf, 16, 32, 8, 2),),
     ("sm_90", False): (
-        Tile(16, 16, 64, 4, 3, True),
-        Tile(32, 32, 64, 4, 2, True),
-        Tile(math.inf, 64, 64, 8, 2),
+        AttentionTile(16, 16, 64, 4, 3, True),
+        AttentionTile(32, 32, 64, 4, 2, True),
+        AttentionTile(math.inf, 64, 64, 8, 2),
     ),
-    ("sm_90", True): (Tile(math.inf, 64, 32, 8, 2),),
-    ("sm_100", False): (Tile(math.inf, 16, 64, 8, 1, True),),
-    ("sm_100", True): (Tile(16, 16, 64, 8, 1, True), Tile(math.inf, 32, 64, 8, 1, True)),
-    ("gfx942", False): (Tile(16, 16, 32, 4, 1), Tile(math.inf, 32, 32, 4, 1)),
-    ("gfx942", True): (Tile(math.inf, 32, 16, 4, 1),),
+    ("sm_90", True): (AttentionTile(math.inf, 64, 32, 8, 2),),
+    ("sm_100", False): (AttentionTile(math.inf, 16, 64, 8, 1, True),),
+    ("sm_100", True): (AttentionTile(16, 16, 64, 8, 1, True), AttentionTile(math.inf, 32, 64, 8, 1, True)),
+    ("gfx942", False): (AttentionTile(16, 16, 32, 4, 1), AttentionTile(math.inf, 32, 32, 4, 1)),
+    ("gfx942", True): (AttentionTile(math.inf, 32, 16, 4, 1),),
 }
 PREFILL = {
-    "sm_80": (Tile(math.inf, 64, 64, 4, 2),),
-    "sm_89": (Tile(math.inf, 64, 32, 4, 2),),
-    "sm_90": (Tile(math.inf, 128, 64, 8, 3),),
-    "sm_100": (Tile(math.inf, 128, 64, 8, 2),),
-    "gfx942": (Tile(math.inf, 64, 32, 4, 1),),
+    "sm_80": (AttentionTile(math.inf, 64, 64, 4, 2),),
+    "sm_89": (AttentionTile(math.inf, 64, 32, 4, 2),),
+    "sm_90": (AttentionTile(math.inf, 128, 64, 8, 3),),
+    "sm_100": (AttentionTile(math.inf, 128, 64, 8, 2),),
+    "gfx942": (AttentionTile(math.inf, 64, 32, 4, 1),),
 }
 PROGRAMS = 264  # that decode's pages are shared among: two for each multiprocessor of an H200
 FIXED_SPLIT = 512  # keys of a split where a token's result may not depend on its company
@@ -417,10 +419,6 @@ SPLIT_BYTES = 256 << 20  # the most that the results of splits may take
 # for the 16 heads of V3 on one rank of eight 2 (16 x 256 + 576) = 9,344 bytes, so that a slab has 114,912 keys, and a
 # prompt of 131,072 takes two; with all 128 heads 66,688 bytes, 16,100 keys.
 SLAB_BYTES = 1 << 30
-
-
-def _tile(table: tuple[Tile, ...], rows: float) -> Tile:
-    return next(tile for tile in table if rows <= tile.up_to)
 
 
 def _pad(size: int) -> int:
@@ -480,7 +478,7 @@ def decode(
     scale: float,
     fixed: bool = False,
     split_keys: int | None = None,
-    tile: Tile | None = None,
+    tile: AttentionTile | None = None,
 ) -> torch.Tensor:
     """The first sequences' rows in the latent space: q (T, N, C) absorbed, q_pe (T, N, R) to (T, N, C).
 
@@ -491,7 +489,7 @@ def decode(
     r, page = q_pe.shape[-1], latents.shape[1]
     packed = latents.dtype == torch.uint8
     longest_rows = math.inf if fixed else extent.longest_q * n_heads
-    tile = tile or _tile(DECODE[architecture(q.device), packed], longest_rows)
+    tile = tile or tile_for(DECODE[architecture(q.device), packed], longest_rows)
     assert q.is_contiguous() and page % tile.keys == 0 and n_tokens == extent.tokens
     split_keys = FIXED_SPLIT if fixed else split_keys or 0
     assert split_keys % page == 0
@@ -515,7 +513,7 @@ def decode(
         key = extent, first, last, n_heads, tile.rows, split_keys
         if key not in batch.memo:
             batch.memo[key] = torch.empty(programs(last - first), 6, dtype=torch.int32, device=q.device)
-            share_kernel[(extent.n,)](
+            plan_splits_kernel[(extent.n,)](
                 batch.kv_lens, batch.cu_seqlens_q, batch.memo[key], programs(last - first), first, last,
                 split_keys // page, PROGRAMS, n_heads, tile.rows, page, num_warps=1,
             )  # fmt: skip
@@ -533,8 +531,8 @@ def decode(
 
 
 def split_programs(extent: BatchBounds, tokens: int, n_heads: int, rows: int, page: int, split_keys: int) -> int:
-    """How many programs share_kernel numbers at most for so many tokens, in tiles of `rows`; split_keys 0: by its rule.
-    It depends on what the host knows beforehand, and little on the lengths allowed."""
+    """How many programs plan_splits_kernel numbers at most for so many tokens, in tiles of `rows`; split_keys 0: by its
+    rule. It depends on what the host knows beforehand, and little on the lengths allowed."""
     sequences = min(extent.n, tokens)
     most_tiles = triton.cdiv(min(extent.longest_q, tokens) * n_heads, rows)  # of one sequence
     tiles = min(sequences * most_tiles, sequences + tokens * n_heads // rows)
@@ -553,14 +551,14 @@ def prefill(
     w_uv: torch.Tensor,
     scale: float,
     out: torch.Tensor,
-    tile: Tile | None = None,
+    tile: AttentionTile | None = None,
 ) -> None:
     """The sequences of batch.prefill in the multi-head form, into their rows of out (T, N, dv)."""
     extent, skip = batch.prefill, batch.decode.n
     (n_heads, dn, c), dv, r = w_uk.shape, w_uv.shape[1], q_pe.shape[-1]
     page = latents.shape[1]
     assert page % GATHERED == 0
-    tile = tile or _tile(PREFILL[architecture(q_nope.device)], extent.longest_q)
+    tile = tile or tile_for(PREFILL[architecture(q_nope.device)], extent.longest_q)
     per_key = (n_heads * (dn + dv) + c + r) * q_nope.itemsize
     n_slab = min(max(page, SLAB_BYTES // per_key), extent.total_kv)
     lengths, pages, bounds = batch.kv_lens[skip:], batch.pages[skip:], batch.cu_seqlens_q[skip:]
@@ -593,79 +591,6 @@ def _pool(latents: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor | N
     if latents.dtype != torch.uint8:
         return flat, None, flat[c:]
     after = c + 4 * triton.cdiv(c, BLOCK_SIZE)
-    native = _converts(torch.float8_e4m3fn, architecture(latents.device)) and not INTERPRETED.value
+    native = converts_fp8(torch.float8_e4m3fn, architecture(latents.device)) and not INTERPRETED.value
     values = flat.view(torch.float8_e4m3fn) if native else flat
     return values, flat.view(torch.float32)[c // 4 :], flat.view(torch.bfloat16)[after // 2 :]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What there is to compile
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def configurations() -> Iterator[Configuration]:
-    """Every kernel as it is compiled for V3's dimensions, with all heads and with those of one rank of eight."""
-    dims = {"C": 512, "R": 64, "C_PAD": 512, "R_PAD": 64, "PAGE": 64}
-    heads = {"DN": 128, "R": 64, "DV": 128, "DN_PAD": 128, "R_PAD": 64, "DV_PAD": 128}
-    queries = {"q_ptr": "*bf16", "q_pe_ptr": "*bf16", "positions_ptr": "*i64", "scale": "fp32"}
-    slab = {"lengths_ptr": "*i32", "ends_ptr": "*i32", "slab": "i32", "n_slab": "i32"}
-    for (target, packed), tiles in DECODE.items():
-        native = "*fp8e4nv" if _converts(torch.float8_e4m3fn, target) else "*u8"
-        pool = {"latents_ptr": native, "scales_ptr": "*fp32"} if packed else {"latents_ptr": "*bf16"}
-        pool |= {"pages_ptr": "*i32", "P": "i32"}
-        none = {} if packed else {"scales_ptr": None}
-        kind = f"{target} {'fp8' if packed else 'bf16'}"
-        for n_heads, tile in itertools.product((16, 128), tiles):
-            if tile.up_to < n_heads:
-                continue
-            yield Configuration(
-                f"decode {kind} {n_heads} heads {tile.rows}x{tile.keys}",
-                decode_kernel,
-                target,
-                queries
-                | pool
-                | {"k_pe_ptr": "*bf16", "out_ptr": "*fp32", "lse_ptr": "*fp32", "splits_ptr": "*i32"}
-                | {"shares_ptr": "*i32", "first": "i32", "width": "i32"},
-                none | dims | {"N": n_heads, "SWAP": tile.swap} | tile.constexprs(),
-                tile.options(),
-            )
-        yield Configuration(
-            f"gather {kind}",
-            gather_kernel,
-            target,
-            pool | slab | {"k_pe_in_ptr": "*bf16", "c_kv_ptr": "*bf16", "k_pe_ptr": "*bf16"},
-            none | dims | {"KEYS": GATHERED},
-            {"num_warps": GATHER_WARPS},
-        )
-    for target, tiles in PREFILL.items():
-        for n_heads, tile in itertools.product((16, 128), tiles):
-            yield Configuration(
-                f"prefill {target} {n_heads} heads {tile.rows}x{tile.keys}",
-                prefill_kernel,
-                target,
-                queries
-                | slab
-                | {"bounds_ptr": "*i32"}
-                | dict.fromkeys(("k_ptr", "k_pe_ptr", "v_ptr", "out_ptr"), "*bf16")
-                | {"state_ptr": "*fp32", "lse_ptr": "*fp32"},
-                heads | {"N": n_heads, "Q_TOKEN": n_heads * 192, "Q_HEAD": 192} | tile.constexprs(),
-                tile.options(),
-            )
-        numbers = ("n_programs", "first", "last", "fixed_pages", "PROGRAMS", "N", "ROWS", "PAGE")
-        yield Configuration(
-            f"share {target}",
-            share_kernel,
-            target,
-            dict.fromkeys(("lengths_ptr", "bounds_ptr", "shares_ptr"), "*i32") | dict.fromkeys(numbers, "i32"),
-            {},
-            {"num_warps": 1},
-        )
-        yield Configuration(
-            f"combine_splits {target}",
-            combine_splits_kernel,
-            target,
-            {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "splits_ptr": "*i32", "positions_ptr": "*i64"}
-            | {"out_ptr": "*bf16", "first": "i32"},
-            {"N": 128, "C": 512, "COLUMNS": COLUMNS, "SPLITS": SPLITS},
-            {"num_warps": COMBINE_WARPS},
-        )

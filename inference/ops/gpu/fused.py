@@ -9,7 +9,6 @@ for the last bit of an exponential.
 Tiles are (…, 128): one scale to a line.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,27 +17,8 @@ import triton.language as tl
 
 from core.config import BLOCK_SIZE
 from ops.formats import Quantised, Scales, packed_latent_bytes
-from ops.gpu.gemm import W8A8, W8A16, Configuration, _view, cast, fp8_dtype, round_e4m3, round_up_to_power_of_two
-
-SCALE_BLOCK = tl.constexpr(BLOCK_SIZE)
-
-
-@triton.jit
-def quantise(x, dtype: tl.constexpr, UE8M0: tl.constexpr, FNUZ: tl.constexpr):
-    """float32 x (…, 128) to FP8 of the type (uint8: its bytes) and float32 scales (…). See reference.act_quant."""
-    LAST: tl.constexpr = len(x.shape) - 1
-    # Positive floats are ordered as their bits are, with NaN last: unlike a float maximum this keeps it. The other
-    # number is 1e-4.
-    amax = tl.maximum(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=LAST), 0x38D1B717)
-    s = tl.div_rn(amax.to(tl.float32, bitcast=True), 240.0 if FNUZ else 448.0)
-    if UE8M0:
-        s = round_up_to_power_of_two(s)
-    y = tl.div_rn(x, tl.broadcast_to(tl.expand_dims(s, LAST), x.shape))
-    if dtype == tl.uint8:
-        q = round_e4m3(y, FNUZ)
-    else:
-        q = y.to(dtype)
-    return q, s
+from ops.gpu.casts import SCALE_BLOCK, cast, quantise
+from ops.gpu.device import fp8_dtype, kernel_view
 
 
 @triton.jit
@@ -118,7 +98,7 @@ def norm(
         tile, options = norm_tile(h)
         norm_kernel[(triton.cdiv(t, tile["ROWS"]),)](
             x, None if delta is None else delta.contiguous(), weight, None if delta is None else total, y,
-            None if q is None else _view(q), s, t, h, x.stride(0), eps,
+            None if q is None else kernel_view(q), s, t, h, x.stride(0), eps,
             **tile, UE8M0=fp8 == "ue8m0", FNUZ=q is not None and q.dtype == torch.float8_e4m3fnuz, **options,
         )  # fmt: skip
     if q is None or s is None:
@@ -203,7 +183,7 @@ def silu_mul(
         blocks = rows * triton.cdiv(inter, BLOCK_SIZE)
         tile, options = silu_mul_tile(blocks)
         silu_mul_kernel[(triton.cdiv(blocks, tile["GROUPS"]),)](
-            gate_up, y, None if q is None else _view(q), s, rows, inter, width // 2, gate_up.stride(-2),
+            gate_up, y, None if q is None else kernel_view(q), s, rows, inter, width // 2, gate_up.stride(-2),
             gate_up.stride(0), PARTS=parts, ROUNDED=TYPES[rounded],
             **tile, UE8M0=fp8 == "ue8m0", FNUZ=q is not None and q.dtype == torch.float8_e4m3fnuz, **options,
         )  # fmt: skip
@@ -308,92 +288,3 @@ def latent_write(
             c, rope, n, c_kv.stride(0), k_pe.stride(0), q_pe.stride(0), q_pe.stride(1), eps, **tile, **options,
         )  # fmt: skip
     return out
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What there is to compile
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def configurations() -> Iterator[Configuration]:
-    """Every kernel at the largest released sizes, in bfloat16, so that each of its branches occurs on each architecture
-    (those that quantise where FP8 is multiplied)."""
-    bf16, f32, size = "*bf16", "*fp32", "i32"
-    for target in W8A16:
-        native = "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"
-        fnuz = target == "gfx942"
-
-        def configuration(
-            name: str,
-            kernel: Any,
-            pointers: dict[str, str | None],
-            sizes: dict[str, str],
-            tile: tuple[dict[str, int], dict[str, Any]],
-            constexprs: dict[str, Any],
-            target: str = target,
-        ) -> Configuration:
-            types = {n: t for n, t in pointers.items() if t} | sizes
-            absent = {n: None for n, t in pointers.items() if not t}
-            return Configuration(f"{name} {target}", kernel, target, types, absent | tile[0] | constexprs, tile[1])
-
-        sizes = {"M": size, "H": size, "x_stride": size, "eps": "fp32"}
-        for h, add, keep, fp8 in (
-            (7168, True, True, None),
-            (7168, True, True, "float32"),
-            (7168, True, False, "ue8m0"),
-            (1536, False, False, "float32"),
-        ):
-            if fp8 and target not in W8A8:
-                continue
-            pointers = {
-                "x_ptr": bf16,
-                "delta_ptr": bf16 if add else None,
-                "weight_ptr": bf16,
-                "total_ptr": bf16 if add else None,
-                "y_ptr": bf16 if keep else None,
-                "q_ptr": native if fp8 else None,
-                "s_ptr": f32 if fp8 else None,
-            }
-            name = f"norm {h} {'add ' * add}{'keep ' * keep}{fp8}"
-            constexprs = {"UE8M0": fp8 == "ue8m0", "FNUZ": fnuz and fp8 is not None}
-            yield configuration(name, norm_kernel, pointers, sizes, norm_tile(h), constexprs)
-
-        sizes = {"M": size, "inter": size, "up": size, "stride": size, "part_stride": size}
-        for blocks, fp8, parts in (
-            (FEW_BLOCKS + 1, None, 1),
-            (1, "float32", 1),
-            (FEW_BLOCKS + 1, "ue8m0", 1),
-            (1, None, 2),
-            (1, "float32", 16),
-        ):
-            if fp8 and target not in W8A8:
-                continue
-            pointers = {
-                "gate_up_ptr": bf16 if parts == 1 else f32,
-                "y_ptr": None if fp8 else bf16,
-                "q_ptr": native if fp8 else None,
-                "s_ptr": f32 if fp8 else None,
-            }
-            formats = {"UE8M0": fp8 == "ue8m0", "FNUZ": fnuz and fp8 is not None}
-            constexprs = formats | {"PARTS": parts, "ROUNDED": tl.bfloat16}
-            name = f"silu_mul {'few' if blocks <= FEW_BLOCKS else 'many'} {fp8}{f' {parts} parts' * (parts > 1)}"
-            yield configuration(name, silu_mul_kernel, pointers, sizes, silu_mul_tile(blocks), constexprs)
-
-        strides = ("c_kv_stride", "k_pe_stride", "q_token_stride", "q_head_stride")
-        sizes = dict.fromkeys(("C", "R", "N", *strides), size) | {"eps": "fp32"}
-        for pool in (bf16, "*u8"):
-            pointers = {
-                "c_kv_ptr": bf16,
-                "k_pe_ptr": bf16,
-                "weight_ptr": bf16,
-                "cos_ptr": f32,
-                "sin_ptr": f32,
-                "q_pe_ptr": bf16,
-                "slots_ptr": "*i64",
-                "latents_ptr": pool,
-                "scales_ptr": f32 if pool == "*u8" else None,
-                "k_latents_ptr": bf16,
-                "out_ptr": bf16,
-            }
-            name = f"latent_write {'fp8' if pool == '*u8' else 'bf16'}"
-            yield configuration(name, latent_write_kernel, pointers, sizes, latent_write_tile(512, 64), {})

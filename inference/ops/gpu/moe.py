@@ -5,7 +5,7 @@ the layer. What is different from token to token, which expert gets how many row
 of row tiles; it is launched as long as it can possibly be, and programs without a tile return at once.
 
 Launches of a layer in W8A8, its input quantised beforehand: the router's counters zeroed 1, `router` 1, `sort` 1,
-`grouped_gemm` up 1, kernel_fused.silu_mul 1, `grouped_gemm` down 1, `combine` 1, in all 7, whatever the number of
+`grouped_gemm` up 1, fused.silu_mul 1, `grouped_gemm` down 1, `combine` 1, in all 7, whatever the number of
 tokens and experts. What the shared experts launch runs beside them on a second stream.
 
 Names: T tokens, K experts a token, E experts, H the model's width. The assignment a = t * K + k is token t's k-th
@@ -13,237 +13,21 @@ expert.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from core.config import BLOCK_SIZE
-from ops.formats import Quantised, Routing, Weight
-from ops.gpu import fused as kernel_fused
-from ops.gpu import gemm as kernel
-from ops.gpu.gemm import SCALE_BLOCK, Configuration, Tile, architecture, cast, dot_operand
-from ops.gpu.tiles import PROCESSORS, split_for
-
-LEAST = tl.constexpr(-(2**31))  # below the key of every float
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Router
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def sortable(x):
-    """Integers in the order of the float32 x; both zeros are one, and NaN is the greatest, as for torch.topk."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
-
-
-@triton.jit
-def take_best(key, index, NONE: tl.constexpr):
-    """Each row's greatest key and its index, the lowest of equals, and the keys without it."""
-    best = tl.max(key, axis=1)
-    at = tl.min(tl.where(key == best[:, None], index[None, :], NONE), axis=1)
-    return best, at, tl.where(index[None, :] == at[:, None], LEAST, key)
-
-
-@triton.jit(do_not_specialize=["T"])
-def router_kernel(
-    x_ptr, w_ptr, bias_ptr, weights_ptr, ids_ptr, partial_ptr, counter_ptr, T, H, route_scale,
-    E: tl.constexpr, TOP_K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
-    SIGMOID: tl.constexpr, TOP2: tl.constexpr, NORMALISE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Logits of BLOCK_T tokens by BLOCK_E experts over CHUNK blocks of channels; the last program of a row of tiles to
-    arrive adds up its tokens' partial logits, in the order of the channels, and chooses. See reference.route.
-
-    GROUPS > 1: all but the KEPT best groups of experts are left out, a group being worth its best choice, or with TOP2
-    the sum of its two best. counter (row tiles,) starts at zero.
-    """
-    SIZE: tl.constexpr = E // GROUPS
-    # Experts lie in columns: a group's in a power of two of them, so that groups are rows of a reshaped tile.
-    PADDED_GROUPS: tl.constexpr = triton.next_power_of_2(GROUPS)
-    PADDED_SIZE: tl.constexpr = triton.next_power_of_2(SIZE)
-    COLUMNS: tl.constexpr = PADDED_GROUPS * PADDED_SIZE
-    PADDED_K: tl.constexpr = triton.next_power_of_2(TOP_K)
-
-    pid_t, pid_e, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    e = pid_e * BLOCK_E + tl.arange(0, BLOCK_E)
-    h = split * CHUNK * SCALE_BLOCK + tl.arange(0, SCALE_BLOCK)
-    x_ptrs = x_ptr + tl.minimum(t, T - 1).to(tl.int64)[:, None] * H + h[None, :]
-    w_ptrs = w_ptr + tl.minimum(e, E - 1)[:, None] * H + h[None, :]
-    acc = tl.zeros((BLOCK_E, BLOCK_T), tl.float32)
-    for i in tl.range(0, CHUNK, num_stages=STAGES):
-        inside = (h + i * SCALE_BLOCK < H)[None, :]
-        x, w = tl.load(x_ptrs, mask=inside, other=0.0), tl.load(w_ptrs, mask=inside, other=0.0)
-        if w.dtype != tl.float32:
-            x, w = dot_operand(x, False), dot_operand(w, False)
-        acc = tl.dot(w, x.T, acc, input_precision="ieee")
-        x_ptrs += SCALE_BLOCK
-        w_ptrs += SCALE_BLOCK
-    out_ptrs = partial_ptr + (split * T + t).to(tl.int64)[:, None] * E + e[None, :]
-    tl.store(out_ptrs, acc.T, mask=(t < T)[:, None] & (e < E)[None, :])
-
-    tl.debug_barrier()  # all of this program's partial logits are written before it reports them
-    n_splits = tl.num_programs(2)
-    arrived = tl.atomic_add(counter_ptr + pid_t, 1, sem="acq_rel")
-    if arrived == tl.num_programs(1) * n_splits - 1:
-        column = tl.arange(0, COLUMNS)
-        expert = column // PADDED_SIZE * SIZE + column % PADDED_SIZE
-        exists = (column % PADDED_SIZE < SIZE) & (column // PADDED_SIZE < GROUPS)
-        group = tl.arange(0, PADDED_GROUPS)
-        rank = tl.arange(0, PADDED_K)
-        for first in range(0, BLOCK_T, ROWS):
-            row = pid_t * BLOCK_T + first + tl.arange(0, ROWS)
-            read = (row < T)[:, None] & exists[None, :]
-            logits = tl.zeros((ROWS, COLUMNS), tl.float32)
-            for s in tl.range(0, n_splits, loop_unroll_factor=4):
-                ptrs = partial_ptr + (s * T + row).to(tl.int64)[:, None] * E + expert[None, :]
-                logits += tl.load(ptrs, mask=read, other=0.0, cache_modifier=".cg")  # past the first-level cache
-
-            if SIGMOID:
-                scores = tl.div_rn(tl.full(logits.shape, 1.0, tl.float32), 1.0 + tl.exp(-logits))
-            else:
-                peak = tl.max(tl.where(exists[None, :], logits, float("-inf")), axis=1)
-                scores = tl.where(exists[None, :], tl.exp(logits - peak[:, None]), 0.0)
-                scores = tl.div_rn(scores, tl.broadcast_to(tl.sum(scores, axis=1)[:, None], scores.shape))
-            choice = scores
-            if bias_ptr is not None:
-                choice += tl.load(bias_ptr + expert, mask=exists, other=0.0)[None, :]
-            key = tl.where(exists[None, :], sortable(choice), LEAST)
-
-            if GROUPS > 1:
-                grouped = tl.reshape(key, (ROWS * PADDED_GROUPS, PADDED_SIZE))
-                member = tl.arange(0, PADDED_SIZE)
-                worth, _member, rest = take_best(grouped, member, PADDED_SIZE)
-                if TOP2:
-                    worth = sortable(unsorted(worth) + unsorted(tl.max(rest, axis=1)))
-                worth = tl.reshape(worth, (ROWS, PADDED_GROUPS))
-                worth = tl.where((group < GROUPS)[None, :], worth, LEAST)
-                # A group's place is the number of groups that beat it, as those of lower number do at a tie.
-                here, there = worth[:, :, None], worth[:, None, :]
-                earlier = group[None, None, :] < group[None, :, None]
-                beaten = (there > here) | ((there == here) & earlier)
-                kept = tl.sum(beaten.to(tl.int32), axis=2) < KEPT  # (ROWS, PADDED_GROUPS)
-                kept = tl.broadcast_to(kept[:, :, None], (ROWS, PADDED_GROUPS, PADDED_SIZE))
-                kept = tl.reshape(kept, (ROWS, COLUMNS))
-                key = tl.where(kept, key, LEAST)
-
-            ids = tl.zeros((ROWS, PADDED_K), tl.int32)
-            weights = tl.zeros((ROWS, PADDED_K), tl.float32)
-            for k in range(TOP_K):
-                _, at, key = take_best(key, column, COLUMNS)
-                mine = column[None, :] == at[:, None]
-                weight = tl.sum(tl.where(mine, scores, 0.0), axis=1)
-                chosen = at // PADDED_SIZE * SIZE + at % PADDED_SIZE
-                ids = tl.where((rank == k)[None, :], chosen[:, None], ids)
-                weights = tl.where((rank == k)[None, :], weight[:, None], weights)
-            if NORMALISE:
-                total = tl.sum(weights, axis=1) + 1e-20
-                weights = tl.div_rn(weights, tl.broadcast_to(total[:, None], weights.shape))
-            place = row.to(tl.int64)[:, None] * TOP_K + rank[None, :]
-            written = (row < T)[:, None] & (rank < TOP_K)[None, :]
-            tl.store(weights_ptr + place, weights * route_scale, mask=written)
-            tl.store(ids_ptr + place, ids.to(tl.int64), mask=written)
-
-
-@triton.jit
-def unsorted(key):
-    """The float32 whose `sortable` key it is."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@dataclass(frozen=True)
-class RouterTile:
-    """How router_kernel computes: a program's tokens and experts, into how many parts the channels are cut at most,
-    how many tokens choose at a time, the warps and the pipeline's stages."""
-
-    up_to: float  # the most tokens it is for
-    block_t: int
-    block_e: int
-    splits: int
-    rows: int
-    warps: int
-    stages: int
-
-    def chunk(self, h: int) -> int:
-        """Blocks of channels to a program."""
-        return triton.cdiv(triton.cdiv(h, BLOCK_SIZE), self.splits)
-
-    def constexprs(self) -> dict[str, Any]:
-        return {"BLOCK_T": self.block_t, "BLOCK_E": self.block_e, "ROWS": self.rows, "STAGES": self.stages}
-
-
-# With few tokens the weights (3.7 MB in V3) are read by as many programs as there are multiprocessors; the more tokens,
-# the fewer parts, as each part's logits are written and read again.
-ROUTER = {
-    "sm_80": (
-        RouterTile(4, 16, 64, 28, 4, 4, 3),
-        RouterTile(64, 16, 64, 14, 8, 4, 3),
-        RouterTile(512, 32, 64, 4, 8, 4, 3),
-        RouterTile(math.inf, 64, 128, 1, 16, 8, 3),
-    ),
-    "sm_89": (
-        RouterTile(4, 16, 64, 28, 4, 4, 3),
-        RouterTile(64, 16, 64, 14, 8, 4, 3),
-        RouterTile(512, 32, 64, 4, 8, 4, 3),
-        RouterTile(math.inf, 64, 64, 1, 16, 8, 3),
-    ),
-    "gfx942": (
-        RouterTile(4, 16, 64, 28, 4, 4, 2),
-        RouterTile(64, 16, 64, 14, 8, 4, 2),
-        RouterTile(512, 32, 64, 4, 8, 4, 2),
-        RouterTile(math.inf, 64, 64, 1, 16, 8, 2),
-    ),
-}
-ROUTER |= {"sm_90": ROUTER["sm_80"], "sm_100": ROUTER["sm_80"]}
-ROUTER_FLOAT32 = (RouterTile(math.inf, 16, 32, 8, 8, 4, 2),)  # for comparisons, not for speed
-
-
-def rule_constexprs(n_experts: int, rule: Routing) -> dict[str, Any]:
-    groups = 1 if rule.topk_method == "greedy" else rule.n_groups
-    return {
-        "E": n_experts, "TOP_K": rule.top_k, "GROUPS": groups, "KEPT": rule.n_limited_groups,
-        "SIGMOID": rule.score_func == "sigmoid", "TOP2": rule.topk_method == "noaux_tc", "NORMALISE": rule.normalise,
-    }  # fmt: skip
-
-
-def router(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None,
-    rule: Routing,
-    invariant: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As reference.router: x (T, H), w (E, H) both bfloat16 or both float32, bias (E,) float32, to weights (T, K)
-    float32 and ids (T, K) int64.
-
-    With `invariant` the channels are cut alike for any T, so that a token's bits do not depend on its company.
-    """
-    (n, h), n_experts = x.shape, w.shape[0]
-    assert w.shape == (n_experts, h) and x.dtype == w.dtype, (x.shape, x.dtype, w.shape, w.dtype)
-    assert x.is_contiguous() and w.is_contiguous() and (bias is None or bias.dtype == torch.float32)
-    weights = torch.empty(n, rule.top_k, dtype=torch.float32, device=x.device)
-    ids = torch.empty(n, rule.top_k, dtype=torch.int64, device=x.device)
-    if n:
-        table = ROUTER_FLOAT32 if x.dtype == torch.float32 else ROUTER[architecture(x.device)]
-        tile = table[0] if invariant else tile_for(table, n)
-        chunk = tile.chunk(h)
-        grid = triton.cdiv(n, tile.block_t), triton.cdiv(n_experts, tile.block_e), triton.cdiv(h, chunk * BLOCK_SIZE)
-        partial = torch.empty(grid[2], n, n_experts, dtype=torch.float32, device=x.device)
-        counter = torch.zeros(grid[0], dtype=torch.int32, device=x.device)
-        router_kernel[grid](
-            x, w, bias, weights, ids, partial, counter, n, h, rule.route_scale,
-            CHUNK=chunk, **rule_constexprs(n_experts, rule), **tile.constexprs(), num_warps=tile.warps,
-        )  # fmt: skip
-    return weights, ids
-
+from ops.formats import Quantised, Weight
+from ops.gpu import fused, tiles
+from ops.gpu.casts import SCALE_BLOCK, cast
+from ops.gpu.device import architecture, kernel_view
+from ops.gpu.gemm import multiply_rows
+from ops.gpu.quantisation import act_quant
+from ops.gpu.tiles import Tile, split_for_few_rows, tile_for
 
 # --------------------------------------------------------------------------------------------------------------------
 # Sorting assignments by expert
@@ -303,12 +87,12 @@ def sort(ids: torch.Tensor, first: int, n_local: int, block_m: int) -> tuple[tor
     """As reference.sort, except that what that fills with -1 here is not written, but for an unused tile's expert."""
     n = ids.numel()
     order = torch.empty(n, dtype=torch.int32, device=ids.device)
-    tiles = torch.empty(max_tiles(n, n_local, block_m), 3, dtype=torch.int32, device=ids.device)
+    row_tiles = torch.empty(max_tiles(n, n_local, block_m), 3, dtype=torch.int32, device=ids.device)
     chunk = next((c for c in SORT_CHUNKS if n <= c), SORT_CHUNKS[-1])
     assert ids.is_contiguous()
     if n:
-        sort_kernel[(n_local,)](ids, order, tiles, n, first, len(tiles), block_m, N_LOCAL=n_local, CHUNK=chunk)
-    return order, tiles
+        sort_kernel[(n_local,)](ids, order, row_tiles, n, first, len(row_tiles), block_m, N_LOCAL=n_local, CHUNK=chunk)
+    return order, row_tiles
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -325,11 +109,9 @@ def grouped_gemm_kernel(
     """out[a] = x[a // SHARE] times its expert's w (N, K) transposed, for the assignments a of one row tile.
 
     FP8 by FP8; without x_s_ptr bfloat16 by FP8; without w_s_ptr as well, bfloat16 or float32 by the same. See
-    reference.grouped_gemm, and kernel.gemm_kernel, which this follows. Rows past a tile's end repeat its last one and
-    are not stored. With SPLIT the grid's second axis cuts K in parts, and out[part, a] takes the sum of each.
+    reference.grouped_gemm. Rows past a tile's end repeat its last one and are not stored. With SPLIT out[part, a] takes
+    the sum of each part of K.
     """
-    FP8: tl.constexpr = x_s_ptr is not None
-    SCALED: tl.constexpr = w_s_ptr is not None
     n_tiles = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     pid_m, pid_n = tl.swizzle2d(pid // n_tiles, pid % n_tiles, m_tiles, n_tiles, GROUP_M)
@@ -342,48 +124,13 @@ def grouped_gemm_kernel(
     a = tl.load(order_ptr + start + tl.minimum(m, rows - 1)).to(tl.int64)
     x_row = a // SHARE
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_read = tl.minimum(n, N - 1).to(tl.int64)
-    k = tl.arange(0, SCALE_BLOCK)
-
-    k_blocks = tl.cdiv(K, SCALE_BLOCK)  # in a row, that is; `blocks` are this program's, `channels` as far as the end
-    blocks, channels = k_blocks, K
-    if SCALED:  # BLOCK_N divides 128: one scale to a tile
-        w_s_ptr += (expert * tl.cdiv(N, SCALE_BLOCK) + pid_n * BLOCK_N // SCALE_BLOCK) * k_blocks
-    if SPLIT:
-        per_part = tl.cdiv(k_blocks, tl.num_programs(1))
-        first = tl.program_id(1) * per_part
-        blocks = tl.minimum(per_part, k_blocks - first)  # below 1 where earlier parts took them all
-        channels -= first * SCALE_BLOCK
-        x_ptr += first * SCALE_BLOCK
-        w_ptr += first * SCALE_BLOCK
-        if SCALED:
-            w_s_ptr += first
-        if FP8:
-            x_s_ptr += first
-    x_ptrs = x_ptr + x_row[:, None] * K + k[None, :]
-    w_ptrs = w_ptr + (expert * N + n_read)[:, None] * K + k[None, :]
-    if FP8:
-        x_s_ptrs = x_s_ptr + x_row * k_blocks
-
-    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
-    for i in tl.range(0, blocks, num_stages=STAGES):
-        inside = (k < channels - i * SCALE_BLOCK)[None, :]
-        x, w = tl.load(x_ptrs, mask=inside, other=0.0), tl.load(w_ptrs, mask=inside, other=0.0)
-        if w.dtype != tl.float32:
-            x, w = dot_operand(x, FP8), dot_operand(w, FP8)
-        if SCALED:
-            scale = tl.load(w_s_ptr + i)
-            if FP8:
-                scale = tl.load(x_s_ptrs + i) * scale
-                scale = scale[None, :] if SWAP else scale[:, None]
-            acc += (tl.dot(w, x.T) if SWAP else tl.dot(x, w.T)) * scale
-        else:
-            if SWAP:
-                acc = tl.dot(w, x.T, acc, input_precision="ieee")
-            else:
-                acc = tl.dot(x, w.T, acc, input_precision="ieee")
-        x_ptrs += SCALE_BLOCK
-        w_ptrs += SCALE_BLOCK
+    w_row = expert * N + tl.minimum(n, N - 1).to(tl.int64)
+    if w_s_ptr is not None:  # BLOCK_N divides 128: one scale to a tile
+        s_row = expert * tl.cdiv(N, SCALE_BLOCK) + pid_n * BLOCK_N // SCALE_BLOCK
+        w_s_ptr += s_row * tl.cdiv(K, SCALE_BLOCK)
+    acc = multiply_rows(
+        x_ptr, x_s_ptr, x_row, w_ptr, w_s_ptr, w_row, K, BLOCK_M, BLOCK_N, STAGES, SWAP, SPLIT
+    )  # fmt: skip
 
     out = cast(acc, out_ptr.dtype.element_ty)
     if SPLIT:
@@ -392,86 +139,11 @@ def grouped_gemm_kernel(
     tl.store(out_ptrs, out.T if SWAP else out, mask=(m < rows)[:, None] & (n < N)[None, :])
 
 
-# Keyed on the mean number of rows an expert gets; the rest as in kernel.py. Both products of a layer share a row's
-# block_m, since they share its table of tiles. tests/test_compile.py holds every row to the limits and to its
-# tensor-core instruction.
-W8A8 = {
-    "sm_89": (
-        Tile(32, 16, 64, False, 4, 4),
-        Tile(math.inf, 64, 128, False, 4, 3),
-    ),
-    "sm_90": (
-        Tile(12, 16, 64, True, 4, 6),
-        Tile(32, 32, 64, True, 4, 6),
-        Tile(math.inf, 64, 128, False, 4, 3),
-    ),
-    "sm_100": (
-        Tile(12, 16, 64, True, 4, 6),
-        Tile(32, 32, 64, True, 4, 5),
-        Tile(math.inf, 64, 128, False, 4, 4),
-    ),
-    "gfx942": (
-        Tile(64, 32, 32, False, 4, 2),
-        Tile(math.inf, 64, 64, False, 4, 2),
-    ),
-}
-W8A16 = {
-    "sm_80": (
-        Tile(12, 16, 64, False, 4, 5),
-        Tile(math.inf, 64, 64, False, 4, 4),
-    ),
-    "sm_89": (
-        Tile(12, 16, 64, False, 4, 5),
-        Tile(math.inf, 64, 64, False, 4, 4),
-    ),
-    "sm_90": (
-        Tile(12, 16, 64, True, 4, 5),
-        Tile(32, 32, 64, True, 4, 4),
-        Tile(math.inf, 64, 64, True, 4, 4),
-    ),
-    "sm_100": (
-        Tile(12, 16, 64, True, 4, 5),
-        Tile(32, 32, 64, True, 4, 4),
-        Tile(math.inf, 64, 64, True, 4, 4),
-    ),
-    "gfx942": (
-        Tile(12, 16, 64, False, 4, 2),
-        Tile(math.inf, 64, 64, False, 4, 2),
-    ),
-}
-PLAIN = {
-    "sm_80": (
-        Tile(12, 16, 64, False, 4, 4),
-        Tile(math.inf, 64, 128, False, 4, 3),
-    ),
-    "sm_89": (
-        Tile(12, 16, 64, False, 4, 4),
-        Tile(math.inf, 64, 64, False, 4, 3),
-    ),
-    "sm_90": (
-        Tile(12, 16, 64, True, 4, 5),
-        Tile(32, 32, 64, True, 4, 5),
-        Tile(math.inf, 64, 128, False, 4, 4),
-    ),
-    "sm_100": (
-        Tile(12, 16, 64, True, 4, 5),
-        Tile(32, 32, 64, True, 4, 5),
-        Tile(math.inf, 64, 128, False, 4, 4),
-    ),
-    "gfx942": (
-        Tile(12, 16, 64, False, 4, 2),
-        Tile(math.inf, 64, 64, False, 4, 2),
-    ),
-}
-GROUP_M = 16  # row tiles whose programs run together, so that an expert's weights stay in the L2 cache
-FLOAT32 = (Tile(math.inf, 16, 32, False, 4, 2),)  # for comparisons, not for speed
-
-
-def table_for(w: Weight, device: torch.device) -> tuple[Tile, ...]:
+def grouped_tiles(w: Weight, device: torch.device) -> tuple[Tile, ...]:
     """The tiles that serve a weight, by what it is multiplied with."""
     if w.data.dtype == torch.float32:
-        return FLOAT32
-    tables = PLAIN if w.scale is None else W8A8 if w.fp8 else W8A16
+        return tiles.GROUPED_FLOAT32
+    tables = tiles.GROUPED_PLAIN if w.scale is None else tiles.GROUPED_W8A8 if w.fp8 else tiles.GROUPED_W8A16
     return tables[architecture(device)]
 
 
@@ -479,12 +151,12 @@ def grouped_gemm(
     x: torch.Tensor | Quantised,
     w: Weight,
     order: torch.Tensor,
-    tiles: torch.Tensor,
+    row_tiles: torch.Tensor,
     share: int,
     tile: Tile,
 ) -> torch.Tensor:
     """As reference.grouped_gemm, with the table of tiles in the place of bounds: x (R, K) and w (E, N, K) to
-    (R * share, N) in x's dtype, of which only the rows in `order` are written. tiles are `sort`'s for tile.block_m.
+    (R * share, N) in x's dtype, of which only the rows in `order` are written. row_tiles are `sort`'s for tile.block_m.
     Where the tile splits K: to float32 sums (parts, R * share, N), which silu_mul adds up.
     """
     values, scales, dtype = (x.q, x.s, x.dtype) if isinstance(x, Quantised) else (x, None, x.dtype)
@@ -493,42 +165,23 @@ def grouped_gemm(
     assert w.data.shape == (n_experts, n, k), (values.shape, w.data.shape)
     assert w.scale is None or w.scale.shape == (n_experts, *blocks), (w.data.shape, w.scale.shape)
     assert (scales is not None) == (w.fp8 is not None) and (scales is None or scales.shape == (rows, blocks[1]))
-    assert len(order) == rows * share and all(t.is_contiguous() for t in (values, w.data, order, tiles))
+    assert len(order) == rows * share and all(t.is_contiguous() for t in (values, w.data, order, row_tiles))
     assert values.dtype == (w.data.dtype if w.scale is None or w.fp8 else torch.bfloat16), (values.dtype, w.data.dtype)
     shape, dtype = ((tile.split, rows * share, n), torch.float32) if tile.split > 1 else ((rows * share, n), dtype)
     out = torch.empty(shape, dtype=dtype, device=values.device)
     if out.numel():
-        grouped_gemm_kernel[(len(tiles) * triton.cdiv(n, tile.block_n), tile.split)](
-            values if scales is None else kernel._view(values), scales,
-            w.data if w.scale is None else kernel._view(w.data), w.scale,
-            out, order, tiles, len(tiles), rows * share, n, k, SHARE=share, **constexprs(tile, k), **tile.options(),
+        grouped_gemm_kernel[(len(row_tiles) * triton.cdiv(n, tile.block_n), tile.split)](
+            values if scales is None else kernel_view(values), scales,
+            w.data if w.scale is None else kernel_view(w.data), w.scale,
+            out, order, row_tiles, len(row_tiles), rows * share, n, k, SHARE=share,
+            **tile.for_channels(k).constexprs(), **tile.options(),
         )  # fmt: skip
     return out
 
 
-def constexprs(tile: Tile, k: int) -> dict[str, Any]:
-    """A tile's, with no more stages than there are steps: an expert cut on its inner width has two of them."""
-    stages = max(2, min(tile.stages, triton.cdiv(k, BLOCK_SIZE)))
-    sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "GROUP_M": GROUP_M}
-    return sizes | {"SWAP": tile.swap, "STAGES": stages, "SPLIT": tile.split > 1}
-
-
-def tile_for(table: tuple[Any, ...], size: float) -> Any:
-    """The row of a table that serves so many tokens, or rows to an expert."""
-    return next(tile for tile in table if size <= tile.up_to)
-
-
-def split_up(tile: Tile, rows: float, n_local: int, n: int, k: int, arch: str) -> Tile:
-    """For gate and up, of the tile for the fewest rows to an expert: with K in so many parts that (nearly) every
-    multiprocessor has a program, when all experts together are expected to have so many rows here."""
-    used = min(math.ceil(rows), n_local)  # row tiles: with few rows hardly one falls to an expert that has one already
-    programs = used * triton.cdiv(n, tile.block_n)
-    return replace(tile, split=split_for(programs, triton.cdiv(k, BLOCK_SIZE), PROCESSORS[arch]))
-
-
-def quantise(x: torch.Tensor, w: Weight) -> torch.Tensor | Quantised:
+def quantised_for(w: Weight, x: torch.Tensor) -> torch.Tensor | Quantised:
     """x as w's product takes it."""
-    return Quantised(*kernel.act_quant(x, scale_fmt=w.scale_fmt), dtype=x.dtype) if w.fp8 else x
+    return Quantised(*act_quant(x, scale_fmt=w.scale_fmt), dtype=x.dtype) if w.fp8 else x
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -590,27 +243,27 @@ def experts(
     n_experts: int | None = None,
     invariant: bool = False,
 ) -> torch.Tensor:
-    """As ops.experts. With `invariant` the tile is the same for any T and K is not split, so that a token's bits do
-    not depend on its company."""
+    """As ReferenceBackend.experts. With `invariant` the tile is the same for any T and K is not split, so that a
+    token's bits do not depend on the rest of its batch."""
     n_local, (n, k) = len(w13.data), w13.data.shape[1:]
-    table = table_for(w13, weights.device)
+    table = grouped_tiles(w13, weights.device)
     rows = ids.numel() / (n_experts or n_local)  # to an expert, in the mean
     tile = up_tile = table[0] if invariant else tile_for(table, math.ceil(rows))
     if tile is table[0] and not invariant:
-        up_tile = split_up(tile, rows * n_local, n_local, n, k, architecture(weights.device))
-    join = beside(shared, weights.device) if shared else None
+        up_tile = split_for_few_rows(tile, rows * n_local, n_local, n, k, architecture(weights.device))
+    join = run_on_side_stream(shared, weights.device) if shared else None
     if isinstance(x, torch.Tensor):
-        x = quantise(x, w13)
+        x = quantised_for(w13, x)
     elif not w13.fp8:
         assert x.x is not None, "activations that are only there quantised, by weights that take plain ones"
         x = x.x
-    order, tiles = sort(ids, first, n_local, tile.block_m)
-    gate_up = grouped_gemm(x, w13, order, tiles, ids.shape[1], up_tile)
-    y = grouped_gemm(kernel_fused.silu_mul(gate_up, inter, w2.fp8, rounded=x.dtype), w2, order, tiles, 1, tile)
+    order, row_tiles = sort(ids, first, n_local, tile.block_m)
+    gate_up = grouped_gemm(x, w13, order, row_tiles, ids.shape[1], up_tile)
+    y = grouped_gemm(fused.silu_mul(gate_up, inter, w2.fp8, rounded=x.dtype), w2, order, row_tiles, 1, tile)
     return combine(y, weights, ids, first, n_local, join() if join else None)
 
 
-def beside(work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+def run_on_side_stream(work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
     """Runs `work` on a second stream of the GPU; what comes back waits for it, and gives its result.
 
     Safe without record_stream, and so under graph capture: the second stream belongs to one first stream, never starts
@@ -620,7 +273,7 @@ def beside(work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[
     if device.type != "cuda":
         return work
     main = torch.cuda.current_stream(device)
-    side = second_stream(main)
+    side = side_stream(main)
     side.wait_stream(main)
     with torch.cuda.stream(side):
         result = work()
@@ -633,67 +286,5 @@ def beside(work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[
 
 
 @cache
-def second_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
+def side_stream(main: torch.cuda.Stream) -> torch.cuda.Stream:
     return torch.cuda.Stream(main.device)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What there is to compile
-# --------------------------------------------------------------------------------------------------------------------
-
-RULES = {  # experts and rule of the released models
-    "V3": (256, Routing(8, "sigmoid", "noaux_tc", 8, 4, True, 2.5)),
-    "K2": (384, Routing(8, "sigmoid", "noaux_tc", 1, 1, True, 2.827)),
-    "V2": (160, Routing(6, "softmax", "group_limited_greedy", 8, 3, False, 16.0)),
-}
-
-
-def configurations() -> Iterator[Configuration]:
-    """Every kernel, as it is compiled for V3's sizes on each architecture; the router also for two models more."""
-    scale, plain, index = "*fp32", "*bf16", "*i32"
-    for target in PLAIN:
-        for rule_name, (n_experts, rule) in RULES.items():
-            for cut, x in [(cut, plain) for cut in ROUTER[target]] + [(cut, scale) for cut in ROUTER_FLOAT32]:
-                types = {
-                    "x_ptr": x, "w_ptr": x, "bias_ptr": scale, "weights_ptr": scale, "ids_ptr": "*i64",
-                    "partial_ptr": scale, "counter_ptr": index, "T": "i32", "H": "i32", "route_scale": "fp32",
-                }  # fmt: skip
-                constant = {"CHUNK": cut.chunk(7168)} | rule_constexprs(n_experts, rule) | cut.constexprs()
-                if rule.score_func == "softmax":
-                    del types["bias_ptr"]
-                    constant["bias_ptr"] = None
-                op = "router" if x == plain else "router_float32"
-                name = f"{op} {target} {rule_name} {cut.block_t}x{cut.block_e}x{cut.splits}"
-                yield Configuration(name, router_kernel, target, types, constant, {"num_warps": cut.warps})
-        for chunk in SORT_CHUNKS:
-            types = {"ids_ptr": "*i64", "order_ptr": index, "tiles_ptr": index}
-            types |= {"n": "i32", "first": "i32", "n_tiles": "i32", "block_m": "i32"}
-            constant = {"N_LOCAL": 256, "CHUNK": chunk}
-            yield Configuration(f"sort {target} {chunk}", sort_kernel, target, types, constant, {})
-        weights = "*fp8e4nv" if kernel._converts(torch.float8_e4m3fn, target) else "*u8"
-        native = "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"
-        for op, tables, x, w in (
-            ("w8a8", W8A8, native, native),
-            ("w8a16", W8A16, plain, weights),
-            ("plain", PLAIN, plain, plain),
-            ("float32", {target: FLOAT32}, scale, scale),
-        ):
-            table = tables.get(target, ())
-            for row in table:
-                # gate and up, and down when the inner width is split 8 ways; gate and up for the fewest rows in parts
-                halved = [(replace(row, split=2), 7168, 8)] if row is table[0] else []
-                for tile, k, share in [(row, 7168, 8), (row, 256, 1), *halved]:
-                    out = scale if op == "float32" or tile.split > 1 else plain
-                    types = {"x_ptr": x, "x_s_ptr": scale, "w_ptr": w, "w_s_ptr": scale, "out_ptr": out}
-                    types |= {"order_ptr": index, "tiles_ptr": index, "m_tiles": "i32", "assignments": "i32"}
-                    types |= {"N": "i32", "K": "i32"}
-                    constant = constexprs(tile, k) | {"SHARE": share}
-                    for absent in {"w8a8": (), "w8a16": ("x_s_ptr",)}.get(op, ("x_s_ptr", "w_s_ptr")):
-                        del types[absent]
-                        constant[absent] = None
-                    name = f"grouped_{op} {target} {tile.block_m}x{tile.block_n} K={k}{' split' * (tile.split > 1)}"
-                    yield Configuration(name, grouped_gemm_kernel, target, types, constant, tile.options())
-        types = {"y_ptr": plain, "weights_ptr": scale, "ids_ptr": "*i64", "shared_ptr": plain, "out_ptr": plain}
-        types |= {"H": "i32", "first": "i32", "n_local": "i32"}
-        constant = {"TOP_K": 8, "BLOCK_H": COMBINE_COLUMNS}
-        yield Configuration(f"combine {target}", combine_kernel, target, types, constant, {})

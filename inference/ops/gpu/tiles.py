@@ -1,7 +1,8 @@
-"""Which tile each GEMM of kernel.py computes with: defaults by architecture and bucket of M, and measured choices.
+"""The tile that each GEMM computes with, dense or grouped: by architecture and number of rows, or as measured.
 
-A choice depends on the op, the architecture, N, K and the bucket that M falls in, and on nothing else of the batch.
-Nothing is tuned at start-up: benchmarks/tune_gemm.py writes tiles.json, and what is not there is decided here by rule.
+A choice for a dense GEMM depends on the op, the architecture, N, K and the bucket that M falls in, and on nothing else
+of the batch. Nothing is tuned at start-up: benchmarks/tune_gemm.py writes tiles.json, and what is not there is decided
+here by rule.
 """
 
 import json
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from core.config import BLOCK_SIZE
 from core.errors import UserError
@@ -18,9 +19,9 @@ from core.errors import UserError
 GROUP_M = 16
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, math.inf)  # a bucket is named by the largest M in it
 SPLITS = (1, 2, 4, 8, 16)
-SPLIT_UP_TO = 256  # tokens: with more, the partial sums would weigh as much as the weights
+SPLIT_MAX_ROWS = 256  # tokens: with more, the partial sums would weigh as much as the weights
 SPLIT_BLOCKS = 4  # of K, at least, for each part
-PROCESSORS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+SM_COUNT = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 KIB = 1024
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_89": 99 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "gfx942": 64 * KIB}
 TABLE = Path(__file__).with_name("tiles.json")
@@ -30,7 +31,7 @@ TABLE = Path(__file__).with_name("tiles.json")
 class Tile:
     """How a GEMM computes: the tile of the output, its operands' order, the warps and the pipeline's stages."""
 
-    up_to: float  # the largest M it is for
+    max_rows: float  # the largest M, or mean number of rows of an expert, that it is for
     block_m: int
     block_n: int
     swap: bool
@@ -46,6 +47,10 @@ class Tile:
         sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "GROUP_M": GROUP_M, "STAGES": self.stages}
         own = {"SPECIALISED": self.specialised} if self.persistent else {"SWAP": self.swap, "SPLIT": self.split > 1}
         return sizes | own
+
+    def for_channels(self, k: int) -> "Tile":
+        """This tile with no more stages than K has blocks, but at least 2: an expert split by its inner width has two."""
+        return replace(self, stages=max(2, min(self.stages, math.ceil(k / BLOCK_SIZE))))
 
     def __str__(self) -> str:
         marks = [f"{self.block_m}x{self.block_n}", f"{self.warps}w", f"{self.stages}s", "swap" * self.swap]
@@ -131,6 +136,78 @@ W8A16 = {
 }
 DEFAULTS = {"fp8_gemm": W8A8, "w8a16_gemm": W8A16}
 
+# The tiles of the grouped GEMM are keyed on the mean number of rows an expert gets. Both products of a layer have the
+# same block_m, since they share its table of row tiles.
+GROUPED_W8A8 = {
+    "sm_89": (
+        Tile(32, 16, 64, False, 4, 4),
+        Tile(math.inf, 64, 128, False, 4, 3),
+    ),
+    "sm_90": (
+        Tile(12, 16, 64, True, 4, 6),
+        Tile(32, 32, 64, True, 4, 6),
+        Tile(math.inf, 64, 128, False, 4, 3),
+    ),
+    "sm_100": (
+        Tile(12, 16, 64, True, 4, 6),
+        Tile(32, 32, 64, True, 4, 5),
+        Tile(math.inf, 64, 128, False, 4, 4),
+    ),
+    "gfx942": (
+        Tile(64, 32, 32, False, 4, 2),
+        Tile(math.inf, 64, 64, False, 4, 2),
+    ),
+}
+GROUPED_W8A16 = {
+    "sm_80": (
+        Tile(12, 16, 64, False, 4, 5),
+        Tile(math.inf, 64, 64, False, 4, 4),
+    ),
+    "sm_89": (
+        Tile(12, 16, 64, False, 4, 5),
+        Tile(math.inf, 64, 64, False, 4, 4),
+    ),
+    "sm_90": (
+        Tile(12, 16, 64, True, 4, 5),
+        Tile(32, 32, 64, True, 4, 4),
+        Tile(math.inf, 64, 64, True, 4, 4),
+    ),
+    "sm_100": (
+        Tile(12, 16, 64, True, 4, 5),
+        Tile(32, 32, 64, True, 4, 4),
+        Tile(math.inf, 64, 64, True, 4, 4),
+    ),
+    "gfx942": (
+        Tile(12, 16, 64, False, 4, 2),
+        Tile(math.inf, 64, 64, False, 4, 2),
+    ),
+}
+GROUPED_PLAIN = {
+    "sm_80": (
+        Tile(12, 16, 64, False, 4, 4),
+        Tile(math.inf, 64, 128, False, 4, 3),
+    ),
+    "sm_89": (
+        Tile(12, 16, 64, False, 4, 4),
+        Tile(math.inf, 64, 64, False, 4, 3),
+    ),
+    "sm_90": (
+        Tile(12, 16, 64, True, 4, 5),
+        Tile(32, 32, 64, True, 4, 5),
+        Tile(math.inf, 64, 128, False, 4, 4),
+    ),
+    "sm_100": (
+        Tile(12, 16, 64, True, 4, 5),
+        Tile(32, 32, 64, True, 4, 5),
+        Tile(math.inf, 64, 128, False, 4, 4),
+    ),
+    "gfx942": (
+        Tile(12, 16, 64, False, 4, 2),
+        Tile(math.inf, 64, 64, False, 4, 2),
+    ),
+}
+GROUPED_FLOAT32 = (Tile(math.inf, 16, 32, False, 4, 2),)  # for comparisons, not for speed
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Choosing
@@ -146,27 +223,36 @@ def choose(op: str, arch: str, n: int, k: int, m: int) -> Tile:
 
 
 @cache
-def _choice(op: str, arch: str, n: int, k: int, up_to: float) -> Tile:
-    return measured().get((op, arch, n, k, up_to)) or default(op, arch, n, k, up_to)
+def _choice(op: str, arch: str, n: int, k: int, max_rows: float) -> Tile:
+    return measured().get((op, arch, n, k, max_rows)) or default(op, arch, n, k, max_rows)
 
 
 def bucket(m: int) -> float:
-    return next(up_to for up_to in BUCKETS if m <= up_to)
+    return next(max_rows for max_rows in BUCKETS if m <= max_rows)
 
 
-def tile_for(table: tuple[Tile, ...], m: float) -> Tile:
-    return next(tile for tile in table if m <= tile.up_to)
+class HasMaxRows(Protocol):
+    @property
+    def max_rows(self) -> float: ...
 
 
-def default(op: str, arch: str, n: int, k: int, up_to: float) -> Tile:
+AnyTile = TypeVar("AnyTile", bound=HasMaxRows)
+
+
+def tile_for(table: tuple[AnyTile, ...], rows: float) -> AnyTile:
+    """The first tile of a table, which is in order of max_rows, that serves so many rows."""
+    return next(tile for tile in table if rows <= tile.max_rows)
+
+
+def default(op: str, arch: str, n: int, k: int, max_rows: float) -> Tile:
     """The choice by rule for a bucket."""
-    tile = tile_for(DEFAULTS[op][arch], up_to)
-    if tile.persistent and tile.count(min(up_to, BUCKETS[-2]), n) < 2 * PROCESSORS[arch]:
+    tile = tile_for(DEFAULTS[op][arch], max_rows)
+    if tile.persistent and tile.count(min(max_rows, BUCKETS[-2]), n) < 2 * SM_COUNT[arch]:
         tile = plain(op, arch)
     split = 1
-    if up_to <= SPLIT_UP_TO:
-        split = split_for(tile.count(up_to, n), math.ceil(k / BLOCK_SIZE), PROCESSORS[arch])
-    return replace(tile, up_to=up_to, split=split)
+    if max_rows <= SPLIT_MAX_ROWS:
+        split = split_for(tile.count(max_rows, n), math.ceil(k / BLOCK_SIZE), SM_COUNT[arch])
+    return replace(tile, max_rows=max_rows, split=split)
 
 
 def plain(op: str, arch: str) -> Tile:
@@ -174,10 +260,17 @@ def plain(op: str, arch: str) -> Tile:
     return next(tile for tile in reversed(DEFAULTS[op][arch]) if not tile.persistent)
 
 
-def split_for(programs: int, k_blocks: int, processors: int) -> int:
+def split_for(programs: int, k_blocks: int, sms: int) -> int:
     """The fewest parts of K that give (nearly) every multiprocessor a program, each no shorter than SPLIT_BLOCKS."""
     allowed = [split for split in SPLITS if split == 1 or k_blocks >= split * SPLIT_BLOCKS]
-    return next((split for split in allowed if programs * split >= 0.9 * processors), allowed[-1])
+    return next((split for split in allowed if programs * split >= 0.9 * sms), allowed[-1])
+
+
+def split_for_few_rows(tile: Tile, rows: float, n_local: int, n: int, k: int, arch: str) -> Tile:
+    """A grouped GEMM's tile for the fewest rows to an expert, with K in so many parts that (nearly) every
+    multiprocessor has a program, when `rows` are expected for the n_local experts, of weights (N, K), together."""
+    used = min(math.ceil(rows), n_local)  # row tiles: with few rows hardly one falls to an expert that has one already
+    return replace(tile, split=split_for(used * math.ceil(n / tile.block_n), math.ceil(k / BLOCK_SIZE), SM_COUNT[arch]))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -193,7 +286,7 @@ def measured() -> dict[Key, Tile]:
 
 
 def read(path: Path) -> dict[Key, Tile]:
-    """tiles.json: a list of rows, each with op, arch, n, k and the fields of Tile; up_to null is the last bucket.
+    """tiles.json: a list of rows, each with op, arch, n, k and the fields of Tile; max_rows null is the last bucket.
 
     Raises UserError naming the row for anything that could not be launched or would leave the tensor core.
     """
@@ -208,7 +301,7 @@ def read(path: Path) -> dict[Key, Tile]:
         try:
             key, tile = _row(row)
             if key in table:
-                raise ValueError("a second row for the same op, arch, n, k and up_to")
+                raise ValueError("a second row for the same op, arch, n, k and max_rows")
         except ValueError as e:
             raise UserError(f"{path}, row {number}: {e}") from None
         table[key] = tile
@@ -221,21 +314,21 @@ def _row(row: Any) -> tuple[Key, Tile]:
     if not isinstance(row, dict) or set(row) != set(known):
         raise ValueError(f"expected an object of {', '.join(known)}")
     for name, kind in known.items():
-        absent = row[name] is None and name in ("up_to", "registers")
+        absent = row[name] is None and name in ("max_rows", "registers")
         if type(row[name]) is not kind and not absent:
             raise ValueError(f"{name} is {row[name]!r}, expected {kind.__name__}")
-    values = row | {"up_to": math.inf if row["up_to"] is None else row["up_to"]}
+    values = row | {"max_rows": math.inf if row["max_rows"] is None else row["max_rows"]}
     op, arch, n, k = (values.pop(name) for name in ("op", "arch", "n", "k"))
     tile = Tile(**values)
     if arch not in DEFAULTS.get(op, ()):
         raise ValueError(f"there is no {op} for {arch}")
     if n < 1 or k < 1:
         raise ValueError(f"N = {n}, K = {k}")
-    if tile.up_to not in BUCKETS:
-        raise ValueError(f"up_to is {row['up_to']}, expected one of {', '.join(map(str, BUCKETS[:-1]))} or null")
+    if tile.max_rows not in BUCKETS:
+        raise ValueError(f"max_rows is {row['max_rows']}, expected one of {', '.join(map(str, BUCKETS[:-1]))} or null")
     if found := fault(op, arch, tile):
         raise ValueError(found)
-    return (op, arch, n, k, tile.up_to), tile
+    return (op, arch, n, k, tile.max_rows), tile
 
 
 def write(path: Path, table: dict[Key, Tile]) -> None:
@@ -243,7 +336,7 @@ def write(path: Path, table: dict[Key, Tile]) -> None:
     lines = []
     for (op, arch, n, k, _), tile in sorted(table.items(), key=lambda item: item[0]):
         row = {"op": op, "arch": arch, "n": n, "k": k} | asdict(tile)
-        lines.append(json.dumps(row | {"up_to": None if tile.up_to == math.inf else tile.up_to}))
+        lines.append(json.dumps(row | {"max_rows": None if tile.max_rows == math.inf else tile.max_rows}))
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n" if lines else "[]\n")
 
 
@@ -280,6 +373,6 @@ def reachable() -> Iterator[tuple[str, str, Tile]]:
     for op, tables in DEFAULTS.items():
         for arch, table in tables.items():
             yield from ((op, arch, tile) for tile in table)
-            few = {tile_for(table, up_to) for up_to in BUCKETS if up_to <= SPLIT_UP_TO}
+            few = {tile_for(table, max_rows) for max_rows in BUCKETS if max_rows <= SPLIT_MAX_ROWS}
             yield from ((op, arch, replace(tile, split=2)) for tile in table if tile in few)
     yield from ((op, arch, tile) for (op, arch, *_), tile in measured().items())

@@ -1,0 +1,114 @@
+"""The backend for GPUs: the Triton kernels of this folder. Importing it imports Triton."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from core.batch import Batch
+from ops import reference
+from ops.formats import Quantised, Routing, Scales, Weight
+from ops.gpu import attention, fused, gemm, moe, quantisation, router
+from ops.gpu.device import fp8_dtype
+from ops.reference_backend import ROW_BLOCK, ReferenceBackend, in_row_blocks
+
+
+class GpuBackend(ReferenceBackend):
+    """Plain matrix products are cuBLAS's, the rest is Triton. Batch-invariant, a kernel keeps one tile for any number
+    of rows, namely that for ROW_BLOCK."""
+
+    @property
+    def _rows(self) -> int | None:
+        """For how many rows a kernel's tile is to be chosen, whatever there are."""
+        return ROW_BLOCK if self.batch_invariant else None
+
+    def pack_weight(self, w: Weight) -> Weight:
+        """FP8 weights of W8A8 in the FP8 type that the device multiplies."""
+        if w.fp8 and w.scale is not None and fp8_dtype(w.data.device) == torch.float8_e4m3fnuz:
+            data, scale = reference.to_fnuz(w.data, w.scale)
+            return w._replace(data=data, scale=scale)
+        return w
+
+    def weight_dequant(self, w: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return quantisation.weight_dequant(w, scale, dtype)
+
+    def act_quant(self, x: torch.Tensor, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantisation.act_quant(x, scale_fmt=scale_fmt)
+
+    def fp8_gemm(self, q: torch.Tensor, s: torch.Tensor, w: Weight, dtype: torch.dtype) -> torch.Tensor:
+        assert w.scale is not None
+        return gemm.fp8_gemm(q, s, w.data, w.scale, dtype, self._rows)
+
+    def w8a16_gemm(self, x: torch.Tensor, w: Weight) -> torch.Tensor:
+        assert w.scale is not None
+        return gemm.w8a16_gemm(x, w.data, w.scale, x.dtype, self._rows)
+
+    def project_float32(self, x: torch.Tensor, w: Any) -> torch.Tensor:
+        """In bfloat16 one product that returns its float32 sums."""
+        if x.dtype == w.dtype == torch.bfloat16:
+            return self._by_rows(lambda rows: torch.mm(rows, w.T, out_dtype=torch.float32), x)
+        return super().project_float32(x, w)
+
+    def norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        delta: torch.Tensor | None = None,
+        fp8: Scales | None = None,
+        keep: bool = True,
+    ) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
+        return fused.norm(x, weight, eps, delta, fp8, keep)
+
+    def silu_mul(self, gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
+        return fused.silu_mul(gate_up, inter, fp8)
+
+    def router(
+        self, x: torch.Tensor, w: Any, bias: torch.Tensor | None, rule: Routing
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return router.router(x, w, bias, rule, self.batch_invariant)
+
+    def experts(
+        self,
+        x: torch.Tensor | Quantised,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        first: int,
+        w13: Weight,
+        w2: Weight,
+        inter: int,
+        shared: Callable[[], torch.Tensor] | None = None,
+        n_experts: int | None = None,
+    ) -> torch.Tensor:
+        return moe.experts(x, weights, ids, first, w13, w2, inter, shared, n_experts, self.batch_invariant)
+
+    def latent_write(
+        self,
+        c_kv: torch.Tensor,
+        k_pe: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        q_pe: torch.Tensor,
+        slots: torch.Tensor,
+        latents: torch.Tensor,
+    ) -> torch.Tensor:
+        return fused.latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
+
+    def mla(
+        self,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        latents: torch.Tensor,
+        batch: Batch,
+        w_uk: torch.Tensor,
+        w_uv: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """In bfloat16 the batch's first sequences, of few query rows, are decoded and the others prefilled; float32
+        attends as the reference does."""
+        if q_nope.dtype != torch.bfloat16:
+            return super().mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale)
+        by_rows = in_row_blocks if self.batch_invariant else None
+        return attention.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, by_rows)

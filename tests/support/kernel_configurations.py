@@ -1,0 +1,320 @@
+"""Every compilation that a launch of the kernels in ops/gpu asks for, listed for the tests that compile or launch them."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from core.config import BLOCK_SIZE
+from ops.formats import Routing
+from ops.gpu import attention, fused, gemm, moe, quantisation, router, tiles
+from ops.gpu.device import converts_fp8
+from ops.gpu.tiles import Tile
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One compilation that a launch in this file asks for."""
+
+    name: str
+    kernel: Any  # the @triton.jit function
+    target: str  # a key of the tables
+    types: dict[str, str]  # Triton's type of each run-time argument; pointers, N and K are multiples of 16
+    constexprs: dict[str, Any]
+    options: dict[str, int]  # num_warps and the like; what is not there is Triton's default
+
+
+def _native(target: str) -> str:
+    """Triton's type of pointers to the FP8 numbers that a target multiplies, or would."""
+    return {"sm_80": "*u8", "gfx942": "*fp8e4b8"}.get(target, "*fp8e4nv")
+
+
+def _e4m3(target: str) -> str:
+    """Triton's type of pointers to float8_e4m3fn."""
+    return "*fp8e4nv" if converts_fp8(torch.float8_e4m3fn, target) else "*u8"
+
+
+def of_quantisation() -> Iterator[Configuration]:
+    """act_quant and weight_dequant on each architecture of the tables."""
+    scale, out = "*fp32", "*bf16"
+    for target in tiles.W8A16:
+        for ue8m0 in (False, True):
+            yield Configuration(
+                f"act_quant {target} {'ue8m0' if ue8m0 else 'float32'}",
+                quantisation.act_quant_kernel,
+                target,
+                {"x_ptr": out, "q_ptr": _native(target), "s_ptr": scale, "M": "i32", "K": "i32"},
+                {"GROUPS": quantisation.GROUPS, "BLOCK": BLOCK_SIZE, "UE8M0": ue8m0, "FNUZ": target == "gfx942"},
+                {},
+            )
+        yield Configuration(
+            f"weight_dequant {target}",
+            quantisation.weight_dequant_kernel,
+            target,
+            {"w_ptr": _e4m3(target), "s_ptr": scale, "out_ptr": out, "N": "i32", "K": "i32"},
+            {"ROWS": quantisation.DEQUANT_ROWS},
+            {},
+        )
+
+
+def of_gemm() -> Iterator[Configuration]:
+    """Every tile that can be chosen for the two GEMMs, and the sum of the parts of K."""
+    for target in tiles.W8A16:
+        for split in tiles.SPLITS[1:]:
+            yield Configuration(
+                f"sum_splits {target} {split}",
+                gemm.sum_splits_kernel,
+                target,
+                {"parts_ptr": "*fp32", "out_ptr": "*bf16", "M": "i32", "N": "i32"},
+                {"PARTS": split, "SUMS": gemm.SUMS},
+                {},
+            )
+    gemms = [gemm_configuration(*reached) for reached in tiles.reachable()]
+    yield from {c.name: c for c in gemms}.values()  # a tile can serve several buckets, and any number of parts
+
+
+def gemm_configuration(op: str, target: str, tile: Tile) -> Configuration:
+    """What `gemm` asks for with a tile: where it splits K, that is partial sums, otherwise bfloat16."""
+    x, w = (_native(target), _native(target)) if op == "fp8_gemm" else ("*bf16", _e4m3(target))
+    types = {"x_ptr": x, "w_ptr": w, "w_s_ptr": "*fp32", "out_ptr": "*fp32" if tile.split > 1 else "*bf16"}
+    types |= {"M": "i32", "N": "i32", "K": "i32"}
+    scale = {"x_s_ptr": "*fp32"} if op == "fp8_gemm" else {}
+    return Configuration(
+        f"{op} {target} {tile}",
+        gemm.gemm_persistent_kernel if tile.persistent else gemm.gemm_kernel,
+        target,
+        types | scale,
+        tile.constexprs() | ({} if scale else {"x_s_ptr": None}),
+        tile.options(),
+    )
+
+
+def of_fused() -> Iterator[Configuration]:
+    """Every kernel at the largest released sizes, in bfloat16, so that each of its branches occurs on each architecture
+    (those that quantise where FP8 is multiplied)."""
+    bf16, f32, size = "*bf16", "*fp32", "i32"
+    for target in tiles.W8A16:
+        native = "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"
+        fnuz = target == "gfx942"
+
+        def configuration(
+            name: str,
+            kernel: Any,
+            pointers: dict[str, str | None],
+            sizes: dict[str, str],
+            tile: tuple[dict[str, int], dict[str, Any]],
+            constexprs: dict[str, Any],
+            target: str = target,
+        ) -> Configuration:
+            types = {n: t for n, t in pointers.items() if t} | sizes
+            absent = {n: None for n, t in pointers.items() if not t}
+            return Configuration(f"{name} {target}", kernel, target, types, absent | tile[0] | constexprs, tile[1])
+
+        sizes = {"M": size, "H": size, "x_stride": size, "eps": "fp32"}
+        for h, add, keep, fp8 in (
+            (7168, True, True, None),
+            (7168, True, True, "float32"),
+            (7168, True, False, "ue8m0"),
+            (1536, False, False, "float32"),
+        ):
+            if fp8 and target not in tiles.W8A8:
+                continue
+            pointers = {
+                "x_ptr": bf16,
+                "delta_ptr": bf16 if add else None,
+                "weight_ptr": bf16,
+                "total_ptr": bf16 if add else None,
+                "y_ptr": bf16 if keep else None,
+                "q_ptr": native if fp8 else None,
+                "s_ptr": f32 if fp8 else None,
+            }
+            name = f"norm {h} {'add ' * add}{'keep ' * keep}{fp8}"
+            constexprs = {"UE8M0": fp8 == "ue8m0", "FNUZ": fnuz and fp8 is not None}
+            yield configuration(name, fused.norm_kernel, pointers, sizes, fused.norm_tile(h), constexprs)
+
+        sizes = {"M": size, "inter": size, "up": size, "stride": size, "part_stride": size}
+        for blocks, fp8, parts in (
+            (fused.FEW_BLOCKS + 1, None, 1),
+            (1, "float32", 1),
+            (fused.FEW_BLOCKS + 1, "ue8m0", 1),
+            (1, None, 2),
+            (1, "float32", 16),
+        ):
+            if fp8 and target not in tiles.W8A8:
+                continue
+            pointers = {
+                "gate_up_ptr": bf16 if parts == 1 else f32,
+                "y_ptr": None if fp8 else bf16,
+                "q_ptr": native if fp8 else None,
+                "s_ptr": f32 if fp8 else None,
+            }
+            formats = {"UE8M0": fp8 == "ue8m0", "FNUZ": fnuz and fp8 is not None}
+            constexprs = formats | {"PARTS": parts, "ROUNDED": tl.bfloat16}
+            name = f"silu_mul {'few' if blocks <= fused.FEW_BLOCKS else 'many'} {fp8}{f' {parts} parts' * (parts > 1)}"
+            yield configuration(name, fused.silu_mul_kernel, pointers, sizes, fused.silu_mul_tile(blocks), constexprs)
+
+        strides = ("c_kv_stride", "k_pe_stride", "q_token_stride", "q_head_stride")
+        sizes = dict.fromkeys(("C", "R", "N", *strides), size) | {"eps": "fp32"}
+        for pool in (bf16, "*u8"):
+            pointers = {
+                "c_kv_ptr": bf16,
+                "k_pe_ptr": bf16,
+                "weight_ptr": bf16,
+                "cos_ptr": f32,
+                "sin_ptr": f32,
+                "q_pe_ptr": bf16,
+                "slots_ptr": "*i64",
+                "latents_ptr": pool,
+                "scales_ptr": f32 if pool == "*u8" else None,
+                "k_latents_ptr": bf16,
+                "out_ptr": bf16,
+            }
+            name = f"latent_write {'fp8' if pool == '*u8' else 'bf16'}"
+            yield configuration(name, fused.latent_write_kernel, pointers, sizes, fused.latent_write_tile(512, 64), {})
+
+
+RULES = {  # experts and rule of the released models
+    "V3": (256, Routing(8, "sigmoid", "noaux_tc", 8, 4, True, 2.5)),
+    "K2": (384, Routing(8, "sigmoid", "noaux_tc", 1, 1, True, 2.827)),
+    "V2": (160, Routing(6, "softmax", "group_limited_greedy", 8, 3, False, 16.0)),
+}
+
+
+def of_router() -> Iterator[Configuration]:
+    """The router at the sizes of three released models on each architecture."""
+    scale, plain, index = "*fp32", "*bf16", "*i32"
+    for target in router.ROUTER:
+        for rule_name, (n_experts, rule) in RULES.items():
+            for cut, x in [(cut, plain) for cut in router.ROUTER[target]] + [(cut, scale) for cut in router.ROUTER_FLOAT32]:
+                types = {
+                    "x_ptr": x, "w_ptr": x, "bias_ptr": scale, "weights_ptr": scale, "ids_ptr": "*i64",
+                    "partial_ptr": scale, "counter_ptr": index, "T": "i32", "H": "i32", "route_scale": "fp32",
+                }  # fmt: skip
+                constant = {"CHUNK": cut.chunk(7168)} | router.rule_constexprs(n_experts, rule) | cut.constexprs()
+                if rule.score_func == "softmax":
+                    del types["bias_ptr"]
+                    constant["bias_ptr"] = None
+                op = "router" if x == plain else "router_float32"
+                name = f"{op} {target} {rule_name} {cut.block_t}x{cut.block_e}x{cut.splits}"
+                yield Configuration(name, router.router_kernel, target, types, constant, {"num_warps": cut.warps})
+
+
+def of_moe() -> Iterator[Configuration]:
+    """Every kernel of a layer of experts, as it is compiled for V3's sizes on each architecture."""
+    scale, plain, index = "*fp32", "*bf16", "*i32"
+    for target in tiles.GROUPED_PLAIN:
+        for chunk in moe.SORT_CHUNKS:
+            types = {"ids_ptr": "*i64", "order_ptr": index, "tiles_ptr": index}
+            types |= {"n": "i32", "first": "i32", "n_tiles": "i32", "block_m": "i32"}
+            constant = {"N_LOCAL": 256, "CHUNK": chunk}
+            yield Configuration(f"sort {target} {chunk}", moe.sort_kernel, target, types, constant, {})
+        weights = "*fp8e4nv" if converts_fp8(torch.float8_e4m3fn, target) else "*u8"
+        native = "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"
+        for op, tables, x, w in (
+            ("w8a8", tiles.GROUPED_W8A8, native, native),
+            ("w8a16", tiles.GROUPED_W8A16, plain, weights),
+            ("plain", tiles.GROUPED_PLAIN, plain, plain),
+            ("float32", {target: tiles.GROUPED_FLOAT32}, scale, scale),
+        ):
+            table = tables.get(target, ())
+            for row in table:
+                # gate and up, and down when the inner width is split 8 ways; gate and up for the fewest rows in parts
+                halved = [(replace(row, split=2), 7168, 8)] if row is table[0] else []
+                for tile, k, share in [(row, 7168, 8), (row, 256, 1), *halved]:
+                    out = scale if op == "float32" or tile.split > 1 else plain
+                    types = {"x_ptr": x, "x_s_ptr": scale, "w_ptr": w, "w_s_ptr": scale, "out_ptr": out}
+                    types |= {"order_ptr": index, "tiles_ptr": index, "m_tiles": "i32", "assignments": "i32"}
+                    types |= {"N": "i32", "K": "i32"}
+                    constant = tile.for_channels(k).constexprs() | {"SHARE": share}
+                    for absent in {"w8a8": (), "w8a16": ("x_s_ptr",)}.get(op, ("x_s_ptr", "w_s_ptr")):
+                        del types[absent]
+                        constant[absent] = None
+                    name = f"grouped_{op} {target} {tile.block_m}x{tile.block_n} K={k}{' split' * (tile.split > 1)}"
+                    yield Configuration(name, moe.grouped_gemm_kernel, target, types, constant, tile.options())
+        types = {"y_ptr": plain, "weights_ptr": scale, "ids_ptr": "*i64", "shared_ptr": plain, "out_ptr": plain}
+        types |= {"H": "i32", "first": "i32", "n_local": "i32"}
+        constant = {"TOP_K": 8, "BLOCK_H": moe.COMBINE_COLUMNS}
+        yield Configuration(f"combine {target}", moe.combine_kernel, target, types, constant, {})
+
+
+def of_attention() -> Iterator[Configuration]:
+    """Every kernel as it is compiled for V3's dimensions, with all heads and with those of one rank of eight."""
+    dims = {"C": 512, "R": 64, "C_PAD": 512, "R_PAD": 64, "PAGE": 64}
+    heads = {"DN": 128, "R": 64, "DV": 128, "DN_PAD": 128, "R_PAD": 64, "DV_PAD": 128}
+    queries = {"q_ptr": "*bf16", "q_pe_ptr": "*bf16", "positions_ptr": "*i64", "scale": "fp32"}
+    slab = {"lengths_ptr": "*i32", "ends_ptr": "*i32", "slab": "i32", "n_slab": "i32"}
+    for (target, packed), table in attention.DECODE.items():
+        native = "*fp8e4nv" if converts_fp8(torch.float8_e4m3fn, target) else "*u8"
+        pool = {"latents_ptr": native, "scales_ptr": "*fp32"} if packed else {"latents_ptr": "*bf16"}
+        pool |= {"pages_ptr": "*i32", "P": "i32"}
+        none = {} if packed else {"scales_ptr": None}
+        kind = f"{target} {'fp8' if packed else 'bf16'}"
+        for n_heads, tile in itertools.product((16, 128), table):
+            if tile.max_rows < n_heads:
+                continue
+            yield Configuration(
+                f"decode {kind} {n_heads} heads {tile.rows}x{tile.keys}",
+                attention.decode_kernel,
+                target,
+                queries
+                | pool
+                | {"k_pe_ptr": "*bf16", "out_ptr": "*fp32", "lse_ptr": "*fp32", "splits_ptr": "*i32"}
+                | {"plan_ptr": "*i32", "first": "i32", "width": "i32"},
+                none | dims | {"N": n_heads, "SWAP": tile.swap} | tile.constexprs(),
+                tile.options(),
+            )
+        yield Configuration(
+            f"gather {kind}",
+            attention.gather_kernel,
+            target,
+            pool | slab | {"k_pe_in_ptr": "*bf16", "c_kv_ptr": "*bf16", "k_pe_ptr": "*bf16"},
+            none | dims | {"KEYS": attention.GATHERED},
+            {"num_warps": attention.GATHER_WARPS},
+        )
+    for target, table in attention.PREFILL.items():
+        for n_heads, tile in itertools.product((16, 128), table):
+            yield Configuration(
+                f"prefill {target} {n_heads} heads {tile.rows}x{tile.keys}",
+                attention.prefill_kernel,
+                target,
+                queries
+                | slab
+                | {"bounds_ptr": "*i32"}
+                | dict.fromkeys(("k_ptr", "k_pe_ptr", "v_ptr", "out_ptr"), "*bf16")
+                | {"state_ptr": "*fp32", "lse_ptr": "*fp32"},
+                heads | {"N": n_heads, "Q_TOKEN": n_heads * 192, "Q_HEAD": 192} | tile.constexprs(),
+                tile.options(),
+            )
+        numbers = ("n_programs", "first", "last", "fixed_pages", "PROGRAMS", "N", "ROWS", "PAGE")
+        yield Configuration(
+            f"plan_splits {target}",
+            attention.plan_splits_kernel,
+            target,
+            dict.fromkeys(("lengths_ptr", "bounds_ptr", "plan_ptr"), "*i32") | dict.fromkeys(numbers, "i32"),
+            {},
+            {"num_warps": 1},
+        )
+        yield Configuration(
+            f"combine_splits {target}",
+            attention.combine_splits_kernel,
+            target,
+            {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "splits_ptr": "*i32", "positions_ptr": "*i64"}
+            | {"out_ptr": "*bf16", "first": "i32"},
+            {"N": 128, "C": 512, "COLUMNS": attention.COLUMNS, "SPLITS": attention.SPLITS},
+            {"num_warps": attention.COMBINE_WARPS},
+        )
+
+
+OF_MODULE = {
+    quantisation: of_quantisation, gemm: of_gemm, fused: of_fused, router: of_router, moe: of_moe, attention: of_attention
+}  # fmt: skip
+
+
+def configurations(*modules: ModuleType) -> Iterator[Configuration]:
+    """What some modules' launches ask for, or all of them."""
+    for module in modules or OF_MODULE:
+        yield from OF_MODULE[module]()
