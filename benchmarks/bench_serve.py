@@ -65,7 +65,7 @@ def summary(tokens: int, seconds: float, first: list[float], between: list[float
 
 
 def run_ours(engine: Engine, load: Load, ends: bool) -> tuple[dict[str, float], list[list[int]]]:
-    engine.scheduler.pool.forget_all()
+    engine.scheduler.pool.unregister_all()
     began = time.perf_counter()
     requests = [
         engine.add(prompt, SamplingParams(temperature=0, max_new_tokens=new, ignore_eos=not ends), id=i)
@@ -211,7 +211,7 @@ def main() -> None:
     for on in (True, False):
         fresh = Engine(engine.model, engine.tokenizer, reuse=on, **limits)  # type: ignore[arg-type]
         second_turn(fresh, vocab, 600)
-        fresh.scheduler.pool.forget_all()
+        fresh.scheduler.pool.unregister_all()
         reuse["reused" if on else "not reused"] = second_turn(fresh, vocab, 2000)
     results["second_turn_first_token_s"] = reuse
     print("second turn after 2,000 tokens, seconds to the first token:", reuse)

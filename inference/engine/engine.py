@@ -6,7 +6,7 @@ Every rank runs the same engine. Rank 0 alone takes requests, samples and answer
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,17 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from checkpoint import weights
-from core.batch import DECODE_ROWS, Batch
+from core.batch import DECODE_ROWS, Batch, SequenceSlice
 from core.config import ModelArgs
 from core.errors import UserError, describe
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, AskedLayout
 from core.sampling_params import SamplingParams, params_from_generation_config
 from engine import memory
-from engine.graphs import Capture, Forward, Graphs, Place, cuda_capture, records
+from engine.graphs import Capture, Forward, Graphs, cuda_capture, records
 from engine.pages import PagePool
-from engine.sampling import Ask, Draft, Logprob, logprob, propose, verify
-from engine.scheduler import Chunk, Job, Scheduler
+from engine.sampling import Draft, Logprob, SamplingState, logprob, propose, verify
+from engine.scheduler import Chunk, Scheduler, Sequence
 from model import Transformer
 from ops import backend as ops
 from ops.cpu import kernels as kernel_cpu
@@ -78,7 +78,7 @@ class Request:
         return inside.strip("\n"), "" if closes is None else self.text[closes + len(THINK_END) :].lstrip("\n")
 
     @property
-    def noise(self) -> int:
+    def rng_key(self) -> int:
         """What tells this request's random draws from another's under one seed."""
         return self.id + (self.choice << 40)
 
@@ -174,10 +174,10 @@ class Engine:
         self.default_params = SamplingParams()  # of requests that bring none
         self.closed = False
         self._next_id = 0
-        self._next_job = 0
-        self._live: dict[int, Request] = {}  # rank 0, by job
-        self._job_of: dict[Request, int] = {}
-        self._jobs: dict[int, Job] = {}  # every rank
+        self._next_sequence = 0
+        self._live: dict[int, Request] = {}  # rank 0, by sequence
+        self._sequence_of: dict[Request, int] = {}
+        self._sequences: dict[int, Sequence] = {}  # every rank
         self._new: list[int] = []
         self._cancelled: list[int] = []
 
@@ -287,23 +287,23 @@ class Engine:
             request.finish_reason, request.error = "error", describe(e)
             return request
         self.stats.prompt += len(request.prompt)
-        job = self._next_job
-        self._next_job += 1
-        self._live[job], self._job_of[request] = request, job
-        self._new.append(job)
+        sequence = self._next_sequence
+        self._next_sequence += 1
+        self._live[sequence], self._sequence_of[request] = request, sequence
+        self._new.append(sequence)
         return request
 
     def cancel(self, request: Request) -> None:
         """Ends a request; it is finished, as "cancelled" (or "error", if it has one), after the next step."""
-        if request in self._job_of:
-            self._cancelled.append(self._job_of[request])
+        if request in self._sequence_of:
+            self._cancelled.append(self._sequence_of[request])
 
     @property
     def busy(self) -> bool:
         return bool(self._live)
 
     def stream(
-        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, thinking: bool | None = None
+        self, prompts: Iterable[Prompt], params: SamplingParams | None = None, *, thinking: bool | None = None
     ) -> Iterator[Request]:
         """Answers prompts, yielding a request each time it has new tokens or is finished.
 
@@ -327,7 +327,7 @@ class Engine:
             raise
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, thinking: bool | None = None
+        self, prompts: Iterable[Prompt], params: SamplingParams | None = None, *, thinking: bool | None = None
     ) -> list[Request]:
         """Answers prompts and returns the finished requests in the same order, params.n to each prompt."""
         finished = {(r.id, r.choice): r for r in self.stream(prompts, params, thinking=thinking)}
@@ -370,11 +370,11 @@ class Engine:
 
     def _run(self, chunks: list[Chunk]) -> list[Request]:
         chunks = sorted(chunks, key=lambda c: len(c.tokens) > DECODE_ROWS)  # as Batch.pack wants them
-        places: list[Place] = [(c.tokens, c.start, list(c.job.pages)) for c in chunks]
+        slices: list[SequenceSlice] = [(c.tokens, c.start, list(c.sequence.pages)) for c in chunks]
         self.tp.partial_sums.clear()
-        hidden = self._step_graphs.run(places) if self._step_graphs else None
+        hidden = self._step_graphs.run(slices) if self._step_graphs else None
         if hidden is None:
-            hidden = self.model(Batch.pack(places, self.model.device), self.cache)
+            hidden = self.model(Batch.pack(slices, self.model.device), self.cache)
         self._score_prompts(chunks, hidden)
         sampling = [c for c in chunks if c.samples]
         decided = dict(zip(sampling, self._sample(chunks, hidden), strict=True))
@@ -385,12 +385,12 @@ class Engine:
             tokens, finish = decided.get(chunk, ([], None))
             self.scheduler.commit(chunk, tokens)
             if chunk in decided:
-                advanced.append(self._advance(chunk.job, finish, blamed))
+                advanced.append(self._advance(chunk.sequence, finish, blamed))
         if self.mtp:
-            self._draft(chunks, places, hidden, [c.job for c in sampling if decided[c][1] is None])
+            self._draft(chunks, slices, hidden, [c.sequence for c in sampling if decided[c][1] is None])
         for chunk in sampling:
             if decided[chunk][1] is not None:
-                self.scheduler.remove(self._jobs.pop(chunk.job.id))
+                self.scheduler.remove(self._sequences.pop(chunk.sequence.id))
         return [r for r in advanced if r is not None]
 
     def _sample(self, chunks: list[Chunk], hidden: torch.Tensor) -> list[tuple[list[int], FinishReason | None]]:
@@ -409,30 +409,28 @@ class Engine:
             parts = logits.split([len(rows) for _, rows in spans])
             verified = self._verify(sampling, logits, parts)
             for i, found in enumerate(zip(sampling, verified, parts, strict=True)):
-                request = self._live[sampling[i].job.id]
-                tokens, finish = self._guarded(request, partial(self._decide, *found)) or ([], "error")
+                request = self._live[sampling[i].sequence.id]
+                tokens, finish = self.isolate_request_errors(request, partial(self._decide, *found)) or ([], "error")
                 wire[i, : 2 + len(tokens)] = torch.tensor([_FINISH.index(finish), len(tokens), *tokens])
         return [(row[2 : 2 + row[1]], _FINISH[row[0]]) for row in self.tp.broadcast(wire).tolist()]
 
-    def _verify(
-        self, chunks: Sequence[Chunk], logits: torch.Tensor, parts: Sequence[torch.Tensor]
-    ) -> list[list[int] | None]:
+    def _verify(self, chunks: list[Chunk], logits: torch.Tensor, parts: list[torch.Tensor]) -> list[list[int] | None]:
         """Rank 0: what each chunk's request is to say next, from its rows of logits, all of them at once; None for one
         that fails."""
-        asks = []
+        states = []
         for chunk in chunks:
-            request, n = self._live[chunk.job.id], len(chunk.drafts)
+            request, n = self._live[chunk.sequence.id], len(chunk.drafts)
             draft = Draft(request.draft.tokens[:n], request.draft.q[:n])
-            asks.append(self._ask(chunk.job, draft))
+            states.append(self._sampling_state(chunk.sequence, draft))
             request.draft = Draft()
         try:
-            return verify(logits, asks)
+            return verify(logits, states)
         except Exception:  # whose mistake it is shows when each is judged alone
-            requests = [self._live[chunk.job.id] for chunk in chunks]
-            works = [partial(verify, rows, [ask]) for rows, ask in zip(parts, asks, strict=True)]
-            return [(self._guarded(*one) or [None])[0] for one in zip(requests, works, strict=True)]
+            requests = [self._live[chunk.sequence.id] for chunk in chunks]
+            works = [partial(verify, rows, [state]) for rows, state in zip(parts, states, strict=True)]
+            return [(self.isolate_request_errors(*one) or [None])[0] for one in zip(requests, works, strict=True)]
 
-    def _guarded(self, request: Request, work: Callable[[], T]) -> T | None:
+    def isolate_request_errors(self, request: Request, work: Callable[[], T]) -> T | None:
         """Rank 0's work for one request. If it goes wrong that is the request's error, and nobody else's."""
         try:
             return work()
@@ -440,19 +438,19 @@ class Engine:
             request.error = request.error or describe(e)
             return None
 
-    def _ask(self, job: Job, draft: Draft) -> Ask:
-        request = self._live[job.id]
-        return Ask(request.params, request.noise, job.tokens, len(request.prompt), draft)
+    def _sampling_state(self, sequence: Sequence, draft: Draft) -> SamplingState:
+        request = self._live[sequence.id]
+        return SamplingState(request.params, request.rng_key, sequence.tokens, len(request.prompt), draft)
 
     def _decide(
         self, chunk: Chunk, tokens: list[int] | None, logits: torch.Tensor
     ) -> tuple[list[int], FinishReason | None]:
         """Rank 0: the tokens a request gets, up to the first that ends it, and whether one does."""
-        job, request = chunk.job, self._live[chunk.job.id]
+        sequence, request = chunk.sequence, self._live[chunk.sequence.id]
         params = request.params
         request.new_text = ""
         if not request.tokens:
-            request.n_reused = min(job.n_reused, len(request.prompt))
+            request.n_reused = min(sequence.n_reused, len(request.prompt))
             self.stats.reused += request.n_reused
         if tokens is None or request.error:
             return [], "error"
@@ -474,7 +472,7 @@ class Engine:
                 request.ends.append(len(request.text))
                 if found:
                     finish = "stop"
-                elif job.n_known + i + 1 >= job.capacity:
+                elif sequence.n_tokens + i + 1 >= sequence.capacity:
                     finish = "length"
             self.stats.generated += 1
             if finish:
@@ -511,10 +509,10 @@ class Engine:
         request.text += say
         return found >= 0
 
-    def _advance(self, job: Job, finish: FinishReason | None, blamed: list[int]) -> Request | None:
-        """Rank 0: the request behind a job that sampled, finished if that is the verdict. NaN came from the ranks that
+    def _advance(self, sequence: Sequence, finish: FinishReason | None, blamed: list[int]) -> Request | None:
+        """Rank 0: the request behind a sequence that sampled, finished if that is the verdict. NaN came from the ranks that
         are `blamed`, if that is known."""
-        request = self._live.get(job.id)
+        request = self._live.get(sequence.id)
         if request is not None and finish is not None:
             if finish == "error":
                 came = f", which came from rank {' and '.join(map(str, blamed))}" if blamed else ""
@@ -523,8 +521,8 @@ class Engine:
         return request
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
-        del self._live[self._job_of.pop(request)]
-        self._guarded(request, partial(self._say_rest, request))
+        del self._live[self._sequence_of.pop(request)]
+        self.isolate_request_errors(request, partial(self._say_rest, request))
         request.finish_reason = "error" if request.error else reason
 
     def _say_rest(self, request: Request) -> None:
@@ -539,21 +537,21 @@ class Engine:
         """Log-probabilities of prompt tokens, for the requests that asked for them."""
         at = 0
         for chunk in chunks:
-            job, first = chunk.job, max(chunk.start, chunk.job.n_scored)
-            stop = min(chunk.start + chunk.n, job.n_prompt - 1)  # row p scores token p + 1
-            for lo in range(first, stop if job.whole else first, memory.SCORED_ROWS):
+            sequence, first = chunk.sequence, max(chunk.start, chunk.sequence.n_scored)
+            stop = min(chunk.start + chunk.n, sequence.n_prompt - 1)  # row p scores token p + 1
+            for lo in range(first, stop if sequence.no_prefix_reuse else first, memory.SCORED_ROWS):
                 hi = min(lo + memory.SCORED_ROWS, stop)
                 logits = self.model.logits(hidden[at + lo - chunk.start : at + hi - chunk.start])
-                job.n_scored = hi
-                request = self._live.get(job.id)
+                sequence.n_scored = hi
+                request = self._live.get(sequence.id)
                 if request is not None and request.params.prompt_logprobs is not None:
-                    scored = list(zip(logits, job.tokens[lo + 1 : hi + 1], strict=True))
-                    self._guarded(request, partial(self._score, request, scored))
+                    scored = list(zip(logits, sequence.tokens[lo + 1 : hi + 1], strict=True))
+                    self.isolate_request_errors(request, partial(self._score, request, scored))
                     if request.error:
                         self.cancel(request)
             at += len(chunk.tokens)
 
-    def _score(self, request: Request, scored: Sequence[tuple[torch.Tensor, int]]) -> None:
+    def _score(self, request: Request, scored: list[tuple[torch.Tensor, int]]) -> None:
         top = request.params.prompt_logprobs or 0
         request.prompt_logprobs += [logprob(row, token, top) for row, token in scored]
 
@@ -561,58 +559,65 @@ class Engine:
     # Drafts (every rank)
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _draft(self, chunks: list[Chunk], places: list[Place], hidden: torch.Tensor, going_on: list[Job]) -> None:
+    def _draft(
+        self, chunks: list[Chunk], slices: list[SequenceSlice], hidden: torch.Tensor, going_on: list[Sequence]
+    ) -> None:
         """The MTP module sees every token the main model has cached, each with the one after it, and proposes up to
-        `mtp` tokens to each job that goes on: its own state and proposal are its next input.
+        `mtp` tokens to each sequence that goes on: its own state and proposal are its next input.
         """
-        packed: list[Place] = []
+        packed: list[SequenceSlice] = []
         rows: list[int] = []
-        ends: dict[Job, tuple[int, int, Sequence[int]]] = {}  # its last row, the position after it, its pages
+        ends: dict[Sequence, tuple[int, int, list[int]]] = {}  # its last row, the position after it, its pages
         at = 0
-        for chunk, (tokens, start, pages) in zip(chunks, places, strict=True):
-            followers = chunk.job.tokens[start + 1 : chunk.job.n_cached + 1]
+        for chunk, (tokens, start, pages) in zip(chunks, slices, strict=True):
+            followers = chunk.sequence.tokens[start + 1 : chunk.sequence.n_cached + 1]
             if followers:  # a request that failed may have no token after its last
                 packed.append((followers, start, pages))
                 rows += range(at, at + len(followers))
-                ends[chunk.job] = (len(rows) - 1, start + len(followers), pages)
+                ends[chunk.sequence] = (len(rows) - 1, start + len(followers), pages)
             at += len(tokens)
         if not packed:
             return
         states = self._drafted(packed, hidden[rows])
         if not going_on:
             return
-        states = states[[ends[job][0] for job in going_on]]
+        states = states[[ends[sequence][0] for sequence in going_on]]
         for k in range(self.mtp):
             if k:
-                step: list[Place] = [([job.drafts[-1]], ends[job][1] + k - 1, ends[job][2]) for job in going_on]
+                step: list[SequenceSlice] = [
+                    ([sequence.drafts[-1]], ends[sequence][1] + k - 1, ends[sequence][2]) for sequence in going_on
+                ]
                 states = self._drafted(step, states)
-            for job, token in zip(going_on, self._propose(going_on, self.model.logits(states)), strict=True):
-                job.drafts.append(token)
+            for sequence, token in zip(going_on, self._propose(going_on, self.model.logits(states)), strict=True):
+                sequence.drafts.append(token)
 
-    def _drafted(self, places: list[Place], hidden: torch.Tensor) -> torch.Tensor:
+    def _drafted(self, slices: list[SequenceSlice], hidden: torch.Tensor) -> torch.Tensor:
         """The MTP module on hidden states (T, H) and the tokens that follow them, from a graph where one fits."""
         for graphs in self._draft_graphs:
-            states = graphs.run(places, hidden)
+            states = graphs.run(slices, hidden)
             if states is not None:
                 return states
-        return self.model.draft(Batch.pack(places, self.model.device), hidden, self.cache)
+        return self.model.draft(Batch.pack(slices, self.model.device), hidden, self.cache)
 
-    def _propose(self, jobs: list[Job], logits: torch.Tensor) -> list[int]:
-        """Rank 0's next draft for each job, on every rank."""
-        wire = torch.zeros(len(jobs), dtype=torch.int64)
+    def _propose(self, sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
+        """Rank 0's next draft for each sequence, on every rank."""
+        wire = torch.zeros(len(sequences), dtype=torch.int64)
         if self.tp.rank == 0:
-            requests = [self._live[job.id] for job in jobs]
-            asks = [self._ask(job, request.draft) for job, request in zip(jobs, requests, strict=True)]
+            requests = [self._live[sequence.id] for sequence in sequences]
+            states = [
+                self._sampling_state(sequence, request.draft)
+                for sequence, request in zip(sequences, requests, strict=True)
+            ]
             try:
-                propose(logits, asks)
+                propose(logits, states)
             except Exception:  # as in _verify
-                for request, ask, row in zip(requests, asks, logits.split(1), strict=True):
-                    self._guarded(request, partial(propose, row, [ask]))
+                for request, state, row in zip(requests, states, logits.split(1), strict=True):
+                    self.isolate_request_errors(request, partial(propose, row, [state]))
                     if request.error:
-                        ask.draft.tokens.append(0)
-                        ask.draft.q.append(None)
+                        state.draft.tokens.append(0)
+                        state.draft.q.append(None)
                         self.cancel(request)
-            wire = torch.tensor([ask.draft.tokens[-1] for ask in asks])
+            wire = torch.tensor([state.draft.tokens[-1] for state in states])
         return self.tp.broadcast(wire).tolist()
 
     def _record(self, capture: Capture, progress: bool) -> None:
@@ -623,7 +628,7 @@ class Engine:
 
         def record(width: int, forward: Forward, what: str) -> Graphs:
             return Graphs(
-                forward, most=most, width=width, hidden=hidden, n_pages=n_pages, spare=self.cache.shape[1] - 1,
+                forward, max_num_seqs=most, width=width, hidden=hidden, n_pages=n_pages, padding_page=self.cache.shape[1] - 1,
                 capture=capture, progress=f"recording {what}" if progress else "",
             )  # fmt: skip
 
@@ -654,12 +659,12 @@ class Engine:
         if self.tp.rank == 0 and command == _STEP and not self._new and not self._cancelled:
             message = []  # nothing to tell: one broadcast instead of two
         elif self.tp.rank == 0:
-            new = [job for job in self._new if job not in self._cancelled]
+            new = [sequence for sequence in self._new if sequence not in self._cancelled]
             message += [len(self._cancelled), *self._cancelled, len(new)]
-            for job in new:
-                r = self._live[job]
+            for sequence in new:
+                r = self._live[sequence]
                 capacity = min(len(r.prompt) + r.params.max_new_tokens, self.max_model_len)
-                message += [job, capacity, int(r.params.prompt_logprobs is not None), len(r.prompt), *r.prompt]
+                message += [sequence, capacity, int(r.params.prompt_logprobs is not None), len(r.prompt), *r.prompt]
             self._new, self._cancelled = [], []
         wire = iter(self.tp.broadcast_ints(message) or [_STEP, 0, 0])
         if next(wire) == _STOP:
@@ -668,8 +673,8 @@ class Engine:
         gone = []
         for _ in range(next(wire)):
             id = next(wire)
-            if id in self._jobs:
-                self.scheduler.remove(self._jobs.pop(id))
+            if id in self._sequences:
+                self.scheduler.remove(self._sequences.pop(id))
             if id in self._live:
                 request = self._live[id]
                 request.new_text = ""
@@ -677,8 +682,8 @@ class Engine:
                 gone.append(request)
         for _ in range(next(wire)):
             id, capacity, whole, n = (next(wire) for _ in range(4))
-            self._jobs[id] = Job(id, [next(wire) for _ in range(n)], capacity, n, whole=bool(whole))
-            self.scheduler.add(self._jobs[id])
+            self._sequences[id] = Sequence(id, [next(wire) for _ in range(n)], capacity, n, no_prefix_reuse=bool(whole))
+            self.scheduler.add(self._sequences[id])
         return gone
 
 

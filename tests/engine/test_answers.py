@@ -44,17 +44,17 @@ def scripted(model, tokenizer, text: str | bytes, mtp: int = 0, end: bool = True
     verify, propose = engine._verify, engine._propose
 
     def verify_scripted(chunks, logits, parts):
-        at = [len(chunk.job.tokens) - chunk.job.n_prompt for chunk in chunks]
+        at = [len(chunk.sequence.tokens) - chunk.sequence.n_prompt for chunk in chunks]
         wanted = [token for i, c in zip(at, chunks, strict=True) for token in script[i : i + len(c.drafts) + 1]]
         said = torch.nn.functional.one_hot(torch.tensor(wanted), VOCAB_SIZE).float() * 50 - 20
         return verify(chunks, said, said.split([len(rows) for rows in parts]))
 
-    def propose_scripted(jobs, logits):
-        out = propose(jobs, logits)
-        for i, job in enumerate(jobs):
-            at = len(job.tokens) + len(job.drafts) - job.n_prompt
+    def propose_scripted(sequences, logits):
+        out = propose(sequences, logits)
+        for i, sequence in enumerate(sequences):
+            at = len(sequence.tokens) + len(sequence.drafts) - sequence.n_prompt
             out[i] = script[at] if at % 3 else 5
-            engine._live[job.id].draft.tokens[-1], engine._live[job.id].draft.q[-1] = out[i], None
+            engine._live[sequence.id].draft.tokens[-1], engine._live[sequence.id].draft.q[-1] = out[i], None
         return out
 
     engine._verify, engine._propose = verify_scripted, propose_scripted

@@ -314,7 +314,7 @@ def answers_alone(model, prompts, params, **options):
 @pytest.mark.parametrize("mtp, temperature, budget", [(0, 0.0, 2048), (2, 0.0, 2048), (0, 0.8, 2048), (2, 0.8, 2048), (2, 0.8, 48)])
 def test_pages_for_a_quarter_of_the_demand(model, mtp, temperature, budget):
     """Requests queue and are preempted; nobody starves, nothing leaks, every answer is the one given alone (sampled
-    ones too: a job that was away comes back with the drafts it had, in one chunk or in several)."""
+    ones too: a sequence that was away comes back with the drafts it had, in one chunk or in several)."""
     wanted = [tokens(60 + 11 * i, V3["vocab_size"], seed=i) for i in range(8)]
     params = SamplingParams(temperature=temperature, max_new_tokens=60)
     engine = Engine(
@@ -348,7 +348,7 @@ def test_many_short_requests_leave_no_trace(model):
     params = SamplingParams(temperature=0, max_new_tokens=2)
     for _ in range(3):
         engine.generate([[i % 250, 5] for i in range(100)], params)
-    assert not engine._jobs and not engine._live and not engine._job_of
+    assert not engine._sequences and not engine._live and not engine._sequence_of
     engine.scheduler.check_integrity()
     assert engine.scheduler.pool.n_available == 6
 
@@ -373,11 +373,11 @@ class Planted:
         self.engine, self.answers, self.wrong = engine, answers, wrong
         engine._propose = self
 
-    def __call__(self, jobs, logits):
+    def __call__(self, sequences, logits):
         out = []
-        for job in jobs:
-            request = self.engine._live[job.id]
-            at = len(job.tokens) + len(job.drafts) - len(request.prompt)
+        for sequence in sequences:
+            request = self.engine._live[sequence.id]
+            at = len(sequence.tokens) + len(sequence.drafts) - len(request.prompt)
             answer = self.answers[request.id]
             token = answer[at] if at < len(answer) else 0
             token = (token + 1) % 256 if self.wrong else token
@@ -512,7 +512,7 @@ def test_what_is_recorded_fits_every_batch(model):
         extents.append((batch.decode, batch.prefill.n, batch.kv_lens.tolist(), batch.pages.shape))
         return hidden
 
-    graphs = Graphs(forward, most=3, width=2, hidden=torch.zeros(6, 4), n_pages=5, spare=9, capture=Recorder())
+    graphs = Graphs(forward, max_num_seqs=3, width=2, hidden=torch.zeros(6, 4), n_pages=5, padding_page=9, capture=Recorder())
     assert [e[0] for e in extents] == [BatchBounds(n, 2 * n, 2, 320, 320 * n) for n in (3, 2, 1)]
     states = torch.arange(12.0).view(3, 4)
     out = graphs.run([([7, 8], 66, [3, 4]), ([9], 0, [2])], states)
@@ -561,7 +561,7 @@ def test_captures_warm_up_on_one_stream(monkeypatch):
 
 
 def test_recorded_steps_leave_other_pages_alone(model):
-    """What fills a batch up is written to the spare page only."""
+    """What fills a batch up is written to the padding page only."""
     engine = Engine(model, None, n_pages=4, max_model_len=100, max_num_seqs=4, mtp=1, graphs=Recorder())
     engine.cache[:, :4] = 7.0
     a, b = engine.add([1, 2, 3], GREEDY), engine.add([4, 5], GREEDY)
@@ -589,7 +589,7 @@ def logits_of_mixes(model, deterministic, mixes, seed):
         decide = engine._decide
 
         def record(chunk, verified, logits, engine=engine, decide=decide):
-            request = engine._live[chunk.job.id]
+            request = engine._live[chunk.sequence.id]
             at = len(request.tokens)
             tokens, finish = decide(chunk, verified, logits)
             for i in range(len(tokens)):

@@ -20,7 +20,7 @@ from core.sampling_params import SamplingParams
 from engine import engine as engines
 from engine import sampling
 from engine.engine import Engine
-from engine.sampling import Ask
+from engine.sampling import SamplingState
 from support import processes as launch
 from text.tokenizer import TextStream, Tokenizer
 
@@ -170,7 +170,7 @@ def answers(loaded: Engine, faulty: str | None, mtp: int = 0) -> tuple[dict[str,
     decide = engine._decide
 
     def record(chunk: Any, verified: Any, logits: torch.Tensor) -> Any:
-        request = engine._live[chunk.job.id]
+        request = engine._live[chunk.sequence.id]
         bits.setdefault(str(request.id), set()).add(logits.numpy().tobytes())
         return decide(chunk, verified, logits)
 
@@ -187,7 +187,7 @@ def answers(loaded: Engine, faulty: str | None, mtp: int = 0) -> tuple[dict[str,
     while engine.busy:
         engine.step()
     engine.scheduler.check_integrity()
-    assert engine.scheduler.pool.n_available == 20 and not engine._jobs and not engine._job_of
+    assert engine.scheduler.pool.n_available == 20 and not engine._sequences and not engine._sequence_of
     return wanted, bits
 
 
@@ -210,13 +210,13 @@ def trap(
 
 PLACES: dict[str, tuple[Any, str, int, Callable[..., bool]]] = {
     "prompt": (Tokenizer, "encode_text", 0, lambda tokenizer, text: text == "faulty"),
-    "judged, its penalties": (Ask, "penalised", 5, lambda ask, *_: ask.noise == BAD),
-    "judged, its noise": (Ask, "uniform", 5, lambda ask, *_: ask.noise == BAD),
+    "judged, its penalties": (SamplingState, "penalised", 5, lambda ask, *_: ask.rng_key == BAD),
+    "judged, its noise": (SamplingState, "uniform", 5, lambda ask, *_: ask.rng_key == BAD),
     "log-probabilities": (engines, "logprob", 12, lambda logits, token, top: top == BAD),
     "log-probabilities of the prompt": (engines, "logprob", 1, lambda logits, token, top: top == BAD),
     "text": (TextStream, "push", 5, lambda stream, *_: hasattr(stream, "bad")),
     "the text's end": (TextStream, "finish", 0, lambda stream: hasattr(stream, "bad")),
-    "drafts": (Ask, "uniform", 5, lambda ask, n, use: ask.noise == BAD and use == sampling.DRAFT),
+    "drafts": (SamplingState, "uniform", 5, lambda ask, n, use: ask.rng_key == BAD and use == sampling.DRAFT),
 }
 
 
