@@ -19,7 +19,7 @@ from core.batch import DECODE_ROWS, Batch, SequenceSlice
 from core.config import ModelArgs
 from core.errors import UserError, describe
 from core.numerics import Numerics
-from core.run_config import PAGE_SIZE, AskedLayout
+from core.run_config import PAGE_SIZE, AskedLayout, RunConfig
 from core.sampling_params import SamplingParams, params_from_generation_config
 from engine import memory
 from engine.graphs import Capture, Forward, Graphs, cuda_capture, records
@@ -149,23 +149,25 @@ class Engine:
         self.model, self.tokenizer, self.tp = model, tokenizer, model.tp
         self.mtp, self.deterministic = mtp, deterministic
         wanted = model.args.max_seq_len if max_model_len is None else max_model_len
-        asked = memory.Limits(wanted, max_num_seqs, max_num_batched_tokens, mtp)
+        asked = RunConfig(
+            max_model_len=wanted, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens, mtp=mtp
+        )
         check_limits(asked, model.args, len(model.mtp) > 0)
         if graphs is None:
             graphs = records(model.device.type == "cuda", model.num.dtype)
         if n_pages is None:
-            most = max_num_seqs * asked.pages
+            most = max_num_seqs * asked.pages_per_sequence
             if kv_cache_gib is None:
-                limits = replace(asked, graphs=bool(graphs))
+                config = replace(asked, eager=not graphs)
                 rank, free = rank_of(model), free_memory(model.device)
-                fit = min(most, memory.pages_that_fit(rank, limits, free, shrink=max_model_len is None))
+                fit = min(most, memory.pages_that_fit(rank, config, free, shrink=max_model_len is None))
             else:
                 fit = int(kv_cache_gib * 2**30) // model.page_bytes
             n_pages = self.tp.min_int(fit)
         self.max_model_len = length_that_fits(asked, n_pages, shrink=max_model_len is None)
         self.cache = model.new_cache(n_pages + bool(graphs))  # one page more takes what fills a graph's batch up
         pool = PagePool(n_pages, PAGE_SIZE, lookahead=int(mtp > 0))
-        self.scheduler = Scheduler(pool, max_num_seqs, asked.budget, mtp, reuse, max_num_mixed_tokens)
+        self.scheduler = Scheduler(pool, max_num_seqs, asked.max_step_tokens, mtp, reuse, max_num_mixed_tokens)
         self._step_graphs: Graphs | None = None
         self._draft_graphs: list[Graphs] = []
         if graphs:
@@ -722,28 +724,25 @@ def rank_of(model: Transformer) -> memory.RankSpec:
     return memory.RankSpec(model.args, model.num, model.tp.size, model.device.type != "cpu", len(model.mtp) > 0)
 
 
-def check_limits(limits: memory.Limits, args: ModelArgs, has_mtp: bool) -> None:
+def check_limits(config: RunConfig, args: ModelArgs, has_mtp: bool) -> None:
     """Raises UserError for what this model cannot do, whatever memory there is."""
-    if not 0 <= limits.mtp <= 4:
-        raise UserError(f"--mtp is {limits.mtp}, expected from 0 to 4")
-    if limits.mtp and not has_mtp:
+    if config.mtp and not has_mtp:
         raise UserError("--mtp needs an MTP module, and this checkpoint has none")
-    length, most = limits.max_model_len, args.max_seq_len
-    if not 1 < length <= most:
+    length, most = config.max_model_len, args.max_seq_len
+    if length is None or not 1 < length <= most:
         raise UserError(f"--max-model-len is {length}, expected from 2 to this model's {most}")
-    if limits.max_num_seqs < 1 or limits.max_num_batched_tokens < 1:
-        raise UserError("--max-num-seqs and --max-num-batched-tokens must be at least 1")
 
 
-def length_that_fits(limits: memory.Limits, n_pages: int, shrink: bool) -> int:
+def length_that_fits(config: RunConfig, n_pages: int, shrink: bool) -> int:
     """The tokens of a conversation that a pool of so many pages holds: as asked, or with `shrink` fewer. Raises
     UserError."""
-    if n_pages >= limits.pages:
-        return limits.max_model_len
-    holds = max(n_pages * PAGE_SIZE - limits.mtp, 0)
+    assert config.max_model_len is not None
+    if n_pages >= config.pages_per_sequence:
+        return config.max_model_len
+    holds = max(n_pages * PAGE_SIZE - config.mtp, 0)
     if not shrink or holds < 2:
-        raise UserError(f"--max-model-len {limits.max_model_len} needs {limits.pages} pages of cache and memory holds "
-                        f"{n_pages}; ask for at most {holds}")  # fmt: skip
+        raise UserError(f"--max-model-len {config.max_model_len} needs {config.pages_per_sequence} pages of cache and "
+                        f"memory holds {n_pages}; ask for at most {holds}")  # fmt: skip
     return holds
 
 
@@ -752,8 +751,8 @@ def check_start(rank: memory.RankSpec, device: torch.device, limits: dict[str, A
     hold. `limits` are the constructor's; what they do not say is as the constructor has it. Raises UserError."""
     weights.check_ranks(rank.args, rank.ranks, rank.num.gemm is not None, rank.experts)
     shrink = limits.get("max_model_len") is None
-    named = {f.name: limits[f.name] for f in fields(memory.Limits) if limits.get(f.name) is not None}
-    asked = memory.Limits(**{"max_model_len": rank.args.max_seq_len, **named})
+    named = {f.name: limits[f.name] for f in fields(RunConfig) if limits.get(f.name) is not None}
+    asked = RunConfig(**{"max_model_len": rank.args.max_seq_len, "eager": limits.get("graphs") is False, **named})
     check_limits(asked, rank.args, rank.mtp)
     n_pages, cache = limits.get("n_pages"), None
     if n_pages is not None:

@@ -9,6 +9,7 @@ import torch
 
 from checkpoint import weights
 from core.numerics import Numerics
+from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import engine as engines
 from engine import memory
@@ -36,8 +37,8 @@ def main() -> None:
     loaded = resident("VmRSS") - before
     engine = engines.Engine(model, None, max_model_len=length + 2, max_num_seqs=2, max_num_batched_tokens=tokens)
     cached = resident("VmRSS") - before
-    rank, limits = engines.rank_of(model), memory.Limits(length + 2, 2, tokens)
-    wanted = memory.need(rank, limits, engine.cache.nbytes)
+    config = RunConfig(max_model_len=length + 2, max_num_seqs=2, max_num_batched_tokens=tokens)
+    wanted = memory.need(engines.rank_of(model), config, engine.cache.nbytes)
     peaks = [resident("VmHWM") - before]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     (request,) = engine.generate([[1] * length], SamplingParams(max_new_tokens=2))
