@@ -182,8 +182,8 @@ def answers(loaded: Engine, faulty: str | None, mtp: int = 0) -> tuple[dict[str,
             temperature=0.7, max_new_tokens=25, repetition_penalty=1.1, logprobs=BAD, prompt_logprobs=BAD
         )
         wanted["bad"] = engine.add(faulty, bad, id=BAD)
-        if wanted["bad"]._stream:
-            wanted["bad"]._stream.bad = True
+        if wanted["bad"].detokenizer:
+            wanted["bad"].detokenizer.bad = True
     while engine.busy:
         engine.step()
     engine.scheduler.check_integrity()
