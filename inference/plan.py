@@ -69,7 +69,7 @@ def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", RunConfig,
 
     from checkpoint import weights
     from core.config import load_config
-    from engine import engine, memory
+    from engine import memory, setup
     from parallel.group import Group
 
     device = torch.device(options.device)
@@ -81,7 +81,7 @@ def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", RunConfig,
         args = weights.choose_args(checkpoint, options.config)
         checkpoint.on_disk(Group(0, options.tp))
         has_mtp = args.n_mtp_layers > 0 and checkpoint.has_mtp
-    num, says = engine.choose_numerics(args, device, options.dtype, options.gemm, has_fp8=device.type == "cuda")
+    num, says = setup.choose_numerics(args, device, options.dtype, options.gemm, has_fp8=device.type == "cuda")
     made = checkpoint.experts(options.tp) if checkpoint is not None else None
     experts, _ = weights.choose_experts(options.experts, args, options.tp, args.dtype == "fp8", made)
     num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8", experts=experts)
@@ -105,7 +105,7 @@ def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", RunConfig,
 def plan(options: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, as plain data: sizes in bytes, times in seconds. Raises UserError as `describe` does."""
     rank, config, says = describe(options)
-    from engine import engine, memory
+    from engine import memory, setup
 
     pages = config.max_num_seqs * config.pages_per_sequence
     wanted = memory.need(rank, config, cache=pages * memory.page_bytes(rank))
@@ -117,7 +117,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     if not rank.gpu:
         import torch
 
-        sizes = {"free here": engine.free_memory(torch.device("cpu"))}
+        sizes = {"free here": setup.free_memory(torch.device("cpu"))}
     context = min(options.context or 4096, config.max_model_len or rank.args.max_seq_len)
     return {
         "model": {

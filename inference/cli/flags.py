@@ -142,7 +142,7 @@ def load(
         kv_cache_gib=options.kv_cache_gib,
         mtp=options.mtp,
         deterministic=options.deterministic,
-        graphs=False if options.eager else None,
+        eager=options.eager,
     )
     return engine, prepared
 

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from engine.request import Request, TokenEvent
@@ -41,8 +42,8 @@ def scripted(model, tokenizer, text: str | bytes, mtp: int = 0, end: bool = True
     raw = text if isinstance(text, bytes) else text.encode()
     letters = {tokenizer._piece(i): i for i in range(VOCAB_SIZE) if len(tokenizer._piece(i)) == 1}
     script = [letters[bytes([b])] for b in raw] + [tokenizer.eos_ids[0]] * end + [letters[b"x"]] * 50
-    engine = Engine(model, tokenizer, n_pages=20, max_model_len=1000, mtp=mtp)
-    verify, propose = engine._verify, engine._propose
+    engine = Engine(model, tokenizer, RunConfig(n_pages=20, max_model_len=1000, mtp=mtp))
+    verify, propose = engine.sampler._verify, engine.sampler.propose
 
     def verify_scripted(chunks, logits, parts):
         at = [len(chunk.sequence.tokens) - chunk.sequence.n_prompt for chunk in chunks]
@@ -58,7 +59,7 @@ def scripted(model, tokenizer, text: str | bytes, mtp: int = 0, end: bool = True
             engine._live[sequence.id].draft.tokens[-1], engine._live[sequence.id].draft.q[-1] = out[i], None
         return out
 
-    engine._verify, engine._propose = verify_scripted, propose_scripted
+    engine.sampler._verify, engine.sampler.propose = verify_scripted, propose_scripted
     options = {"temperature": 0, "max_new_tokens": 400, **params}
     request = engine.add([{"role": "user", "content": "?"}], SamplingParams(**options))
     pieces, seen = [], []
@@ -114,7 +115,7 @@ def test_nothing_follows_a_stop_text(model, tokenizer):
     half = next(t for t in range(VOCAB_SIZE) if tokenizer._piece(t) == b"\xe2")
     tokenizer._pieces[half] = b" \xe2"
     try:
-        engine = Engine(model, tokenizer, n_pages=4, max_model_len=100)
+        engine = Engine(model, tokenizer, RunConfig(n_pages=4, max_model_len=100))
         request = engine.add([5], SamplingParams(temperature=0, stop=(" ",)))
         request.events.append(TokenEvent(None, "abc"))
         assert request.append(half)
@@ -176,7 +177,7 @@ def test_logprobs_are_the_models(model, tokenizer):
     prompt = [7, 8, 9, *range(20, 90)]
     found = {}
     for mtp, budget in ((0, 2048), (2, 16)):
-        engine = Engine(model, None, n_pages=8, max_model_len=300, mtp=mtp, max_num_batched_tokens=budget)
+        engine = Engine(model, None, RunConfig(n_pages=8, max_model_len=300, mtp=mtp, max_num_batched_tokens=budget))
         params = SamplingParams(temperature=0, max_new_tokens=9, logprobs=3, prompt_logprobs=2)
         engine.generate([prompt], SamplingParams(temperature=0, max_new_tokens=2))  # leaves pages to be found
         [request] = engine.generate([prompt], params)
@@ -194,7 +195,7 @@ def test_logprobs_are_the_models(model, tokenizer):
 
 
 def test_several_answers_to_one_prompt(model, tokenizer):
-    engine = Engine(model, tokenizer, n_pages=8, max_model_len=200)
+    engine = Engine(model, tokenizer, RunConfig(n_pages=8, max_model_len=200))
     params = SamplingParams(temperature=1.0, max_new_tokens=6, n=3, seed=1)
     answers = engine.generate(["ab", "cd"], params)
     assert [(r.id, r.choice) for r in answers] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]

@@ -24,11 +24,10 @@ from core.errors import UserError
 from core.numerics import Numerics
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
-from engine import engine as engines
-from engine import memory
+from engine import memory, setup
 from engine.engine import Engine
 from engine.memory import RankSpec
-from engine.sampling import Ask, verify
+from engine.sampling import SamplingState, verify
 from model import Transformer
 from ops import backend as ops
 from ops import reference
@@ -273,7 +272,7 @@ def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> in
         model.logits(hidden[: memory.SCORED_ROWS])
         if device == "cpu":
             logits = model.logits(hidden[: len(sequences)])
-            asks = [Ask(SamplingParams(temperature=1.0, top_p=0.9), i, [1, 2], 1) for i in range(len(sequences))]
+            asks = [SamplingState(SamplingParams(temperature=1.0, top_p=0.9), i, [1, 2], 1) for i in range(len(sequences))]
             verify(logits, asks)
     return measured.peak
 
@@ -328,13 +327,13 @@ def test_graphs_keep_a_step_and_a_page(side):
         kept.append(torch.empty(0))
         return run
 
-    engine = Engine(model, None, max_model_len=512, max_num_seqs=6, max_num_batched_tokens=64, n_pages=9, mtp=2,
-                    graphs=capture)  # fmt: skip
-    facts = sum(t.nbytes for g in (engine._step_graphs, *engine._draft_graphs) for t in g._facts.values())
+    run = RunConfig(max_model_len=512, max_num_seqs=6, max_num_batched_tokens=64, n_pages=9, mtp=2)
+    engine = Engine(model, None, run, capture=capture)
+    facts = sum(t.nbytes for g in (engine.runner.step_graphs, *engine.runner.draft_graphs) for t in g._static_inputs.values())
     rows = sum((1, 2, 3, 4, 6)) * (3 + 3 + 1)
     said = memory.need(rank, limits).graphs - memory.step_bytes(rank, limits, decode=True)
-    assert len(kept) == 3 * 5 and engine.cache.shape[1] == 10
-    assert said == model.page_bytes + engine._step_graphs.hidden.nbytes + rows * args.dim * 2 + facts
+    assert len(kept) == 3 * 5 and engine.runner.cache.shape[1] == 10
+    assert said == model.page_bytes + engine.runner.step_graphs.hidden.nbytes + rows * args.dim * 2 + facts
 
 
 # ---------------------------------------------------------------- a process that runs
@@ -413,7 +412,7 @@ def test_pages_leave_room_for_the_largest_step():
 def test_the_engine_refuses_before_it_loads(tmp_path, monkeypatch):
     make_checkpoint(tmp_path, FAMILIES["v3"])
     monkeypatch.setattr(weights, "load_into", lambda *_: pytest.fail("it was loaded"))
-    monkeypatch.setattr(engines, "free_memory", lambda device: 5_000_000)
+    monkeypatch.setattr(setup, "free_memory", lambda device: 5_000_000)
     with pytest.raises(UserError, match=r"a rank needs .* and 0\.01 GB are free .*would do$"):
         Engine.from_pretrained(tmp_path)
 
@@ -421,14 +420,14 @@ def test_the_engine_refuses_before_it_loads(tmp_path, monkeypatch):
 def test_the_engine_takes_the_pages_that_fit(monkeypatch):
     args = parse(FAMILIES["v3"])
     model = Transformer(args, Numerics()).prepare()
-    rank, limits = engines.rank_of(model), limits_of(2560, 8, 64)
+    rank, limits = setup.rank_of(model), limits_of(2560, 8, 64)
     free = 2 * 100 * model.page_bytes + memory.step_bytes(rank, limits)
-    monkeypatch.setattr(engines, "free_memory", lambda device: free)
-    engine = Engine(model, None, max_model_len=2560, max_num_batched_tokens=64)
-    assert engine.cache.shape[1] == 100
+    monkeypatch.setattr(setup, "free_memory", lambda device: free)
+    engine = Engine(model, None, RunConfig(max_model_len=2560, max_num_batched_tokens=64))
+    assert engine.runner.cache.shape[1] == 100
     with pytest.raises(UserError, match="memory holds"):
-        Engine(model, None, max_model_len=2560, max_num_batched_tokens=512)
-    assert Engine(model, None, max_num_batched_tokens=512).max_model_len < 2560
+        Engine(model, None, RunConfig(max_model_len=2560, max_num_batched_tokens=512))
+    assert Engine(model, None, RunConfig(max_num_batched_tokens=512)).max_model_len < 2560
 
 
 # ---------------------------------------------------------------- the command line

@@ -11,8 +11,7 @@ from checkpoint import weights
 from core.numerics import Numerics
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
-from engine import engine as engines
-from engine import memory
+from engine import Engine, memory, setup
 from model import Transformer
 from ops import backend as ops
 from ops.cpu import backend as cpu
@@ -35,10 +34,10 @@ def main() -> None:
     weights.load_into(model, checkpoint, progress=False)
     model.prepare()
     loaded = resident("VmRSS") - before
-    engine = engines.Engine(model, None, max_model_len=length + 2, max_num_seqs=2, max_num_batched_tokens=tokens)
-    cached = resident("VmRSS") - before
     config = RunConfig(max_model_len=length + 2, max_num_seqs=2, max_num_batched_tokens=tokens)
-    wanted = memory.need(engines.rank_of(model), config, engine.cache.nbytes)
+    engine = Engine(model, None, config)
+    cached = resident("VmRSS") - before
+    wanted = memory.need(setup.rank_of(model), config, engine.runner.cache.nbytes)
     peaks = [resident("VmHWM") - before]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     (request,) = engine.generate([[1] * length], SamplingParams(max_new_tokens=2))
