@@ -56,7 +56,8 @@ class Engine:
         `capture` records decode steps, by default as CUDA graphs where these work and `run` is not eager; `progress`
         shows a bar meanwhile. Raises UserError for a run that the model or this rank's memory does not allow.
         """
-        assert model.num.batch_invariant or not run.deterministic, "deterministic needs Numerics(batch_invariant=True)"
+        if run.deterministic and not model.num.batch_invariant:
+            raise UserError("deterministic needs a model built with Numerics(batch_invariant=True)")
         self.model, self.tokenizer, self.tp = model, tokenizer, model.tp
         if capture is None and not run.eager and records(model.device.type == "cuda", model.num.dtype):
             capture = cuda_capture()
