@@ -30,6 +30,7 @@ from checkpoint.directory import Checkpoint
 from checkpoint.load import load_into
 from core.config import ModelArgs, load_config
 from core.numerics import Numerics
+from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from model import Transformer
@@ -107,10 +108,10 @@ class Ours:
         assert checkpoint.args == args, f"transformers' config reads back as {checkpoint.args}"
         model = Transformer(args, Numerics(torch.bfloat16), device=clock.device, mtp=False)
         load_into(model, checkpoint, progress=False)
-        self.engine = Engine(
-            model.prepare(), None,
-            max_model_len=longest, max_num_seqs=sequences, max_num_batched_tokens=step, reuse=False,
+        run = RunConfig(
+            max_model_len=longest, max_num_seqs=sequences, max_num_batched_tokens=step, prefix_reuse=False
         )  # fmt: skip
+        self.engine = Engine(model.prepare(), None, run)
 
     def answer(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], float, float]:
         params = SamplingParams(temperature=0, max_new_tokens=new, ignore_eos=True)

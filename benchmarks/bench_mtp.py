@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
 sys.path.insert(0, str(ROOT / "inference"))
 import report
+from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 
@@ -31,19 +32,21 @@ class NoNorm(torch.nn.Module):
         return x + delta
 
 
-class BeforeNorm(Engine):
+def skip_norm_between_drafts(runner: Any) -> None:
     """Hands the MTP module's state on as it is before the final norm, which is applied for the logits alone."""
+    model, draft = runner.model, runner.draft
+    norm, logits = model.mtp[0].norm, model.logits
 
-    def _draft(self, *args: Any) -> None:
-        model: Any = self.model
-        norm, logits = model.mtp[0].norm, model.logits
+    def changed(*args: Any) -> None:
         model.mtp[0].norm = NoNorm()
         model.logits = lambda hidden: logits(norm(hidden))
         try:
-            super()._draft(*args)
+            draft(*args)
         finally:
             model.mtp[0].norm = norm
             del model.logits  # the class's own again
+
+    runner.draft = changed
 
 
 def count(engine: Engine, conversations: list[list[dict]]) -> dict[str, Any]:
@@ -68,10 +71,12 @@ def main() -> None:
     plain = Engine.from_pretrained(ROOT / "demo" / "checkpoint", max_model_len=2560)
     rows = []
     for k in (1, 2, 3, 4):
-        for name, kind in (("after the norm", Engine), ("before the norm", BeforeNorm)):
-            if k == 1 and kind is BeforeNorm:
+        for name in ("after the norm", "before the norm"):
+            if k == 1 and name == "before the norm":
                 continue  # nothing is handed on
-            engine = kind(plain.model, plain.tokenizer, max_model_len=2560, max_num_seqs=16, mtp=k)
+            engine = Engine(plain.model, plain.tokenizer, RunConfig(max_model_len=2560, max_num_seqs=16, mtp=k))
+            if name == "before the norm":
+                skip_norm_between_drafts(engine.runner)
             rows.append({"k": k, "handed on": name, **count(engine, asked)})
             places = ", ".join(f"{a:.1%}" for a in rows[-1]["acceptance"])
             print(f"k = {k}, {name:16} {places}   {rows[-1]['tokens_per_step']:.3f} tokens a step", flush=True)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "demo"))
 sys.path.insert(0, str(ROOT / "inference"))
 import report
+from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 
@@ -65,7 +66,7 @@ def summary(tokens: int, seconds: float, first: list[float], between: list[float
 
 
 def run_ours(engine: Engine, load: Load, ends: bool) -> tuple[dict[str, float], list[list[int]]]:
-    engine.scheduler.pool.forget_all()
+    engine.scheduler.pool.unregister_all()
     began = time.perf_counter()
     requests = [
         engine.add(prompt, SamplingParams(temperature=0, max_new_tokens=new, ignore_eos=not ends), id=i)
@@ -164,7 +165,7 @@ def main() -> None:
     else:
         from bench_cpu import Ours
 
-        engine = Engine(Ours(path).model, None, **limits)  # type: ignore[arg-type]
+        engine = Engine(Ours(path).model, None, RunConfig(**limits))  # type: ignore[arg-type]
         theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(
             path, dtype=torch.bfloat16, local_files_only=True
         ).eval()
@@ -196,7 +197,7 @@ def main() -> None:
             some = load[:24] if one else load[:64]
             for k in (0, 1, 2, 3):
                 limits_k = dict(max_model_len=2560, max_num_seqs=1 if one else 2 * BATCH)
-                drafting = Engine(engine.model, engine.tokenizer, mtp=k, **limits_k)  # type: ignore[arg-type]
+                drafting = Engine(engine.model, engine.tokenizer, RunConfig(mtp=k, **limits_k))  # type: ignore[arg-type]
                 figures, _ = run_ours(drafting, some, ends=True)
                 stats = drafting.stats
                 row = {
@@ -209,9 +210,9 @@ def main() -> None:
                 results["mtp"].append(row)
     reuse = {}
     for on in (True, False):
-        fresh = Engine(engine.model, engine.tokenizer, reuse=on, **limits)  # type: ignore[arg-type]
+        fresh = Engine(engine.model, engine.tokenizer, RunConfig(prefix_reuse=on, **limits))  # type: ignore[arg-type]
         second_turn(fresh, vocab, 600)
-        fresh.scheduler.pool.forget_all()
+        fresh.scheduler.pool.unregister_all()
         reuse["reused" if on else "not reused"] = second_turn(fresh, vocab, 2000)
     results["second_turn_first_token_s"] = reuse
     print("second turn after 2,000 tokens, seconds to the first token:", reuse)

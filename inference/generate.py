@@ -24,7 +24,8 @@ from serving import requestfields
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
     from core.sampling_params import SamplingParams
-    from engine.engine import Engine, Prompt, Request
+    from engine.engine import Engine, Prompt
+    from engine.request import Request
     from engine.sampling import Logprob
     from parallel.group import Group
 
@@ -320,7 +321,7 @@ def answer_file(engine: "Engine", jobs: list[Job], output: str | None, thinking:
 
 def submit(engine: "Engine", place: tuple[int, int], job: Job, thinking: bool | None = None) -> "Request":
     """One answer to a job: `place` is its prompt's number and, of the answers to that, its own."""
-    from engine.engine import Request
+    from engine.request import Request
 
     index, choice = place
     if job.error is not None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cli.flags import Parser, positive
 from cli.main import run_command
 from core.errors import UserError
+from core.run_config import PAGE_SIZE, RunConfig
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
     from engine import memory
@@ -60,15 +61,15 @@ def bandwidth(text: str) -> float:
     return value
 
 
-def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", "memory.Limits", str]:
-    """The rank and the limits asked for, and a line about the numerics. Raises UserError for a bad config, a checkpoint
+def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", RunConfig, str]:
+    """The rank and the run asked for, and a line about the numerics. Raises UserError for a bad config, a checkpoint
     that is incomplete or contradicts it, and numbers of ranks that do not divide the model."""
     import torch
 
     from checkpoint.directory import Checkpoint, choose_args
     from checkpoint.partition import Partition
     from core.config import load_config
-    from engine import engine, memory
+    from engine import memory, setup
 
     device = torch.device(options.device)
     checkpoint = None if options.ckpt_path is None else Checkpoint(options.ckpt_path)
@@ -79,7 +80,7 @@ def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", "memory.Li
         args = choose_args(checkpoint, options.config)
         checkpoint.on_disk(0, options.tp)
         has_mtp = args.n_mtp_layers > 0 and checkpoint.has_mtp
-    num, says = engine.choose_numerics(args, device, options.dtype, options.gemm, has_fp8=device.type == "cuda")
+    num, says = setup.choose_numerics(args, device, options.dtype, options.gemm, has_fp8=device.type == "cuda")
     if checkpoint is None:
         partition = Partition.choose(args, options.tp, options.experts, fp8=num.gemm is not None)
     else:
@@ -91,19 +92,23 @@ def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", "memory.Li
     if not 1 < length <= args.max_seq_len:
         raise UserError(f"--max-model-len is {length}, expected from 2 to this model's {args.max_seq_len}")
     rank = memory.RankSpec(args, num, options.tp, device.type == "cuda", has_mtp)
-    limits = memory.Limits(
-        length, options.max_num_seqs, options.max_num_batched_tokens, options.mtp, False if options.eager else None
+    config = RunConfig(
+        max_model_len=length,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        mtp=options.mtp,
+        eager=options.eager,
     )
-    return rank, limits, says
+    return rank, config, says
 
 
 def plan(options: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, as plain data: sizes in bytes, times in seconds. Raises UserError as `describe` does."""
-    rank, limits, says = describe(options)
-    from engine import engine, memory
+    rank, config, says = describe(options)
+    from engine import memory, setup
 
-    pages = limits.max_num_seqs * limits.pages
-    wanted = memory.need(rank, limits, cache=pages * memory.page_bytes(rank))
+    pages = config.max_num_seqs * config.pages_per_sequence
+    wanted = memory.need(rank, config, cache=pages * memory.page_bytes(rank))
     parts: dict[str, int] = {}
     for (mtp, part), n in memory.weight_bytes(rank).items():
         name = memory.MTP if mtp else part
@@ -112,8 +117,8 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     if not rank.gpu:
         import torch
 
-        sizes = {"free here": engine.free_memory(torch.device("cpu"))}
-    context = min(options.context or 4096, limits.max_model_len)
+        sizes = {"free here": setup.free_memory(torch.device("cpu"))}
+    context = min(options.context or 4096, config.max_model_len or rank.args.max_seq_len)
     return {
         "model": {
             "parameters": memory.parameters(rank),
@@ -121,8 +126,9 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
         },
         "run": {
             "ranks": rank.ranks, "device": options.device, "numerics": says, "experts": rank.experts,
-            "max_model_len": limits.max_model_len, "max_num_seqs": limits.max_num_seqs,
-            "max_num_batched_tokens": limits.budget, "mtp": limits.mtp, "kv_cache_dtype": options.kv_cache_dtype,
+            "max_model_len": config.max_model_len, "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.max_step_tokens, "mtp": config.mtp,
+            "kv_cache_dtype": options.kv_cache_dtype,
         },
         "rank": {
             "weights": {part: parts[part] for part in (*memory.PARTS, memory.MTP) if part in parts},
@@ -132,29 +138,28 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
             "graphs": wanted.graphs,
             "total": wanted.total,
         },
-        "fits": {name: room(rank, limits, size) for name, size in sizes.items()},
-        "ranks": list(other_ranks(rank, limits, sizes, options.experts)),
-        "decode": [decode(rank, limits, sequences, context, options.bandwidth) for sequences in SEQUENCES],
+        "fits": {name: room(rank, config, size) for name, size in sizes.items()},
+        "ranks": list(other_ranks(rank, config, sizes, options.experts)),
+        "decode": [decode(rank, config, sequences, context, options.bandwidth) for sequences in SEQUENCES],
     }  # fmt: skip
 
 
-def room(rank: "memory.RankSpec", limits: "memory.Limits", size: int) -> dict[str, Any]:
+def room(rank: "memory.RankSpec", config: RunConfig, size: int) -> dict[str, Any]:
     """What so much memory has room for beside the weights and the largest step."""
-    from core.run_config import PAGE_SIZE
     from engine import memory
 
     free = size - sum(memory.weight_bytes(rank).values())
-    pages = memory.pages_that_fit(rank, limits, free)
+    pages = memory.pages_that_fit(rank, config, free)
     return {
         "memory": size,
         "weights_fit": free >= 0,
         "tokens": pages * PAGE_SIZE,
-        "sequences": pages // limits.pages,
+        "sequences": pages // config.pages_per_sequence,
     }
 
 
 def other_ranks(
-    rank: "memory.RankSpec", limits: "memory.Limits", sizes: dict[str, int], experts: Any
+    rank: "memory.RankSpec", config: RunConfig, sizes: dict[str, int], experts: Any
 ) -> Iterator[dict[str, Any]]:
     """Numbers of ranks, with the weights of each and the tokens that memories have room for, or why they do not do."""
     from engine import memory
@@ -168,17 +173,17 @@ def other_ranks(
             "ranks": ranks,
             "experts": other.experts,
             "weights": sum(memory.weight_bytes(other).values()),
-            "tokens": {name: room(other, limits, size)["tokens"] for name, size in sizes.items()},
+            "tokens": {name: room(other, config, size)["tokens"] for name, size in sizes.items()},
         }
 
 
 def decode(
-    rank: "memory.RankSpec", limits: "memory.Limits", sequences: int, context: int, bandwidths: list[float]
+    rank: "memory.RankSpec", config: RunConfig, sequences: int, context: int, bandwidths: list[float]
 ) -> dict[str, Any]:
     """What a decode step reads, and how many steps a second that allows."""
     from engine import memory
 
-    read = memory.decode_reads(rank, sequences, context, limits.mtp)
+    read = memory.decode_reads(rank, sequences, context, config.mtp)
     return {
         "sequences": sequences,
         "experts": read.experts,

@@ -8,6 +8,8 @@ import torch
 
 from core.run_config import PAGE_SIZE
 
+# New tokens of a sequence, how many of its tokens are cached before them, and its pages.
+SequenceSlice = tuple[Sequence[int], int, Sequence[int]]
 DECODE_ROWS = 64  # new tokens of a sequence up to which it is decoding, or close to it: see ops/gpu/attention.py
 
 
@@ -51,11 +53,8 @@ class Batch:
         return BatchBounds(a.n + b.n, a.tokens + b.tokens, *longest, a.total_kv + b.total_kv)
 
     @classmethod
-    def pack(
-        cls, sequences: Sequence[tuple[Sequence[int], int, Sequence[int]]], device: torch.device | str = "cpu"
-    ) -> "Batch":
-        """From (new tokens, how many tokens are cached before them, the sequence's pages) for each sequence; those that
-        decode had better come first."""
+    def pack(cls, sequences: Sequence[SequenceSlice], device: torch.device | str = "cpu") -> "Batch":
+        """One batch of all sequences' new tokens; those that decode had better come first."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []

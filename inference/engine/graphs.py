@@ -1,8 +1,8 @@
 """Forwards of fixed shape, recorded once as CUDA graphs and replayed: the launches of a decode step become one.
 
-A step that decodes runs few tokens of each sequence, one or one and its drafts, so a few shapes serve every such step:
-sequences are filled up to the next recorded number, and each sequence to the recorded number of tokens, with tokens
-whose latents go to a spare page that nobody reads. What a replay needs of a batch goes to the device in one copy.
+A decode step runs few tokens of each sequence (one, or one and its drafts), so a few shapes serve every such step: a
+batch is padded with empty sequences to the next recorded number, and each sequence to the recorded number of tokens.
+The latents of padding go to a page that no sequence reads. A replay's inputs go to the device in one copy.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,10 +11,9 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from core.batch import DECODE_ROWS, Batch, BatchBounds
+from core.batch import DECODE_ROWS, Batch, BatchBounds, SequenceSlice
 from core.run_config import PAGE_SIZE
 
-Place = tuple[Sequence[int], int, Sequence[int]]  # new tokens, how many are cached before them, the sequence's pages
 Forward = Callable[[Batch, torch.Tensor], torch.Tensor]  # a batch and hidden states (T, H) to hidden states (T, H)
 Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
@@ -26,9 +25,12 @@ def records(gpu: bool, dtype: torch.dtype) -> bool:
 
 
 def cuda_capture() -> Capture:
-    """Turns a function that launches kernels into one that replays them. All graphs share one pool of memory: they
-    never run at the same time, and a result is kept, so that its memory is not given to the next one recorded. They
-    share a stream to warm up on, as cuBLAS keeps a workspace (32 MiB on Hopper) for every stream it has worked on."""
+    """Returns a function that turns one that launches kernels into one that replays them.
+
+    All graphs share one pool of memory, as they never run at the same time; a result is kept, so that its memory is not
+    given to the next graph. They share a stream to warm up on, as cuBLAS keeps a workspace (32 MiB on Hopper) for every
+    stream it has worked on.
+    """
     pool = torch.cuda.graph_pool_handle()
     side = torch.cuda.Stream()
 
@@ -53,54 +55,54 @@ def cuda_capture() -> Capture:
 
 def sizes(most: int) -> list[int]:
     """Numbers of sequences to record: every one to 4, then in steps that waste at most a third, up to `most`."""
-    found = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if n < most]
-    return [*found, *range(320, most, 64), most]
+    small = [n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if n < most]
+    return [*small, *range(320, most, 64), most]
 
 
 class Graphs:
-    """One forward, recorded for batches of up to `most` sequences of `width` tokens each."""
+    """One forward, recorded for batches of up to `max_num_seqs` sequences of `width` tokens each."""
 
     def __init__(
         self,
         forward: Forward,
         *,
-        most: int,
+        max_num_seqs: int,
         width: int,
         hidden: torch.Tensor,
         n_pages: int,
-        spare: int,
+        padding_page: int,
         capture: Capture,
         progress: str = "",
     ):
-        """hidden (most * width, H): where hidden states are handed in, shared by all that is recorded.
+        """hidden (max_num_seqs * width, H): the buffer for input hidden states, shared by all that is recorded.
 
-        n_pages: the most a sequence may hold; spare: the page that takes what is only there to fill up; `progress`:
-        what a progress bar says, if there is to be one.
+        n_pages: the most pages of a sequence; padding_page: the page that padding's latents are written to; `progress`:
+        the label of a progress bar, none if empty.
         """
         assert width <= DECODE_ROWS
-        self.width, self.n_pages, self.spare, self.hidden = width, n_pages, spare, hidden
+        self.width, self.n_pages, self.padding_page, self.hidden = width, n_pages, padding_page, hidden
         self._replay: dict[int, Callable[[], torch.Tensor]] = {}
-        self._facts: dict[int, torch.Tensor] = {}
+        self._static_inputs: dict[int, torch.Tensor] = {}
         # the largest first: the smaller ones then fit into the memory it took
-        for n in tqdm(sizes(most)[::-1], desc=progress, unit="graph", disable=not progress):
-            self._facts[n] = torch.tensor(self._pack([], n), dtype=torch.int64, device=hidden.device)
+        for n in tqdm(sizes(max_num_seqs)[::-1], desc=progress, unit="graph", disable=not progress):
+            self._static_inputs[n] = torch.tensor(self._pack([], n), dtype=torch.int64, device=hidden.device)
             self._replay[n] = capture(partial(self._forward, forward, n))
 
-    def run(self, places: Sequence[Place], hidden: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The forward on a step's sequences: (T, H), T counting real tokens only; None if nothing recorded fits.
+    def run(self, slices: Sequence[SequenceSlice], hidden: torch.Tensor | None = None) -> torch.Tensor | None:
+        """The forward on a step's sequences: (T, H), T counting real tokens only; None if no recorded shape fits.
 
-        hidden (T, H): the hidden states handed in, a row for each token. The result is overwritten by the next replay.
+        hidden (T, H): input hidden states, a row for each token. The result is overwritten by the next replay.
         """
-        n = next((n for n in sorted(self._replay) if n >= len(places)), None)
-        if n is None or any(len(tokens) > self.width or len(pages) > self.n_pages for tokens, _, pages in places):
+        n = next((n for n in sorted(self._replay) if n >= len(slices)), None)
+        if n is None or any(len(tokens) > self.width or len(pages) > self.n_pages for tokens, _, pages in slices):
             return None
-        packed = torch.tensor(self._pack(places, n), dtype=torch.int64)
+        packed = torch.tensor(self._pack(slices, n), dtype=torch.int64)
         if self.hidden.is_cuda:
             packed = packed.pin_memory()
-        self._facts[n].copy_(packed, non_blocking=True)
-        rows = [i * self.width + j for i, (tokens, _, _) in enumerate(places) for j in range(len(tokens))]
-        whole = len(rows) == len(places) * self.width
-        index = None if whole else torch.tensor(rows).to(self.hidden.device, non_blocking=True)
+        self._static_inputs[n].copy_(packed, non_blocking=True)
+        rows = [i * self.width + j for i, (tokens, _, _) in enumerate(slices) for j in range(len(tokens))]
+        no_padding = len(rows) == len(slices) * self.width
+        index = None if no_padding else torch.tensor(rows).to(self.hidden.device, non_blocking=True)
         if hidden is not None:
             if index is None:
                 self.hidden[: len(rows)] = hidden
@@ -110,31 +112,32 @@ class Graphs:
         return out[: len(rows)] if index is None else out[index]
 
     def _forward(self, forward: Forward, n: int) -> torch.Tensor:
-        return forward(self._batch(self._facts[n], n), self.hidden[: n * self.width])
+        return forward(self._batch(self._static_inputs[n], n), self.hidden[: n * self.width])
 
-    def _pack(self, places: Sequence[Place], n: int) -> list[int]:
-        """n sequences' tokens, positions, slots, lengths and pages, one after another."""
+    def _pack(self, slices: Sequence[SequenceSlice], n: int) -> list[int]:
+        """n sequences' tokens, positions, slots, lengths and pages, one after another; those that `slices` does not
+        name are padding."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         lengths: list[int] = []
         pages: list[int] = []
-        nowhere = self.spare * PAGE_SIZE
-        for new, start, held in [*places, *[([], 0, [])] * (n - len(places))]:
+        padding_slot = self.padding_page * PAGE_SIZE
+        for new, start, held in [*slices, *[([], 0, [])] * (n - len(slices))]:
             fill = self.width - len(new)
             tokens += [*new, *[0] * fill]
             positions += [*range(start, start + len(new)), *[start] * fill]
             slots += [held[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(start, start + len(new))]
-            slots += [nowhere] * fill
+            slots += [padding_slot] * fill
             lengths.append(start + max(len(new), 1))
-            pages += [*held, *[self.spare] * (self.n_pages - len(held))]
+            pages += [*held, *[self.padding_page] * (self.n_pages - len(held))]
         return tokens + positions + slots + lengths + pages
 
-    def _batch(self, facts: torch.Tensor, n: int) -> Batch:
-        """The batch that `_pack` described, as views of the device's copy."""
+    def _batch(self, static_inputs: torch.Tensor, n: int) -> Batch:
+        """The batch that `_pack` wrote, as views of the device's copy."""
         t = n * self.width
-        tokens, positions, slots, lengths, pages = facts.split([t, t, t, n, n * self.n_pages])
-        bounds = torch.arange(0, t + 1, self.width, dtype=torch.int32, device=facts.device)
-        longest = self.n_pages * PAGE_SIZE  # what a later batch may need is not known yet
-        few = BatchBounds(n, t, self.width, longest, n * longest)
-        return Batch(tokens, positions, slots, bounds, lengths.int(), pages.int().view(n, self.n_pages), few)
+        tokens, positions, slots, lengths, pages = static_inputs.split([t, t, t, n, n * self.n_pages])
+        cu_seqlens = torch.arange(0, t + 1, self.width, dtype=torch.int32, device=static_inputs.device)
+        longest = self.n_pages * PAGE_SIZE  # the bounds must hold for every batch that may be replayed
+        bounds = BatchBounds(n, t, self.width, longest, n * longest)
+        return Batch(tokens, positions, slots, cu_seqlens, lengths.int(), pages.int().view(n, self.n_pages), bounds)

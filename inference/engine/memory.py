@@ -24,7 +24,7 @@ from core.batch import DECODE_ROWS
 from core.config import BLOCK_SIZE, ModelArgs
 from core.errors import UserError
 from core.numerics import Numerics
-from core.run_config import PAGE_SIZE, AskedLayout, ExpertLayout
+from core.run_config import PAGE_SIZE, AskedLayout, ExpertLayout, RunConfig
 from engine import graphs
 from ops import formats, reference
 from ops.cpu import attention as cpu
@@ -75,27 +75,6 @@ class RankSpec:
     @property
     def share(self) -> float:
         return GPU_SHARE if self.gpu else HOST_SHARE
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a run is asked to hold at a time; the engine's flags, and its defaults."""
-
-    max_model_len: int
-    max_num_seqs: int = 8
-    max_num_batched_tokens: int = 2048
-    mtp: int = 0  # tokens drafted a step
-    graphs: bool | None = None  # decode steps are recorded; None: in bfloat16 on a GPU
-
-    @property
-    def budget(self) -> int:
-        """Tokens of the largest forward."""
-        return max(self.max_num_batched_tokens, self.max_num_seqs * (1 + self.mtp))
-
-    @property
-    def pages(self) -> int:
-        """Pages of one sequence of full length, with its drafts."""
-        return -(-(self.max_model_len + self.mtp) // PAGE_SIZE)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -220,39 +199,39 @@ def page_bytes(rank: RankSpec) -> int:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def step_bytes(rank: RankSpec, limits: Limits, decode: bool = False) -> int:
-    """The most that one forward's tensors take at a time, beside weights and latents: the largest the limits allow, or
-    with `decode` one of max_num_seqs sequences that bring a token and its drafts.
+def step_bytes(rank: RankSpec, config: RunConfig, decode: bool = False) -> int:
+    """The most that one forward's tensors take at a time, beside weights and latents: the largest that `config` allows,
+    or with `decode` one of max_num_seqs sequences that bring a token and its drafts.
 
     Counted are the tensors that exist together in the worst place of a layer, or around the logits and the sampler.
     Taken as the worst case: nearly all tokens belong to one sequence, every sequence is at the end of its context, its
     pages are scattered, and all tokens choose the same expert. Left out: what torch's libraries take inside an op.
     """
     args, num = rank.args, rank.num
-    tokens = limits.max_num_seqs * (1 + limits.mtp) if decode else limits.budget
-    rows = 1 + limits.mtp if decode else tokens  # of one sequence
+    tokens = config.max_num_seqs * (1 + config.mtp) if decode else config.max_step_tokens
+    rows = 1 + config.mtp if decode else tokens  # of one sequence
     hidden = tokens * args.dim * num.dtype.itemsize  # (T, H)
     normed = _given(rank, tokens, args.dim)
     kept = normed + (hidden if num.gemm == "fp8" else 0)  # of the router's input, which it needs as it was
-    attention = max(_attention(rank, *batch, limits) for batch in _batches(rank, tokens, rows, limits.max_num_seqs))
+    attention = max(_attention(rank, *batch, config) for batch in _batches(rank, tokens, rows, config.max_num_seqs))
     mlp = _mlp(rank, tokens, -(-args.inter_dim // rank.ranks)) if args.n_dense_layers else 0
     moe = _moe(rank, tokens) if args.n_moe_layers or rank.mtp else 0
     # Of the layer: what came into it, in two parts, and their sum; behind attention its result and the next sum. A
     # draft has in the place of the two parts the main model's states and those of them it starts from.
     norm = 5 * hidden + normed + max(kept, _norm(rank, tokens, args.dim))
     layer = 4 * tokens * args.qk_rope_head_dim + max(3 * hidden + max(normed + attention, kept + max(mlp, moe)), norm)
-    if limits.mtp:  # combining: the embedding too, both parts' norms and the two as one; or those and the projection
+    if config.mtp:  # combining: the embedding too, both parts' norms and the two as one; or those and the projection
         projection = hidden if rank.gpu else _linear(rank, tokens, 2 * args.dim, args.dim, plain=True)
         most = max(4 * hidden, hidden + _norm(rank, tokens, args.dim), 2 * hidden + projection)
         layer = max(layer, 3 * hidden + most)
-    sampled = limits.max_num_seqs * (1 + limits.mtp)
+    sampled = config.max_num_seqs * (1 + config.mtp)
     scored = min(max(sampled, 0 if decode else SCORED_ROWS), tokens)
     logits = 4 * args.vocab_size  # a row, float32
     # a rank's, all ranks', and these in one piece
     gathered = scored * (logits // rank.ranks + 2 * logits if rank.ranks > 1 else logits)
     states = scored * args.dim * (num.dtype.itemsize + (0 if rank.gpu else _float_copy(rank)))
     sampler = sampled * logits + min(sampled, DRAWN_ROWS) * SAMPLER_BYTES * args.vocab_size
-    drafts = 8 * limits.max_num_seqs * limits.mtp * args.vocab_size  # the distributions they were drawn from
+    drafts = 8 * config.max_num_seqs * config.mtp * args.vocab_size  # the distributions they were drawn from
     return drafts + max(layer, hidden + max(states + gathered, sampler))
 
 
@@ -362,7 +341,13 @@ def _batches(rank: RankSpec, tokens: int, rows: int, sequences: int) -> Iterator
             yield min(tokens, few * sequences) if rank.gpu or sequences == 1 else tokens, few
 
 
-def _attention(rank: RankSpec, tokens: int, rows: int, limits: Limits) -> int:
+def _length(config: RunConfig) -> int:
+    """max_model_len, which the caller has filled in."""
+    assert config.max_model_len is not None
+    return config.max_model_len
+
+
+def _attention(rank: RankSpec, tokens: int, rows: int, config: RunConfig) -> int:
     """The projections of all tokens, and what lives while their sequences attend, of which the largest has so many
     rows."""
     args, b = rank.args, rank.num.dtype.itemsize
@@ -383,11 +368,11 @@ def _attention(rank: RankSpec, tokens: int, rows: int, limits: Limits) -> int:
     quantised = _quantising(rank, tokens, n * dv)
     out = o + (quantised + product if rank.gpu else max(quantised, _given(rank, tokens, n * dv) + product))
     side = _on_cpu if not rank.gpu else _on_gpu if b == 2 else _on_gpu_float32
-    attending = side(rank, tokens, rows, n, limits)
+    attending = side(rank, tokens, rows, n, config)
     return max(into, held + max(rotating, rotated + max(attending, out)))
 
 
-def _on_gpu(rank: RankSpec, tokens: int, rows: int, n: int, limits: Limits) -> int:
+def _on_gpu(rank: RankSpec, tokens: int, rows: int, n: int, config: RunConfig) -> int:
     """kernel_attention.mla. Few rows of a sequence are decoded, with the keys split up; many attend to keys and values
     that are expanded a slab at a time, and where one slab does not do carry float32 sums along. A batch of both has the
     absorbed queries, and what they came to, while it expands."""
@@ -396,49 +381,49 @@ def _on_gpu(rank: RankSpec, tokens: int, rows: int, n: int, limits: Limits) -> i
 
     def decoded(few: int) -> tuple[int, int]:
         width = min(DECODE_TILE_ROWS, min(rows, DECODE_ROWS) * n)
-        empty = min(few, limits.max_num_seqs) * (width - math.gcd(n, width))  # rows, in the sequences' last tiles
+        empty = min(few, config.max_num_seqs) * (width - math.gcd(n, width))  # rows, in the sequences' last tiles
         tiles = (few * n + empty) // width
-        split = width * min(tiles * -(-limits.max_model_len // PAGE_SIZE), tiles + PROGRAMS)
+        split = width * min(tiles * -(-_length(config) // PAGE_SIZE), tiles + PROGRAMS)
         return 2 * few * n * c * b, min(SPLIT_BYTES, 4 * split * c) * (c + 1) // c + 12 * few * n
 
     if rows <= DECODE_ROWS:
         return tokens * n * dv * b + sum(decoded(tokens))
-    absorbed, _ = decoded(min(tokens - rows, DECODE_ROWS * (limits.max_num_seqs - 1)))
+    absorbed, _ = decoded(min(tokens - rows, DECODE_ROWS * (config.max_num_seqs - 1)))
     per_key = (n * (dn + dv) + c + r) * b
-    keys = min(limits.max_num_seqs, tokens // (DECODE_ROWS + 1)) * limits.max_model_len * per_key
+    keys = min(config.max_num_seqs, tokens // (DECODE_ROWS + 1)) * _length(config) * per_key
     carried = 4 * tokens * n * (dv + 1) if keys > SLAB_BYTES else 0
     return tokens * n * dv * b + absorbed + min(keys, SLAB_BYTES) + carried
 
 
-def _on_gpu_float32(rank: RankSpec, tokens: int, rows: int, n: int, limits: Limits) -> int:
+def _on_gpu_float32(rank: RankSpec, tokens: int, rows: int, n: int, config: RunConfig) -> int:
     """reference.mla: one sequence at a time, its latents gathered while those of the one before are still there."""
     args, b = rank.args, rank.num.dtype.itemsize
-    gathered = limits.max_model_len * args.latent_dim * b
-    before = gathered if limits.max_num_seqs > 1 else 0
-    form = (_absorbed if rows <= few_rows(args) else _expanded)(rank, rows, n, limits.max_model_len)
-    return tokens * n * args.v_head_dim * b + before + max(_unpacking(rank, limits), gathered + form)
+    gathered = _length(config) * args.latent_dim * b
+    before = gathered if config.max_num_seqs > 1 else 0
+    form = (_absorbed if rows <= few_rows(args) else _expanded)(rank, rows, n, _length(config))
+    return tokens * n * args.v_head_dim * b + before + max(_unpacking(rank, config), gathered + form)
 
 
-def _on_cpu(rank: RankSpec, tokens: int, rows: int, n: int, limits: Limits) -> int:
+def _on_cpu(rank: RankSpec, tokens: int, rows: int, n: int, config: RunConfig) -> int:
     """cpu.mla: one sequence's many rows at a time, and all those of few rows together, for which their latents are
     gathered unless a compiled kernel reads the pages."""
     args, b = rank.args, rank.num.dtype.itemsize
-    c, r, dv, context = args.kv_lora_rank, args.qk_rope_head_dim, args.v_head_dim, limits.max_model_len
+    c, r, dv, context = args.kv_lora_rank, args.qk_rope_head_dim, args.v_head_dim, _length(config)
     compiled = rank.compiled and not rank.num.fp8_latents
-    gathered = (1 if compiled else min(tokens, limits.max_num_seqs)) * context * (c + r) * b
+    gathered = (1 if compiled else min(tokens, config.max_num_seqs)) * context * (c + r) * b
     few = few_rows(args)
     if rows > few:
         form = _expanded(rank, rows, n, context)
     elif compiled:
         counts = range(1, min(rows, tokens) + 1)  # not the most rows, nor the fewest, need the most scratch
-        fit = ((min(limits.max_num_seqs, tokens // each), each) for each in counts)
+        fit = ((min(config.max_num_seqs, tokens // each), each) for each in counts)
         return tokens * n * dv * b + max(kernel_cpu.mla_bytes(*many, n, c, r, context) for many in fit)
     elif rows > cpu.TORCH_DECODE_ROWS:
         form = _absorbed(rank, rows, n, context)
     else:  # queries, and results of all with those of one; the last has its copy of the queries and its mask
         mask = rows * context * (n * (1 + b)) if rows > 1 else 0
         form = tokens * n * b * (3 * c + r + max(r, dv)) + rows * n * (c + r) * b + mask
-    return tokens * n * dv * b + gathered + max(_unpacking(rank, limits), form)
+    return tokens * n * dv * b + gathered + max(_unpacking(rank, config), form)
 
 
 def few_rows(args: ModelArgs) -> int:
@@ -448,11 +433,11 @@ def few_rows(args: ModelArgs) -> int:
     return c * both // saved if saved > 0 else 1 << 30
 
 
-def _unpacking(rank: RankSpec, limits: Limits) -> int:
+def _unpacking(rank: RankSpec, config: RunConfig) -> int:
     """reference.unpack_latents of one sequence, beside its result."""
     c = rank.args.kv_lora_rank
     packed = formats.packed_latent_bytes(c, rank.args.qk_rope_head_dim)
-    return limits.max_model_len * (12 * c + 2 * packed) if rank.num.fp8_latents else 0
+    return _length(config) * (12 * c + 2 * packed) if rank.num.fp8_latents else 0
 
 
 def _absorbed(rank: RankSpec, rows: int, n: int, context: int) -> int:
@@ -515,16 +500,16 @@ class MemoryBudget(NamedTuple):
         return self.weights + max(self.packing, self.step + self.graphs + self.cache + self.kept)
 
 
-def need(rank: RankSpec, limits: Limits, cache: int | None = None) -> MemoryBudget:
+def need(rank: RankSpec, config: RunConfig, cache: int | None = None) -> MemoryBudget:
     """With a cache of so many bytes, which somebody chose, or one for a sequence of full length, beside which the
     rank's share of memory stays free. A CPU packs its weights, one projection or stack of experts at a time."""
     parts = weight_bytes(rank)
     kept = 0
     if cache is None:
-        cache = limits.pages * page_bytes(rank)
+        cache = config.pages_per_sequence * page_bytes(rank)
         kept = math.ceil(cache / rank.share) - cache
     return MemoryBudget(
-        sum(parts.values()), _packing(rank, parts), step_bytes(rank, limits), _graphs(rank, limits), cache, kept
+        sum(parts.values()), _packing(rank, parts), step_bytes(rank, config), _graphs(rank, config), cache, kept
     )
 
 
@@ -543,35 +528,35 @@ def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
     return largest
 
 
-def _graphs(rank: RankSpec, limits: Limits) -> int:
+def _graphs(rank: RankSpec, config: RunConfig) -> int:
     """What recorded decode steps keep to themselves: a page; the tensors of the largest step; and of each number of
     sequences its result and the facts that are copied into it; once for the main model, and for each way to draft."""
-    if not (graphs.records(rank.gpu, rank.num.dtype) if limits.graphs is None else limits.graphs):
+    if config.eager or not graphs.records(rank.gpu, rank.num.dtype):
         return 0
-    width = 1 + limits.mtp
-    recorded = [width, *({1, width} if limits.mtp > 1 else {width} if limits.mtp else ())]
+    width = 1 + config.mtp
+    recorded = [width, *({1, width} if config.mtp > 1 else {width} if config.mtp else ())]
     state = rank.args.dim * rank.num.dtype.itemsize
-    most = limits.max_num_seqs
+    most = config.max_num_seqs
     kept = most * width * state
     for tokens in recorded:
-        kept += sum(graphs.sizes(most)) * (tokens * state + 8 * (3 * tokens + 1 + limits.pages))
-    return page_bytes(rank) + kept + step_bytes(rank, limits, decode=True)
+        kept += sum(graphs.sizes(most)) * (tokens * state + 8 * (3 * tokens + 1 + config.pages_per_sequence))
+    return page_bytes(rank) + kept + step_bytes(rank, config, decode=True)
 
 
-def pages_that_fit(rank: RankSpec, limits: Limits, free: int, shrink: bool = False) -> int:
+def pages_that_fit(rank: RankSpec, config: RunConfig, free: int, shrink: bool = False) -> int:
     """Pages of latents for which `free` bytes beside the weights have room, after a step's tensors; 0 if none.
 
     A shorter context needs less for a step: with `shrink` it may be as much shorter as makes it fit.
     """
 
     def room(length: int) -> int:
-        wanted = need(rank, replace(limits, max_model_len=length))
+        wanted = need(rank, replace(config, max_model_len=length))
         return max(int((free - wanted.step - wanted.graphs) * rank.share) // page_bytes(rank), 0)
 
-    pages = room(limits.max_model_len)
-    if pages >= limits.pages or not shrink:
+    pages = room(_length(config))
+    if pages >= config.pages_per_sequence or not shrink:
         return pages
-    most = _most(limits.pages, lambda p: room(p * PAGE_SIZE) >= p)
+    most = _most(config.pages_per_sequence, lambda p: room(p * PAGE_SIZE) >= p)
     return room(most * PAGE_SIZE) if most else 0
 
 
@@ -584,25 +569,25 @@ def _most(n: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def check_fits(rank: RankSpec, limits: Limits, free: int, cache: int | None = None, shrink: bool = False) -> None:
+def check_fits(rank: RankSpec, config: RunConfig, free: int, cache: int | None = None, shrink: bool = False) -> None:
     """Raises UserError, naming what would help, when `free` bytes cannot hold the weights, a step and the smallest
     useful cache: one sequence of the length asked for; with `shrink`, which leaves the length open, one page; or
     `cache` bytes where somebody asks for them.
     """
     if shrink:
-        limits = replace(limits, max_model_len=max(PAGE_SIZE - limits.mtp, 2))
+        config = replace(config, max_model_len=max(PAGE_SIZE - config.mtp, 2))
 
-    def fits(rank: RankSpec, limits: Limits = limits) -> bool:
-        return need(rank, limits, cache).total <= free
+    def fits(rank: RankSpec, config: RunConfig = config) -> bool:
+        return need(rank, config, cache).total <= free
 
     if fits(rank):
         return
-    wanted = need(rank, limits, cache)
+    wanted = need(rank, config, cache)
     lines = [f"weights {gb(wanted.weights)}"]
     if wanted.total == wanted.weights + wanted.packing:
         lines.append(f"packing them {gb(wanted.packing)}")
     else:
-        what = "of one page" if shrink else f"of {limits.max_model_len} tokens"
+        what = "of one page" if shrink else f"of {_length(config)} tokens"
         lines.append(f"a step {gb(wanted.step + wanted.graphs)}")
         lines.append(f"latents {what if cache is None else 'as asked'} {gb(wanted.cache)}")
         lines += [f"kept free {gb(wanted.kept)}"] if wanted.kept else []
@@ -611,13 +596,13 @@ def check_fits(rank: RankSpec, limits: Limits, free: int, cache: int | None = No
     if more := next((other for other in others if partition_error(other) is None and fits(other)), None):
         ways.append(f"{more.ranks} ranks with as much memory each")
     if cache is not None:
-        tenths = (free - need(rank, limits, 0).total) * 10 // 2**30
+        tenths = (free - need(rank, config, 0).total) * 10 // 2**30
         ways += [f"--kv-cache-gib {tenths / 10}"] if tenths > 0 else []
     else:
         fp8 = replace(rank, num=replace(rank.num, fp8_latents=True))
         ways += ["--kv-cache-dtype fp8"] if not rank.num.fp8_latents and fits(fp8) else []
-        pages = 0 if shrink else (limits.max_model_len - 1) // PAGE_SIZE
-        pages = _most(pages, lambda p: fits(rank, replace(limits, max_model_len=p * PAGE_SIZE)))
+        pages = 0 if shrink else (_length(config) - 1) // PAGE_SIZE
+        pages = _most(pages, lambda p: fits(rank, replace(config, max_model_len=p * PAGE_SIZE)))
         ways += [f"--max-model-len {pages * PAGE_SIZE}"] if pages else []
     raise UserError(f"a rank needs {gb(wanted.total)} of memory and {gb(free)} are free ({', '.join(lines)}); "
                     f"{' or '.join(ways) or 'more memory'} would do")  # fmt: skip

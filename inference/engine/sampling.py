@@ -1,4 +1,4 @@
-"""Logits to tokens, with drafts verified so that nobody can tell there were any."""
+"""Sampling: from logits to tokens, with drafts verified by speculative sampling."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,14 +8,14 @@ import torch
 
 from core.sampling_params import SamplingParams
 
-# What a draw is for: each use of a position has noise of its own.
+# What a random number is for: each use at a position has its own.
 SAMPLE, DRAFT, ACCEPT = 0, 1, 2
 
 
-def uniform(seed: int, request: int, position: int, use: int = SAMPLE) -> float:
-    """The noise of one draw, in [0, 1): a counter-based generator (Philox 4x64), so it depends on these numbers alone
-    and not on what else is in the batch or was drawn before."""
-    key = np.array([seed, request], dtype=np.uint64)  # a plain list goes through float64 and merges large seeds
+def uniform(seed: int, rng_key: int, position: int, use: int = SAMPLE) -> float:
+    """A random number in [0, 1) from a counter-based generator (Philox 4x64): it depends on these numbers alone, not on
+    what else is in the batch or was drawn before."""
+    key = np.array([seed, rng_key], dtype=np.uint64)  # a plain list goes through float64 and merges large seeds
     counter = np.array([0, position, use, 0], dtype=np.uint64)
     return float(np.random.Generator(np.random.Philox(key=key, counter=counter)).random())
 
@@ -37,8 +37,8 @@ def penalised(logits: torch.Tensor, params: SamplingParams, tokens: Sequence[int
 
 
 def probabilities(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """The distributions (rows, V), float64, that rows of logits (rows, V) are sampled from; at temperature 0 all is on
-    the likeliest token, the first of them where several are.
+    """The distributions (rows, V), float64, that rows of logits (rows, V) are sampled from; at temperature 0 all of it
+    is on the likeliest token, the first one of equals.
 
     Temperature, then top-k, then the smallest set of the likeliest tokens that reaches top_p of what is left, then
     min_p. A token as likely as the last one kept stays out if it comes later.
@@ -75,8 +75,8 @@ def _cut(p: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
             break
     last = ranked.gather(-1, kept - 1)
     level = p == last
-    spare = kept - (p > last).sum(dim=-1, keepdim=True)
-    p = p.masked_fill((p < last) | (level & (level.cumsum(dim=-1) > spare)), 0)
+    n_last = kept - (p > last).sum(dim=-1, keepdim=True)
+    p = p.masked_fill((p < last) | (level & (level.cumsum(dim=-1) > n_last)), 0)
     return p / p.sum(dim=-1, keepdim=True)
 
 
@@ -85,11 +85,11 @@ def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(-1)
 
 
-def draw(p: torch.Tensor, noise: Sequence[float]) -> torch.Tensor:
+def draw(p: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
     """For each row of p (rows, V), which need not sum to 1, the token at which its cumulative distribution passes the
-    row's noise."""
+    row's number from [0, 1): (rows,), int64."""
     cumulative = p.cumsum(dim=-1)
-    at = torch.tensor(noise, dtype=p.dtype, device=p.device).unsqueeze(-1) * cumulative[:, -1:]
+    at = torch.tensor(uniforms, dtype=p.dtype, device=p.device).unsqueeze(-1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, at, right=True).clamp(max=p.shape[-1] - 1).squeeze(-1)
 
 
@@ -102,15 +102,14 @@ class Draft:
 
 
 @dataclass
-class Ask:
-    """What is to be known of a request to continue it: `tokens` so far, the first `n_prompt` of which are the prompt,
-    the draft of what follows, and the number that tells its noise from other requests'."""
+class SamplingState:
+    """What sampling a request's next tokens depends on, beside the logits."""
 
     params: SamplingParams
-    noise: int
-    tokens: Sequence[int]
+    rng_key: int  # tells its random numbers from other requests' under one seed
+    tokens: Sequence[int]  # prompt and answer so far
     n_prompt: int
-    draft: Draft = field(default_factory=Draft)
+    draft: Draft = field(default_factory=Draft)  # of what follows
 
     def penalised(self, logits: torch.Tensor, n_drafts: int) -> torch.Tensor:
         """One row of logits (V,), after `n_drafts` drafts, less the penalties."""
@@ -119,11 +118,11 @@ class Ask:
         return penalised(logits, self.params, [*self.tokens, *self.draft.tokens[:n_drafts]], self.n_prompt)
 
     def uniform(self, n_drafts: int, use: int) -> float:
-        """The noise for the token after `n_drafts` drafts."""
-        return uniform(self.params.seed, self.noise, len(self.tokens) + n_drafts, use)
+        """The random number in [0, 1) for the token after `n_drafts` drafts."""
+        return uniform(self.params.seed, self.rng_key, len(self.tokens) + n_drafts, use)
 
 
-def is_sound(logits: torch.Tensor) -> torch.Tensor:
+def is_finite(logits: torch.Tensor) -> torch.Tensor:
     """For each row of logits (rows, V) whether it can be sampled from: no NaN, no +inf, not -inf everywhere."""
     return logits.amax(dim=-1).isfinite()  # a NaN in the row makes it NaN
 
@@ -131,81 +130,86 @@ def is_sound(logits: torch.Tensor) -> torch.Tensor:
 _ROWS = 32  # distributions that exist at one time: of 129,280 tokens, 33 MB for each array of them
 
 
-def verify(logits: torch.Tensor, asks: Sequence[Ask]) -> list[list[int] | None]:
-    """The tokens that follow each request's: its drafts accepted, in order, and one more. None if a row is unsound.
+def verify(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[list[int] | None]:
+    """The tokens that follow each request's: its drafts accepted, in order, and one more. None where a row of the
+    request's logits is not finite.
 
     logits (sum of 1 + drafts, V), requests in order: row i of a request is the main model's, after its tokens and i
     drafts. Speculative sampling (arXiv 2302.01318, algorithm 2): draft x, drawn from q, is accepted with probability
     min(1, p(x) / q(x)); at the first rejection the token comes from max(p - q, 0) instead; if none is rejected the last
     row gives one token more. The result is distributed as if there had been no drafts, penalties and cuts included;
-    at temperature 0 it is equal. All rows are judged at once: what comes after a rejection is thrown away.
+    at temperature 0 it is equal. All rows are decided at once; what comes after a rejection is dropped.
     """
-    rows = [(ask, i) for ask in asks for i in range(len(ask.draft.tokens) + 1)]
-    if any(ask.params.penalises for ask in asks):
-        logits = torch.stack([ask.penalised(row, i) for row, (ask, i) in zip(logits, rows, strict=True)])
-    believed = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
-    said = logits.argmax(dim=-1)
-    sampled = [n for n, (ask, _) in enumerate(rows) if ask.params.temperature]
+    rows = [(state, i) for state in states for i in range(len(state.draft.tokens) + 1)]
+    if any(state.params.penalises for state in states):
+        logits = torch.stack([state.penalised(row, i) for row, (state, i) in zip(logits, rows, strict=True)])
+    accepted = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
+    token_ids = logits.argmax(dim=-1)
+    sampled = [n for n, (state, _) in enumerate(rows) if state.params.temperature]
     for at in range(0, len(sampled), _ROWS):
         part = sampled[at : at + _ROWS]
-        believed[part], said[part] = _judge(logits[part], [rows[n] for n in part])
-    facts = torch.stack((is_sound(logits).long(), believed.long(), said)).tolist()  # the one wait for the device
+        accepted[part], token_ids[part] = accept_or_resample(logits[part], [rows[n] for n in part])
+    columns = torch.stack((is_finite(logits).long(), accepted.long(), token_ids)).tolist()  # waits for the device once
     answers: list[list[int] | None] = []
-    found = zip(*facts, strict=True)
-    for ask in asks:
-        made: list[int] = []
-        whole, rejected = True, False
-        for i, (sound, accepted, token) in zip(range(len(ask.draft.tokens) + 1), found, strict=False):
-            whole = whole and bool(sound)
+    results = zip(*columns, strict=True)
+    for state in states:
+        answer: list[int] = []
+        finite, rejected = True, False
+        for i, (row_finite, row_accepted, token) in zip(range(len(state.draft.tokens) + 1), results, strict=False):
+            finite = finite and bool(row_finite)
             if rejected:
                 continue
-            draft = ask.draft.tokens[i] if i < len(ask.draft.tokens) else None
-            rejected = not (accepted if ask.params.temperature else token == draft)
-            made.append(token if rejected or draft is None else draft)
-        answers.append(made if whole else None)
+            draft = state.draft.tokens[i] if i < len(state.draft.tokens) else None
+            rejected = not (row_accepted if state.params.temperature else token == draft)
+            answer.append(token if rejected or draft is None else draft)
+        answers.append(answer if finite else None)
     return answers
 
 
-def _judge(logits: torch.Tensor, rows: Sequence[tuple[Ask, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """For rows (rows, V) that are sampled, each of a request after i drafts: whether its next draft is accepted, and
-    the token to be said if it is not, or if there is none."""
-    p = probabilities(logits, [ask.params for ask, _ in rows])
-    believed = torch.zeros(len(rows), dtype=torch.bool, device=p.device)
+def accept_or_resample(
+    logits: torch.Tensor, rows: Sequence[tuple[SamplingState, int]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For logits (rows, V) of sampled requests, each row after i of its request's drafts: whether the next draft is
+    accepted (rows,), bool; and the token to take if it is not or there is none (rows,), int64."""
+    p = probabilities(logits, [state.params for state, _ in rows])
+    accepted = torch.zeros(len(rows), dtype=torch.bool, device=p.device)
     rest = p.clone()
-    for n, (ask, i) in enumerate(rows):
-        if i == len(ask.draft.tokens):
+    for n, (state, i) in enumerate(rows):
+        if i == len(state.draft.tokens):
             continue
-        x, q = ask.draft.tokens[i], ask.draft.q[i]
-        believed[n] = ask.uniform(i, ACCEPT) * (1.0 if q is None else q[x]) < p[n, x]
+        x, q = state.draft.tokens[i], state.draft.q[i]
+        accepted[n] = state.uniform(i, ACCEPT) * (1.0 if q is None else q[x]) < p[n, x]
         if q is None:
             rest[n, x] = 0
         else:
             rest[n] = (p[n] - q).clamp(min=0)
     rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q up to rounding: any draw from p will do
-    return believed, draw(rest, [ask.uniform(i, SAMPLE) for ask, i in rows])
+    return accepted, draw(rest, [state.uniform(i, SAMPLE) for state, i in rows])
 
 
-def propose(logits: torch.Tensor, asks: Sequence[Ask]) -> None:
+def propose(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
     """Appends to each request's draft the next token the MTP module's logits (requests, V) propose after its tokens and
     the drafts so far.
 
-    It is drawn as the main model's token would be: a proposal like the target is accepted most often.
+    It is drawn as the main model's token would be, because a proposal like the target is accepted most often.
     """
-    logits = logits.masked_fill(~is_sound(logits).unsqueeze(-1), 0.0)  # a bad draft costs time, never correctness
-    if any(ask.params.penalises for ask in asks):
-        logits = torch.stack([ask.penalised(row, len(ask.draft.tokens)) for row, ask in zip(logits, asks, strict=True)])
-    said = logits.argmax(dim=-1)
-    drawn_from: list[torch.Tensor | None] = [None] * len(asks)
-    sampled = [n for n, ask in enumerate(asks) if ask.params.temperature]
+    logits = logits.masked_fill(~is_finite(logits).unsqueeze(-1), 0.0)  # a bad draft costs time, never correctness
+    if any(state.params.penalises for state in states):
+        logits = torch.stack(
+            [state.penalised(row, len(state.draft.tokens)) for row, state in zip(logits, states, strict=True)]
+        )
+    token_ids = logits.argmax(dim=-1)
+    drawn_from: list[torch.Tensor | None] = [None] * len(states)
+    sampled = [n for n, state in enumerate(states) if state.params.temperature]
     for at in range(0, len(sampled), _ROWS):
         part = sampled[at : at + _ROWS]
-        q = probabilities(logits[part], [asks[n].params for n in part])
-        said[part] = draw(q, [asks[n].uniform(len(asks[n].draft.tokens), DRAFT) for n in part])
+        q = probabilities(logits[part], [states[n].params for n in part])
+        token_ids[part] = draw(q, [states[n].uniform(len(states[n].draft.tokens), DRAFT) for n in part])
         for n, row in zip(part, q, strict=True):
             drawn_from[n] = row
-    for ask, token, row in zip(asks, said.tolist(), drawn_from, strict=True):
-        ask.draft.tokens.append(token)
-        ask.draft.q.append(row)
+    for state, token, row in zip(states, token_ids.tolist(), drawn_from, strict=True):
+        state.draft.tokens.append(token)
+        state.draft.q.append(row)
 
 
 @dataclass(frozen=True)

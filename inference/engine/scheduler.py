@@ -1,31 +1,32 @@
-"""Which tokens run next. Plain Python, no torch: every rank holds the same state and decides the same."""
+"""Decides which tokens run next. Plain Python, no tensors: every rank holds the same state and decides the same."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from core.batch import SequenceSlice
 from engine.pages import PagePool
 
 
 @dataclass(eq=False)
-class Job:
-    """One request as the scheduler sees it: `tokens` grows, the latents of the first `n_cached` are in `pages`."""
+class Sequence:
+    """One request as the scheduler sees it: `tokens` grows; the latents of the first `n_cached` lie in `pages`."""
 
     id: int
     tokens: list[int]
-    capacity: int  # most tokens it may come to, prompt and answer
+    capacity: int  # the most tokens it may have, prompt and answer
     n_prompt: int = 0
-    whole: bool = False  # never reuse pages: something is asked of every prompt token (prompt logprobs)
+    no_prefix_reuse: bool = False  # every prompt token must be run, because its log-probability is asked for
     n_scored: int = 0  # prompt tokens whose log-probabilities are known
     n_cached: int = 0
-    n_reused: int = 0  # of them found in pages of others, when it was last admitted
+    n_reused: int = 0  # cached tokens found in other sequences' pages when it was last admitted
     pages: list[int] = field(default_factory=list)
-    n_learned: int = 0  # of its pages whose digests the pool has been told
-    digests: list[bytes] = field(default_factory=list)
+    n_registered: int = 0  # of its pages, how many the pool knows by digest
+    digests: list[bytes] = field(default_factory=list)  # of its full pages
     drafts: list[int] = field(default_factory=list)  # proposed tokens, to be verified in the next step
 
     @property
-    def n_known(self) -> int:
+    def n_tokens(self) -> int:
         return len(self.tokens)
 
     @property
@@ -34,35 +35,42 @@ class Job:
         return len(self.tokens) - self.n_cached == 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
-    """What a step runs of one job: its next `n` known tokens, and behind the last of them its drafts."""
+    """What one step runs of a sequence: `n` tokens from position `start` on and, behind its last token, its drafts."""
 
-    job: Job
+    sequence: Sequence
+    start: int
     n: int
     drafts: tuple[int, ...] = ()
 
     @property
-    def start(self) -> int:
-        return self.job.n_cached
+    def tokens(self) -> list[int]:
+        return self.sequence.tokens[self.start : self.start + self.n] + list(self.drafts)
 
     @property
-    def tokens(self) -> list[int]:
-        return self.job.tokens[self.start : self.start + self.n] + list(self.drafts)
+    def n_rows(self) -> int:
+        """Rows of the step's batch that are this chunk's."""
+        return self.n + len(self.drafts)
+
+    @property
+    def slice(self) -> SequenceSlice:
+        """What `Batch.pack` takes. Valid until the step is committed."""
+        return self.tokens, self.start, self.sequence.pages
 
     @property
     def samples(self) -> bool:
-        """Whether it reaches the last known token, so that the next one is sampled."""
-        return self.start + self.n == self.job.n_known
+        """Whether it ends with the sequence's last token, so that the next one is sampled. Valid until committed."""
+        return self.start + self.n == self.sequence.n_tokens
 
 
 class Scheduler:
-    """First come, first served, with pages taken as they are needed.
+    """First come, first served, with pages allocated as they are needed.
 
-    Each step runs every decoding job and fills the token budget with chunks of prompts; beside decoding jobs these may
-    be held to fewer tokens, so that answers do not stall. When pages run out the youngest job gives its own up and goes
-    back to the head of the queue, to be resumed from its tokens; the oldest is never preempted for a younger one, so
-    everybody finishes.
+    Each step runs every decoding sequence and fills the token budget with chunks of prompts; while sequences decode,
+    max_num_mixed_tokens may hold these chunks to fewer tokens, so that answers do not stall. When pages run out, the
+    youngest sequence is preempted: it releases its pages, returns to the head of the queue and is later recomputed from
+    its tokens. The oldest is never preempted for a younger one, so every sequence finishes.
     """
 
     def __init__(
@@ -71,130 +79,134 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         n_drafts: int = 0,
-        reuse: bool = True,
+        prefix_reuse: bool = True,
         max_num_mixed_tokens: int | None = None,
     ):
-        """`n_drafts`: the most tokens proposed to a job at once; `reuse`: whether jobs share equal beginnings;
-        `max_num_mixed_tokens`: prompt tokens of a step in which others decode, if they are to be fewer."""
+        """`n_drafts`: the most tokens proposed to a sequence in a step; the rest are RunConfig's fields."""
         assert max_num_batched_tokens >= max_num_seqs * (1 + n_drafts) and max_num_seqs >= 1
         self.pool, self.max_num_seqs, self.max_num_batched_tokens = pool, max_num_seqs, max_num_batched_tokens
-        self.n_drafts, self.reuse = n_drafts, reuse
+        self.n_drafts, self.prefix_reuse = n_drafts, prefix_reuse
         mixed = max_num_batched_tokens if max_num_mixed_tokens is None else max_num_mixed_tokens
-        self.max_num_mixed_tokens = max(mixed, 1 + n_drafts)  # a token and its drafts always go on
-        self.waiting: deque[Job] = deque()
-        self.running: list[Job] = []  # in order of arrival
+        self.max_num_mixed_tokens = max(mixed, 1 + n_drafts)  # a token and its drafts always run
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of arrival
         self.preemptions = 0
-        self._preempted: list[Job] = []  # in this step
+        self._preempted: list[Sequence] = []  # in this step
 
     def pages_for(self, n_tokens: int) -> int:
         return -(-n_tokens // self.pool.page_size)
 
-    def add(self, job: Job) -> None:
-        """Queues a job; its capacity and drafts must fit the pool, or it could never finish."""
-        assert 0 < job.n_known <= job.capacity
-        assert self.pages_for(job.capacity + self.n_drafts) <= self.pool.n_pages
-        self.waiting.append(job)
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence; its capacity and drafts must fit the pool, or it could never finish."""
+        assert 0 < sequence.n_tokens <= sequence.capacity
+        assert self.pages_for(sequence.capacity + self.n_drafts) <= self.pool.n_pages
+        self.waiting.append(sequence)
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks, at most max_num_batched_tokens tokens; empty when there is nothing to do."""
         budget = self.max_num_batched_tokens
         chunks: list[Chunk] = []
         self._preempted = []
-        for job in list(self.running):
-            if not job.decoding or job in self._preempted:
+        for sequence in list(self.running):
+            if not sequence.decoding or sequence in self._preempted:
                 continue
-            drafts = self._drafts(job)
-            if self._reserve(job, job.n_known + len(drafts)):
-                chunks.append(Chunk(job, 1, drafts))
+            drafts = self._drafts(sequence)
+            if self._reserve(sequence, sequence.n_tokens + len(drafts)):
+                chunks.append(Chunk(sequence, sequence.n_cached, 1, drafts))
                 budget -= 1 + len(drafts)
         if chunks:
             budget = min(budget, self.max_num_mixed_tokens)
-        for job in self._prompts():
-            drafts, n = self._drafts(job), job.n_known - job.n_cached
-            if n + len(drafts) > budget:  # a resumed job's drafts go with its last token, as if it had not been away
+        for sequence in self._prefills():
+            drafts, n = self._drafts(sequence), sequence.n_tokens - sequence.n_cached
+            if n + len(drafts) > budget:  # after a preemption, drafts run together with the last token, as before it
                 n, drafts = min(n - bool(drafts), budget), ()
             if n <= 0:
                 break
-            if job not in self._preempted and self._reserve(job, job.n_cached + n + len(drafts)):
-                chunks.append(Chunk(job, n, drafts))
+            if sequence not in self._preempted and self._reserve(sequence, sequence.n_cached + n + len(drafts)):
+                chunks.append(Chunk(sequence, sequence.n_cached, n, drafts))
                 budget -= n + len(drafts)
-        return [c for c in chunks if c.job not in self._preempted]
+        return [c for c in chunks if c.sequence not in self._preempted]
 
-    def _drafts(self, job: Job) -> tuple[int, ...]:
-        """The job's drafts, as many as it may still answer with behind the one token that is sure."""
-        return tuple(job.drafts[: max(0, job.capacity - job.n_known - 1)])
+    def _drafts(self, sequence: Sequence) -> tuple[int, ...]:
+        """As many of the sequence's drafts as leave room for the one token that each step is sure to give."""
+        return tuple(sequence.drafts[: max(0, sequence.capacity - sequence.n_tokens - 1)])
 
-    def _prompts(self) -> Iterator[Job]:
-        """Jobs with more than one token to cache: running ones, then whoever can be admitted."""
-        yield from [job for job in self.running if not job.decoding]
+    def _prefills(self) -> Iterator[Sequence]:
+        """Sequences with more than one token to cache: running ones, then those that can be admitted."""
+        yield from [sequence for sequence in self.running if not sequence.decoding]
         while self.waiting and len(self.running) < self.max_num_seqs:
             if self.waiting[0] in self._preempted or not self._admit(self.waiting[0]):
                 break
             self.running.append(self.waiting.popleft())
             yield self.running[-1]
 
-    def _admit(self, job: Job) -> bool:
-        """Finds what is known of the job's tokens, and checks that all the rest has room as things stand now."""
+    def _admit(self, sequence: Sequence) -> bool:
+        """Matches the sequence's prefix with cached pages; False if the pages available do not hold the rest."""
         found: list[int] = []
-        if self.reuse and not job.whole:
-            job.digests = self.pool.digests(job.tokens, job.digests)
-            found = self.pool.find(job.digests[: (job.n_known - 1) // self.pool.page_size])  # one token must be run
-        missing = self.pages_for(job.n_known + self.n_drafts) - len(found)
+        if self.prefix_reuse and not sequence.no_prefix_reuse:
+            sequence.digests = self.pool.digests(sequence.tokens, sequence.digests)
+            most = (sequence.n_tokens - 1) // self.pool.page_size  # at least one token must run
+            found = self.pool.match_prefix(sequence.digests[:most])
+        missing = self.pages_for(sequence.n_tokens + self.n_drafts) - len(found)
         if missing > self.pool.n_available:
             self.pool.release(found)
             return False
-        job.pages, job.n_learned = found, len(found)
-        job.n_cached = job.n_reused = len(found) * self.pool.page_size
+        sequence.pages, sequence.n_registered = found, len(found)
+        sequence.n_cached = sequence.n_reused = len(found) * self.pool.page_size
         return True
 
-    def _reserve(self, job: Job, n_tokens: int) -> bool:
-        """Pages for n_tokens and for the drafts that may follow, if need be from the youngest running job; False if
-        that is the job itself."""
-        while (missing := self.pages_for(n_tokens + self.n_drafts) - len(job.pages)) > 0:
-            pages = self.pool.take(missing)
+    def _reserve(self, sequence: Sequence, n_tokens: int) -> bool:
+        """Allocates pages for n_tokens and the drafts that may follow, preempting the youngest running sequence as
+        often as needed; False if that is the sequence itself."""
+        while (missing := self.pages_for(n_tokens + self.n_drafts) - len(sequence.pages)) > 0:
+            pages = self.pool.allocate(missing)
             if pages is not None:
-                job.pages += pages
+                sequence.pages += pages
                 continue
             youngest = self.running.pop()
-            self._give_up_pages(youngest)
+            self._release_pages(youngest)
             self.waiting.appendleft(youngest)
             self._preempted.append(youngest)
             self.preemptions += 1
-            if youngest is job:
+            if youngest is sequence:
                 return False
         return True
 
-    def _give_up_pages(self, job: Job) -> None:
-        self.pool.release(job.pages)
-        job.pages, job.n_cached, job.n_learned = [], 0, 0
+    def _release_pages(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.n_cached, sequence.n_registered = [], 0, 0
 
-    def commit(self, chunk: Chunk, tokens: Sequence[int] = ()) -> None:
-        """After a step: the chunk's known tokens are cached, and `tokens` follow them, all but the last of which were
-        drafts and so are cached as well. Pages that this fills become known."""
-        job, page_size = chunk.job, self.pool.page_size
+    def commit(self, chunk: Chunk, tokens: list[int]) -> None:
+        """After a step: the chunk's tokens are cached, and `tokens` follow. All but the last of these were drafts in
+        the same forward, so they are cached too. Pages filled by this are registered for reuse.
+
+        A chunk that samples and gets no token has failed: nothing it computed may be found by another sequence.
+        """
+        sequence, page_size = chunk.sequence, self.pool.page_size
         failed = chunk.samples and not tokens
         if failed:
-            self.pool.forget(job.pages)  # what it computed, in earlier chunks too, is not fit to be found by others
-        if chunk.samples:  # a job that is resumed in several chunks keeps its drafts for the last
-            job.drafts = []
-        job.tokens += tokens
-        job.n_cached += chunk.n + max(len(tokens) - 1, 0)
-        full = job.n_cached // page_size
-        if self.reuse and not (job.whole or failed) and job.n_learned < full:
-            job.digests = self.pool.digests(job.tokens[: full * page_size + self.pool.lookahead], job.digests)
-            for i in range(job.n_learned, full):
-                self.pool.learn(job.pages[i], job.digests[i])
-            job.n_learned = full
+            self.pool.unregister(sequence.pages)  # those of earlier chunks too
+        if chunk.samples:  # a sequence recomputed in several chunks keeps its drafts for the last
+            sequence.drafts = []
+        sequence.tokens += tokens
+        sequence.n_cached += chunk.n + max(len(tokens) - 1, 0)
+        full = sequence.n_cached // page_size
+        if self.prefix_reuse and not (sequence.no_prefix_reuse or failed) and sequence.n_registered < full:
+            known = sequence.tokens[: full * page_size + self.pool.lookahead]
+            sequence.digests = self.pool.digests(known, sequence.digests)
+            for i in range(sequence.n_registered, full):
+                self.pool.register(sequence.pages[i], sequence.digests[i])
+            sequence.n_registered = full
 
-    def remove(self, job: Job) -> None:
-        """Takes a finished or cancelled job out, and its pages back."""
-        if job in self.running:
-            self.running.remove(job)
-            self._give_up_pages(job)
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a finished or cancelled sequence out and releases its pages."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release_pages(sequence)
         else:
-            self.waiting.remove(job)
+            self.waiting.remove(sequence)
 
     def check_integrity(self) -> None:
         assert len(self.running) <= self.max_num_seqs
-        assert all(not job.pages for job in self.waiting)
-        self.pool.check_integrity([job.pages for job in self.running])
+        assert all(not sequence.pages for sequence in self.waiting)
+        self.pool.check_integrity([sequence.pages for sequence in self.running])

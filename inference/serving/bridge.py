@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from engine.engine import Engine, Request
+from engine.engine import Engine
+from engine.request import Request
 from serving.metrics import Metrics, Snapshot
 from serving.protocol import Plan, Refused, Update
 
@@ -78,7 +79,7 @@ class Bridge:
         self._loop = asyncio.get_running_loop()
         self._places: dict[Request, tuple[Answer, int]] = {}  # of the engine's thread, as the rest
         self._last: dict[Request, float] = {}
-        self._said: dict[Request, int] = {}
+        self._seen: dict[Request, tuple[int, int]] = {}  # of each its events and tokens
 
     # ----------------------------------------------------------------------------------------------------------------
     # The event loop's side
@@ -253,23 +254,14 @@ class Bridge:
         news = []
         for request in advanced:
             answer, choice = self._places[request]
-            said, made = self._said.get(request, 0), len(request.tokens)
-            cuts = [request.ends[said - 1] if said else 0, *request.ends[said:]]
-            update = Update(
-                [(request.text[a:b], drafted)
-                 for a, b, drafted in zip(cuts, cuts[1:], request.drafted[said:], strict=False)],
-                [at for at in request.controls if at >= cuts[0]],
-                list(zip(request.logprobs[said:], request.starts[said:], strict=False)),
-                request.finish_reason is not None,
-            )  # fmt: skip
-            if update.finished:
-                update.pieces.append((request.text[cuts[-1] :], False))
+            n_events, n_tokens = self._seen.get(request, (0, 0))
+            update = Update(request.events[n_events:], request.finish_reason is not None)
             news.append((answer, choice, update))
-            self._clock(request, answer, made - said, now)
-            self._said[request] = made
+            self._clock(request, answer, len(request.tokens) - n_tokens, now)
+            self._seen[request] = len(request.events), len(request.tokens)
             if update.finished:
                 self.metrics.finished(request.finish_reason or "")
-                for memory in (self._places, self._said, self._last):
+                for memory in (self._places, self._seen, self._last):
                     memory.pop(request, None)  # type: ignore[attr-defined]
         return news
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from core.errors import UserError
 from core.sampling_params import SamplingParams
-from engine.engine import Request
+from engine.request import Request, TokenEvent
 from engine.sampling import Logprob
 from serving import requestfields
 from serving.requestfields import shown
@@ -347,22 +347,17 @@ def sampling_params(
 
 @dataclass
 class Update:
-    """What the engine has said since the last one: text by the token that completed it, and whether it was drafted."""
+    """What the engine has said since the last one."""
 
-    pieces: list[tuple[str, bool]] = field(default_factory=list)
-    controls: list[int] = field(default_factory=list)  # Request.controls, the new ones
-    logprobs: list[tuple[Logprob, int]] = field(default_factory=list)  # each with its place in the text
+    events: list[TokenEvent] = field(default_factory=list)
     finished: bool = False
     size: int = 0  # about how many characters a client would be sent
 
     def __post_init__(self) -> None:
-        self.size += sum(len(text) for text, _ in self.pieces)
-        self.size += sum(64 * (1 + len(entry.top)) for entry, _ in self.logprobs)
+        self.size += sum(len(e.text) + (0 if e.logprob is None else 64 * (1 + len(e.logprob.top))) for e in self.events)
 
     def add(self, later: "Update") -> None:
-        self.pieces += later.pieces
-        self.controls += later.controls
-        self.logprobs += later.logprobs
+        self.events += later.events
         self.finished |= later.finished
         self.size += later.size
 
@@ -383,28 +378,19 @@ class ChatChoice:
         self._tokenizer = served.tokenizer
         self._request = request
         self._parser = ChatParser(served.tool_style, request.opens_thinking, offers_tools(plan.body))
-        self._at = 0  # characters taken so far
-        self._controls: set[int] = set()
         self.called = False
 
     def take(self, update: Update) -> list[Delta]:
         """What an update adds to the message."""
-        self._controls.update(update.controls)
         deltas: list[Delta] = []
-        for text, drafted in update.pieces:
-            self._add(deltas, self._parser.push(self._guarded(text)), drafted)
+        for event in update.events:
+            # Only control tokens are markers to the parser, not what is merely spelled as one: a user may have written
+            # it and the model have said it again.
+            text = event.text if event.is_control else event.text.replace("<", "<" + GUARD)
+            self._add(deltas, self._parser.push(text), event.drafted)
         if update.finished:
             self._add(deltas, self._parser.finish(), False)
         return deltas
-
-    def _guarded(self, text: str) -> str:
-        """Only control tokens are markers to the parser, not what is merely spelled as one: a user may have written it
-        and the model have said it again."""
-        at, self._at = self._at, self._at + len(text)
-        if "<" not in text:
-            return text
-        spelled = (letter == "<" and i not in self._controls for i, letter in enumerate(text, at))
-        return "".join(letter + GUARD if guard else letter for letter, guard in zip(text, spelled, strict=True))
 
     def _add(self, deltas: list[Delta], pieces: list[Piece], drafted: bool) -> None:
         for piece in pieces:
@@ -428,7 +414,8 @@ class ChatChoice:
     def logprobs(self, update: Update) -> dict[str, Any] | None:
         if self._request.params.logprobs is None:
             return None
-        return {"content": [self._likelihood(entry) for entry, _ in update.logprobs], "refusal": None}
+        entries = [self._likelihood(e.logprob) for e in update.events if e.logprob is not None]
+        return {"content": entries, "refusal": None}
 
     def _likelihood(self, entry: Logprob) -> dict[str, Any]:
         top = [self._named(token, value) for token, value in entry.top]
@@ -472,10 +459,11 @@ class CompletionChoice:
         self._request = request
         self._echo = served.tokenizer.decode(request.prompt) if plan.body.echo else ""
         self._begun = not plan.body.echo
+        self._at = len(self._echo)  # where the next event's text begins
 
     def take(self, update: Update) -> tuple[str, dict[str, Any] | None]:
         """The text that an update adds, and its log-probabilities."""
-        text = "".join(piece for piece, _ in update.pieces)
+        text = "".join(event.text for event in update.events)
         first, self._begun = not self._begun, True
         if first:
             text = self._echo + text
@@ -488,7 +476,10 @@ class CompletionChoice:
             for entry, token in zip(scored, self._request.prompt, strict=True):
                 entries.append((entry, token, at))
                 at += len(stream.push(token))
-        entries += [(entry, entry.token, len(self._echo) + at) for entry, at in update.logprobs]
+        for event in update.events:
+            if event.logprob is not None:
+                entries.append((event.logprob, event.logprob.token, self._at))
+            self._at += len(event.text)
         return text, {
             "tokens": [self._spelled(token) for _, token, _ in entries],
             "token_logprobs": [None if entry is None else finite(entry.logprob) for entry, _, _ in entries],

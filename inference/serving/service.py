@@ -449,7 +449,7 @@ class Completion(Reply):
                 part = {"index": number, "text": text, "logprobs": likely, "finish_reason": finish}
                 chunk = self.frame([part])
                 if self.served.marks_drafts:
-                    chunk["drafted"] = [piece for piece in update.pieces if piece[0]]
+                    chunk["drafted"] = [(event.text, event.drafted) for event in update.events if event.text]
                 yield chunk
 
 

@@ -315,11 +315,18 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._piece = tokenizer._piece
+        self._piece, self._is_control = tokenizer._piece, tokenizer.is_control
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         return self._utf8.decode(self._piece(token_id))
+
+    def push_apart(self, token_id: int) -> tuple[str, str, bool]:
+        """(leftover, text, is_control): as `push`, but that before a control token the text of a character which it
+        leaves incomplete is apart from its own."""
+        text, is_control = self.push(token_id), self._is_control(token_id)
+        n = len(text) - len(self._piece(token_id).decode()) if is_control and text else 0
+        return text[:n], text[n:], is_control
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)

@@ -14,10 +14,12 @@ from checkpoint.convert import convert
 from core.batch import DECODE_ROWS, Batch, BatchBounds
 from core.errors import UserError
 from core.numerics import Numerics
+from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import memory
-from engine.engine import Engine, choose_numerics, free_memory
+from engine.engine import Engine
 from engine.graphs import Graphs, cuda_capture, records
+from engine.setup import choose_numerics, free_memory
 from ops import reference
 from ops.backend import choose_backend
 from ops.formats import Routing
@@ -46,7 +48,7 @@ def prompts(n: int) -> list[list[int]]:
 def test_greedy_is_transformers_greedy(path, model):
     ids = tokens(40, V3["vocab_size"])
     expected = theirs(path).generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
-    [answer] = Engine(model, None, n_pages=10, max_model_len=256).generate([ids], GREEDY)
+    [answer] = Engine(model, None, RunConfig(n_pages=10, max_model_len=256)).generate([ids], GREEDY)
     assert answer.tokens == expected[0, len(ids) :].tolist()
     assert answer.finish_reason == "length"
 
@@ -58,14 +60,12 @@ def test_same_answers_in_any_company(model, temperature, max_num_seqs, budget):
     params = SamplingParams(temperature=temperature, max_new_tokens=12, seed=5)
     alone = []
     for i, prompt in enumerate(prompts(9)):
-        engine = Engine(model, None, n_pages=4, max_model_len=256)
+        engine = Engine(model, None, RunConfig(n_pages=4, max_model_len=256))
         request = engine.add(prompt, params, id=i)
         while engine.busy:
             engine.step()
         alone.append(request.tokens)
-    engine = Engine(
-        model, None, n_pages=9, max_model_len=256, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget
-    )
+    engine = Engine(model, None, RunConfig(n_pages=9, max_model_len=256, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget))
     assert [r.tokens for r in engine.generate(prompts(9), params)] == alone
     engine.scheduler.check_integrity()
     assert engine.scheduler.pool.n_available == 9
@@ -81,16 +81,16 @@ def test_few_rows_come_first(model, monkeypatch):
 
     monkeypatch.setattr(Batch, "pack", record)
     asked = [tokens(n, V3["vocab_size"], seed=n) for n in (DECODE_ROWS + 9, 3, DECODE_ROWS + 1, DECODE_ROWS)]
-    answers = Engine(model, None, n_pages=16, max_model_len=128).generate(asked, GREEDY)
+    answers = Engine(model, None, RunConfig(n_pages=16, max_model_len=128)).generate(asked, GREEDY)
     assert packed[0] == [3, DECODE_ROWS, DECODE_ROWS + 9, DECODE_ROWS + 1]
-    alone = [Engine(model, None, n_pages=16, max_model_len=128).generate([ids], GREEDY)[0] for ids in asked]
+    alone = [Engine(model, None, RunConfig(n_pages=16, max_model_len=128)).generate([ids], GREEDY)[0] for ids in asked]
     assert [r.tokens for r in answers] == [r.tokens for r in alone]
 
 
 def test_seeds(model):
     def answers(seed, temperature=1.0):
         params = SamplingParams(temperature=temperature, max_new_tokens=8, seed=seed)
-        engine = Engine(model, None, n_pages=16, max_model_len=256)
+        engine = Engine(model, None, RunConfig(n_pages=16, max_model_len=256))
         return [r.tokens for r in engine.generate([[1, 2, 3]] * 3, params)]
 
     first = answers(1)
@@ -100,7 +100,7 @@ def test_seeds(model):
 
 
 def test_what_cannot_be_answered_fails_alone(model):
-    engine = Engine(model, None, n_pages=8, max_model_len=100)
+    engine = Engine(model, None, RunConfig(n_pages=8, max_model_len=100))
     long, empty, alien, good = engine.generate([tokens(100, 256), [], [256], [1, 2]], GREEDY)
     assert long.error == ("the prompt has 100 tokens and leaves no room for an answer in the context of 100 "
                           "(--max-model-len)")  # fmt: skip
@@ -110,13 +110,13 @@ def test_what_cannot_be_answered_fails_alone(model):
 
 
 def test_the_context_limit_ends_an_answer(model):
-    engine = Engine(model, None, n_pages=2, max_model_len=100)
+    engine = Engine(model, None, RunConfig(n_pages=2, max_model_len=100))
     [request] = engine.generate([tokens(97, 256)], GREEDY)
     assert len(request.tokens) == 3 and request.finish_reason == "length"
 
 
 def test_cancel(model):
-    engine = Engine(model, None, n_pages=8, max_model_len=256, max_num_seqs=2)
+    engine = Engine(model, None, RunConfig(n_pages=8, max_model_len=256, max_num_seqs=2))
     a, b, c = (engine.add([1, 2, 3], GREEDY) for _ in range(3))
     engine.step()
     engine.cancel(a)
@@ -136,9 +136,9 @@ def test_nan_fails_its_request_alone(path, mtp, before):
     """A poisoned embedding row: the request whose prompt has that token fails, alone in its step or not, at a page's
     end or not; the others' tokens do not change, and nobody finds what it computed."""
     model = ours(path)
-    clean = Engine(model, None, n_pages=8, max_model_len=256).generate([[3, 4]], GREEDY)
+    clean = Engine(model, None, RunConfig(n_pages=8, max_model_len=256)).generate([[3, 4]], GREEDY)
     model.embed.weight[77] = float("nan")
-    engine = Engine(model, None, n_pages=8, max_model_len=256, mtp=mtp)
+    engine = Engine(model, None, RunConfig(n_pages=8, max_model_len=256, mtp=mtp))
     poisoned = [*tokens(before, 70), 77]
     for company in ([], [[3, 4]]):
         bad, *good = engine.generate([poisoned, *company], GREEDY)
@@ -152,8 +152,8 @@ def test_nan_fails_its_request_alone(path, mtp, before):
 def test_nan_that_has_gone_is_not_found_again(path):
     """What comes of it in the first chunks of a prompt fails that prompt, and nobody who asks the same later."""
     model = ours(path)
-    [clean] = Engine(model, None, n_pages=8, max_model_len=256).generate([prompt := tokens(200, 70)], GREEDY)
-    engine = Engine(model, None, n_pages=8, max_model_len=256, max_num_batched_tokens=100)
+    [clean] = Engine(model, None, RunConfig(n_pages=8, max_model_len=256)).generate([prompt := tokens(200, 70)], GREEDY)
+    engine = Engine(model, None, RunConfig(n_pages=8, max_model_len=256, max_num_batched_tokens=100))
     weight = model.embed.weight[prompt[3]].clone()
     model.embed.weight[prompt[3]] = float("nan")
     request = engine.add(prompt, GREEDY)
@@ -168,7 +168,7 @@ def test_nan_that_has_gone_is_not_found_again(path):
 
 
 def test_leaving_a_stream_early(model):
-    engine = Engine(model, None, n_pages=8, max_model_len=256)
+    engine = Engine(model, None, RunConfig(n_pages=8, max_model_len=256))
     for _ in engine.stream([[1, 2, 3], [4, 5]], GREEDY):
         break
     assert not engine.busy and engine.scheduler.pool.n_available == 8
@@ -176,7 +176,7 @@ def test_leaving_a_stream_early(model):
 
 
 def test_an_interrupted_call_does_not_keep_the_engine(model, monkeypatch):
-    engine, forwards = Engine(model, None, n_pages=8, max_model_len=256), []
+    engine, forwards = Engine(model, None, RunConfig(n_pages=8, max_model_len=256)), []
 
     def forward(*args, real=model.forward):
         forwards.append(args)
@@ -194,10 +194,10 @@ def test_an_interrupted_call_does_not_keep_the_engine(model, monkeypatch):
 
 def test_limits_are_checked(model):
     with pytest.raises(UserError, match="--max-model-len is 99999, expected from 2 to this model's 2560"):
-        Engine(model, None, max_model_len=99999, n_pages=8)
+        Engine(model, None, RunConfig(max_model_len=99999, n_pages=8))
     with pytest.raises(UserError, match="needs 16 pages of cache and memory holds 8; ask for at most 512"):
-        Engine(model, None, max_model_len=1000, n_pages=8)
-    assert Engine(model, None, n_pages=8).max_model_len == 512
+        Engine(model, None, RunConfig(max_model_len=1000, n_pages=8))
+    assert Engine(model, None, RunConfig(n_pages=8)).max_model_len == 512
 
 
 # --- numerics --------------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def test_layout_that_does_not_fit(tmp_path):
 def answers_alone(model, prompts, params, **options):
     out = []
     for i, prompt in enumerate(prompts):
-        engine = Engine(model, None, n_pages=8, max_model_len=256, reuse=False, **options)
+        engine = Engine(model, None, RunConfig(n_pages=8, max_model_len=256, prefix_reuse=False, **options))
         request = engine.add(prompt, params, id=i)
         while engine.busy:
             engine.step()
@@ -315,12 +315,10 @@ def answers_alone(model, prompts, params, **options):
 @pytest.mark.parametrize("mtp, temperature, budget", [(0, 0.0, 2048), (2, 0.0, 2048), (0, 0.8, 2048), (2, 0.8, 2048), (2, 0.8, 48)])
 def test_pages_for_a_quarter_of_the_demand(model, mtp, temperature, budget):
     """Requests queue and are preempted; nobody starves, nothing leaks, every answer is the one given alone (sampled
-    ones too: a job that was away comes back with the drafts it had, in one chunk or in several)."""
+    ones too: a sequence that was away comes back with the drafts it had, in one chunk or in several)."""
     wanted = [tokens(60 + 11 * i, V3["vocab_size"], seed=i) for i in range(8)]
     params = SamplingParams(temperature=temperature, max_new_tokens=60)
-    engine = Engine(
-        model, None, n_pages=5, max_model_len=256, max_num_seqs=8, mtp=mtp, max_num_batched_tokens=budget
-    )
+    engine = Engine(model, None, RunConfig(n_pages=5, max_model_len=256, max_num_seqs=8, mtp=mtp, max_num_batched_tokens=budget))
     assert sum(engine.scheduler.pages_for(len(prompt) + 60) for prompt in wanted) > 4 * 5
     got = engine.generate(wanted, params)
     assert engine.stats.preemptions > 0
@@ -334,7 +332,9 @@ def test_pages_for_a_quarter_of_the_demand(model, mtp, temperature, budget):
 def test_prefix_reuse_changes_no_answer(model, mtp):
     """A conversation of three turns: later turns find the earlier ones' pages and say what they would have said."""
     params = SamplingParams(temperature=0, max_new_tokens=30)
-    reusing, fresh = (Engine(model, None, n_pages=8, max_model_len=500, mtp=mtp, reuse=reuse) for reuse in (True, False))
+    reusing, fresh = (
+        Engine(model, None, RunConfig(n_pages=8, max_model_len=500, mtp=mtp, prefix_reuse=reuse)) for reuse in (True, False)
+    )
     conversation = tokens(100, V3["vocab_size"])
     for turn in range(3):
         [a], [b] = reusing.generate([conversation], params), fresh.generate([conversation], params)
@@ -345,11 +345,11 @@ def test_prefix_reuse_changes_no_answer(model, mtp):
 
 
 def test_many_short_requests_leave_no_trace(model):
-    engine = Engine(model, None, n_pages=6, max_model_len=128)
+    engine = Engine(model, None, RunConfig(n_pages=6, max_model_len=128))
     params = SamplingParams(temperature=0, max_new_tokens=2)
     for _ in range(3):
         engine.generate([[i % 250, 5] for i in range(100)], params)
-    assert not engine._jobs and not engine._live and not engine._job_of
+    assert not engine._sequences and not engine._live and not engine._sequence_of
     engine.scheduler.check_integrity()
     assert engine.scheduler.pool.n_available == 6
 
@@ -362,7 +362,7 @@ def test_greedy_speculation_is_lossless(model, mtp):
     """The same tokens with drafts as without, in mixed batches with chunked prompts, whatever the drafts are worth."""
     wanted = prompts(9)
     params = SamplingParams(temperature=0, max_new_tokens=25)
-    engine = Engine(model, None, n_pages=40, max_model_len=256, max_num_seqs=4, max_num_batched_tokens=48, mtp=mtp)
+    engine = Engine(model, None, RunConfig(n_pages=40, max_model_len=256, max_num_seqs=4, max_num_batched_tokens=48, mtp=mtp))
     assert [r.tokens for r in engine.generate(wanted, params)] == answers_alone(model, wanted, params)
     assert engine.stats.drafted[0] > 100
 
@@ -372,13 +372,13 @@ class Planted:
 
     def __init__(self, engine, answers, wrong=False):
         self.engine, self.answers, self.wrong = engine, answers, wrong
-        engine._propose = self
+        engine.sampler.propose = self
 
-    def __call__(self, jobs, logits):
+    def __call__(self, sequences, logits):
         out = []
-        for job in jobs:
-            request = self.engine._live[job.id]
-            at = len(job.tokens) + len(job.drafts) - len(request.prompt)
+        for sequence in sequences:
+            request = self.engine._live[sequence.id]
+            at = len(sequence.tokens) + len(sequence.drafts) - len(request.prompt)
             answer = self.answers[request.id]
             token = answer[at] if at < len(answer) else 0
             token = (token + 1) % 256 if self.wrong else token
@@ -392,7 +392,7 @@ class Planted:
 def test_a_perfect_drafter_is_always_believed(model, mtp):
     params = SamplingParams(temperature=0, max_new_tokens=21)
     answers = answers_alone(model, prompts(3), params)
-    engine = Engine(model, None, n_pages=30, max_model_len=256, mtp=mtp)
+    engine = Engine(model, None, RunConfig(n_pages=30, max_model_len=256, mtp=mtp))
     Planted(engine, answers)
     assert [r.tokens for r in engine.generate(prompts(3), params)] == answers
     assert engine.stats.accepted == engine.stats.drafted and engine.stats.drafted[0] > 0
@@ -402,7 +402,7 @@ def test_a_perfect_drafter_is_always_believed(model, mtp):
 def test_an_adversarial_drafter_is_never_believed(model):
     params = SamplingParams(temperature=0, max_new_tokens=15)
     answers = answers_alone(model, prompts(3), params)
-    engine = Engine(model, None, n_pages=30, max_model_len=256, mtp=3)
+    engine = Engine(model, None, RunConfig(n_pages=30, max_model_len=256, mtp=3))
     Planted(engine, answers, wrong=True)
     assert [r.tokens for r in engine.generate(prompts(3), params)] == answers
     assert engine.stats.accepted == [0, 0, 0] and engine.stats.steps == 15
@@ -414,18 +414,18 @@ def test_drafts_see_what_the_mtp_module_would_see_in_one_pass(model):
     prompt = tokens(90, V3["vocab_size"], seed=3)
     [answer] = answers_alone(model, [prompt], params)
     half = [(t + 1) % 256 if i in (4, 6, 13) else t for i, t in enumerate(answer)]  # wrong in either place, or right
-    engine = Engine(model, None, n_pages=4, max_model_len=250, max_num_batched_tokens=16, mtp=2)
+    engine = Engine(model, None, RunConfig(n_pages=4, max_model_len=250, max_num_batched_tokens=16, mtp=2))
     Planted(engine, [half])
     engine.generate([prompt], params)
     assert all(0 < a < d for a, d in zip(engine.stats.accepted, engine.stats.drafted, strict=True))
     everything = prompt + answer
-    whole = Engine(model, None, n_pages=4, max_model_len=250, mtp=2)
+    whole = Engine(model, None, RunConfig(n_pages=4, max_model_len=250, mtp=2))
     n = len(everything) - 1
     batch = Batch.pack([(everything[:-1], 0, [0, 1])])
-    hidden = model(batch, whole.cache)
-    model.draft(Batch.pack([(everything[1:], 0, [0, 1])]), hidden, whole.cache)
-    for layer in range(len(engine.cache)):
-        a, b = (c[layer, :2].flatten(0, 1)[:n] for c in (engine.cache, whole.cache))
+    hidden = model(batch, whole.runner.cache)
+    model.draft(Batch.pack([(everything[1:], 0, [0, 1])]), hidden, whole.runner.cache)
+    for layer in range(len(engine.runner.cache)):
+        a, b = (c[layer, :2].flatten(0, 1)[:n] for c in (engine.runner.cache, whole.runner.cache))
         assert relative_error(a, b) < 1e-5, layer
 
 
@@ -433,7 +433,7 @@ def test_drafts_follow_the_module_applied_again(model):
     """Each draft but the first is made from the one before it, and its state, one position further."""
     for n in (5, 40, 70):
         ids = tokens(n, V3["vocab_size"], seed=n)
-        engine = Engine(model, None, n_pages=4, max_model_len=200, mtp=4)
+        engine = Engine(model, None, RunConfig(n_pages=4, max_model_len=200, mtp=4))
         request = engine.add(ids, GREEDY)
         engine.step()
         cache, pages = model.new_cache(2), [0, 1]
@@ -451,7 +451,7 @@ def test_drafts_do_not_reuse_what_another_token_followed(model):
     """The module's latent of a token depends on the next one: with drafts a page is shared only if that agrees too."""
     page = tokens(64, V3["vocab_size"])
     for mtp, reused in ((0, [0, 64, 64]), (1, [0, 0, 64])):
-        engine = Engine(model, None, n_pages=12, max_model_len=128, max_num_seqs=1, mtp=mtp)
+        engine = Engine(model, None, RunConfig(n_pages=12, max_model_len=128, max_num_seqs=1, mtp=mtp))
         asked = [[*page, 1, 2], [*page, 3, 2], [*page, 1, 4]]
         assert [r.n_reused for r in engine.generate(asked, GREEDY)] == reused
 
@@ -461,10 +461,10 @@ def test_mtp_is_refused_where_there_is_none(tmp_path, monkeypatch):
     config = {**V3, "num_nextn_predict_layers": 0, "num_hidden_layers": 1}
     model = ours(path := random_checkpoint(tmp_path / "c", config))
     with pytest.raises(UserError, match="--mtp needs an MTP module, and this checkpoint has none"):
-        Engine(model, None, n_pages=4, mtp=1)
+        Engine(model, None, RunConfig(n_pages=4, mtp=1))
     with pytest.raises(UserError, match="--mtp is 5, expected from 0 to 4"):
-        Engine(model, None, n_pages=4, mtp=5)
-    monkeypatch.setattr("engine.engine.load_into", lambda *_: pytest.fail("weights were loaded"))
+        Engine(model, None, RunConfig(n_pages=4, mtp=5))
+    monkeypatch.setattr("engine.setup.load_into", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match="--mtp needs an MTP module, and this checkpoint has none"):
         Engine.from_pretrained(path, mtp=1)
 
@@ -497,7 +497,7 @@ def test_recorded_steps_change_no_answer(model, mtp, temperature):
     params = SamplingParams(temperature=temperature, max_new_tokens=25, seed=2)
     how = dict(n_pages=11, max_model_len=256, max_num_seqs=5, max_num_batched_tokens=48, mtp=mtp)
     recorder = Recorder()
-    recording, plain = Engine(model, None, graphs=recorder, **how), Engine(model, None, **how)
+    recording, plain = Engine(model, None, RunConfig(**how), capture=recorder), Engine(model, None, RunConfig(**how))
     assert [r.tokens for r in recording.generate(wanted, params)] == [r.tokens for r in plain.generate(wanted, params)]
     assert recording.stats.accepted == plain.stats.accepted
     assert recorder.recorded == 5 * (1 if mtp == 0 else 2 if mtp == 1 else 3)  # batches of 1, 2, 3, 4 and 5
@@ -513,7 +513,7 @@ def test_what_is_recorded_fits_every_batch(model):
         extents.append((batch.decode, batch.prefill.n, batch.kv_lens.tolist(), batch.pages.shape))
         return hidden
 
-    graphs = Graphs(forward, most=3, width=2, hidden=torch.zeros(6, 4), n_pages=5, spare=9, capture=Recorder())
+    graphs = Graphs(forward, max_num_seqs=3, width=2, hidden=torch.zeros(6, 4), n_pages=5, padding_page=9, capture=Recorder())
     assert [e[0] for e in extents] == [BatchBounds(n, 2 * n, 2, 320, 320 * n) for n in (3, 2, 1)]
     states = torch.arange(12.0).view(3, 4)
     out = graphs.run([([7, 8], 66, [3, 4]), ([9], 0, [2])], states)
@@ -562,35 +562,36 @@ def test_captures_warm_up_on_one_stream(monkeypatch):
 
 
 def test_recorded_steps_leave_other_pages_alone(model):
-    """What fills a batch up is written to the spare page only."""
-    engine = Engine(model, None, n_pages=4, max_model_len=100, max_num_seqs=4, mtp=1, graphs=Recorder())
-    engine.cache[:, :4] = 7.0
+    """What fills a batch up is written to the padding page only."""
+    engine = Engine(model, None, RunConfig(n_pages=4, max_model_len=100, max_num_seqs=4, mtp=1), capture=Recorder())
+    engine.runner.cache[:, :4] = 7.0
     a, b = engine.add([1, 2, 3], GREEDY), engine.add([4, 5], GREEDY)
     while engine.busy:
         engine.step()
-    written = (engine.cache != 7.0).any(dim=-1).any(dim=0).sum(dim=-1).tolist()  # tokens of each page
+    written = (engine.runner.cache != 7.0).any(dim=-1).any(dim=0).sum(dim=-1).tolist()  # tokens of each page
     assert written[:4] == [len(r.prompt) + len(r.tokens) - 1 for r in (a, b)] + [0, 0]
 
 
 # --- batch-invariant mode --------------------------------------------------------------------------------------------
 
 
-def logits_of_mixes(model, deterministic, mixes, seed):
+def logits_of_mixes(model, mixes, seed):
     """Runs random mixes; for each request the bits of all logits that it sampled from, keyed by request."""
     generator = random.Random(seed)
     seen: dict[int, list[set]] = {}
     prompts = [tokens(generator.randint(1, 90), V3["vocab_size"], seed=500 + i) for i in range(6)]
     for _ in range(mixes):
         mtp = generator.choice([0, 0, 1, 3])
-        engine = Engine(
-            model, None, n_pages=generator.choice([5, 40]), max_model_len=200, max_num_seqs=generator.randint(1, 6),
-            max_num_batched_tokens=generator.choice([3, 17, 64, 400]), mtp=mtp, reuse=generator.random() < 0.5,
-            deterministic=deterministic,
+        run = RunConfig(
+            n_pages=generator.choice([5, 40]), max_model_len=200, max_num_seqs=generator.randint(1, 6),
+            max_num_batched_tokens=generator.choice([3, 17, 64, 400]), mtp=mtp,
+            prefix_reuse=generator.random() < 0.5, deterministic=model.num.batch_invariant,
         )  # fmt: skip
-        decide = engine._decide
+        engine = Engine(model, None, run)
+        decide = engine.sampler._decide
 
         def record(chunk, verified, logits, engine=engine, decide=decide):
-            request = engine._live[chunk.job.id]
+            request = engine._live[chunk.sequence.id]
             at = len(request.tokens)
             tokens, finish = decide(chunk, verified, logits)
             for i in range(len(tokens)):
@@ -598,7 +599,7 @@ def logits_of_mixes(model, deterministic, mixes, seed):
                 places[at + i].add(logits[i].numpy().tobytes())
             return tokens, finish
 
-        engine._decide = record
+        engine.sampler._decide = record
         chosen = generator.sample(range(6), generator.randint(1, 6))
         again = generator.random() < 0.3  # a second time over the same pages
         for i in chosen + (chosen if again else []):
@@ -611,7 +612,7 @@ def logits_of_mixes(model, deterministic, mixes, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batch_invariant_mode_is_bitwise(path, dtype):
     """Whatever the company, chunking, reuse, preemption or speculation: one set of bits for each position."""
-    seen = logits_of_mixes(ours(path, Numerics(dtype, batch_invariant=True)), True, 25, seed=1)
+    seen = logits_of_mixes(ours(path, Numerics(dtype, batch_invariant=True)), 25, seed=1)
     assert sum(len(places) for places in seen.values()) > 50
     assert all(len(bits) == 1 for places in seen.values() for bits in places if bits)
 
@@ -633,7 +634,7 @@ def test_one_set_of_bits_over_many_key_tiles(path):
     prompt = tokens(1300, V3["vocab_size"])
     bits = set()
     for budget, company in ((4096, []), (100, []), (333, prompts(3))):
-        engine = Engine(model, None, n_pages=40, max_model_len=1400, max_num_batched_tokens=budget, deterministic=True)
+        engine = Engine(model, None, RunConfig(n_pages=40, max_model_len=1400, max_num_batched_tokens=budget, deterministic=True))
         params = SamplingParams(temperature=0, max_new_tokens=3, logprobs=5)
         bits.add(repr(engine.generate([prompt, *company], params)[0].logprobs))
     assert len(bits) == 1
@@ -641,7 +642,7 @@ def test_one_set_of_bits_over_many_key_tiles(path):
 
 def test_without_the_mode_bits_differ(path):
     """The control: the same mixes without the mode do not agree to the bit, so the test above can fail."""
-    seen = logits_of_mixes(ours(path), False, 25, seed=1)
+    seen = logits_of_mixes(ours(path), 25, seed=1)
     assert any(len(bits) > 1 for places in seen.values() for bits in places)
 
 

@@ -22,12 +22,12 @@ from core.batch import Batch
 from core.config import ModelArgs, load_config, parse
 from core.errors import UserError
 from core.numerics import Numerics
+from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
-from engine import engine as engines
-from engine import memory
+from engine import memory, setup
 from engine.engine import Engine
-from engine.memory import Limits, RankSpec
-from engine.sampling import Ask, verify
+from engine.memory import RankSpec
+from engine.sampling import SamplingState, verify
 from model import Transformer
 from ops.cpu import kernels
 from ops.gpu import attention, device, fused, gemm, moe, quantisation, router
@@ -42,7 +42,13 @@ V3 = load_config(INFERENCE / "configs" / "config_671B.json")
 FP8 = Numerics(torch.bfloat16, "fp8")
 TP8 = RankSpec(V3, replace(FP8, experts="split"), 8, mtp=True)
 PUBLISHED = 688_574_839_360  # bytes of the tensors in the released checkpoint
-LIMITS = Limits(32768, 32)
+
+
+def limits_of(length: int, sequences: int = 8, tokens: int = 2048, mtp: int = 0) -> RunConfig:
+    return RunConfig(max_model_len=length, max_num_seqs=sequences, max_num_batched_tokens=tokens, mtp=mtp)
+
+
+LIMITS = limits_of(32768, 32)
 
 
 # ---------------------------------------------------------------- the released model
@@ -231,7 +237,7 @@ def test_a_step_takes_what_is_said(step, side):
     fewer = (memory.DECODE_ROWS, memory.few_rows(args))
     counts = {new, *(n for n in fewer if n < new)}  # the worst may be the most rows that take the absorbed form
     peak = max(peak_of(rank, [(n, context)] * sequences, drafts) for n in counts)
-    said = memory.step_bytes(rank, Limits(context, sequences, new * sequences, drafts), decode=new == 1)
+    said = memory.step_bytes(rank, limits_of(context, sequences, new * sequences, drafts), decode=new == 1)
     assert peak <= 1.03 * said <= 1.3 * peak
 
 
@@ -258,7 +264,7 @@ def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> in
         model.logits(hidden[: memory.SCORED_ROWS])
         if device == "cpu":
             logits = model.logits(hidden[: len(sequences)])
-            asks = [Ask(SamplingParams(temperature=1.0, top_p=0.9), i, [1, 2], 1) for i in range(len(sequences))]
+            asks = [SamplingState(SamplingParams(temperature=1.0, top_p=0.9), i, [1, 2], 1) for i in range(len(sequences))]
             verify(logits, asks)
     return measured.peak
 
@@ -284,7 +290,7 @@ def test_a_step_of_deepseek_v3_takes_what_is_said(step, numerics, ranks, experts
     """The same at its real size, on tensors without memory."""
     sequences, drafts, above = BATCHES[step]
     rank = RankSpec(replace(V3, n_layers=4), replace(numerics, experts=experts), ranks, mtp=True)
-    limits = Limits(max(n for _, n in sequences), len(sequences), sum(n for n, _ in sequences), drafts)
+    limits = limits_of(max(n for _, n in sequences), len(sequences), sum(n for n, _ in sequences), drafts)
     monkeypatch.setattr(memory, "SAMPLER_BYTES", 0)  # it looks at its tensors, which have no memory here
     peak, said = peak_of(rank, sequences, drafts), memory.step_bytes(rank, limits, decode=sequences[0][0] == 1)
     assert 0.99 * peak <= said <= above * peak
@@ -300,11 +306,11 @@ def test_graphs_keep_a_step_and_a_page(side):
     """What an engine that records takes before it answers: the cache's page, the hidden states, results, facts."""
     args = parse(FAMILIES["v3"])
     gpu = side == "GPU"
-    rank, limits = RankSpec(args, Numerics(), gpu=gpu, mtp=True), Limits(512, 6, 64, 2)
+    rank, limits = RankSpec(args, Numerics(), gpu=gpu, mtp=True), limits_of(512, 6, 64, 2)
     if not gpu:
-        assert memory.need(rank, limits).graphs == 0 < memory.need(rank, replace(limits, graphs=True)).graphs
+        assert memory.need(rank, limits).graphs == 0
         return
-    assert memory.need(rank, replace(limits, graphs=False)).graphs == 0
+    assert memory.need(rank, replace(limits, eager=True)).graphs == 0
     assert memory.need(replace(rank, num=Numerics(torch.float32)), limits).graphs == 0  # attends as the reference does
     model = Transformer(args, Numerics())
     kept: list[torch.Tensor] = []
@@ -313,13 +319,13 @@ def test_graphs_keep_a_step_and_a_page(side):
         kept.append(torch.empty(0))
         return run
 
-    engine = Engine(model, None, max_model_len=512, max_num_seqs=6, max_num_batched_tokens=64, n_pages=9, mtp=2,
-                    graphs=capture)  # fmt: skip
-    facts = sum(t.nbytes for g in (engine._step_graphs, *engine._draft_graphs) for t in g._facts.values())
+    run = RunConfig(max_model_len=512, max_num_seqs=6, max_num_batched_tokens=64, n_pages=9, mtp=2)
+    engine = Engine(model, None, run, capture=capture)
+    facts = sum(t.nbytes for g in (engine.runner.step_graphs, *engine.runner.draft_graphs) for t in g._static_inputs.values())
     rows = sum((1, 2, 3, 4, 6)) * (3 + 3 + 1)
     said = memory.need(rank, limits).graphs - memory.step_bytes(rank, limits, decode=True)
-    assert len(kept) == 3 * 5 and engine.cache.shape[1] == 10
-    assert said == model.page_bytes + engine._step_graphs.hidden.nbytes + rows * args.dim * 2 + facts
+    assert len(kept) == 3 * 5 and engine.runner.cache.shape[1] == 10
+    assert said == model.page_bytes + engine.runner.step_graphs.hidden.nbytes + rows * args.dim * 2 + facts
 
 
 # ---------------------------------------------------------------- a process that runs
@@ -350,7 +356,7 @@ def test_a_process_grows_as_said(tmp_path):
 # ---------------------------------------------------------------- refusals
 
 
-def refusal(rank: RankSpec, limits: Limits, gb: float, **more) -> str:
+def refusal(rank: RankSpec, limits: RunConfig, gb: float, **more) -> str:
     with pytest.raises(UserError) as e:
         memory.check_fits(rank, limits, int(gb * 1e9), **more)
     return str(e.value)
@@ -369,9 +375,9 @@ def test_what_cannot_fit_is_refused_with_what_would_help(monkeypatch):
     assert refusal(replace(TP8, ranks=16), LIMITS, 20).endswith("; more memory would do")
     on_cpu = RankSpec(V3, Numerics(), gpu=False, mtp=True)
     if kernels.library() is not None:
-        assert "packing them 1.85 GB); 2 ranks with" in refusal(on_cpu, Limits(64), 1366)
+        assert "packing them 1.85 GB); 2 ranks with" in refusal(on_cpu, limits_of(64), 1366)
     monkeypatch.setattr(kernels, "library", lambda: None)
-    assert "packing them 3.71 GB); 2 ranks with" in refusal(on_cpu, Limits(64), 1366)
+    assert "packing them 3.71 GB); 2 ranks with" in refusal(on_cpu, limits_of(64), 1366)
 
 
 def test_what_is_proposed_fits_and_no_more_would():
@@ -382,7 +388,7 @@ def test_what_is_proposed_fits_and_no_more_would():
 
 
 def test_pages_leave_room_for_the_largest_step():
-    free, small = 2 * 10**9, Limits(2048, 4, 512)
+    free, small = 2 * 10**9, limits_of(2048, 4, 512)
     for limits in (small, replace(small, max_num_batched_tokens=4096), replace(small, max_model_len=32768)):
         pages = memory.pages_that_fit(TP8, limits, free)
         wanted = memory.need(TP8, limits)
@@ -397,8 +403,8 @@ def test_pages_leave_room_for_the_largest_step():
 
 def test_the_engine_refuses_before_it_loads(tmp_path, monkeypatch):
     make_checkpoint(tmp_path, FAMILIES["v3"])
-    monkeypatch.setattr(engines, "load_into", lambda *_: pytest.fail("it was loaded"))
-    monkeypatch.setattr(engines, "free_memory", lambda device: 5_000_000)
+    monkeypatch.setattr(setup, "load_into", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(setup, "free_memory", lambda device: 5_000_000)
     with pytest.raises(UserError, match=r"a rank needs .* and 0\.01 GB are free .*would do$"):
         Engine.from_pretrained(tmp_path)
 
@@ -406,14 +412,14 @@ def test_the_engine_refuses_before_it_loads(tmp_path, monkeypatch):
 def test_the_engine_takes_the_pages_that_fit(monkeypatch):
     args = parse(FAMILIES["v3"])
     model = Transformer(args, Numerics()).prepare()
-    rank, limits = engines.rank_of(model), Limits(2560, 8, 64)
+    rank, limits = setup.rank_of(model), limits_of(2560, 8, 64)
     free = 2 * 100 * model.page_bytes + memory.step_bytes(rank, limits)
-    monkeypatch.setattr(engines, "free_memory", lambda device: free)
-    engine = Engine(model, None, max_model_len=2560, max_num_batched_tokens=64)
-    assert engine.cache.shape[1] == 100
+    monkeypatch.setattr(setup, "free_memory", lambda device: free)
+    engine = Engine(model, None, RunConfig(max_model_len=2560, max_num_batched_tokens=64))
+    assert engine.runner.cache.shape[1] == 100
     with pytest.raises(UserError, match="memory holds"):
-        Engine(model, None, max_model_len=2560, max_num_batched_tokens=512)
-    assert Engine(model, None, max_num_batched_tokens=512).max_model_len < 2560
+        Engine(model, None, RunConfig(max_model_len=2560, max_num_batched_tokens=512))
+    assert Engine(model, None, RunConfig(max_num_batched_tokens=512)).max_model_len < 2560
 
 
 # ---------------------------------------------------------------- the command line

@@ -9,10 +9,10 @@ from engine.sampling import (
     ACCEPT,
     DRAFT,
     SAMPLE,
-    Ask,
     Draft,
+    SamplingState,
     draw,
-    is_sound,
+    is_finite,
     logprob,
     penalised,
     probabilities,
@@ -64,7 +64,7 @@ def speculate(target, proposal, params, n, drafts, told=None):
     """
     first, second = [], []
     for start in range(0, n, 100):  # a hundred requests in one batch
-        asks = [Ask(params, request, [0] * 5, 5) for request in range(start, start + 100)]
+        asks = [SamplingState(params, request, [0] * 5, 5) for request in range(start, start + 100)]
         for row in proposal[:drafts]:
             propose(row.expand(len(asks), -1), asks)
         for ask in asks if told is not None else ():
@@ -77,7 +77,7 @@ def speculate(target, proposal, params, n, drafts, told=None):
 
 def verify_one(logits, params, tokens=(0,), n_prompt=1, draft=None, request=0):
     """One request's tokens, judged by itself."""
-    [made] = verify(logits, [Ask(params, request, list(tokens), n_prompt, draft or Draft())])
+    [made] = verify(logits, [SamplingState(params, request, list(tokens), n_prompt, draft or Draft())])
     return made
 
 
@@ -105,7 +105,7 @@ def test_greedy_drafts_are_lossless_for_sampled_answers_too():
     target, proposal = unlike()
     params = SamplingParams(temperature=1.0, seed=7)
     best = proposal.argmax(-1).tolist()
-    asks = [Ask(params, i, [0], 1, Draft(best[:2], [None, None])) for i in range(8_000)]
+    asks = [SamplingState(params, i, [0], 1, Draft(best[:2], [None, None])) for i in range(8_000)]
     made = verify(target.repeat(len(asks), 1), asks)
     assert passes_chi_square([m[0] for m in made], distribution(target[0], params))
 
@@ -123,7 +123,7 @@ def test_a_proposal_like_the_target_is_always_accepted():
     target = torch.randn(4, 30, generator=torch.Generator().manual_seed(1))
     params = SamplingParams(temperature=0.9, top_p=0.9, seed=3)
     for request in range(200):
-        ask = Ask(params, request, [1], 1)
+        ask = SamplingState(params, request, [1], 1)
         for row in target[:3]:
             propose(row[None], [ask])
         [made] = verify(target, [ask])
@@ -156,7 +156,7 @@ def test_penalties_count_accepted_drafts():
 
 
 def test_a_broken_draft_head_costs_only_time():
-    ask = Ask(SamplingParams(temperature=1.0), 0, [1], 1)
+    ask = SamplingState(SamplingParams(temperature=1.0), 0, [1], 1)
     propose(torch.full((1, 5), float("nan")), [ask])
     assert 0 <= ask.draft.tokens[0] < 5
     assert verify(torch.randn(2, 5), [ask])[0] is not None
@@ -172,8 +172,8 @@ def test_company_changes_nothing():
         SamplingParams(temperature=1.0, top_k=4, repetition_penalty=1.4), SamplingParams(temperature=0.8, min_p=0.2),
     ]  # fmt: skip
 
-    def ask(n: int) -> Ask:
-        made = Ask(kinds[n % len(kinds)], n, [n % 7, 3], 1)
+    def ask(n: int) -> SamplingState:
+        made = SamplingState(kinds[n % len(kinds)], n, [n % 7, 3], 1)
         for row in drafted[n]:
             propose(row[None], [made])
         return made
@@ -282,7 +282,7 @@ def test_repetition_penalty_is_transformers():
 def test_extreme_rows():
     nan, inf = float("nan"), float("inf")
     rows = torch.tensor([[0.0, nan], [inf, 0.0], [1e30, -1e30], [-inf, 3.0], [-inf, -inf]])
-    assert is_sound(rows).tolist() == [False, False, True, True, False]
+    assert is_finite(rows).tolist() == [False, False, True, True, False]
     for params in (SamplingParams(), SamplingParams(temperature=1.0, top_p=0.9)):
         assert verify_one(rows[:1], params) is None and verify_one(rows[-1:], params) is None
     for row in rows[2:4]:

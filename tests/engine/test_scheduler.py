@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.pages import PagePool
-from engine.scheduler import Job, Scheduler
+from engine.scheduler import Scheduler, Sequence
 
 PAGE = 4
 
@@ -23,57 +23,57 @@ PAGE = 4
 def test_under_random_use(max_num_seqs, extra, n_drafts, reuse, mixed, wanted, random):
     """Everybody finishes with all tokens in bounded steps; budget and capacity hold; what is read was written.
 
-    `written` plays the tensor: what each slot holds. A job may only be sent on with n_cached tokens whose slots hold
+    `written` plays the tensor: what each slot holds. A sequence may only be sent on with n_cached tokens whose slots hold
     exactly its own tokens, whoever computed them.
     """
     lookahead = int(n_drafts > 0)
     pool = PagePool(16, PAGE, lookahead)
     scheduler = Scheduler(pool, max_num_seqs, max_num_seqs * (1 + n_drafts) + extra, n_drafts, reuse, mixed)
     written: dict[int, tuple] = {}
-    jobs = []
+    sequences = []
     for i, (n, new, kind) in enumerate(wanted):
         prompt = [kind * 100 + j for j in range(n)]  # three families of prompts that begin alike
-        jobs.append(Job(i, prompt, min(n + new, 16 * PAGE - n_drafts)))
-    left, done, steps = list(jobs), [], 0
+        sequences.append(Sequence(i, prompt, min(n + new, 16 * PAGE - n_drafts)))
+    left, done, steps = list(sequences), [], 0
 
-    def slot(job, p):
-        return job.pages[p // PAGE] * PAGE + p % PAGE
+    def slot(sequence, p):
+        return sequence.pages[p // PAGE] * PAGE + p % PAGE
 
     while left or scheduler.waiting or scheduler.running:
         while left and random.random() < 0.4:
             scheduler.add(left.pop(0))
         oldest = min((j.id for j in [*scheduler.running, *scheduler.waiting]), default=None)
-        answering = {job.id for job in scheduler.running if job.decoding}
+        answering = {sequence.id for sequence in scheduler.running if sequence.decoding}
         chunks = scheduler.schedule()
         assert sum(len(c.tokens) for c in chunks) <= scheduler.max_num_batched_tokens
-        if mixed is not None and any(c.job.id in answering for c in chunks):
-            assert sum(len(c.tokens) for c in chunks if c.job.id not in answering) <= max(mixed, 1 + n_drafts)
-        assert len({c.job.id for c in chunks}) == len(chunks)
-        assert oldest is None or oldest in {c.job.id for c in chunks}, "the oldest waits"
+        if mixed is not None and any(c.sequence.id in answering for c in chunks):
+            assert sum(len(c.tokens) for c in chunks if c.sequence.id not in answering) <= max(mixed, 1 + n_drafts)
+        assert len({c.sequence.id for c in chunks}) == len(chunks)
+        assert oldest is None or oldest in {c.sequence.id for c in chunks}, "the oldest waits"
         for chunk in chunks:
-            job = chunk.job
-            assert job in scheduler.running and chunk.tokens
+            sequence = chunk.sequence
+            assert sequence in scheduler.running and chunk.tokens
             for p in range(chunk.start):
-                assert written[slot(job, p)] == tuple(job.tokens[: p + 1 + lookahead]), "a reused latent is another's"
+                assert written[slot(sequence, p)] == tuple(sequence.tokens[: p + 1 + lookahead]), "a reused latent is another's"
             last = chunk.start + len(chunk.tokens) - 1
-            assert last + 1 + n_drafts <= len(job.pages) * PAGE, "no room for what the step writes"
+            assert last + 1 + n_drafts <= len(sequence.pages) * PAGE, "no room for what the step writes"
         for chunk in chunks:
-            job, new = chunk.job, []
+            sequence, new = chunk.sequence, []
             if chunk.samples:
                 taken = random.randint(0, len(chunk.drafts))
                 new = [*chunk.drafts[:taken], random.randint(1000, 1003)]
             start, n = chunk.start, chunk.n + max(len(new) - 1, 0)
-            after = job.tokens + new
+            after = sequence.tokens + new
             for p in range(start, start + n):
-                assert pool._holders[slot(job, p) // PAGE] == 1, "a shared page is written to"
-                written[slot(job, p)] = tuple(after[: p + 1 + lookahead])
+                assert pool._ref_counts[slot(sequence, p) // PAGE] == 1, "a shared page is written to"
+                written[slot(sequence, p)] = tuple(after[: p + 1 + lookahead])
             scheduler.commit(chunk, new)
-            assert job.n_known <= job.capacity
-            if new and (job.n_known >= job.capacity or random.random() < 0.05):
-                scheduler.remove(job)
-                done.append(job.id)
+            assert sequence.n_tokens <= sequence.capacity
+            if new and (sequence.n_tokens >= sequence.capacity or random.random() < 0.05):
+                scheduler.remove(sequence)
+                done.append(sequence.id)
             elif new:
-                job.drafts = [random.randint(1000, 1003) for _ in range(n_drafts)]
+                sequence.drafts = [random.randint(1000, 1003) for _ in range(n_drafts)]
         if scheduler.waiting and random.random() < 0.05:
             gone = random.choice(scheduler.waiting)
             scheduler.remove(gone)
@@ -82,27 +82,27 @@ def test_under_random_use(max_num_seqs, extra, n_drafts, reuse, mixed, wanted, r
         steps += 1
         assert steps < 20_000, "starvation"
     assert pool.n_available == 16
-    assert sorted(done) == [j.id for j in jobs]
+    assert sorted(done) == [j.id for j in sequences]
 
 
-def run(scheduler: Scheduler, job: Job, n: int) -> None:
-    """Runs one job alone for n steps, sampling token 7."""
+def run(scheduler: Scheduler, sequence: Sequence, n: int) -> None:
+    """Runs one sequence alone for n steps, sampling token 7."""
     for _ in range(n):
         for chunk in scheduler.schedule():
             scheduler.commit(chunk, [7] if chunk.samples else [])
-    assert job in scheduler.running
+    assert sequence in scheduler.running
 
 
 def test_prompts_beside_answers_come_in_smaller_chunks():
     scheduler = Scheduler(PagePool(40, PAGE), 3, 50, max_num_mixed_tokens=8)
-    first, second = Job(0, list(range(60)), 80), Job(1, list(range(100, 120)), 80)
+    first, second = Sequence(0, list(range(60)), 80), Sequence(1, list(range(100, 120)), 80)
     scheduler.add(first)
     sizes = []
     for step in range(6):
         if step == 2:
             scheduler.add(second)
         chunks = scheduler.schedule()
-        sizes.append([(c.job.id, c.n) for c in chunks])
+        sizes.append([(c.sequence.id, c.n) for c in chunks])
         for chunk in chunks:
             scheduler.commit(chunk, [7] if chunk.samples else [])
     alone, beside = [[(0, 50)], [(0, 10)]], [[(0, 1), (1, 8)], [(0, 1), (1, 8)], [(0, 1), (1, 4)], [(0, 1), (1, 1)]]
@@ -113,28 +113,28 @@ def test_prompts_beside_answers_come_in_smaller_chunks():
 def test_a_second_turn_runs_only_what_is_new(lookahead):
     pool = PagePool(10, PAGE, lookahead)
     scheduler = Scheduler(pool, 2, 100, n_drafts=lookahead)
-    first = Job(0, list(range(10)), 20)
+    first = Sequence(0, list(range(10)), 20)
     scheduler.add(first)
     run(scheduler, first, 3)  # 12 of its 13 tokens are cached
     scheduler.remove(first)
     assert pool.n_available == 10
-    second = Job(1, [*first.tokens, 50, 51], 20)
+    second = Sequence(1, [*first.tokens, 50, 51], 20)
     scheduler.add(second)
     [chunk] = scheduler.schedule()
     assert second.n_reused == 12 and chunk.tokens == [7, 50, 51]
-    other = Job(2, [99, *first.tokens[1:]], 20)
+    other = Sequence(2, [99, *first.tokens[1:]], 20)
     scheduler.add(other)
-    assert [c.start for c in scheduler.schedule() if c.job is other] == [0], "another first token, yet pages were reused"
+    assert [c.start for c in scheduler.schedule() if c.sequence is other] == [0], "another first token, yet pages were reused"
 
 
 def test_lookahead_keeps_pages_apart_that_end_alike():
     """With an MTP module the last latent of a page knows the next token: [0..3] before 4 is not [0..3] before 5."""
     for lookahead, reused in ((0, 4), (1, 0)):
         scheduler = Scheduler(PagePool(10, PAGE, lookahead), 2, 100)
-        first = Job(0, [0, 1, 2, 3, 4, 5], 10)
+        first = Sequence(0, [0, 1, 2, 3, 4, 5], 10)
         scheduler.add(first)
         run(scheduler, first, 1)
-        second = Job(1, [0, 1, 2, 3, 5], 10)
+        second = Sequence(1, [0, 1, 2, 3, 5], 10)
         scheduler.add(second)
         scheduler.schedule()
         assert second.n_reused == reused
@@ -142,10 +142,10 @@ def test_lookahead_keeps_pages_apart_that_end_alike():
 
 def test_a_page_is_known_by_all_that_is_before_it():
     scheduler = Scheduler(PagePool(10, PAGE), 2, 100)
-    first = Job(0, [*[1] * PAGE, *[2] * PAGE, 9], 20)
+    first = Sequence(0, [*[1] * PAGE, *[2] * PAGE, 9], 20)
     scheduler.add(first)
     run(scheduler, first, 1)
-    second = Job(1, [*[2] * PAGE, 9], 20)  # the same tokens as in first's second page, at another place
+    second = Sequence(1, [*[2] * PAGE, 9], 20)  # the same tokens as in first's second page, at another place
     scheduler.add(second)
     scheduler.schedule()
     assert second.n_reused == 0
@@ -153,49 +153,49 @@ def test_a_page_is_known_by_all_that_is_before_it():
 
 def test_a_released_beginning_outlives_its_end():
     pool = PagePool(4, PAGE)
-    pages = pool.take(2)
+    pages = pool.allocate(2)
     for page, digest in zip(pages, (b"a", b"b"), strict=True):
-        pool.learn(page, digest)
+        pool.register(page, digest)
     pool.release(pages)
-    assert pool.take(3) is not None  # the two that are free, and one of those that are known
-    assert pool.find([b"a", b"b"]) == pages[:1]
+    assert pool.allocate(3) is not None  # the two that are free, and one of those that are known
+    assert pool.match_prefix([b"a", b"b"]) == pages[:1]
 
 
 def test_drafts_take_their_part_of_the_budget():
-    """Of a job that was preempted with drafts too, whose last tokens are run as a prompt's are."""
+    """Of a sequence that was preempted with drafts too, whose last tokens are run as a prompt's are."""
     scheduler = Scheduler(PagePool(16, PAGE), 2, 8, n_drafts=2)
-    scheduler.add(Job(0, [1] * 4, 16, drafts=[5, 6]))
-    scheduler.add(Job(1, [2] * 8, 16))
+    scheduler.add(Sequence(0, [1] * 4, 16, drafts=[5, 6]))
+    scheduler.add(Sequence(1, [2] * 8, 16))
     assert [c.tokens for c in scheduler.schedule()] == [[1, 1, 1, 1, 5, 6], [2, 2]]
 
 
 def test_least_recently_used_pages_go_first():
     pool = PagePool(4, PAGE)
-    a, b = pool.take(1), pool.take(1)
+    a, b = pool.allocate(1), pool.allocate(1)
     for pages, digest in ((a, b"a"), (b, b"b")):
-        pool.learn(pages[0], digest)
+        pool.register(pages[0], digest)
         pool.release(pages)
-    assert pool.find([b"a"]) == a
+    assert pool.match_prefix([b"a"]) == a
     pool.release(a)  # now b is the older
-    assert pool.take(3) is not None
-    assert pool.find([b"a"]) == a and pool.find([b"b"]) == []
+    assert pool.allocate(3) is not None
+    assert pool.match_prefix([b"a"]) == a and pool.match_prefix([b"b"]) == []
 
 
 def test_the_youngest_is_preempted_and_resumed():
     scheduler = Scheduler(PagePool(4, PAGE), 2, 100)
-    old, young, late = Job(0, [1] * 7, 16), Job(1, [2] * 6, 16), Job(2, [3], 16)
-    for job in (old, young, late):
-        scheduler.add(job)
+    old, young, late = Sequence(0, [1] * 7, 16), Sequence(1, [2] * 6, 16), Sequence(2, [3], 16)
+    for sequence in (old, young, late):
+        scheduler.add(sequence)
     for _ in range(10):
         for chunk in scheduler.schedule():
             scheduler.commit(chunk, [7] if chunk.samples else [])
         scheduler.check_integrity()
-        if old.n_known == old.capacity:
+        if old.n_tokens == old.capacity:
             break
     assert scheduler.preemptions == 1 and scheduler.running == [old]
     assert list(scheduler.waiting) == [young, late], "whoever was preempted comes before those that have not begun"
     scheduler.remove(old)
-    while young.n_known < young.capacity:
+    while young.n_tokens < young.capacity:
         for chunk in scheduler.schedule():
             scheduler.commit(chunk, [7] if chunk.samples else [])
     assert young.tokens == [2] * 6 + [7] * 10
@@ -203,10 +203,10 @@ def test_the_youngest_is_preempted_and_resumed():
 
 def test_misuse_is_noticed():
     pool = PagePool(3, PAGE)
-    pages = pool.take(2)
-    assert pages == [0, 1] and pool.take(2) is None
+    pages = pool.allocate(2)
+    assert pages == [0, 1] and pool.allocate(2) is None
     pool.release(pages)
-    with pytest.raises(AssertionError, match="page 1 has no holder"):
+    with pytest.raises(AssertionError, match="page 1 has no reference"):
         pool.release(pages)
-    with pytest.raises(AssertionError, match="holders miscounted"):
+    with pytest.raises(AssertionError, match="references miscounted"):
         pool.check_integrity([[2]])

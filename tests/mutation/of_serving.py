@@ -39,7 +39,11 @@ MUTANTS = (
      "if False:",
      "serving/test_server.py::test_bodies_are_bounded_together", "bodies fill the memory"),
     ("server-controls-may-be-spelled", "serving/protocol.py",
-     'if "<" not in text:',
-     "if True:",
+     'event.text if event.is_control else event.text.replace("<", "<" + GUARD)',
+     "event.text",
      "serving/test_server.py::test_tools", "text that looks like a control token is one to the parser"),
+    ("server-offsets-of-what-was-said", "serving/protocol.py",
+     "            self._at += len(event.text)\n",
+     "",
+     "serving/test_server.py::test_completions", "offsets stand still"),
 )  # fmt: skip

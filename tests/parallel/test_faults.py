@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
-from engine import engine as engines
-from engine import sampling
+from engine import sampler, sampling
 from engine.engine import Engine
-from engine.sampling import Ask
+from engine.sampling import SamplingState
 from support import processes as launch
 from text.tokenizer import TextStream, Tokenizer
 
@@ -162,19 +162,17 @@ def loaded(tiny: Path) -> Engine:
 
 def answers(loaded: Engine, faulty: str | None, mtp: int = 0) -> tuple[dict[str, Any], dict[str, set[bytes]]]:
     """Requests by prompt, and the bits of the logits that each sampled from: the company, and a faulty one among it."""
-    engine = Engine(
-        loaded.model, loaded.tokenizer, n_pages=20, max_model_len=300, max_num_batched_tokens=40, mtp=mtp,
-        deterministic=True,
-    )  # fmt: skip
+    run = RunConfig(n_pages=20, max_model_len=300, max_num_batched_tokens=40, mtp=mtp, deterministic=True)
+    engine = Engine(loaded.model, loaded.tokenizer, run)
     bits: dict[str, set[bytes]] = {}
-    decide = engine._decide
+    decide = engine.sampler._decide
 
     def record(chunk: Any, verified: Any, logits: torch.Tensor) -> Any:
-        request = engine._live[chunk.job.id]
+        request = engine._live[chunk.sequence.id]
         bits.setdefault(str(request.id), set()).add(logits.numpy().tobytes())
         return decide(chunk, verified, logits)
 
-    engine._decide = record  # type: ignore[method-assign]
+    engine.sampler._decide = record  # type: ignore[method-assign]
     params = SamplingParams(temperature=0.7, max_new_tokens=25, repetition_penalty=1.1, logprobs=3, prompt_logprobs=3)
     wanted = {str(i): engine.add(text, params, id=i) for i, text in enumerate(COMPANY)}
     if faulty is not None:
@@ -182,12 +180,12 @@ def answers(loaded: Engine, faulty: str | None, mtp: int = 0) -> tuple[dict[str,
             temperature=0.7, max_new_tokens=25, repetition_penalty=1.1, logprobs=BAD, prompt_logprobs=BAD
         )
         wanted["bad"] = engine.add(faulty, bad, id=BAD)
-        if wanted["bad"]._stream:
-            wanted["bad"]._stream.bad = True
+        if wanted["bad"].detokenizer:
+            wanted["bad"].detokenizer.bad = True
     while engine.busy:
         engine.step()
     engine.scheduler.check_integrity()
-    assert engine.scheduler.pool.n_available == 20 and not engine._jobs and not engine._job_of
+    assert engine.scheduler.pool.n_available == 20 and not engine._sequences and not engine._sequence_of
     return wanted, bits
 
 
@@ -210,13 +208,13 @@ def trap(
 
 PLACES: dict[str, tuple[Any, str, int, Callable[..., bool]]] = {
     "prompt": (Tokenizer, "encode_text", 0, lambda tokenizer, text: text == "faulty"),
-    "judged, its penalties": (Ask, "penalised", 5, lambda ask, *_: ask.noise == BAD),
-    "judged, its noise": (Ask, "uniform", 5, lambda ask, *_: ask.noise == BAD),
-    "log-probabilities": (engines, "logprob", 12, lambda logits, token, top: top == BAD),
-    "log-probabilities of the prompt": (engines, "logprob", 1, lambda logits, token, top: top == BAD),
+    "judged, its penalties": (SamplingState, "penalised", 5, lambda ask, *_: ask.rng_key == BAD),
+    "judged, its noise": (SamplingState, "uniform", 5, lambda ask, *_: ask.rng_key == BAD),
+    "log-probabilities": (sampler, "logprob", 12, lambda logits, token, top: top == BAD),
+    "log-probabilities of the prompt": (sampler, "logprob", 1, lambda logits, token, top: top == BAD),
     "text": (TextStream, "push", 5, lambda stream, *_: hasattr(stream, "bad")),
     "the text's end": (TextStream, "finish", 0, lambda stream: hasattr(stream, "bad")),
-    "drafts": (Ask, "uniform", 5, lambda ask, n, use: ask.noise == BAD and use == sampling.DRAFT),
+    "drafts": (SamplingState, "uniform", 5, lambda ask, n, use: ask.rng_key == BAD and use == sampling.DRAFT),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from checkpoint.directory import Checkpoint
 from core.config import ModelArgs, agree, load_config
 from core.numerics import Numerics
+from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from support.model_pairs import hidden_states, ours, relative_error
@@ -97,14 +98,14 @@ def test_answers_are_right(how):
 
 def test_fp8_latents_answer_as_well(tokenizer):
     model = ours(DEMO, Numerics(torch.bfloat16, fp8_latents=True))
-    assert right(Engine(model, tokenizer, max_model_len=1024)) >= len(QUESTIONS) - 1
+    assert right(Engine(model, tokenizer, RunConfig(max_model_len=1024))) >= len(QUESTIONS) - 1
 
 
 def test_drafts_are_lossless_and_believed(in_float32, tokenizer):
     """A broken draft head does not show in the answers, so acceptance itself is asserted."""
-    plain = Engine(in_float32, tokenizer, max_model_len=1024).generate([chat(q) for q, _ in QUESTIONS], GREEDY)
+    plain = Engine(in_float32, tokenizer, RunConfig(max_model_len=1024)).generate([chat(q) for q, _ in QUESTIONS], GREEDY)
     for k in (1, 2):
-        engine = Engine(in_float32, tokenizer, max_model_len=1024, mtp=k)
+        engine = Engine(in_float32, tokenizer, RunConfig(max_model_len=1024, mtp=k))
         drafted = engine.generate([chat(q) for q, _ in QUESTIONS], GREEDY)
         assert [r.tokens for r in drafted] == [r.tokens for r in plain]
         first = engine.stats.accepted[0] / engine.stats.drafted[0]
@@ -113,7 +114,7 @@ def test_drafts_are_lossless_and_believed(in_float32, tokenizer):
 
 
 def test_thinking_is_kept_apart(in_float32, tokenizer):
-    [request] = Engine(in_float32, tokenizer, max_model_len=1024).generate([chat("What is 347 + 285?")], GREEDY)
+    [request] = Engine(in_float32, tokenizer, RunConfig(max_model_len=1024)).generate([chat("What is 347 + 285?")], GREEDY)
     reasoning, answer = request.parts
     assert request.opens_thinking and "7+5" in reasoning and answer == "632"
 
@@ -125,7 +126,7 @@ def test_a_second_turn_remembers_and_reuses(tokenizer):
     model = ours(DEMO, Numerics(torch.bfloat16, batch_invariant=True))
     answers = []
     for reuse in (True, False):
-        engine = Engine(model, tokenizer, max_model_len=1024, reuse=reuse, deterministic=True)
+        engine = Engine(model, tokenizer, RunConfig(max_model_len=1024, prefix_reuse=reuse, deterministic=True))
         turns = chat(f"{facts} What is the code of fox?")
         for question in ("What is the code of maple?", None):
             [request] = engine.generate([turns], GREEDY)

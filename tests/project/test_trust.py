@@ -7,6 +7,7 @@ import torch
 from test_engine import answers_alone, logits_of_mixes
 
 from core.numerics import Numerics
+from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from support.families import V3
@@ -34,13 +35,13 @@ def test_five_hundred_prompts_with_drafts(path, mtp):
     model = ours(path)
     prompts = [tokens(1 + i % 90, V3["vocab_size"], seed=1000 + i) for i in range(500)]
     params = SamplingParams(temperature=0, max_new_tokens=20)
-    engine = Engine(model, None, n_pages=64, max_model_len=256, max_num_seqs=16, mtp=mtp)
+    engine = Engine(model, None, RunConfig(n_pages=64, max_model_len=256, max_num_seqs=16, mtp=mtp))
     assert [r.tokens for r in engine.generate(prompts, params)] == answers_alone(model, prompts, params)
 
 
 def test_ten_thousand_requests_in_flat_memory(path):
     model = ours(path)
-    engine = Engine(model, None, n_pages=20, max_model_len=256, max_num_seqs=16, mtp=1)
+    engine = Engine(model, None, RunConfig(n_pages=20, max_model_len=256, max_num_seqs=16, mtp=1))
     params = SamplingParams(temperature=0, max_new_tokens=2)
 
     def thousand(seed: int) -> int:
@@ -51,4 +52,4 @@ def test_ten_thousand_requests_in_flat_memory(path):
     late = [thousand(seed) for seed in range(2, 10)][-1]
     assert late - early < 20_000, "peak memory grew by more than 20 MB over 8,000 requests"
     engine.scheduler.check_integrity()
-    assert engine.scheduler.pool.n_available == 20 and not engine._live and not engine._jobs
+    assert engine.scheduler.pool.n_available == 20 and not engine._live and not engine._sequences

@@ -30,9 +30,9 @@ from cli.flags import run_config
 from cli.main import load
 from core.config import PROGRAM_VERSION
 from core.errors import UserError
-from core.run_config import CPU_MIXED_TOKENS
+from core.run_config import CPU_MIXED_TOKENS, RunConfig
 from core.sampling_params import SamplingParams
-from engine import engine as engine_module
+from engine import sampler
 from engine.engine import Engine
 from parallel.group import SOLO
 from serving import requestfields, service
@@ -54,7 +54,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 def demo() -> Iterator[tuple[House, Engine]]:
     """The demo, drafting; and an engine of the same model that answers alone."""
     engine = Engine.from_pretrained(DEMO, dtype="float32", max_model_len=1024, n_pages=PAGES, mtp=1)
-    alone = Engine(engine.model, engine.tokenizer, max_model_len=1024, n_pages=PAGES)
+    alone = Engine(engine.model, engine.tokenizer, RunConfig(max_model_len=1024, n_pages=PAGES))
     alone.default_params = engine.default_params
     with serving(engine) as house:
         yield house, alone
@@ -75,7 +75,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 def again(engine: Engine, **changes: Any) -> Engine:
     """Another engine of the same model."""
-    return Engine(engine.model, engine.tokenizer, **({"max_model_len": 512, "n_pages": PAGES} | changes))
+    return Engine(engine.model, engine.tokenizer, RunConfig(**{"max_model_len": 512, "n_pages": PAGES} | changes))
 
 
 def events(stream: str) -> list[dict[str, Any]]:
@@ -233,7 +233,7 @@ def test_tools(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     control = {text: tokenizer._added[text] for text in markers}
     runs = re.split("(" + "|".join(markers) + ")", SAYINGS[style])
     script = [*spelled, *(t for run in runs for t in ([control[run]] if run in control else tokenizer._encode_plain(run))), 1]
-    monkeypatch.setattr(engine_module, "verify", lambda logits, asks: [[script[len(a.tokens) - a.n_prompt]] for a in asks])
+    monkeypatch.setattr(sampler, "verify", lambda logits, asks: [[script[len(a.tokens) - a.n_prompt]] for a in asks])
     tools: Any = [{"type": "function", "function": {"name": "add", "description": f"{CALL_BEGIN}x", "parameters": {"type": "object"}}}]
     with serving(engine) as house, openai.OpenAI(base_url=f"{house.url}/v1", api_key="none", timeout=GENEROUS) as client:
         asked: Any = dict(model="model", messages=[{"role": "user", "content": "hi"}], tools=tools)

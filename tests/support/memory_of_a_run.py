@@ -10,9 +10,9 @@ import torch
 from checkpoint.directory import Checkpoint
 from checkpoint.load import load_into
 from core.numerics import Numerics
+from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
-from engine import engine as engines
-from engine import memory
+from engine import Engine, memory, setup
 from model import Transformer
 from ops.backend import choose_backend
 from ops.formats import Weight
@@ -35,10 +35,10 @@ def main() -> None:
     load_into(model, checkpoint, progress=False)
     model.prepare()
     loaded = resident("VmRSS") - before
-    engine = engines.Engine(model, None, max_model_len=length + 2, max_num_seqs=2, max_num_batched_tokens=tokens)
+    config = RunConfig(max_model_len=length + 2, max_num_seqs=2, max_num_batched_tokens=tokens)
+    engine = Engine(model, None, config)
     cached = resident("VmRSS") - before
-    rank, limits = engines.rank_of(model), memory.Limits(length + 2, 2, tokens)
-    wanted = memory.need(rank, limits, engine.cache.nbytes)
+    wanted = memory.need(setup.rank_of(model), config, engine.runner.cache.nbytes)
     peaks = [resident("VmHWM") - before]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     (request,) = engine.generate([[1] * length], SamplingParams(max_new_tokens=2))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_tokenizer import BOS, EOS, VOCAB_SIZE, real_folder
 
 from core.sampling_params import SamplingParams
-from engine.engine import Request
+from engine.request import Request, TokenEvent
 from text import parser as chat
 from text.parser import (
     CALL_BEGIN,
@@ -238,8 +238,8 @@ def test_nothing_is_lost(text: str, style: str) -> None:
 @settings(deadline=None, derandomize=True, database=None, max_examples=300)
 @given(text=texts, thinking=st.booleans())
 def test_reasoning_is_that_of_the_engine(text: str, thinking: bool) -> None:
-    controls = [match.start() for match in re.finditer("</?think>", text)]
-    request = Request(0, [], SamplingParams(), text=text, opens_thinking=thinking, controls=controls)
+    events = [TokenEvent(0, part, i % 2 == 1) for i, part in enumerate(re.split("(</?think>)", text))]
+    request = Request(0, [], SamplingParams(), events=events, opens_thinking=thinking)
     reasoning, content, _ = joined(parse(list(text), None, thinking))
     assert (reasoning, content) == (request.parts[0] or "", request.parts[1])
 

@@ -1,0 +1,164 @@
+"""Samples a step's tokens: rank 0 does, request by request, and broadcasts what every rank needs."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from core.errors import describe
+from core.sampling_params import SamplingParams
+from engine.request import FinishReason, Request
+from engine.sampling import Draft, SamplingState, logprob, propose, verify
+from engine.scheduler import Chunk, Sequence
+from engine.stats import Stats
+from parallel.group import Group
+from text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+Sampled = dict[Chunk, tuple[list[int], FinishReason | None]]  # the tokens of each chunk that samples, and its verdict
+_FINISH: list[FinishReason | None] = [None, "stop", "length", "error", "cancelled"]  # as numbers in a broadcast
+
+
+class Sampler:
+    """Every rank calls the same methods; the requests are known to rank 0 only.
+
+    An exception in the work for one request ends that request with an error, and no other.
+    """
+
+    def __init__(
+        self,
+        tp: Group,
+        tokenizer: Tokenizer | None,
+        requests: dict[int, Request],
+        stats: Stats,
+        n_drafts: int,
+        cancel: Callable[[Request], None],
+    ):
+        """`requests`: the unfinished ones by their sequence's id, kept up to date by the engine; `cancel` ends one of
+        them with the next step."""
+        self.tp, self.tokenizer, self.requests, self.stats = tp, tokenizer, requests, stats
+        self.n_drafts, self.cancel = n_drafts, cancel
+
+    def sample(self, sampling: list[Chunk], logits: torch.Tensor) -> Sampled:
+        """Rank 0's new tokens and verdict for each chunk that samples, on every rank.
+
+        logits (sum of 1 + drafts, V), chunks in order: after a chunk's last token and after each of its drafts.
+        """
+        packed = torch.zeros(len(sampling), 2 + 1 + self.n_drafts, dtype=torch.int64)  # verdict, how many tokens, they
+        if self.tp.rank == 0:
+            parts = logits.split([1 + len(chunk.drafts) for chunk in sampling])
+            verified = self._verify(sampling, logits, parts)
+            for i, found in enumerate(zip(sampling, verified, parts, strict=True)):
+                request = self.requests[sampling[i].sequence.id]
+                tokens, finish = isolate_request_errors(request, partial(self._decide, *found)) or ([], "error")
+                packed[i, : 2 + len(tokens)] = torch.tensor([_FINISH.index(finish), len(tokens), *tokens])
+        rows = self.tp.broadcast(packed).tolist()
+        sampled: Sampled = {
+            chunk: (row[2 : 2 + row[1]], _FINISH[row[0]]) for chunk, row in zip(sampling, rows, strict=True)
+        }
+        failed = [chunk.sequence.id for chunk, (_, finish) in sampled.items() if finish == "error"]
+        if failed:
+            ranks = self.tp.nonfinite_ranks() if self.tp.size > 1 else []
+            came = f", which came from rank {' and '.join(map(str, ranks))}" if ranks else ""
+            for request in (self.requests[id] for id in failed if id in self.requests):
+                request.error = request.error or f"the model's output holds NaN or infinity{came}"
+        return sampled
+
+    def _verify(
+        self, chunks: list[Chunk], logits: torch.Tensor, parts: Iterable[torch.Tensor]
+    ) -> list[list[int] | None]:
+        """Rank 0: the next tokens of each chunk's request, from its rows of logits, all of them at once; None for a
+        request that fails. `parts` are the logits split by chunk."""
+        states = []
+        for chunk in chunks:
+            request, n = self.requests[chunk.sequence.id], len(chunk.drafts)
+            draft = Draft(request.draft.tokens[:n], request.draft.q[:n])
+            states.append(self._sampling_state(chunk.sequence, draft))
+            request.draft = Draft()
+        try:
+            return verify(logits, states)
+        except Exception:  # verified one by one, only the request at fault fails
+            requests = [self.requests[chunk.sequence.id] for chunk in chunks]
+            works = [partial(verify, rows, [state]) for rows, state in zip(parts, states, strict=True)]
+            return [(isolate_request_errors(*one) or [None])[0] for one in zip(requests, works, strict=True)]
+
+    def _decide(
+        self, chunk: Chunk, tokens: list[int] | None, logits: torch.Tensor
+    ) -> tuple[list[int], FinishReason | None]:
+        """Rank 0: the tokens a request gets, up to the first that ends it, and whether one does."""
+        sequence, request = chunk.sequence, self.requests[chunk.sequence.id]
+        params = request.params
+        request.begin_step()
+        if not request.tokens:
+            request.n_reused = min(sequence.n_reused, len(request.prompt))
+            self.stats.reused += request.n_reused
+        if tokens is None or request.error:
+            return [], "error"
+        self.stats.sampled_steps += 1
+        for place in range(len(chunk.drafts)):
+            self.stats.drafted[place] += place < len(tokens)  # those behind a rejected one were never looked at
+            self.stats.accepted[place] += place + 1 < len(tokens)
+        finish: FinishReason | None = None
+        for i, token in enumerate(tokens):
+            if self._ends(token, params):
+                finish = "stop"
+            else:
+                score = None if params.logprobs is None else logprob(logits[i], token, params.logprobs)
+                if request.append(token, i + 1 < len(tokens), score):
+                    finish = "stop"
+                elif sequence.n_tokens + i + 1 >= sequence.capacity:
+                    finish = "length"
+            self.stats.generated += 1
+            if finish:
+                return tokens[: i + 1], finish
+        return tokens, None
+
+    def _ends(self, token: int, params: SamplingParams) -> bool:
+        ends = self.tokenizer is not None and token in self.tokenizer.eos_ids and not params.ignore_eos
+        return ends or token in params.stop_token_ids
+
+    def propose(self, sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
+        """Rank 0's next draft for each sequence, from the MTP module's logits (sequences, V), on every rank."""
+        packed = torch.zeros(len(sequences), dtype=torch.int64)
+        if self.tp.rank == 0:
+            requests = [self.requests[sequence.id] for sequence in sequences]
+            states = [self._sampling_state(s, r.draft) for s, r in zip(sequences, requests, strict=True)]
+            try:
+                propose(logits, states)
+            except Exception:  # as in _verify
+                for request, state, row in zip(requests, states, logits.split(1), strict=True):
+                    isolate_request_errors(request, partial(propose, row, [state]))
+                    if request.error:
+                        state.draft.tokens.append(0)
+                        state.draft.q.append(None)
+                        self.cancel(request)
+            packed = torch.tensor([state.draft.tokens[-1] for state in states])
+        return self.tp.broadcast(packed).tolist()
+
+    def score_prompt(self, sequence: Sequence, at: int, logits: torch.Tensor) -> None:
+        """Gives a request the log-probabilities of its prompt tokens from position `at` on, scored by logits (n, V)."""
+        request = self.requests.get(sequence.id)
+        if request is not None and request.params.prompt_logprobs is not None:
+            scored = zip(logits, sequence.tokens[at : at + len(logits)], strict=True)
+            isolate_request_errors(request, partial(_score, request, scored))
+            if request.error:
+                self.cancel(request)
+
+    def _sampling_state(self, sequence: Sequence, draft: Draft) -> SamplingState:
+        request = self.requests[sequence.id]
+        return SamplingState(request.params, request.rng_key, sequence.tokens, len(request.prompt), draft)
+
+
+def isolate_request_errors(request: Request, work: Callable[[], T]) -> T | None:
+    """Rank 0's work for one request; an exception becomes that request's error, and the result None."""
+    try:
+        return work()
+    except Exception as e:
+        request.error = request.error or describe(e)
+        return None
+
+
+def _score(request: Request, scored: Iterable[tuple[torch.Tensor, int]]) -> None:
+    top = request.params.prompt_logprobs or 0
+    request.prompt_logprobs += [logprob(row, token, top) for row, token in scored]

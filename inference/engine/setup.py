@@ -1,0 +1,210 @@
+"""Sets an engine up: chooses numerics, refuses what cannot run before anything is loaded, loads, sizes the cache.
+
+All ranks call these functions together; an error on one of them is raised on all.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from checkpoint.directory import Checkpoint, choose_args
+from checkpoint.load import load_into
+from core.config import ModelArgs
+from core.errors import UserError
+from core.numerics import Numerics
+from core.run_config import PAGE_SIZE, RunConfig
+from core.sampling_params import SamplingParams, params_from_generation_config
+from engine import memory
+from model import Transformer
+from ops.backend import has_fp8 as device_has_fp8
+from ops.cpu import kernels as kernel_cpu
+from parallel.group import Group
+from parallel.startup import environment
+from text.tokenizer import Tokenizer
+
+
+class _Plan(NamedTuple):
+    """What is known of a run before its weights are loaded."""
+
+    checkpoint: Checkpoint
+    args: ModelArgs
+    num: Numerics
+    has_mtp: bool
+    default_params: SamplingParams
+
+
+def load(
+    ckpt_path: str | Path,
+    run: RunConfig,
+    *,
+    config: str | Path | None,
+    device: torch.device | str | None,
+    tp: Group,
+    progress: bool,
+    chat: bool,
+    thinking: bool | None,
+) -> tuple[Transformer, Tokenizer | None, SamplingParams]:
+    """The loaded model, on rank 0 the tokenizer, and the checkpoint's sampling defaults. For arguments and errors see
+    Engine.from_pretrained."""
+    target = choose_device(device, run)
+    # free memory is measured before any rank takes of it
+    plan = tp.run_on_all_ranks(lambda: _choose(ckpt_path, run, config, target, tp, progress))
+
+    def load_weights() -> tuple[Transformer, Tokenizer | None]:
+        tokenizer = Tokenizer(ckpt_path, plan.args.vocab_size) if tp.rank == 0 else None
+        if chat and tokenizer is not None:
+            tokenizer.encode_chat([{"role": "user", "content": "Hello"}], thinking=thinking)
+        group = replace(tp, ordered=plan.num.batch_invariant)
+        model = Transformer(plan.args, plan.num, group, target, mtp=plan.has_mtp)
+        load_into(model, plan.checkpoint, tp, progress)
+        return model.prepare(), tokenizer
+
+    model, tokenizer = tp.run_on_all_ranks(load_weights)
+    _check_agreement(model)
+    return model, tokenizer, plan.default_params
+
+
+def _choose(
+    ckpt_path: str | Path, run: RunConfig, config: str | Path | None, device: torch.device, tp: Group, progress: bool
+) -> _Plan:
+    checkpoint = Checkpoint(ckpt_path)
+    args = choose_args(checkpoint, config)
+    num, says = choose_numerics(args, device, run.dtype, run.gemm)
+    partition = checkpoint.partition(args, tp.size, run.experts, num.gemm is not None)
+    fp8_latents = run.kv_cache_dtype == "fp8"
+    num = replace(num, fp8_latents=fp8_latents, experts=partition.experts, batch_invariant=run.deterministic)
+    if progress and tp.rank == 0:
+        print(says, file=sys.stderr)
+        if device.type == "cpu" and num.dtype == torch.bfloat16 and (slower := kernel_cpu.why_not()):
+            print(f"note: on this CPU bfloat16 is slower than it could be ({slower})", file=sys.stderr)
+        if tp.size > 1:
+            print(partition.reason, file=sys.stderr)
+    has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
+    check_start(memory.RankSpec(args, num, tp.size, device.type != "cpu", has_mtp), device, run)
+    return _Plan(checkpoint, args, num, has_mtp, params_from_generation_config(Path(ckpt_path)))
+
+
+def _check_agreement(model: Transformer) -> None:
+    """Raises UserError on all ranks if one of them would compute something else than rank 0, because its GPU differs or
+    its path leads to another checkpoint."""
+    mine = repr((model.args, model.num, len(model.mtp)))
+    first = bytes(model.tp.broadcast_ints(list(mine.encode()))).decode()
+
+    def check() -> None:
+        if mine != first:
+            raise UserError(f"this host would compute {mine}, rank 0 {first}: give --gemm, and check --ckpt-path")
+
+    model.tp.run_on_all_ranks(check)
+
+
+def choose_device(device: torch.device | str | None, run: RunConfig) -> torch.device:
+    """The device to load on: the one given, else the one `run` names; a GPU with a number becomes the current one."""
+    name = run.device if device is None else device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    target = torch.device(name)
+    if target.index is not None:
+        torch.cuda.set_device(target)  # kernels are launched on the current device
+    return target
+
+
+def choose_numerics(
+    args: ModelArgs, device: torch.device, dtype: str, gemm: str, has_fp8: bool | None = None
+) -> tuple[Numerics, str]:
+    """What to compute in, and a line that says so. `dtype` and `gemm` are RunConfig's; `has_fp8` answers for a GPU that
+    is not here. Raises UserError for what the device cannot compute."""
+    plain = torch.float32 if dtype == "float32" or (dtype == "auto" and args.dtype == "fp32") else torch.bfloat16
+    name = str(plain).removeprefix("torch.")
+    if gemm == "fp8" and args.dtype != "fp8":
+        raise UserError(f"--gemm fp8 needs FP8 weights, and this checkpoint's are {args.dtype}")
+    if gemm == "fp8" and plain == torch.float32:
+        raise UserError("--gemm fp8 and --dtype float32 contradict each other; leave one out")
+    if args.dtype != "fp8":
+        return Numerics(plain), f"numerics: {name} weights and activations on {device.type}"
+    if plain == torch.float32:
+        return Numerics(plain), f"numerics: float32 throughout, FP8 weights dequantised exactly, on {device.type}"
+    if device.type == "cpu":
+        if gemm == "fp8":
+            says = "numerics: W8A8, FP8 products emulated by the reference (slow, for comparison), on cpu"
+            return Numerics(plain, "fp8", args.scale_fmt), says
+        return Numerics(plain), f"numerics: {name}, FP8 weights dequantised once at load, on {device.type}"
+    if has_fp8 is None and gemm != "bf16":
+        has_fp8 = device_has_fp8(device)
+    if gemm == "auto":
+        gemm = "fp8" if has_fp8 else "bf16"
+    if gemm == "fp8" and not has_fp8:
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"--gemm fp8 needs FP8 tensor cores, and {name} has none; use bf16")
+    says = {"fp8": "W8A8 (FP8 weights and activations)", "bf16": "W8A16 (FP8 weights widened in the product)"}[gemm]
+    return Numerics(plain, "fp8" if gemm == "fp8" else "bf16", args.scale_fmt), f"numerics: {says} on {device.type}"
+
+
+def rank_of(model: Transformer) -> memory.RankSpec:
+    return memory.RankSpec(model.args, model.num, model.tp.size, model.device.type != "cpu", len(model.mtp) > 0)
+
+
+def check_limits(run: RunConfig, args: ModelArgs, has_mtp: bool) -> RunConfig:
+    """`run` with max_model_len filled in, by default what the model was made for. Raises UserError for what this model
+    cannot do, whatever memory there is."""
+    if run.mtp and not has_mtp:
+        raise UserError("--mtp needs an MTP module, and this checkpoint has none")
+    length, most = run.max_model_len, args.max_seq_len
+    if length is not None and not 1 < length <= most:
+        raise UserError(f"--max-model-len is {length}, expected from 2 to this model's {most}")
+    return replace(run, max_model_len=most if length is None else length)
+
+
+def length_that_fits(run: RunConfig, n_pages: int, shrink: bool) -> int:
+    """The max_model_len that a pool of so many pages holds: the one asked for, or with `shrink` a smaller one. Raises
+    UserError."""
+    assert run.max_model_len is not None
+    if n_pages >= run.pages_per_sequence:
+        return run.max_model_len
+    holds = max(n_pages * PAGE_SIZE - run.mtp, 0)
+    if not shrink or holds < 2:
+        raise UserError(f"--max-model-len {run.max_model_len} needs {run.pages_per_sequence} pages of cache and "
+                        f"memory holds {n_pages}; ask for at most {holds}")  # fmt: skip
+    return holds
+
+
+def check_start(rank: memory.RankSpec, device: torch.device, run: RunConfig) -> None:
+    """Raises UserError, before anything is loaded, for what the model cannot do and what this rank's memory cannot
+    hold."""
+    shrink = run.max_model_len is None
+    run = check_limits(run, rank.args, rank.mtp)
+    cache = None
+    if run.n_pages is not None:
+        cache = run.n_pages * memory.page_bytes(rank)
+    elif run.kv_cache_gib is not None:
+        cache = int(run.kv_cache_gib * 2**30)
+    if cache is not None:
+        length_that_fits(run, cache // memory.page_bytes(rank), shrink)
+    memory.check_fits(rank, run, free_memory(device), cache, shrink)
+
+
+def size_cache(run: RunConfig, model: Transformer, recorded: bool) -> RunConfig:
+    """`run` with n_pages and max_model_len filled in, the same on all ranks: as asked, else as this memory holds, at
+    most max_num_seqs sequences of full length. `recorded`: decode steps are recorded. Raises UserError."""
+    shrink = run.max_model_len is None
+    run = check_limits(run, model.args, len(model.mtp) > 0)
+    n_pages = run.n_pages
+    if n_pages is None:
+        if run.kv_cache_gib is None:
+            free, as_run = free_memory(model.device), replace(run, eager=not recorded)
+            fit = memory.pages_that_fit(rank_of(model), as_run, free, shrink=shrink)
+            fit = min(fit, run.max_num_seqs * run.pages_per_sequence)
+        else:
+            fit = int(run.kv_cache_gib * 2**30) // model.page_bytes
+        n_pages = model.tp.min_int(fit)
+    return replace(run, n_pages=n_pages, max_model_len=length_that_fits(run, n_pages, shrink))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes this rank may take now: what its GPU has, or an equal part of what its host has, by the kernel's estimate
+    (4 GiB where the host does not say), or its container, if that is less."""
+    if device.type != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    return min([memory.host_memory(), *memory.container_memory()]) // environment()[3]
