@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 from core.sampling_params import SamplingParams
 from engine.sampling import Draft, Logprob
-from text.tokenizer import THINK, THINK_END, TextStream
+from text.parser import ChatParser, Content, Reasoning
+from text.tokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
@@ -67,14 +68,11 @@ class Request:
 
         Text that never leaves the thinking is all reasoning. Only control tokens are markers, not text spelled alike.
         """
-        spoken = [event for event in self.events if event.text]
-        begins = bool(spoken) and spoken[0].is_control and spoken[0].text == THINK
-        if not (begins or self.opens_thinking):
-            return None, self.text
-        spoken = spoken[begins:]
-        n = next((i for i, event in enumerate(spoken) if event.is_control and event.text == THINK_END), None)
-        inside = "".join(event.text for event in spoken[:n]).strip("\n")
-        return inside, "" if n is None else "".join(event.text for event in spoken[n + 1 :]).lstrip("\n")
+        parser = ChatParser(None, self.opens_thinking, tools=False)
+        pieces = [piece for event in self.events for piece in parser.push(event.text, event.is_control)]
+        reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+        answer = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+        return reasoning if parser.has_reasoning else None, answer
 
     @property
     def rng_key(self) -> int:

@@ -28,7 +28,6 @@ MESSAGES, CHOICES, LIKELIEST = 2048, 16, 20
 STOPS, STOP_LENGTH = 16, 256
 TOOLS = 128
 LEGACY_TOKENS = 16  # of a completion that does not say how many
-GUARD = "\udfff"  # no text contains it
 
 
 class Refused(Exception):
@@ -384,31 +383,26 @@ class ChatChoice:
         """What an update adds to the message."""
         deltas: list[Delta] = []
         for event in update.events:
-            # Only control tokens are markers to the parser, not what is merely spelled as one: a user may have written
-            # it and the model have said it again.
-            text = event.text if event.is_control else event.text.replace("<", "<" + GUARD)
-            self._add(deltas, self._parser.push(text), event.drafted)
+            self._add(deltas, self._parser.push(event.text, event.is_control), event.drafted)
         if update.finished:
             self._add(deltas, self._parser.finish(), False)
         return deltas
 
     def _add(self, deltas: list[Delta], pieces: list[Piece], drafted: bool) -> None:
         for piece in pieces:
-            text = "" if isinstance(piece, ToolCallStart) else piece.text.replace(GUARD, "")
             if isinstance(piece, Reasoning | Content):
                 name = "content" if isinstance(piece, Content) else "reasoning_content"
                 if not (deltas and name in deltas[-1].fields):
                     deltas.append(Delta({name: ""}))
-                deltas[-1].fields[name] += text
-                deltas[-1].drafted.append((text, drafted))
+                deltas[-1].fields[name] += piece.text
+                deltas[-1].drafted.append((piece.text, drafted))
                 continue
             self.called = True
             call: dict[str, Any] = {"index": piece.index}
             if isinstance(piece, ToolCallStart):
-                name = piece.name.replace(GUARD, "")
-                call |= {"id": piece.id, "type": "function", "function": {"name": name, "arguments": ""}}
+                call |= {"id": piece.id, "type": "function", "function": {"name": piece.name, "arguments": ""}}
             else:
-                call |= {"function": {"arguments": text}}
+                call |= {"function": {"arguments": piece.text}}
             deltas.append(Delta({"tool_calls": [call]}))
 
     def logprobs(self, update: Update) -> dict[str, Any] | None:
