@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -117,9 +118,9 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
         for number in (signal.SIGTERM, signal.SIGINT):  # torchrun tells every rank, and rank 0 may still have answers
             signal.signal(number, signal.SIG_IGN)
         return commandline.follow(engine)
-    from serving import service
+    from serving.serve import serve
 
-    return asyncio.run(service.serve(options, tp, listener, load))
+    return asyncio.run(serve(options, tp, listener, load, partial(commandline.finish, status=0)))
 
 
 if __name__ == "__main__":
