@@ -1,6 +1,6 @@
 """A request: its prompt, the tokens of its answer, and the text they make.
 
-Tokens become text in three steps: `TextStream` joins their bytes to characters, `_pending` withholds tokens whose text
+Tokens become text in three steps: `Detokenizer` joins their bytes to characters, `_pending` withholds tokens whose text
 may begin a stop text, and `events` records each token once its text is certain. A reader of a growing answer remembers
 how many events it has seen: events are only ever appended.
 """
@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 
 from core.sampling_params import SamplingParams
 from engine.sampling import Draft, Logprob
+from text.detokenizer import Detokenizer
 from text.parser import ChatParser, Content, Reasoning
-from text.tokenizer import TextStream
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
@@ -42,7 +42,7 @@ class Request:
     opens_thinking: bool = False  # the prompt itself opens <think>
     prompt_logprobs: list[Logprob] = field(default_factory=list)  # of each prompt token but the first
     draft: Draft = field(default_factory=Draft, repr=False)
-    detokenizer: TextStream | None = field(default=None, repr=False)  # None: no tokenizer, and no text
+    detokenizer: Detokenizer | None = field(default=None, repr=False)  # None: no tokenizer, and no text
     hit_stop: bool = False  # a stop text ended the text; nothing follows it
     _pending: list[TokenEvent] = field(default_factory=list, repr=False)  # their text may begin a stop text
     _n_before: int = field(default=0, repr=False)  # events before the last step
