@@ -1,6 +1,6 @@
 """A request: its prompt, the tokens of its answer, and the text they make.
 
-Tokens become text in three steps: `TextStream` joins their bytes to characters, `_pending` withholds tokens whose text
+Tokens become text in three steps: `Detokenizer` joins their bytes to characters, `_pending` withholds tokens whose text
 may begin a stop text, and `events` records each token once its text is certain. A reader of a growing answer remembers
 how many events it has seen: events are only ever appended.
 """
@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 from core.sampling_params import SamplingParams
 from engine.sampling import Draft, Logprob
-from text.tokenizer import THINK, THINK_END, TextStream
+from text.detokenizer import Detokenizer
+from text.parser import ChatParser, Content, Reasoning
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
@@ -41,7 +42,7 @@ class Request:
     opens_thinking: bool = False  # the prompt itself opens <think>
     prompt_logprobs: list[Logprob] = field(default_factory=list)  # of each prompt token but the first
     draft: Draft = field(default_factory=Draft, repr=False)
-    detokenizer: TextStream | None = field(default=None, repr=False)  # None: no tokenizer, and no text
+    detokenizer: Detokenizer | None = field(default=None, repr=False)  # None: no tokenizer, and no text
     hit_stop: bool = False  # a stop text ended the text; nothing follows it
     _pending: list[TokenEvent] = field(default_factory=list, repr=False)  # their text may begin a stop text
     _n_before: int = field(default=0, repr=False)  # events before the last step
@@ -67,14 +68,11 @@ class Request:
 
         Text that never leaves the thinking is all reasoning. Only control tokens are markers, not text spelled alike.
         """
-        spoken = [event for event in self.events if event.text]
-        begins = bool(spoken) and spoken[0].is_control and spoken[0].text == THINK
-        if not (begins or self.opens_thinking):
-            return None, self.text
-        spoken = spoken[begins:]
-        n = next((i for i, event in enumerate(spoken) if event.is_control and event.text == THINK_END), None)
-        inside = "".join(event.text for event in spoken[:n]).strip("\n")
-        return inside, "" if n is None else "".join(event.text for event in spoken[n + 1 :]).lstrip("\n")
+        parser = ChatParser(None, self.opens_thinking, tools=False)
+        pieces = [piece for event in self.events for piece in parser.push(event.text, event.is_control)]
+        reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+        answer = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+        return reasoning if parser.has_reasoning else None, answer
 
     @property
     def rng_key(self) -> int:

@@ -22,7 +22,8 @@ from engine import sampler, sampling
 from engine.engine import Engine
 from engine.sampling import SamplingState
 from support import processes as launch
-from text.tokenizer import TextStream, Tokenizer
+from text.detokenizer import Detokenizer
+from text.tokenizer import Tokenizer
 
 FAULTY = Path(__file__).parents[1] / "support" / "generate_with_fault.py"
 TIMEOUT = 4
@@ -212,8 +213,8 @@ PLACES: dict[str, tuple[Any, str, int, Callable[..., bool]]] = {
     "judged, its noise": (SamplingState, "uniform", 5, lambda ask, *_: ask.rng_key == BAD),
     "log-probabilities": (sampler, "logprob", 12, lambda logits, token, top: top == BAD),
     "log-probabilities of the prompt": (sampler, "logprob", 1, lambda logits, token, top: top == BAD),
-    "text": (TextStream, "push", 5, lambda stream, *_: hasattr(stream, "bad")),
-    "the text's end": (TextStream, "finish", 0, lambda stream: hasattr(stream, "bad")),
+    "text": (Detokenizer, "push", 5, lambda stream, *_: hasattr(stream, "bad")),
+    "the text's end": (Detokenizer, "finish", 0, lambda stream: hasattr(stream, "bad")),
     "drafts": (SamplingState, "uniform", 5, lambda ask, n, use: ask.rng_key == BAD and use == sampling.DRAFT),
 }
 

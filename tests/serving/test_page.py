@@ -19,7 +19,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from engine.engine import Engine
-from serving import service
+from serving import app
 from support.http_server import GENEROUS, Gate, serving
 
 pytestmark = pytest.mark.skipif(
@@ -124,8 +124,8 @@ class Script(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/":
-            html = service.PAGE.read_bytes()
-            return self.reply(200, "text/html; charset=utf-8", html, service.page_headers(html))
+            html = app.PAGE.read_bytes()
+            return self.reply(200, "text/html; charset=utf-8", html, app.page_headers(html))
         if self.path == "/v1/models" and self.welcome():
             self.reply(200, "application/json", json.dumps({"data": [{"id": self.server.model}]}).encode())
 

@@ -35,8 +35,9 @@ from core.sampling_params import SamplingParams
 from engine import sampler
 from engine.engine import Engine
 from parallel.group import SOLO
-from serving import requestfields, service
-from serving.protocol import ChatBody, CompletionBody
+from serving import app
+from serving.schema import IGNORED, NOT_IMPLEMENTED, ChatBody, CompletionBody
+from serving.serve import serve
 from support import processes as launch
 from support.http_server import GENEROUS, Gate, House, await_that, serving
 from support.tiny_tokenizer import TEMPLATE, write_tokenizer
@@ -172,12 +173,12 @@ def test_stop_texts_and_defaults(demo: tuple[House, Engine], client: openai.Open
     assert answer.choices[0].message.content == "" and answer.choices[0].finish_reason == "stop"
     assert answer.choices[0].message.reasoning_content == "347+285: 7+5+0=12 4+8+1=13 3+2+1=6"
     seen: list[SamplingParams] = []
-    bridge = demo[0].bridge
-    submit = bridge.submit
-    bridge.submit = lambda plan, arrived: seen.append(plan.params) or submit(plan, arrived)  # type: ignore[method-assign]
+    thread = demo[0].engine_thread
+    submit = thread.submit
+    thread.submit = lambda plan, arrived: seen.append(plan.params) or submit(plan, arrived)  # type: ignore[method-assign]
     for _ in range(2):
         client.chat.completions.create(model="model", messages=QUESTION)
-    bridge.submit = submit  # type: ignore[method-assign]
+    thread.submit = submit  # type: ignore[method-assign]
     released = demo[1].default_params
     assert [replace(params, seed=0, max_new_tokens=200) for params in seen] == [released, released]
     assert seen[0].seed != seen[1].seed, "nobody asked for the same noise"
@@ -291,8 +292,8 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         (CHAT, chat(messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}]),
          "messages.0.tool_calls.0.type", "is missing"),
         (CHAT, chat(tool_choice="required"), "tool_choice", "expected 'none' or 'auto'"),
-        (CHAT, chat(n=1_000_000), "n", "less than or equal to 16"),
-        (CHAT, chat(n=0), "n", "greater than or equal to 1"),
+        (CHAT, chat(n=1_000_000), "n", "is 1000000, expected at most 16"),
+        (CHAT, chat(n=0), "n", "is 0, expected at least 1"),
         (CHAT, chat(n=True), "n", "valid integer"),
         (CHAT, chat(max_tokens=2**63), "max_tokens", f"is {2**63}, expected from 1 to 1024"),
         (CHAT, chat(max_tokens=10**400), "max_tokens", "expected from 1 to 1024"),
@@ -307,7 +308,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         (CHAT, chat(stop=""), "stop", "none of them empty"),
         (CHAT, chat(logprobs=3), "logprobs", "valid boolean"),
         (CHAT, chat(top_logprobs=3), "top_logprobs", "needs logprobs: true"),
-        (CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs", "less than or equal to 20"),
+        (CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs", "is 21, expected at most 20"),
         (CHAT, chat(messages=[{"role": "user", "content": "x " * 2000}]), "messages", "leaves no room"),
         (CHAT, chat(prompt="x"), "prompt", "prompt is not supported"),
         (COMPLETIONS, complete(prompt=[]), "prompt", "expected from 1 to 16"),
@@ -342,7 +343,7 @@ def test_refused_fields(demo: tuple[House, Engine], path: str, body: dict, param
         (b"", 400, "not JSON that can be read"),
         (b"\xff", 400, "not JSON that can be read"),
         (b"[]", 400, "not a JSON object"),
-        (b" " * (service.BODY + 1), 413, "has more than"),
+        (b" " * (app.MAX_BODY + 1), 413, "has more than"),
         (b'{"messages": [{"role": "user", "content": "x"%s}]}' % b"".join(b', "k%d": 1' % i for i in range(90_000)), 400, "has 90002 fields"),
     ],
     ids=lambda value: str(value)[:20],
@@ -358,7 +359,7 @@ def test_body_without_a_length(demo: tuple[House, Engine]) -> None:
     client.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" % CHAT.encode())
     part = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
     with contextlib.suppress(ConnectionError):
-        for _ in range(service.BODY // 0x100000 + 40):
+        for _ in range(app.MAX_BODY // 0x100000 + 40):
             client.sendall(part)
     assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
     client.close()
@@ -366,7 +367,7 @@ def test_body_without_a_length(demo: tuple[House, Engine]) -> None:
 
 def test_bodies_are_bounded_together(tiny: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has come of requests that are still being sent counts; when one is given up, its bytes are free again."""
-    monkeypatch.setattr(service, "BODIES", 1000)
+    monkeypatch.setattr(app, "MAX_BODIES", 1000)
     with serving(again(tiny)) as house:
         slow = socket.create_connection(("127.0.0.1", house.port), timeout=GENEROUS)
         slow.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2000\r\n\r\n" % CHAT.encode() + b" " * 900)
@@ -506,7 +507,7 @@ def test_queue_is_bounded(tiny: Engine) -> None:
     gate = Gate(engine)
     with serving(engine, max_queue=3) as house, gate:
         clients = [house.start(COMPLETIONS, {**LONG, "max_tokens": 4}) for _ in range(5)]
-        await_that(lambda: sum(answer.open for answer in house.bridge._answers) == 5, "five are in")
+        await_that(lambda: sum(answer.open for answer in house.engine_thread._answers) == 5, "five are in")
         for body in (LONG, {**LONG, "stream": True}):
             status, headers, said = house.send("POST", COMPLETIONS, body)
             assert (status, headers["retry-after"], said["error"]["code"]) == (429, "1", "queue_full")
@@ -527,12 +528,12 @@ def test_a_client_that_leaves_frees_its_pages_in_a_step(tiny: Engine, stream: bo
     gate = Gate(engine)
     with serving(engine) as house, gate:
         client = house.start(COMPLETIONS, {**LONG, "stream": stream})
-        await_that(lambda: house.bridge._answers, "it is in")
+        await_that(lambda: house.engine_thread._answers, "it is in")
         for _ in range(3):
             gate.step_once()
         await_that(lambda: engine.stats.steps == 3, "it runs")
         client.close()
-        await_that(lambda: not house.bridge._answers, "the server has noticed")
+        await_that(lambda: not house.engine_thread._answers, "the server has noticed")
         gate.step_once()  # the engine may be waiting within the one step before the order
         gate.step_once()
         await_that(lambda: not engine.busy, "cancelled")
@@ -562,14 +563,14 @@ def test_disconnects_lose_no_page(tiny: Engine, n: int) -> None:
             if draw.random() < 0.3:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")  # a reset
             client.close()
-        await_that(lambda: not house.bridge._answers, "all have left")
+        await_that(lambda: not house.engine_thread._answers, "all have left")
         house.idle(PAGES)
-        assert house.bridge._pending == 0 and not house.bridge._places
+        assert house.engine_thread._n_open == 0 and not house.engine_thread._choices
         assert house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 20})[2]["choices"] == before
 
 
 def test_a_slow_reader_delays_nobody_and_is_cut_off(tiny: Engine) -> None:
-    """Its buffers fill up, then the bridge's, then it is given up; others are answered meanwhile."""
+    """Its buffers fill up, then the server's, then it is given up; others are answered meanwhile."""
     with serving(again(tiny), backlog=20_000) as house:
         asked = {**LONG, "n": 2, "logprobs": 20, "stream": True}
         slow = socket.socket()
@@ -577,8 +578,8 @@ def test_a_slow_reader_delays_nobody_and_is_cut_off(tiny: Engine) -> None:
         slow.connect(("127.0.0.1", house.port))
         raw = json.dumps(asked).encode()
         slow.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (COMPLETIONS.encode(), len(raw)) + raw)
-        await_that(lambda: house.bridge._answers, "it is in")
-        while house.bridge._answers:
+        await_that(lambda: house.engine_thread._answers, "it is in")
+        while house.engine_thread._answers:
             status, _, said = house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 2})
             assert status == 200 and said["usage"]["completion_tokens"] == 2
         house.idle(PAGES)
@@ -708,7 +709,7 @@ def fuzzed(draw: random.Random) -> tuple[str, bytes]:
     if isinstance(body, dict):
         body.setdefault("max_tokens", draw.randint(1, 4))
         if draw.random() < 0.3:
-            body[draw.choice([*requestfields.OFF, *requestfields.WITHOUT_EFFECT])] = junk(draw)
+            body[draw.choice([*NOT_IMPLEMENTED, *IGNORED])] = junk(draw)
     raw = json.dumps(body, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
     chance = draw.random()
     if chance < 0.05:
@@ -935,10 +936,10 @@ def test_draining_has_an_end(tiny: Engine) -> None:
     with serving(again(tiny)) as house:
         client = house.start(COMPLETIONS, {**LONG, "stream": True, "n": 8})
         assert b"200 OK" in client.recv(1000)
-        house.inside(house.bridge.drain(0))
+        house.inside(house.engine_thread.drain(0))
         text = rest(client, until=b"\r\n0\r\n\r\n")
         assert b"the engine is shutting down" in text and b"[DONE]" not in text
-        house.inside(house.bridge.ended.wait())
+        house.inside(house.engine_thread.ended.wait())
         assert house.send("POST", COMPLETIONS, LONG)[2]["error"]["message"] == "the engine is shutting down"
 
 
@@ -947,8 +948,8 @@ def test_draining_leaves_finished_answers_to_slow_readers(tiny: Engine) -> None:
         client = house.start(COMPLETIONS, {**LONG, "max_tokens": 200, "logprobs": 5, "stream": True, "n": 8})
         assert b"200 OK" in client.recv(1000)
         house.idle(PAGES)
-        house.inside(house.bridge.drain(20))
-        house.inside(house.bridge.ended.wait())
+        house.inside(house.engine_thread.drain(20))
+        house.inside(house.engine_thread.ended.wait())
         text = rest(client, until=b"\r\n0\r\n\r\n")
         assert text.count(b'"finish_reason":"') == 8 and b"[DONE]" in text and b"shutting down" not in text
 
@@ -972,7 +973,7 @@ def test_an_engine_that_does_not_load_or_fails(tiny: Engine) -> None:
         return engine
 
     with ThreadPoolExecutor(1) as pool:
-        serving = pool.submit(lambda: asyncio.run(service.serve(options, SOLO, listener, load)))
+        serving = pool.submit(lambda: asyncio.run(serve(options, SOLO, listener, load, Engine.close)))
         assert asked.wait(GENEROUS)
         assert house.send("GET", "/health")[::2] == (503, {"status": "loading"})
         for method, path in (("POST", CHAT), ("GET", "/v1/models")):

@@ -12,7 +12,9 @@ from typing import Any
 
 import server
 from engine.engine import Engine
-from serving import bridge, service
+from serving import engine_thread
+from serving.app import application
+from serving.serve import Server
 
 GENEROUS = 60.0  # seconds that something may take on a busy machine
 
@@ -24,12 +26,12 @@ class House:
         self.port, self.key = port, key
         self.url = f"http://127.0.0.1:{port}"
         self.loop: asyncio.AbstractEventLoop
-        self.bridge: bridge.Bridge
-        self.server: service.Server
+        self.engine_thread: engine_thread.EngineThread
+        self.server: Server
 
     def order(self, work: Callable[[Engine], Any]) -> Any:
         """What `work` says of the engine, on the engine's thread."""
-        return self.inside(self.bridge.order(work))
+        return self.inside(self.engine_thread.call(work))
 
     def inside(self, work: Any) -> Any:
         """Runs a coroutine on the server's loop."""
@@ -72,7 +74,7 @@ def await_that(condition: Callable[[], Any], what: str, within: float = GENEROUS
 
 @contextlib.contextmanager
 def serving(
-    engine: Engine, *, key: str | None = None, max_queue: int = 64, backlog: int = bridge.BACKLOG,
+    engine: Engine, *, key: str | None = None, max_queue: int = 64, backlog: int = engine_thread.BACKLOG,
     origins: tuple[str, ...] = (),
 ) -> Iterator[House]:  # fmt: skip
     listener = server.listen("127.0.0.1", 0)
@@ -81,11 +83,11 @@ def serving(
 
     async def main() -> None:
         house.loop = asyncio.get_running_loop()
-        house.bridge = bridge.Bridge(
+        house.engine_thread = engine_thread.EngineThread(
             lambda: engine, name="model", max_queue=max_queue, finish=lambda engine: None, backlog=backlog
         )
-        house.server = service.Server(service.application(house.bridge, "model", key, "127.0.0.1", list(origins)))
-        house.bridge.start(ready.set)
+        house.server = Server(application(house.engine_thread, "model", key, "127.0.0.1", list(origins)))
+        house.engine_thread.start(ready.set)
         await house.server.serve(sockets=[listener])
 
     thread = threading.Thread(target=asyncio.run, args=(main(),))
@@ -94,8 +96,8 @@ def serving(
     try:
         yield house
     finally:
-        house.inside(house.bridge.drain(0))
-        house.inside(house.bridge.ended.wait())
+        house.inside(house.engine_thread.drain(0))
+        house.inside(house.engine_thread.ended.wait())
         house.server.should_exit = True
         thread.join(GENEROUS)
         assert not thread.is_alive()
