@@ -19,7 +19,7 @@ from checkpoint.manifest import CAST_MANIFEST, CAST_MARK, FORMAT, HF_INDEX, chec
 from checkpoint.partition import Partition
 from checkpoint.reading import Entry, Reader, dtype_and_shape, read_header
 from checkpoint.table import IGNORED, Spec, expected_tensors
-from core.config import ModelArgs, agree, load_config
+from core.config import ModelArgs, check_agreement, load_config
 from core.errors import CheckpointError, UserError, warn
 from core.files import read_json, require_folder
 from core.run_config import AskedLayout, ExpertLayout
@@ -286,7 +286,7 @@ def choose_args(checkpoint: Checkpoint, config: str | Path | None) -> ModelArgs:
     Raises UserError for a contradiction, or where there is neither."""
     if checkpoint.args is not None:
         if config is not None:
-            agree(config, checkpoint.args)
+            check_agreement(config, checkpoint.args)
         return checkpoint.args
     if config is None:
         raise UserError(f"{checkpoint.path} has no config.json; name its model with --config configs/…")

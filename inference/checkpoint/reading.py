@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from core.errors import CheckpointError
-from core.files import unique, without_waiting
+from core.files import reject_duplicate_keys, without_waiting
 
 WINDOW = 16 << 20  # bytes read at a time
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
@@ -86,7 +86,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror})", path) from None
     try:
-        header = json.loads(text.decode(), object_pairs_hook=unique)
+        header = json.loads(text.decode(), object_pairs_hook=reject_duplicate_keys)
         if not isinstance(header, dict):
             raise ValueError("not an object")
     except (ValueError, RecursionError) as e:
