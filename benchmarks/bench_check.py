@@ -20,8 +20,8 @@ import torch
 import report
 from bench_convert import INFERENCE, SHARD, V3, make, measure  # puts inference/ on the path
 from checkpoint.manifest import HF_INDEX
-from checkpoint.tensorfile import Writer
-from checkpoint.weights import expected_tensors
+from checkpoint.table import expected_tensors
+from checkpoint.writing import Writer
 from core.config import ModelArgs
 
 LIMIT = 2048  # MiB

@@ -23,8 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
 import report
 from checkpoint.manifest import HF_INDEX
-from checkpoint.tensorfile import Writer
-from checkpoint.weights import expected_tensors
+from checkpoint.table import expected_tensors
+from checkpoint.writing import Writer
 from core.config import ModelArgs
 
 INFERENCE = Path(__file__).parent.parent / "inference"

@@ -26,7 +26,8 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
 import report
-from checkpoint.weights import Checkpoint, load_into
+from checkpoint.directory import Checkpoint
+from checkpoint.load import load_into
 from core.batch import Batch
 from core.run_config import PAGE_SIZE
 from model import Transformer

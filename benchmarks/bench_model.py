@@ -26,7 +26,8 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
 import report
-from checkpoint.weights import Checkpoint, load_into
+from checkpoint.directory import Checkpoint
+from checkpoint.load import load_into
 from core.config import ModelArgs, load_config
 from core.numerics import Numerics
 from core.sampling_params import SamplingParams

@@ -65,25 +65,26 @@ def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", "memory.Li
     that is incomplete or contradicts it, and numbers of ranks that do not divide the model."""
     import torch
 
-    from checkpoint import weights
+    from checkpoint.directory import Checkpoint, choose_args
+    from checkpoint.partition import Partition
     from core.config import load_config
     from engine import engine, memory
-    from parallel.group import Group
 
     device = torch.device(options.device)
-    checkpoint = None if options.ckpt_path is None else weights.Checkpoint(options.ckpt_path)
+    checkpoint = None if options.ckpt_path is None else Checkpoint(options.ckpt_path)
     if checkpoint is None:
         args = load_config(options.config)
         has_mtp = args.n_mtp_layers > 0
     else:
-        args = weights.choose_args(checkpoint, options.config)
-        checkpoint.on_disk(Group(0, options.tp))
+        args = choose_args(checkpoint, options.config)
+        checkpoint.on_disk(0, options.tp)
         has_mtp = args.n_mtp_layers > 0 and checkpoint.has_mtp
     num, says = engine.choose_numerics(args, device, options.dtype, options.gemm, has_fp8=device.type == "cuda")
-    made = checkpoint.experts(options.tp) if checkpoint is not None else None
-    experts, _ = weights.choose_experts(options.experts, args, options.tp, args.dtype == "fp8", made)
-    num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8", experts=experts)
-    weights.check_ranks(args, options.tp, num.gemm is not None, experts)
+    if checkpoint is None:
+        partition = Partition.choose(args, options.tp, options.experts, fp8=num.gemm is not None)
+    else:
+        partition = checkpoint.partition(args, options.tp, options.experts, num.gemm is not None)
+    num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8", experts=partition.experts)
     if options.mtp and not has_mtp:
         raise UserError("--mtp needs an MTP module, and this model has none")
     length = args.max_seq_len if options.max_model_len is None else options.max_model_len

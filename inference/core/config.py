@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: `ModelArgs`, read from a Hugging Face config.json or from upstream-style JSON.
+"""`ModelArgs`: a model's architecture, read from a Hugging Face config.json or from the original repository's JSON.
 
 Every fact that changes the network's arithmetic is a field here and comes from the file. A value this engine does
 not implement is refused by name: a silent default would be a silent loss of quality.
@@ -22,7 +22,8 @@ MAX_LAYERS, MAX_EXPERTS = 1000, 1 << 17  # in all layers together; V3 has 15,104
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The facts of one model. Names are upstream's; the comment gives Hugging Face's where it differs."""
+    """The architecture of one model. Names are the original repository's (upstream's); comments give Hugging Face's
+    where they differ. Raises UserError for a value out of range."""
 
     vocab_size: int
     dim: int  # hidden_size
@@ -124,7 +125,7 @@ class ModelArgs:
 
     @property
     def latent_dim(self) -> int:
-        """Values cached per token and layer: the compressed key/value and the shared rotary key."""
+        """Values cached per token and layer: compressed key/value and shared rotary key (arXiv 2405.04434, 2.1)."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
@@ -138,7 +139,7 @@ class ModelArgs:
 
     @property
     def rope_multiplier(self) -> float:
-        """What cos and sin are multiplied by: 1 in every release, where mscale equals mscale_all_dim."""
+        """The factor of cos and sin: 1 in every release, where mscale equals mscale_all_dim."""
         return _mscale(self.rope_factor, self.mscale) / _mscale(self.rope_factor, self.mscale_all_dim)
 
     @classmethod
@@ -221,7 +222,7 @@ class ModelArgs:
 
 
 def parse(raw: dict[str, Any]) -> ModelArgs:
-    """Tells the two styles apart: a Hugging Face config names its `model_type`."""
+    """Reads a config of either style: a Hugging Face config has a `model_type`. Raises UserError."""
     try:
         return ModelArgs.from_hf(raw) if "model_type" in raw or "architectures" in raw else ModelArgs.from_upstream(raw)
     except (TypeError, ValueError, AttributeError, OverflowError) as e:  # a string where a number or an object belongs
@@ -229,7 +230,7 @@ def parse(raw: dict[str, Any]) -> ModelArgs:
 
 
 def load_config(path: str | Path) -> ModelArgs:
-    """Reads one config file of either style; raises UserError with the file's name in front."""
+    """Reads a config file of either style. Raises CheckpointError that begins with the file's name."""
     raw = read_json(Path(path))
     try:
         return parse(raw)
@@ -237,8 +238,8 @@ def load_config(path: str | Path) -> ModelArgs:
         raise CheckpointError(f"{path}: {e}", path) from None
 
 
-def agree(path: str | Path, checkpoint: ModelArgs) -> None:
-    """Refuses a `--config` that contradicts the checkpoint's own config on a model fact, naming the fields.
+def check_agreement(path: str | Path, checkpoint: ModelArgs) -> None:
+    """Raises UserError, which names the fields, if a `--config` file contradicts the checkpoint's own config.
 
     Only what the file says explicitly is compared, so a short upstream-style JSON agrees with a full one. How the
     weights are stored, the MTP layer's presence and the context limit are the checkpoint's business.

@@ -1,4 +1,4 @@
-"""JSON and text files of a checkpoint, read with a message for people where that fails."""
+"""JSON and text files of a checkpoint, read with errors that name the file."""
 
 import json
 import os
@@ -13,7 +13,7 @@ MAX_JSON = 1 << 30  # bytes; the manifest of V3 for 16 ranks, experts split, has
 
 
 def require_folder(folder: Path) -> None:
-    """Raises UserError unless it is a directory whose files can be looked up."""
+    """Raises UserError unless it is a directory that can be listed and searched."""
     try:
         os.listdir(folder)
         os.stat(os.path.join(folder, os.curdir))
@@ -26,7 +26,7 @@ def require_folder(folder: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; raises UserError naming the file when it is absent, unreadable or something else."""
     try:
-        raw = json.loads(read_text(path), object_pairs_hook=unique)
+        raw = json.loads(read_text(path), object_pairs_hook=reject_duplicate_keys)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file", path) from None
     except (OSError, ValueError, RecursionError) as e:
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """A file's text. Raises OSError or ValueError; a pipe, which would be waited for, or a device is no file."""
+    """A regular file's text. Raises OSError or ValueError, the latter also for a pipe or a device."""
     with open(path, encoding="utf-8", opener=without_waiting) as f:
         info = os.fstat(f.fileno())
         if not stat.S_ISREG(info.st_mode):
@@ -48,11 +48,12 @@ def read_text(path: Path) -> str:
 
 
 def without_waiting(path: str, flags: int) -> int:
+    """An opener for `open` that does not block on a pipe."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; raises ValueError where a key is there twice, as readers differ in which they take."""
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError where it has a key twice, as readers differ in which of the two they use."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = sorted(key for key, _ in pairs)

@@ -22,5 +22,5 @@ class Numerics:
     gemm: Gemm | None = None
     scale_fmt: str | None = None
     fp8_latents: bool = False  # the cache holds the compressed key/value in e4m3, see reference.pack_latents
-    experts: ExpertLayout = "whole"  # how ranks share the routed experts, see weights.choose_experts
+    experts: ExpertLayout = "whole"  # how ranks share the routed experts, see checkpoint/partition.py
     batch_invariant: bool = False  # a token's result does not depend on the rest of its batch, to the bit

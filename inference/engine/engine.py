@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from checkpoint import weights
+from checkpoint.directory import Checkpoint, choose_args
+from checkpoint.load import load_into
 from core.batch import DECODE_ROWS, Batch
 from core.config import ModelArgs
 from core.errors import UserError, describe
@@ -203,7 +204,7 @@ class Engine:
 
         `config` is needed only where the directory has none; `chat` refuses one without a usable chat template, or
         without the switch that `thinking` asks for; `kv_cache_dtype` "fp8" keeps latents in FP8 (see
-        reference.pack_latents); `experts` is how ranks share the routed experts (see weights.choose_experts); `limits`
+        reference.pack_latents); `experts` is how ranks share the routed experts (see choose_experts); `limits`
         are the constructor's. Raises UserError for a bad checkpoint, a config that contradicts it, numerics the device
         cannot compute, or a run that memory cannot hold, on every rank when one rank meets it.
         """
@@ -211,20 +212,18 @@ class Engine:
         if device.index is not None:
             torch.cuda.set_device(device)  # kernels are launched on the current device
 
-        def choose() -> tuple[weights.Checkpoint, ModelArgs, Numerics, bool, SamplingParams]:
-            checkpoint = weights.Checkpoint(ckpt_path)
-            args = weights.choose_args(checkpoint, config)
+        def choose() -> tuple[Checkpoint, ModelArgs, Numerics, bool, SamplingParams]:
+            checkpoint = Checkpoint(ckpt_path)
+            args = choose_args(checkpoint, config)
             num, says = choose_numerics(args, device, dtype, gemm)
-            layout, why = weights.choose_experts(
-                experts, args, tp.size, checkpoint.quantised, checkpoint.experts(tp.size)
-            )
-            num = replace(num, fp8_latents=kv_cache_dtype == "fp8", experts=layout)
+            partition = checkpoint.partition(args, tp.size, experts, num.gemm is not None)
+            num = replace(num, fp8_latents=kv_cache_dtype == "fp8", experts=partition.experts)
             if progress and tp.rank == 0:
                 print(says, file=sys.stderr)
                 if device.type == "cpu" and num.dtype == torch.bfloat16 and (slower := kernel_cpu.why_not()):
                     print(f"note: on this CPU bfloat16 is slower than it could be ({slower})", file=sys.stderr)
                 if tp.size > 1:
-                    print(why, file=sys.stderr)
+                    print(partition.reason, file=sys.stderr)
             has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
             check_start(memory.RankSpec(args, num, tp.size, device.type != "cpu", has_mtp), device, limits)
             return checkpoint, args, num, has_mtp, params_from_generation_config(Path(ckpt_path))
@@ -238,7 +237,7 @@ class Engine:
                 tokenizer.encode_chat([{"role": "user", "content": "Hello"}], thinking=thinking)
             ranks = replace(tp, ordered=bool(limits.get("deterministic")))
             model = Transformer(args, num, ranks, device, mtp=has_mtp)
-            weights.load_into(model, checkpoint, tp, progress)
+            load_into(model, checkpoint, tp, progress)
             return model.prepare(), tokenizer
 
         model, tokenizer = tp.run_on_all_ranks(load)
@@ -746,7 +745,6 @@ def length_that_fits(limits: memory.Limits, n_pages: int, shrink: bool) -> int:
 def check_start(rank: memory.RankSpec, device: torch.device, limits: dict[str, Any]) -> None:
     """Refuses, before anything is loaded, limits that the model does not have, and a run that this rank's memory cannot
     hold. `limits` are the constructor's; what they do not say is as the constructor has it. Raises UserError."""
-    weights.check_ranks(rank.args, rank.ranks, rank.num.gemm is not None, rank.experts)
     shrink = limits.get("max_model_len") is None
     named = {f.name: limits[f.name] for f in fields(memory.Limits) if limits.get(f.name) is not None}
     asked = memory.Limits(**{"max_model_len": rank.args.max_seq_len, **named})

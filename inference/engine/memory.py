@@ -1,6 +1,6 @@
 """What a rank of a run takes: its memory by part, and the bytes a decode step reads. Arithmetic; nothing is allocated.
 
-Weights are counted from the table in weights.py, in the form in which they stay in memory; latents and the tensors of
+Weights are counted from the table in table.py, in the form in which they stay in memory; latents and the tensors of
 a step follow model.py, ops.py and the engine as they are. The engine asks here before it loads, and for its page pool.
 
 Sizes are bytes unless said. Letters in comments are model.py's.
@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import weights
-from checkpoint.weights import Spec
+from checkpoint.partition import Partition, choose_experts
+from checkpoint.table import Spec, expected_tensors
 from core.batch import DECODE_ROWS
 from core.config import BLOCK_SIZE, ModelArgs
 from core.errors import UserError
@@ -30,7 +30,6 @@ from ops import formats, reference
 from ops.cpu import backend as cpu
 from ops.cpu import kernels as kernel_cpu
 from ops.gpu import tiles
-from parallel.group import Group
 
 GPU_SHARE = 0.9  # of what weights and a step leave: the rest is for the allocator's gaps and the libraries' own buffers
 HOST_SHARE = 0.5  # the same of a host, which others need too
@@ -117,7 +116,7 @@ class _Kind(NamedTuple):
 def _kinds(args: ModelArgs, quantised: bool, mtp: bool) -> Counter[_Kind]:
     """The table's tensors, counted by kind: thousands where V3 has 92 thousand names."""
     found: Counter[_Kind] = Counter()
-    for name, spec in weights.expected_tensors(args, quantised, mtp).items():
+    for name, spec in expected_tensors(args, quantised, mtp).items():
         leaf = ".".join(name.split(".")[-2:])
         found[_Kind(name.startswith("mtp."), _part(name, leaf), leaf, spec._replace(hf=""))] += 1
     return found
@@ -142,9 +141,9 @@ def weight_bytes(rank: RankSpec) -> dict[tuple[bool, str], int]:
     packed form is filled up to whole panels.
     """
     found: Counter[tuple[bool, str]] = Counter()
-    group = Group(0, rank.ranks)  # the ranks' parts are equal
+    partition = Partition(rank.args, rank.ranks, rank.experts, rank.num.gemm is not None)
     for kind, n in _kinds(rank.args, rank.num.gemm is not None, rank.mtp).items():
-        cut = kind.spec.cut(group, rank.args, rank.experts)
+        cut = partition.cut(kind.spec, 0)  # the ranks' parts are equal
         if cut is not None:
             found[kind.mtp, kind.part] += n * _held_bytes(kind, tuple(b - a for a, b in cut), rank)
     return dict(found)
@@ -626,14 +625,14 @@ def check_fits(rank: RankSpec, limits: Limits, free: int, cache: int | None = No
 
 def with_ranks(rank: RankSpec, ranks: int, asked: AskedLayout = "auto") -> RankSpec:
     """The same run on another number of ranks."""
-    experts, _ = weights.choose_experts(asked, rank.args, ranks, rank.args.dtype == "fp8")
+    experts, _ = choose_experts(rank.args, ranks, asked)
     return replace(rank, ranks=ranks, num=replace(rank.num, experts=experts))
 
 
 def partition_error(rank: RankSpec) -> str | None:
-    """Why the model does not divide over its ranks, in weights.check_ranks's words; None if it does."""
+    """Why the model does not divide over its ranks, in Partition's words; None if it does."""
     try:
-        weights.check_ranks(rank.args, rank.ranks, rank.num.gemm is not None, rank.experts)
+        Partition(rank.args, rank.ranks, rank.experts, rank.num.gemm is not None)
     except UserError as e:
         return re.sub(r" \(it works with [^)]*\)", "", str(e))
     return None

@@ -15,18 +15,20 @@ from test_convert import OTHERS, SMALL, content
 from test_weights import assert_same, drop, loaded, multiplied_out, replace, whole
 
 import fp8_cast_bf16
+from checkpoint import transform
+from checkpoint.cast import cast
+from checkpoint.directory import Checkpoint
 from checkpoint.manifest import CAST_MANIFEST, HF_INDEX
-from checkpoint.tensorfile import Reader
-from checkpoint.weights import Checkpoint
+from checkpoint.partition import Partition
+from checkpoint.reading import Reader
 from core.errors import UserError
 from core.numerics import Numerics
-from fp8_cast_bf16 import cast
 from support import crash_points as killing
 from support.checkpoints import fp8_sizes, make_checkpoint
 from support.families import FAMILIES
 from support.model_pairs import theirs
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("window", [1, 30_000, 16 << 20])
 def test_exact_and_complete(source, window, tmp_path, monkeypatch):
-    monkeypatch.setattr(fp8_cast_bf16, "Reader", functools.partial(Reader, window))
+    monkeypatch.setattr(transform, "Reader", functools.partial(Reader, window))
     cast(source, tmp_path, CPU)
     wanted = multiplied_out(whole(source), torch.bfloat16)
     assert_same(whole(tmp_path), wanted)
@@ -118,7 +120,8 @@ def test_a_shard_of_nothing_but_scales(source, tmp_path):
     cast(folder, tmp_path / "b", CPU)
     assert {p.name for p in (tmp_path / "b").glob("*.safetensors")} == {"weights.safetensors"}
     assert_same(whole(tmp_path / "b"), multiplied_out(tensors, torch.bfloat16))
-    Checkpoint(tmp_path / "b").check(Checkpoint(tmp_path / "b").args)
+    checkpoint = Checkpoint(tmp_path / "b")
+    checkpoint.check(Partition(checkpoint.args))
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------

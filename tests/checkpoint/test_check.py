@@ -14,8 +14,10 @@ import torch
 from test_convert import DEMO
 
 import check_checkpoint
-from check_checkpoint import check
+from checkpoint import check_values
+from checkpoint.check import check
 from checkpoint.manifest import HF_INDEX
+from checkpoint.report import CHECKS
 from support import damaged_checkpoints as damage
 from support.damaged_checkpoints import KINDS, change_tensor, edit, good_checkpoint, place, put
 
@@ -76,16 +78,16 @@ def test_many_of_a_kind_in_order(copy):
 
 
 def test_quick_reads_no_weights(good, monkeypatch):
-    monkeypatch.setattr(check_checkpoint, "Reader", None)
+    monkeypatch.setattr(check_values, "Reader", None)
     report = check(good, quick=True)
-    assert report.ok and report.looked.keys() == set(check_checkpoint.CHECKS) - {"scales", "weights", "copies"}
+    assert report.ok and report.looked.keys() == set(CHECKS) - {"scales", "weights", "copies"}
 
 
 @pytest.mark.parametrize("window", [1, 1000, 1 << 22])
 def test_windows_of_any_size(copy, window, monkeypatch):
     file, name = change_tensor("mlp.gate.weight", put(lambda t: t[2:, 5].fill_(float("nan"))), copy)
-    monkeypatch.setattr(check_checkpoint, "WINDOW", window)
-    monkeypatch.setattr(check_checkpoint, "BATCH", 1 << 16)
+    monkeypatch.setattr(check_values, "WINDOW", window)
+    monkeypatch.setattr(check_values, "BATCH", 1 << 16)
     assert found(copy) == [f"{file}: {name}: expected finite values, found NaN or infinity at [2, 5], 2 such"]
 
 
@@ -106,8 +108,8 @@ def test_interrupted(good, monkeypatch):
             assert stopped.wait(30)
         return iter(())
 
-    monkeypatch.setattr(check_checkpoint, "ThreadPoolExecutor", Pool)
-    monkeypatch.setattr(check_checkpoint, "weight_problems", problems)
+    monkeypatch.setattr(check_values, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(check_values, "weight_problems", problems)
     with pytest.raises(KeyboardInterrupt):
         check(good)
     assert len(looked) == 3
@@ -115,7 +117,7 @@ def test_interrupted(good, monkeypatch):
 
 def test_a_hole_in_a_weight(copy, monkeypatch):
     """As a download leaves it that was cut in pieces. Rows of zeros that fill up the vocabulary are none."""
-    monkeypatch.setattr(check_checkpoint, "CHUNK", 1 << 12)
+    monkeypatch.setattr(check_values, "CHUNK", 1 << 12)
     change_tensor("lm_head.weight", put(lambda t: t[200:].zero_()), copy)
     for file in damage.files(copy):  # the MTP head repeats it
         edit(file, lambda tensors: [t[200:].zero_() for n, t in tensors.items() if n.endswith("shared_head.head.weight")])
@@ -130,14 +132,14 @@ def test_a_bias_of_zeros_is_none_of_our_business(copy):
 
 
 def test_released_scales_that_are_no_powers_of_two(tmp_path):
-    """V3.1-Terminus has them in o_proj: a remark."""
+    """V3.1-Terminus has them in o_proj: a warning."""
     good_checkpoint(tmp_path / "a", "ue8m0")
     file, name = change_tensor(damage.SCALE, put(lambda t: t.fill_(0.003)), tmp_path / "a")
     report = check(tmp_path / "a")
     assert report.ok and [str(f.problem) for f in report.findings] == [
         f"{tmp_path}/a/{file}: {name}: expected powers of two (scale_fmt ue8m0), found 0.003000000026077032 at [0, 0], 4 such"
     ]
-    assert list(report.lines())[-1].startswith("remark: ")
+    assert list(report.lines())[-1].startswith("warning: ")
 
 
 def test_a_vocabulary_far_too_small(copy):
@@ -149,7 +151,7 @@ def test_a_vocabulary_far_too_small(copy):
     assert found(copy) == ["tokenizer.json: expected about 640 ids, the rows of the embedding, found 261"]
 
 
-def test_base_models_and_missing_modules_are_remarked_upon(copy):
+def test_base_models_and_missing_modules_are_warnings(copy):
     damage.drop(copy, lambda name: ".layers.2." in name)
     damage.template(lambda _: None, copy)
     report = check(copy)
@@ -186,7 +188,7 @@ def test_command_line(good, copy, tmp_path):
         "expected": "finite, positive scales", "found": "nan at [1, 0]",
         "message": f"{copy / file}: {name}: expected finite, positive scales, found nan at [1, 0]",
     }]  # fmt: skip
-    assert {c["check"]: c["ok"] for c in told["checks"]} == dict.fromkeys(check_checkpoint.CHECKS, True) | {"scales": False}
+    assert {c["check"]: c["ok"] for c in told["checks"]} == dict.fromkeys(CHECKS, True) | {"scales": False}
 
 
 def test_wrong_use(tmp_path, monkeypatch, capsys):

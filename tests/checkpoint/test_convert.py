@@ -15,13 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_weights import CONFIG, HF_INDEX, WIDE, drop, our_name, part, replace, whole, write_upstream
 
-import convert as convert_module
+import convert as command
+from checkpoint import transform
+from checkpoint.atomic import PENDING, TEMPORARY, AtomicWriter
+from checkpoint.convert import MAX_FILE, convert
+from checkpoint.directory import Checkpoint
 from checkpoint.manifest import read_manifests, verify
-from checkpoint.tensorfile import TEMPORARY, Reader, Staging
-from checkpoint.weights import Checkpoint
-from convert import convert
+from checkpoint.reading import Reader
 from core.errors import UserError
-from parallel.group import Group
 from support import crash_points as killing
 from support.checkpoints import fp8_sizes, make_checkpoint
 from support.families import FAMILIES
@@ -91,7 +92,7 @@ def assert_round_trip(
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize(("max_file", "experts"), [
-    (convert_module.MAX_FILE, "whole"), (convert_module.MAX_FILE, "split"), (1 << 19, "whole"), (1 << 19, "split"),
+    (MAX_FILE, "whole"), (MAX_FILE, "split"), (1 << 19, "whole"), (1 << 19, "split"),
 ])  # fmt: skip
 def test_every_byte_comes_back(source, ranks, max_file, experts, tmp_path):
     convert(source, tmp_path, ranks, n_experts=8, max_file=max_file, experts=experts)
@@ -128,7 +129,7 @@ def test_the_demo_comes_back(ranks, tmp_path):
 
 @pytest.mark.parametrize("window", [1, 3000])
 def test_windows_of_any_size(small, window, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_module, "Reader", functools.partial(Reader, window))
+    monkeypatch.setattr(transform, "Reader", functools.partial(Reader, window))
     convert(small[0], tmp_path, 2)
     assert_round_trip(small[0], tmp_path, 2, 2, 4)
 
@@ -192,9 +193,9 @@ def test_wrong_numbers(small, tmp_path):
 def test_wrong_source(small, tmp_path):
     convert(small[0], tmp_path / "converted", 2)
     out = tmp_path / "out"
-    assert refusal(tmp_path / "converted", out) == "SOURCE: already converted; give the Hugging Face checkpoint"
+    assert refusal(tmp_path / "converted", out) == "SOURCE: already converted for ranks; give the Hugging Face checkpoint"
     write_upstream(small[0], tmp_path / "upstream", 2, SMALL)
-    assert refusal(tmp_path / "upstream", out) == "SOURCE: already converted; give the Hugging Face checkpoint"
+    assert refusal(tmp_path / "upstream", out) == "SOURCE: already converted for ranks; give the Hugging Face checkpoint"
     assert refusal(tmp_path / "nothing", out) == "SOURCE: no such directory"
     copy = Path(shutil.copytree(small[0], tmp_path / "copy"))
     name = "model.layers.1.mlp.experts.3.down_proj.weight_scale_inv"
@@ -208,7 +209,7 @@ def test_wrong_source(small, tmp_path):
 def test_target_is_the_source(small, tmp_path):
     (tmp_path / "link").symlink_to(small[0])
     for target in (small[0], tmp_path / "link"):
-        with pytest.raises(UserError, match="the converted files cannot go where the checkpoint is"):
+        with pytest.raises(UserError, match="the output cannot go where the checkpoint is"):
             convert(small[0], target, 2)
 
 
@@ -239,7 +240,7 @@ def test_target_of_somebody_else(small, source, tmp_path):
 
 
 def test_two_at_once(small, tmp_path):
-    with Staging(tmp_path):
+    with AtomicWriter(tmp_path):
         assert refusal(small[0], tmp_path) == "TARGET: another program is writing a checkpoint here"
 
 
@@ -253,7 +254,7 @@ def content(folder: Path, ranks: int = 1) -> dict[tuple[int, str], str | None] |
         found = {}
         with Reader() as reader:
             for rank in range(ranks):
-                for name, entry in checkpoint.check(checkpoint.args, Group(rank, ranks)).items():
+                for name, entry in checkpoint.check(checkpoint.partition(checkpoint.args, ranks), rank).items():
                     reader.read(entry)
                     found[rank, name] = entry.crc
         return found
@@ -281,7 +282,7 @@ def test_killed_at_any_moment_leaves_nothing_that_loads(n, small, outcome, tmp_p
         killing.kill(action, at)
         found = content(tmp_path / "out", 2)
         assert found in (None, new), f"half a conversion loads after event {at} ({log[at]})"
-        assert (found is not None) == (tmp_path / "out" / "model-mp2.index.json").exists()
+        assert (found is not None) == any((tmp_path / "out" / (prefix + "model-mp2.index.json")).exists() for prefix in ("", PENDING))
         seen.add(found is None)
         action()
         assert killing.hashes(tmp_path / "out") == hashes
@@ -351,7 +352,7 @@ def test_files_are_durable_before_they_take_their_names(small, tmp_path, monkeyp
 
 
 def test_an_exception_closes_everything_and_keeps_what_is_finished(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_module, "commit", lambda *_: 1 / 0)
+    monkeypatch.setattr(transform, "commit", lambda *_: 1 / 0)
     fds = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ZeroDivisionError):
         convert(small[0], tmp_path / "out", 2)
@@ -390,7 +391,7 @@ def test_a_number_of_ranks_that_begins_with_another(tmp_path):
 
 def test_command_line(small, tmp_path):
     def run(*options: str) -> subprocess.CompletedProcess:
-        script = Path(convert_module.__file__)
+        script = Path(command.__file__)
         return subprocess.run([sys.executable, script, *options], capture_output=True, text=True, cwd=tmp_path)
 
     source = ["--hf-ckpt-path", str(small[0]), "--save-path", "out"]

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import check_checkpoint
-from check_checkpoint import check
+from checkpoint.atomic import TEMPORARY
+from checkpoint.cast import cast
+from checkpoint.check import check
+from checkpoint.convert import convert
+from checkpoint.directory import Checkpoint, choose_args
+from checkpoint.load import load_into
 from checkpoint.manifest import verify
-from checkpoint.tensorfile import TEMPORARY
-from checkpoint.weights import Checkpoint, choose_args, load_into
-from convert import convert
+from checkpoint.report import CHECKS
 from core.errors import UserError
 from core.numerics import Numerics
 from engine.engine import Engine
-from fp8_cast_bf16 import cast
 from model import Transformer
 from parallel.group import Group
 from support import crash_points as killing
@@ -26,7 +27,7 @@ from support.damaged_checkpoints import KINDS, good_checkpoint
 from text.tokenizer import Tokenizer
 
 GOOD = ("fp8", "ue8m0", "bf16", "converted", "cast", "upstream")
-CPU = torch.device("cpu")
+CPU = "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_a_good_one_passes(name, good, targets, tmp_path):
     for quick in (False, True):
         report = check(folder, quick, config)
         assert report.ok and not report.findings, list(report.lines())
-        assert (report.looked.keys() == set(check_checkpoint.CHECKS)) != quick
+        assert (report.looked.keys() == set(CHECKS)) != quick
     load(folder, config)
     if name in ("converted", "cast"):
         assert not list(verify(folder))

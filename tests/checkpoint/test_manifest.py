@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 import zlib
 from collections import Counter
@@ -22,17 +21,19 @@ import torch
 from safetensors import safe_open
 from test_convert import SMALL, content
 
+from checkpoint import transform
+from checkpoint.atomic import JOURNAL, TEMPORARY
+from checkpoint.cast import cast
+from checkpoint.convert import convert
+from checkpoint.directory import Checkpoint
 from checkpoint.manifest import CAST_MANIFEST, HF_INDEX, read_manifests, require_hashes, verify
-from checkpoint.tensorfile import JOURNAL, TEMPORARY, Digest, Writer, hash_both, hash_file, read_header
-from checkpoint.weights import Checkpoint
-from convert import convert
+from checkpoint.reading import Digest, hash_both, hash_file, read_header
+from checkpoint.writing import Writer
 from core.errors import UserError
-from fp8_cast_bf16 import cast
-from parallel.group import Group
 from support import crash_points as killing
 from support.checkpoints import make_checkpoint
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 PART = 100_000  # bytes of a converted file here
 WANTED = {
     "convert": ("--hf-ckpt-path", "a", "--save-path", "b", "--model-parallel", "2"),
@@ -105,8 +106,8 @@ def test_a_file_of_any_shapes_in_any_order(tmp_path):
         for name in draw.sample(list(tensors), len(tensors)):
             for row, data in enumerate(tensors[name]):
                 writer.write(name, data, row * data.nbytes)
-        assert writer.facts == hash_file(path, lambda _: None)
-        assert writer.facts["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert writer.record == hash_file(path, lambda _: None)
+        assert writer.record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         assert all(entry.start % entry.dtype.itemsize == 0 for entry in read_header(path)[1].values())
         with safe_open(path, "pt") as f:
             assert all(torch.equal(f.get_tensor(name), t) for name, t in tensors.items())
@@ -117,14 +118,14 @@ def test_large_blocks_are_hashed_beside_each_other(tmp_path):
     writer = Writer(tmp_path / "a", {"x": (data.dtype, data.shape)}, {})
     for at in range(0, len(data), 2 << 20):
         writer.write("x", data[at : at + (2 << 20)], at)
-    assert writer.facts == hash_file(tmp_path / "a", lambda _: None)
-    assert writer.facts["sha256"] == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
+    assert writer.record == hash_file(tmp_path / "a", lambda _: None)
+    assert writer.record["sha256"] == hashlib.sha256((tmp_path / "a").read_bytes()).hexdigest()
     slow = SimpleNamespace(seen=0)
     slow.update = lambda view: time.sleep(0.05) or setattr(slow, "seen", len(view))
     hash_both(slow, Digest(), memoryview(bytes(1 << 20)))
     assert slow.seen == 1 << 20, "the next block may come before this one"
     raw = data.numpy().tobytes()
-    assert writer.facts["tensors"]["x"] == f"{zlib.crc32(raw):08x} {hashlib.sha256(raw).hexdigest()}"
+    assert writer.record["tensors"]["x"] == f"{zlib.crc32(raw):08x} {hashlib.sha256(raw).hexdigest()}"
 
 
 @BOTH
@@ -168,7 +169,7 @@ def test_nothing_is_read_twice(write, sources, tmp_path, monkeypatch):
     write(sources[1], tmp_path)
 
 
-# CheckpointError is found ----------------------------------------------------------------------------------------------------
+# Damage is found ----------------------------------------------------------------------------------------------------
 
 
 @BOTH
@@ -261,12 +262,12 @@ def test_the_loader_wants_the_manifest_and_its_sizes(write, written, tmp_path, c
     def refusal() -> str:
         with pytest.raises(UserError) as e:
             checkpoint = Checkpoint(folder)
-            checkpoint.check(checkpoint.args, Group(0, ranks_of(write)))
+            checkpoint.check(checkpoint.partition(checkpoint.args, ranks_of(write)))
         return str(e.value).replace(str(folder), "DIR")
 
     (folder / "tokenizer.json").write_text("{ }")  # may have been meant
     checkpoint = Checkpoint(folder)
-    checkpoint.check(checkpoint.args, Group(0, ranks_of(write)))
+    checkpoint.check(checkpoint.partition(checkpoint.args, ranks_of(write)))
     said = f"warning: {folder / 'tokenizer.json'} was changed: 2 bytes were written, now it has 3\n"
     assert capsys.readouterr().err == said
     (manifest,) = checkpoint.manifests.values()
@@ -318,7 +319,7 @@ def test_commands(sources, written, tmp_path, monkeypatch, capsys):
     def run(script: str, *options: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", [script, *map(str, options)])
         try:
-            status = sys.modules[script].main()
+            status = importlib.import_module(script).main()
         except SystemExit as e:
             status = e.code
         return status, *capsys.readouterr()
@@ -542,9 +543,8 @@ def test_interrupted_by_hand(write, sources, written, tmp_path, monkeypatch, cap
 @BOTH
 def test_a_source_that_changes_meanwhile(write, sources, tmp_path, monkeypatch):
     copy, out = Path(shutil.copytree(sources[1], tmp_path / "copy")), tmp_path / "out"
-    module = sys.modules[convert.__module__ if write is convert_small else cast.__module__]
-    real = module.write
-    monkeypatch.setattr(module, "write", lambda *args: real(*args) or os.utime(max(copy.glob("*.safetensors"))))
+    real = transform.write_outputs
+    monkeypatch.setattr(transform, "write_outputs", lambda *args: real(*args) or os.utime(max(copy.glob("*.safetensors"))))
     with pytest.raises(UserError, match=r"\.safetensors: was changed while it was read; run the command again"):
         write(copy, out)
     assert content(out, ranks_of(write)) is None

@@ -11,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import weights
+from checkpoint import load
+from checkpoint.convert import convert
+from checkpoint.directory import Checkpoint
+from checkpoint.load import load_into
 from checkpoint.manifest import HF_INDEX
-from checkpoint.tensorfile import Reader, read_header
-from checkpoint.weights import Checkpoint, check_ranks, choose_experts, expected_tensors, load_into
-from convert import convert
+from checkpoint.partition import Partition, choose_experts
+from checkpoint.reading import Reader, read_header
+from checkpoint.table import expected_tensors
 from core.config import ModelArgs
 from core.errors import UserError
 from core.numerics import Numerics
@@ -229,7 +232,7 @@ def test_table_names_every_tensor_of_every_family(family, fp8, tmp_path):
 def test_rank_counts(changes, ranks, message):
     args = ModelArgs.from_hf(V3_671B | changes)
     with pytest.raises(UserError) as e:
-        check_ranks(args, ranks, fp8=True)
+        Partition(args, ranks, fp8=True)
     assert str(e.value) == message
 
 
@@ -237,8 +240,8 @@ def test_rank_counts_that_work():
     args = ModelArgs.from_hf(V3_671B)
     for experts in ("whole", "split"):
         for ranks in (1, 2, 4, 8, 16):
-            check_ranks(args, ranks, fp8=True, experts=experts)
-        check_ranks(args, 32, fp8=False, experts=experts)
+            Partition(args, ranks, experts, fp8=True)
+        Partition(args, 32, experts)
 
 
 @pytest.mark.parametrize(
@@ -257,14 +260,13 @@ def test_rank_counts_that_work():
 )  # fmt: skip
 def test_rank_counts_with_split_experts(changes, ranks, fp8, message):
     with pytest.raises(UserError) as e:
-        check_ranks(ModelArgs.from_hf(V3_671B | changes), ranks, fp8, "split")
+        Partition(ModelArgs.from_hf(V3_671B | changes), ranks, "split", fp8)
     assert str(e.value) == message
 
 
 def test_split_experts_need_not_divide_in_number():
     args = ModelArgs.from_hf(V3_671B | {"n_routed_experts": 264})
-    check_ranks(args, 16, fp8=True, experts="split")
-    assert choose_experts("auto", args, 16, fp8=True)[0] == "split"
+    assert Partition.choose(args, 16, fp8=True).experts == "split"
 
 
 @pytest.mark.parametrize(
@@ -285,13 +287,14 @@ def test_split_experts_need_not_divide_in_number():
     ],
 )  # fmt: skip
 def test_choice_of_layout(asked, ranks, fp8, made, expected):
-    assert choose_experts(asked, ModelArgs.from_hf(V3_671B), ranks, fp8, made) == expected
+    args = ModelArgs.from_hf(V3_671B | ({} if fp8 else {"quantization_config": None}))
+    assert choose_experts(args, ranks, asked, made) == expected
 
 
 @pytest.mark.parametrize(("asked", "made"), [("whole", "split"), ("split", "whole")])
 def test_files_of_another_layout(asked, made):
     with pytest.raises(UserError) as e:
-        choose_experts(asked, ModelArgs.from_hf(V3_671B), 8, True, made)
+        choose_experts(ModelArgs.from_hf(V3_671B), 8, asked, made)
     assert str(e.value) == f"--experts {asked}, but the files hold {made} experts: convert again, or --experts {made}"
 
 
@@ -382,7 +385,7 @@ def test_ragged_widths_kept_in_fp8(tmp_path):
 @pytest.mark.parametrize("window", [1, 5000])
 def test_windows_of_any_size_load_the_same(source, window, tmp_path, monkeypatch):
     convert(source, tmp_path / "converted", 2)
-    monkeypatch.setattr(weights, "Reader", functools.partial(Reader, window))
+    monkeypatch.setattr(load, "Reader", functools.partial(Reader, window))
     for folder in (source, tmp_path / "converted"):
         assert_same(loaded(folder, FP8, Group(1, 2)), in_memory(source, 1, 2, CONFIG))
 
@@ -514,7 +517,7 @@ def test_every_parameter_is_filled_or_nothing_is(source):
         load_into(model, checkpoint, progress=False)
 
 
-# CheckpointError -------------------------------------------------------------------------------------------------------------
+# Damage -------------------------------------------------------------------------------------------------------------
 
 
 WO = "model.layers.0.self_attn.o_proj.weight"
@@ -681,7 +684,7 @@ def test_damaged_index(copy, text):
         Checkpoint(copy)
 
 
-# CheckpointError to converted directories --------------------------------------------------------------------------------------
+# Damage to converted directories --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -698,7 +701,7 @@ def test_converted_for_another_number_of_ranks(source, converted, tmp_path):
     assert_same(loaded(converted, FP8, Group(0, 2)), in_memory(source, 0, 2, CONFIG))
     write_upstream(source, tmp_path / "upstream", 4, CONFIG)
     with pytest.raises(UserError, match="converted for 4 ranks, not 2; start as many, or convert for 2"):
-        Checkpoint(tmp_path / "upstream").check(Checkpoint(source).args, Group(0, 2))
+        Checkpoint(tmp_path / "upstream").check(Partition(Checkpoint(source).args, 2))
 
 
 def test_upstream_with_a_rank_missing(source, tmp_path):
@@ -725,7 +728,7 @@ def test_damaged_converted_directories(converted):
         (converted / "model-mp2.index.json").write_text(json.dumps(index | change))
         assert "this program reads 'deepseek-v3-ranks' version 2, not" in refusal(converted, FP8, Group(0, 2))
     first = next(iter(index["files"]))
-    for change in ({"ranks": 4}, {"experts": "half"}, {"files": {}}, {"files": []}, {"files": {"a": {}}}, {"obsolete": 1},
+    for change in ({"ranks": 4}, {"experts": "half"}, {"files": {}}, {"files": []}, {"files": {"a": {}}},
                    {"files": index["files"] | {"x.safetensors": index["files"][first] | {"rank": 2}}},
                    {"files": index["files"] | {first: index["files"][first] | {"tensors": {"a": "0"}}}},
                    {"small": {"../a": {"bytes": 1, "sha256": "0" * 64}}}, {"small": {"a": {"bytes": 1}}}):  # fmt: skip
@@ -752,7 +755,7 @@ def test_a_file_marked_for_another_rank(source, tmp_path):
 def test_a_flipped_bit_in_any_tensor_is_found(source, tmp_path):
     convert(source, tmp_path / "c", 2)
     checkpoint = Checkpoint(tmp_path / "c")
-    entries = checkpoint.check(checkpoint.args, Group(1, 2))
+    entries = checkpoint.check(checkpoint.partition(checkpoint.args, 2), 1)
     file = tmp_path / "c" / "model1-mp2.safetensors"
     assert len(entries) == len(read_header(file)[1]) > 100
     with open(file, "r+b") as f, Reader() as reader:

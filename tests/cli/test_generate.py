@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import generate
-from checkpoint.tensorfile import read_header
-from convert import convert
+from checkpoint.convert import convert
+from checkpoint.reading import read_header
 from core.config import PROGRAM_VERSION
 from core.errors import UserError
 from core.sampling_params import SamplingParams
@@ -250,7 +250,7 @@ def test_settings_are_read_before_the_weights(tiny: Path, tmp_path: Path, monkey
     """By every rank, so that all end at the same place."""
     copy = Path(shutil.copytree(tiny, tmp_path / "copy"))
     bad_generation_config(copy)
-    monkeypatch.setattr("checkpoint.weights.load_into", None)
+    monkeypatch.setattr("engine.engine.load_into", None)
     monkeypatch.setattr(Group, "together", lambda _, work: work())
     for rank in range(2):
         with pytest.raises(UserError, match="temperature is 'warm', expected a number"):
@@ -712,7 +712,8 @@ raise SystemExit("still here")
 def test_interrupted_while_torch_is_imported(name: str, tmp_path: Path) -> None:
     """As if Ctrl-C came then: the program ends, without a traceback."""
     (tmp_path / "torch.py").write_text(STUB)
-    flags = {"generate": ["--ckpt-path", "C", "--interactive"], "server": ["--ckpt-path", "C"], "plan": ["--ckpt-path", "C"]}
+    flags = {"generate": ["--ckpt-path", "C", "--interactive"], "server": ["--ckpt-path", "C"], "plan": ["--ckpt-path", "C"],
+             "convert": ["--verify", "C"], "fp8_cast_bf16": ["--verify", "C"], "check_checkpoint": ["C"]}  # fmt: skip
     command = [sys.executable, str(launch.SCRIPT.parent / f"{name}.py"), *flags.get(name, [])]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from core.config import ModelArgs, agree, load_config, parse
+from core.config import ModelArgs, check_agreement, load_config, parse
 from core.errors import UserError
 from support.families import FAMILIES, V3
 
@@ -31,8 +31,8 @@ def test_the_two_styles_of_v3_agree(tmp_path):
     assert hf.n_mtp_layers == 1 and upstream.n_mtp_layers == 0
     short = tmp_path / "config_671B.json"
     short.write_text(json.dumps(UPSTREAM_V3))
-    agree(short, hf)
-    agree("configs/config_671B.json", hf)
+    check_agreement(short, hf)
+    check_agreement("configs/config_671B.json", hf)
     assert hf.softmax_scale == upstream.softmax_scale == pytest.approx(0.1352337788608801)
     assert hf.rope_multiplier == 1.0
 
@@ -118,10 +118,10 @@ def test_a_config_that_contradicts_the_checkpoint_names_the_fields(tmp_path):
     path = tmp_path / "c.json"
     path.write_text(json.dumps({**UPSTREAM_V3, "dim": 5120, "route_scale": 16.0}))
     with pytest.raises(UserError) as e:
-        agree(path, ModelArgs.from_hf(RELEASED_V3))
+        check_agreement(path, ModelArgs.from_hf(RELEASED_V3))
     assert "dim is 5120 but the checkpoint says 7168; route_scale is 16.0 but the checkpoint says 2.5" in str(e.value)
     v31 = {**RELEASED_V3["quantization_config"], "scale_fmt": "ue8m0"}
     path.write_text(json.dumps({**UPSTREAM_V3, "scale_fmt": "ue8m0"}))
-    agree(path, ModelArgs.from_hf({**RELEASED_V3, "quantization_config": v31}))
+    check_agreement(path, ModelArgs.from_hf({**RELEASED_V3, "quantization_config": v31}))
     with pytest.raises(UserError, match="scale_fmt is 'ue8m0' but the checkpoint says None"):
-        agree(path, ModelArgs.from_hf(RELEASED_V3))
+        check_agreement(path, ModelArgs.from_hf(RELEASED_V3))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from convert import convert
+from checkpoint.convert import convert
 from core.batch import DECODE_ROWS, Batch, BatchBounds
 from core.errors import UserError
 from core.numerics import Numerics
@@ -464,7 +464,7 @@ def test_mtp_is_refused_where_there_is_none(tmp_path, monkeypatch):
         Engine(model, None, n_pages=4, mtp=1)
     with pytest.raises(UserError, match="--mtp is 5, expected from 0 to 4"):
         Engine(model, None, n_pages=4, mtp=5)
-    monkeypatch.setattr("checkpoint.weights.load_into", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("engine.engine.load_into", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(UserError, match="--mtp needs an MTP module, and this checkpoint has none"):
         Engine.from_pretrained(path, mtp=1)
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 
 pytest.importorskip("triton")
 import plan
-from checkpoint import weights
+from checkpoint.table import expected_tensors
 from core.batch import Batch
 from core.config import ModelArgs, load_config, parse
 from core.errors import UserError
@@ -54,7 +54,7 @@ LIMITS = Limits(32768, 32)
 
 
 def test_the_table_has_the_published_sizes():
-    whole = sum(math.prod(s.shape) * s.dtype.itemsize for s in weights.expected_tensors(V3, True).values())
+    whole = sum(math.prod(s.shape) * s.dtype.itemsize for s in expected_tensors(V3, True).values())
     assert whole == PUBLISHED
     assert memory.parameters(TP8) == 671_026_419_200
     assert memory.parameters(replace(TP8, num=Numerics())) == 671_026_419_200
@@ -405,7 +405,7 @@ def test_pages_leave_room_for_the_largest_step():
 
 def test_the_engine_refuses_before_it_loads(tmp_path, monkeypatch):
     make_checkpoint(tmp_path, FAMILIES["v3"])
-    monkeypatch.setattr(weights, "load_into", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(engines, "load_into", lambda *_: pytest.fail("it was loaded"))
     monkeypatch.setattr(engines, "free_memory", lambda device: 5_000_000)
     with pytest.raises(UserError, match=r"a rank needs .* and 0\.01 GB are free .*would do$"):
         Engine.from_pretrained(tmp_path)

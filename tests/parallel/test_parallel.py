@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convert import convert
+from checkpoint.convert import convert
 from core.batch import Batch
 from core.config import ModelArgs
 from core.errors import UserError

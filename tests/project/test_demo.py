@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint.weights import Checkpoint
-from core.config import ModelArgs, agree, load_config
+from checkpoint.directory import Checkpoint
+from core.config import ModelArgs, check_agreement, load_config
 from core.numerics import Numerics
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
@@ -63,7 +63,7 @@ def test_released_layout():
     apart = [n for n in index if n + "_scale_inv" in index and index[n] != index[n + "_scale_inv"]]
     assert apart, "no scale lies in another file than its weight"
     assert f"model.layers.{args.n_layers}.eh_proj.weight" in index
-    agree(ROOT / "configs" / "config_demo.json", args)
+    check_agreement(ROOT / "configs" / "config_demo.json", args)
     assert load_config(ROOT / "configs" / "config_demo.json") == args
 
 

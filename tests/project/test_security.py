@@ -46,7 +46,7 @@ ALLOWED = {  # file and finding: why
     ("inference/parallel/startup.py", "import socket"): "names the host and its loopback; without torchrun, the ranks' meeting point",
     ("inference/ops/cpu/kernels.py", "import ctypes"): "calls what it compiled from kernels.c",
     ("inference/ops/cpu/kernels.py", "import subprocess"): "starts the C compiler on kernels.c, which is its own",
-    ("inference/checkpoint/manifest.py", "import importlib"): "importlib.metadata: the versions of what is installed",
+    ("inference/checkpoint/commit.py", "import importlib"): "importlib.metadata: the versions of what is installed",
     ("inference/server.py", "import asyncio"): "the server's loop",
     ("inference/server.py", "import socket"): "the server's: on loopback, or where its user says",
     ("inference/serving/service.py", "import asyncio"): "the server's loop",

@@ -57,8 +57,8 @@ def good_checkpoint(folder: Path, good: str) -> None:
     leaves it."""
     from test_weights import write_upstream
 
-    from convert import convert
-    from fp8_cast_bf16 import cast
+    from checkpoint.cast import cast
+    from checkpoint.convert import convert
     from support.checkpoints import fp8_sizes, make_checkpoint
     from support.families import V3
     from support.tiny_tokenizer import VOCAB_SIZE, write_tokenizer
@@ -73,7 +73,7 @@ def good_checkpoint(folder: Path, good: str) -> None:
         if good == "converted":
             convert(source, folder, 2)
         elif good == "cast":
-            cast(source, folder, torch.device("cpu"))
+            cast(source, folder, "cpu")
         else:
             write_upstream(source, folder, 2, config)
             for file in ("tokenizer.json", "tokenizer_config.json"):

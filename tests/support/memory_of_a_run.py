@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import weights
+from checkpoint.directory import Checkpoint
+from checkpoint.load import load_into
 from core.numerics import Numerics
 from core.sampling_params import SamplingParams
 from engine import engine as engines
@@ -29,9 +30,9 @@ def main() -> None:
     ops.linear(torch.ones(8, 64).bfloat16(), Weight(cpu.pack(torch.ones(64, 64).bfloat16())))  # brings libraries in
     torch.nn.functional.scaled_dot_product_attention(*[torch.ones(1, 4, 64, 32).bfloat16()] * 3, is_causal=True)
     before = resident("VmRSS")
-    checkpoint = weights.Checkpoint(folder)
+    checkpoint = Checkpoint(folder)
     model = Transformer(checkpoint.args, Numerics(), mtp=checkpoint.has_mtp)
-    weights.load_into(model, checkpoint, progress=False)
+    load_into(model, checkpoint, progress=False)
     model.prepare()
     loaded = resident("VmRSS") - before
     engine = engines.Engine(model, None, max_model_len=length + 2, max_num_seqs=2, max_num_batched_tokens=tokens)

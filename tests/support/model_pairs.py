@@ -8,7 +8,8 @@ import torch
 import transformers
 from transformers.modeling_layers import MtpModel
 
-from checkpoint.weights import Checkpoint, load_into
+from checkpoint.directory import Checkpoint
+from checkpoint.load import load_into
 from core.batch import Batch
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE

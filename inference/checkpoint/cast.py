@@ -1,0 +1,87 @@
+"""An FP8 Hugging Face checkpoint turned into a BF16 one: each weight times its block scales, rounded once."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from checkpoint.manifest import CAST_MARK, HF_INDEX
+from checkpoint.partition import Partition
+from checkpoint.reading import Entry, Reader
+from checkpoint.transform import NewCheckpoint, Output, OutputFile, open_source, small_files, write_checkpoint
+from core.config import BLOCK_SIZE
+from core.errors import UserError
+from core.files import read_json
+from ops import backend as ops
+
+SCALE = "_scale_inv"
+
+
+@dataclass
+class Copied(Output):
+    """A tensor that stays as it is."""
+
+    def begin(self, reader: Reader) -> Callable[[int, torch.Tensor], None]:
+        return lambda row, window: self.put(window, row * self.source.row_bytes)
+
+
+@dataclass
+class Dequantised(Output):
+    """BF16 (R, C) of e4m3 (R, C) and its float32 scales (ceil(R/128), ceil(C/128))."""
+
+    scale: Entry
+    device: torch.device
+    step = BLOCK_SIZE
+
+    def begin(self, reader: Reader) -> Callable[[int, torch.Tensor], None]:
+        return functools.partial(self._write, reader.read(self.scale))
+
+    def _write(self, scale: torch.Tensor, row: int, window: torch.Tensor) -> None:
+        q = window.view(self.source.dtype).to(self.device)
+        s = scale[row // BLOCK_SIZE :][: -(-len(q) // BLOCK_SIZE)].to(self.device)
+        self.put(ops.weight_dequant(q, s, torch.bfloat16).cpu(), 2 * row * self.source.row_bytes)
+
+
+def cast(source: Path, target: Path, device: str = "auto") -> None:
+    """Writes the BF16 form of `source` to `target`, dequantised on `device`: "cpu", "cuda", or "auto", a GPU if any.
+
+    Raises UserError, before anything is written to the target, for a damaged checkpoint, a weight without its scale, a
+    checkpoint that is not FP8, a missing GPU, or a target that cannot be written to.
+    """
+    where = choose_device(device)
+    checkpoint, state = open_source(source, target)
+    args = checkpoint.args
+    assert args is not None
+    if args.dtype != "fp8" and not checkpoint.quantised:
+        raise UserError(f"{source}: holds no FP8 weights, so there is nothing to cast")
+    checkpoint.check(Partition(args))
+    entries = checkpoint.on_disk()
+    files: dict[str, list[Output]] = {}
+    for name, entry in entries.items():
+        outputs = files.setdefault(entry.file.name, [])
+        if entry.dtype == torch.float8_e4m3fn:
+            outputs.append(Dequantised(name, entry, torch.bfloat16, entry.shape, entries[name + SCALE], where))
+        elif not name.endswith(SCALE):
+            outputs.append(Copied(name, entry, entry.dtype, entry.shape))
+    new = [OutputFile(file, CAST_MARK, outputs) for file, outputs in sorted(files.items()) if outputs]
+
+    config = read_json(source / "config.json")
+    del config["quantization_config"]
+    if "dtype" not in config:  # as transformers 5 spells it
+        config["torch_dtype"] = "bfloat16"
+    texts = {"config.json": config}
+    if [file.name for file in new] != ["model.safetensors"]:
+        weight_map = {output.name: file.name for file in new for output in file.outputs}
+        total = sum(output.nbytes for file in new for output in file.outputs)
+        texts[HF_INDEX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    copies = [path for path in small_files(source) if path.name != "config.json"]
+    write_checkpoint(NewCheckpoint(new, config, copies, texts, options=[where.type]), state, target, "casting")
+
+
+def choose_device(name: str) -> torch.device:
+    """Raises UserError when a GPU is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU that this build of torch can use")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,0 +1,76 @@
+"""A checkpoint's tokenizer, chat template and generation config, tried out."""
+
+import re
+from pathlib import Path
+
+from checkpoint.report import Report
+from core.config import ModelArgs
+from core.errors import CheckpointError, CheckWarning
+from core.sampling_params import params_from_generation_config
+from text.tokenizer import Tokenizer
+
+TEXTS = (
+    "The quick brown fox, 3.14159 and 1,024; don't “quote” me — it's 50 % off!",
+    "  two  spaces\tand\ttabs\n\n\n  new lines\r\n" + " " * 40 + "end  ",
+    "def f(x: int) -> str:\n    return f'{x!r}'  # {[()]} <tag a=\"b\"> \\n $1 ~`^|",
+    "深度求索的模型，回答：今天天气很好。日本語のテキスト、한국어 문장。",
+    "Ελληνικά, русский, עברית, العربية, हिन्दी, ไทย, naïve café œuvre ß İ",
+    "🙂👩‍👩‍👧‍👦🇩🇪👍🏽 e\u0301 \u200b\u00a0\u3000\u2028 𝒳 ∑∫√ ｜▁｜ \x00\x1b\x7f",
+    "<｜User｜><think></think><｜end▁of▁sentence｜></s><|im_end|>[INST]",
+)
+CONTROL = re.compile(r"<[｜|][^<>]{1,40}[｜|]>")  # how control tokens are spelt
+CONVERSATIONS = (
+    [("user", "Hello, how are you?")],
+    [("system", "You are brief."), ("user", "What is 3 + 4?")],
+    [("user", "Name a colour."), ("assistant", "Blue."), ("user", "And <｜Assistant｜> another?")],
+)
+
+
+def check_text(path: Path, args: ModelArgs | None, report: Report) -> None:
+    """Checks tokenizer, chat template and generation_config.json."""
+    tokenizer: Tokenizer | None = None
+    with report.checking("tokenizer"):
+        tokenizer = Tokenizer(path, None if args is None else args.vocab_size)
+        check_tokenizer(tokenizer, path / "tokenizer.json", args, report)
+    if tokenizer is not None and tokenizer.has_chat_template:
+        with report.checking("chat template"):
+            check_template(tokenizer, path, report)
+    elif tokenizer is not None:
+        with report.checking("chat template"):
+            report.looked["chat template"] = "none"
+            raise CheckWarning(f"{path}: no chat template: a base model, for generate.py --raw", path)
+    with report.checking("generation config"):
+        params_from_generation_config(path)
+        report.looked["generation config"] = "readable" if (path / "generation_config.json").exists() else "none"
+
+
+def check_tokenizer(tokenizer: Tokenizer, file: Path, args: ModelArgs | None, report: Report) -> None:
+    rows = f" of {args.vocab_size:,} rows" if args is not None else ""
+    report.looked["tokenizer"] = f"{tokenizer.size:,} ids{rows}; {len(TEXTS)} texts there and back"
+    if args is not None and tokenizer.size < args.vocab_size // 2:
+        wanted, found = f"about {args.vocab_size} ids, the rows of the embedding", f"{tokenizer.size}"
+        report.add(CheckpointError(f"{file}: expected {wanted}, found {found}", file, "", wanted, found))
+    for text in TEXTS:
+        if (back := tokenizer.decode(tokenizer.encode_text(text))) != text:
+            report.add(CheckpointError(f"{file}: expected {text!r} back, found {back!r}", file, "", text, back))
+
+
+def check_template(tokenizer: Tokenizer, path: Path, report: Report) -> None:
+    """Renders conversations: each must have at most one BOS, hold all messages, and have no unknown control token."""
+    for turns in CONVERSATIONS:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        prompt, text = tokenizer.encode_chat(messages), tokenizer.render_chat(messages)
+        if tokenizer.bos_id is not None and (n := prompt.count(tokenizer.bos_id)) > 1:
+            wrong = f"{path}: the chat template: expected one BOS, found {n}"
+            report.add(CheckpointError(wrong, path, "", "one BOS", n))
+        for content in (content for role, content in turns if role != "assistant" and content not in text):
+            wanted = f"{content!r} in the prompt"
+            wrong = f"{path}: the chat template: expected {wanted}, found {text!r}"
+            report.add(CheckpointError(wrong, path, "", wanted, text))
+        said = "".join(content for _, content in turns)
+        for token in set(CONTROL.findall(text)) - tokenizer.control_tokens:
+            if token not in said:
+                file = path / "tokenizer.json"
+                wrong = f"{file}: expected the chat template's {token!r}, found no such token"
+                report.add(CheckpointError(wrong, file, "", token, "no such token"))
+    report.looked["chat template"] = f"{len(CONVERSATIONS)} conversations rendered"

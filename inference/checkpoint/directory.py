@@ -1,0 +1,299 @@
+"""A directory of weights as it lies on disk: what kind it is, and whether its files are what its config asks for.
+
+Three kinds are read: Hugging Face's, those that convert.py writes (marked in each file's metadata, with a manifest),
+and those that the original DeepSeek-V3 repository's converter wrote (no mark, no manifest, no MTP module). What
+fp8_cast_bf16.py writes is of Hugging Face's kind, with a mark and a manifest.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint.atomic import TEMPORARY
+from checkpoint.manifest import CAST_MANIFEST, CAST_MARK, FORMAT, HF_INDEX, check_file_name, read_manifests
+from checkpoint.partition import Partition
+from checkpoint.reading import Entry, Reader, dtype_and_shape, read_header
+from checkpoint.table import IGNORED, Spec, expected_tensors
+from core.config import ModelArgs, check_agreement, load_config
+from core.errors import CheckpointError, UserError, warn
+from core.files import read_json, require_folder
+from core.run_config import AskedLayout, ExpertLayout
+
+
+class Checkpoint:
+    """A directory of weights. Opening it reads the config and the index; `check` reads headers and scales.
+
+    kind     "hf", "converted" (by convert.py) or "upstream" (by the original repository's converter)
+    args     from its config.json; None if it has none (upstream's have none)
+    ranks    the numbers of ranks that its files were made for; None: whole tensors, for any number
+    """
+
+    def __init__(self, path: str | Path, report: Callable[[UserError], object] | None = None):
+        """Raises UserError when this is no directory, or holds no checkpoint, or half of one.
+
+        `report` is called with each fault after which checks can go on; by default the first fault is raised.
+        """
+        self.path = Path(path)
+        self.report = report or _raise
+        self.unreadable: set[str] = set()  # names of files whose fault was reported
+        require_folder(self.path)
+        config = self.path / "config.json"
+        self.args: ModelArgs | None = None
+        try:
+            self.args = load_config(config) if config.is_file() else None
+        except UserError as e:
+            self.report(e)
+        self.files = sorted(p.name for p in self.path.glob("*.safetensors") if not p.name.startswith("."))
+        if odd := [file for file in self.files if not file.isprintable()]:
+            raise CheckpointError(f"{self.path}: {odd[0]!r} is not the name of a file of weights", repr(odd[0]))
+        self.manifests = read_manifests(self.path)
+        self.kind, self.ranks, self._owner = self._detect()
+        self._headers: dict[str, tuple[dict[str, str], dict[str, Entry]]] = {}
+
+    def _detect(self) -> tuple[str, tuple[int, ...] | None, dict[str, str] | None]:
+        """The kind, the numbers of ranks, and, where there is an index, the file of each tensor."""
+        names = {p.name for p in self.path.iterdir()}
+        if manifests := self.manifests.values():
+            for extra in (f for f in self.files if not any(f in m.files or m.replaces(f) for m in manifests)):
+                text = f"{self.path}: {extra} belongs to no index here; remove it or convert again"
+                self.report(CheckpointError(text, self.path / extra))
+            if cast := self.manifests.get(None):
+                owner = {name: file for file, record in cast.files.items() for name in record["tensors"]}
+                at = self.path / HF_INDEX
+                if at.exists() and not cast.pending and read_json(at).get("weight_map") != owner:
+                    text = f"{at}: places tensors elsewhere than {cast.path.name}; cast again"
+                    self.report(CheckpointError(text, at))
+                return "hf", None, owner
+            return "converted", tuple(n for n in self.manifests if n is not None), None
+        if HF_INDEX in names:
+            return "hf", None, self._hf_index(read_json(self.path / HF_INDEX).get("weight_map"))
+        if not self.files:
+            if any(name.startswith(TEMPORARY) for name in names):
+                raise UserError(f"{self.path}: an unfinished conversion and nothing else; run the conversion again")
+            raise UserError(f"{self.path}: no checkpoint here (no .safetensors files)")
+        ranked = [re.fullmatch(r"model(\d+)-mp([1-9]\d*)(-\d+-of-\d+)?\.safetensors", file) for file in self.files]
+        if all(ranked):
+            for file in self.files:
+                if read_header(self.path / file)[0].get("format") == FORMAT:
+                    text = f"{self.path / file}: its manifest is missing; copy the directory or convert again"
+                    raise CheckpointError(text, self.path / file)
+            counts = {int(m[2]) for m in ranked if m}
+            for m in filter(None, ranked):
+                if m[3] or int(m[1]) >= int(m[2]):
+                    text = f"{self.path / m[0]}: not a file of {m[2]} ranks, which are model0-mp{m[2]} …; remove it"
+                    self.report(CheckpointError(text, self.path / m[0]))
+            return "upstream", tuple(sorted(counts)), None
+        if self.files == ["model.safetensors"]:
+            return "hf", None, None
+        raise UserError(f"{self.path}: {len(self.files)} .safetensors files but no {HF_INDEX} beside them")
+
+    def _hf_index(self, index: Any) -> dict[str, str]:
+        at = self.path / HF_INDEX
+        if not isinstance(index, dict) or not index:
+            raise CheckpointError(f"{at}: expected a weight_map of tensor names to files", at, "", "a weight_map")
+        named: dict[str, str] = {}
+        for name, file in index.items():
+            try:
+                check_file_name(at, name, file)
+                named[name] = file
+            except UserError as e:
+                self.report(e)
+        listed = set(named.values())
+        for missing in sorted(listed - set(self.files)):
+            text = f"{self.path / missing}: missing, but {HF_INDEX} names it"
+            self.mark_unreadable(missing, CheckpointError(text, self.path / missing))
+        for extra in sorted(set(self.files) - listed):
+            text = f"{self.path / extra}: not named by {HF_INDEX}; remove it or repair the index"
+            self.report(CheckpointError(text, self.path / extra))
+        self.files = sorted(listed & set(self.files))
+        return named
+
+    def _header(self, file: str, path: Path | None = None) -> tuple[dict[str, str], dict[str, Entry]]:
+        if file not in self._headers:
+            self._headers[file] = read_header(path or self.path / file)
+        return self._headers[file]
+
+    def _tensors(self, file: str) -> dict[str, Entry]:
+        """A file's tensors; none if it cannot be read, which is reported once."""
+        try:
+            return {} if file in self.unreadable else self._header(file)[1]
+        except UserError as e:
+            self.mark_unreadable(file, e)
+            return {}
+
+    def on_disk(self, rank: int = 0, ranks: int = 1) -> dict[str, Entry]:
+        """The tensors on disk for a rank, by the names that the files use; whole tensors in an "hf" directory.
+
+        Raises UserError when files are missing, damaged, or not what the index says.
+        """
+        if self.ranks is not None and ranks not in self.ranks:
+            counts = " or ".join(map(str, self.ranks))
+            wanted = f"not {ranks}; start as many, or convert for {ranks}"
+            raise UserError(f"{self.path}: converted for {counts} ranks, {wanted}")
+        if manifest := self.manifests.get(ranks) or self.manifests.get(None):
+            for sentence in manifest.changed() if rank == 0 else ():
+                warn(sentence)
+            try:
+                return manifest.entries(rank if manifest.ranks else None, self._header)
+            except UserError as e:
+                self.mark_unreadable(f"of rank {rank}", e)
+                return {}
+        if self.kind == "upstream":
+            files = [f"model{r}-mp{ranks}.safetensors" for r in range(min(ranks, len(self.files) + 1))]
+            for missing in (file for file in files if file not in self.files):
+                self.mark_unreadable(missing, CheckpointError(f"{self.path / missing}: missing", self.path / missing))
+            return self._tensors(files[rank]) if rank < len(files) else {}
+        found: dict[str, Entry] = {}
+        for file in self.files:
+            tensors = self._tensors(file)
+            if file not in self.unreadable and CAST_MARK.items() <= self._header(file)[0].items():
+                text = f"{self.path / CAST_MANIFEST}: missing, though the cast wrote {file}; copy it too, or cast again"
+                self.report(CheckpointError(text, self.path / CAST_MANIFEST))
+            for name, entry in tensors.items():
+                if self._owner is not None and (where := self._owner.get(name)) != file:
+                    said = f"places it in {where}" if where else "does not name it"
+                    self.report(CheckpointError(f"{entry}: {HF_INDEX} {said}", entry.file, name, where or "", file))
+                found[name] = entry
+        owner = self._owner or {}
+        for name in sorted(owner.keys() - found.keys()):
+            if (file := owner[name]) not in self.unreadable:
+                text = f"{self.path / file}: {name} is missing, but {HF_INDEX} places it there"
+                self.report(CheckpointError(text, self.path / file, name, "the tensor", "nothing"))
+        return found
+
+    def mark_unreadable(self, file: str, problem: UserError) -> None:
+        """Reports a file that is missing or damaged. Its tensors are not reported as missing."""
+        self.unreadable.add(file)
+        self.report(problem)
+
+    def experts(self, ranks: int) -> ExpertLayout | None:
+        """The layout of the routed experts in files that were made for that many ranks; None for whole tensors."""
+        if self.kind == "converted" and ranks in self.manifests:
+            return self.manifests[ranks].experts
+        return None if self.kind == "hf" else "whole"
+
+    def partition(self, args: ModelArgs, ranks: int, asked: AskedLayout = "auto", keeps_fp8: bool = False) -> Partition:
+        """How its weights are divided over ranks. `keeps_fp8`: FP8 weights stay FP8 when they are loaded or converted.
+
+        Raises UserError as Partition.choose does.
+        """
+        fp8 = keeps_fp8 or (self.kind != "hf" and self.quantised)  # files made for ranks hold parts of the scales
+        return Partition.choose(args, ranks, asked, self.experts(ranks), fp8)
+
+    def _names(self) -> dict[str, torch.dtype | None]:
+        """Every rank's tensor names, with dtypes where a header had to be read for them."""
+        if self.kind == "converted":
+            manifest = next(iter(self.manifests.values()))
+            return dict.fromkeys(name for file in manifest.files.values() for name in file["tensors"])
+        if self.kind == "hf" and self._owner is not None:
+            return dict.fromkeys(self._owner)
+        return {name: entry.dtype for file in self.files for name, entry in self._tensors(file).items()}
+
+    @functools.cached_property
+    def has_mtp(self) -> bool:
+        """Whether the MTP module is there (the original converter leaves it out)."""
+        return any(re.match(r"mtp\.|.*\.(eh_proj|enorm|hnorm|shared_head)\.", name) for name in self._names())
+
+    @functools.cached_property
+    def quantised(self) -> bool:
+        """Whether the linear layers are stored as FP8 with block scales."""
+        fp8 = torch.float8_e4m3fn
+        return any(d == fp8 or n.endswith((".scale", ".weight_scale_inv")) for n, d in self._names().items())
+
+    def check(self, partition: Partition, rank: int = 0) -> dict[str, Entry]:
+        """Checks what can be known without reading the weights: what `match` checks, and the scales' values.
+
+        Returns and raises as `match` does.
+        """
+        found = self.match(partition, rank)
+        scales = [entry for name, entry in found.items() if name.endswith(".scale")]
+        with Reader() as reader:
+            for entry in sorted(scales, key=lambda e: (e.file, e.start)):
+                if problem := scale_error(entry, reader.read(entry)):
+                    self.report(problem)
+        return found
+
+    def match(self, partition: Partition, rank: int = 0) -> dict[str, Entry]:
+        """Checks the headers against the config: files, names, shapes, dtypes.
+
+        Returns the tensors that a rank needs, by our names. In an "hf" directory they are whole, and the rank may need
+        a part of each. Raises CheckpointError, which names the file, the tensor, what was expected and what was found.
+        """
+        if self.args is not None and (self.args.dtype == "fp8") != self.quantised:
+            said, held = ("no", "") if self.quantised else ("a", "no ")
+            text = f"{self.path}: config.json has {said} quantization_config, but the files hold {held}FP8 scales"
+            self.report(CheckpointError(text, self.path / "config.json"))
+        on_disk = self.on_disk(rank, partition.ranks)
+        expected = expected_tensors(partition.args, self.quantised, self.has_mtp)
+        hf = self.kind == "hf"
+        found: dict[str, Entry] = {}
+        rounded = ""
+        for name, spec in expected.items():
+            cut = partition.cut(spec, rank)
+            entry = on_disk.get(spec.hf if hf else name)
+            if entry is None:
+                if cut is not None and spec.required:
+                    self._report_missing(spec.hf if hf else name, spec)
+                continue
+            shape = spec.shape if hf or cut is None else tuple(b - a for a, b in cut)
+            dtype = spec.dtype
+            if name.endswith("gate.bias") and entry.dtype == torch.bfloat16 and not self.quantised:
+                dtype, rounded = entry.dtype, entry.name  # as transformers saves it; widening it loses nothing more
+            if (entry.dtype, entry.shape) != (dtype, shape):
+                wanted, got = dtype_and_shape(spec.dtype, shape), dtype_and_shape(entry.dtype, entry.shape)
+                text = f"{entry}: expected {wanted}, found {got}"
+                self.report(CheckpointError(text, entry.file, entry.name, wanted, got))
+                continue
+            if cut is None and not hf:
+                text = f"{entry}: belongs to another rank than {rank} of {partition.ranks}"
+                self.report(CheckpointError(text, entry.file, entry.name))
+            if cut is not None:
+                found[name] = entry
+        if rounded and rank == 0:
+            warn(f"{self.path}: {rounded} and its like are BF16, not float32: they were rounded when they were saved")
+        known = {spec.hf for spec in expected.values()} if hf else expected.keys()
+        for name, entry in on_disk.items():
+            if name not in known and not name.endswith(IGNORED):
+                text = f"{entry}: the config has no such tensor"
+                self.report(CheckpointError(text, entry.file, name, "nothing", str(entry)))
+        return found
+
+    def _report_missing(self, name: str, spec: Spec) -> None:
+        if self.unreadable:
+            return  # it may be in one of those files
+        wanted = dtype_and_shape(spec.dtype, spec.shape)
+        why = "missing: an FP8 weight without its scale" if name.endswith((".scale", "_scale_inv")) else "missing"
+        self.report(CheckpointError(f"{self.path}: {name} is {why} ({wanted})", self.path, name, wanted, "nothing"))
+
+
+def scale_error(entry: Entry, scale: torch.Tensor) -> CheckpointError | None:
+    """What is wrong with the scales of an FP8 weight, float32 (row blocks, column blocks); None if nothing is."""
+    bad = (~(scale.isfinite() & (scale > 0))).nonzero().tolist()
+    if not bad:
+        return None
+    wanted, found = "finite, positive scales", f"{scale[tuple(bad[0])].item()} at {bad[0]}"
+    return CheckpointError(f"{entry}: expected {wanted}, found {found}", entry.file, entry.name, wanted, found)
+
+
+def choose_args(checkpoint: Checkpoint, config: str | Path | None) -> ModelArgs:
+    """The checkpoint's own config, which the file `config` must not contradict, or `config` where it has none.
+
+    Raises UserError for a contradiction, or where there is neither."""
+    if checkpoint.args is not None:
+        if config is not None:
+            check_agreement(config, checkpoint.args)
+        return checkpoint.args
+    if config is None:
+        raise UserError(f"{checkpoint.path} has no config.json; name its model with --config configs/…")
+    args = load_config(config)
+    stored = "fp8" if checkpoint.quantised else "bf16" if args.dtype == "fp8" else args.dtype
+    return replace(args, dtype=stored)  # converted files may be a BF16 cast of the FP8 model that --config describes
+
+
+def _raise(problem: UserError) -> None:
+    raise problem

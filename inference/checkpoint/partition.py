@@ -1,0 +1,122 @@
+"""How weights are divided over ranks: chosen once for a run or a conversion, and passed on as a `Partition`."""
+
+from dataclasses import dataclass, field
+
+from checkpoint.table import BLOCK, DENSE, MOE, Spec, sizes
+from core.config import BLOCK_SIZE, ModelArgs
+from core.errors import UserError
+from core.run_config import AskedLayout, ExpertLayout
+
+Ranges = tuple[tuple[int, int], ...]  # [start, stop) in each dimension of a tensor
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The part of each tensor that each of `ranks` ranks holds.
+
+    Raises UserError unless heads, vocabulary, widths and experts divide by the number of ranks and, where weights stay
+    FP8, each part consists of whole 128x128 blocks. The message lists the numbers of ranks that work, and the other
+    layout of the experts if that one does.
+    """
+
+    args: ModelArgs
+    ranks: int = 1
+    experts: ExpertLayout = "whole"
+    fp8: bool = False  # weights stay FP8
+    reason: str = field(default="", compare=False)  # one line for people: why the experts have this layout
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1:
+            raise UserError(f"the number of ranks is {self.ranks}, expected at least 1")
+        if error := _error(self.args, self.ranks, self.experts, self.fp8):
+            works = (n for n in range(1, self.args.n_heads + 1) if not _error(self.args, n, self.experts, self.fp8))
+            other: ExpertLayout = "whole" if self.experts == "split" else "split"
+            hint = "" if _error(self.args, self.ranks, other, self.fp8) else f"; --experts {other} works"
+            raise UserError(f"{error} (it works with {', '.join(map(str, works))}){hint}")
+
+    @classmethod
+    def choose(
+        cls,
+        args: ModelArgs,
+        ranks: int,
+        asked: AskedLayout = "auto",
+        converted: ExpertLayout | None = None,
+        fp8: bool = False,
+    ) -> "Partition":
+        """The partition that `choose_experts` decides on. Raises UserError as both do."""
+        experts, reason = choose_experts(args, ranks, asked, converted)
+        return cls(args, ranks, experts, fp8, reason)
+
+    def held_experts(self, rank: int) -> range:
+        """The numbers of the routed experts that a rank holds, whole or a slice of each."""
+        if self.experts == "split":
+            return range(self.args.n_routed_experts)
+        each = self.args.n_routed_experts // self.ranks
+        return range(rank * each, (rank + 1) * each)
+
+    def cut(self, spec: Spec, rank: int) -> Ranges | None:
+        """The part of a tensor that a rank holds; None where it holds nothing of it."""
+        if spec.expert is not None and spec.expert not in self.held_experts(rank):
+            return None
+        split = spec.split if spec.expert is None or self.experts == "split" else None
+        parts = [self.ranks if d == split else 1 for d in range(len(spec.shape))]
+        return tuple(
+            (rank * (n // p), (rank + 1) * (n // p)) if p > 1 else (0, n)
+            for n, p in zip(spec.shape, parts, strict=True)
+        )
+
+
+def choose_experts(
+    args: ModelArgs, ranks: int, asked: AskedLayout = "auto", converted: ExpertLayout | None = None
+) -> tuple[ExpertLayout, str]:
+    """The layout of the routed experts, and one line that gives the reason.
+
+    Files that were converted for ranks decide it: `converted` is their layout. Otherwise "auto" splits the experts
+    where their inner width divides by the ranks, into whole 128-wide blocks if the checkpoint is FP8. One token reads
+    8 experts, 352 MB of FP8 in a layer of V3. Split over 8 ranks, that is 44 MB on each. Whole, the experts lie on at
+    most 4 ranks, and all ranks wait for the busiest, which reads at least two of them, 88 MB. With many tokens every
+    rank reads all it holds in either layout.
+
+    Raises UserError when another layout than that of the files is asked for.
+    """
+    if converted is not None:
+        if asked not in ("auto", converted) and ranks > 1:
+            way_out = f"convert again, or --experts {converted}"
+            raise UserError(f"--experts {asked}, but the files hold {converted} experts: {way_out}")
+        return converted, f"experts: {converted}, as the files were converted"
+    if asked != "auto":
+        return asked, f"experts: {asked}, as asked"
+    width, fp8 = args.moe_inter_dim, args.dtype == "fp8"
+    if ranks <= 1:
+        return "whole", "experts: whole, on one rank"
+    if width % (ranks * (BLOCK_SIZE if fp8 else 1)):
+        how = f"in whole {BLOCK_SIZE}-wide FP8 blocks" if fp8 else "evenly"
+        return "whole", f"experts: whole, as {ranks} ranks cannot share their width of {width} {how}"
+    return "split", f"experts: split, a rank has {width // ranks} of each one's width of {width}"
+
+
+def _error(args: ModelArgs, ranks: int, experts: ExpertLayout, fp8: bool) -> str | None:
+    """Why the model does not divide over the ranks, without the ways out; None if it does."""
+    size = sizes(args)
+    counts = {"n_heads": args.n_heads, "vocab_size": args.vocab_size}
+    if args.n_dense_layers:
+        counts["inter_dim"] = args.inter_dim
+    if args.n_moe_layers or args.n_mtp_layers:
+        if experts == "whole":
+            counts["n_routed_experts"] = args.n_routed_experts
+        counts["the shared experts' width"] = size["S"]
+        if experts == "split":
+            counts["moe_inter_dim"] = args.moe_inter_dim
+    for name, count in counts.items():
+        if count % ranks:
+            return f"{name} {count} does not divide by {ranks} ranks"
+    if not fp8 or ranks == 1:
+        return None
+    blocks = f"which {ranks} ranks cannot share in whole {BLOCK_SIZE}-wide FP8 blocks"
+    for row in (*BLOCK, *(DENSE if args.n_dense_layers else ()), *MOE):
+        if row.fp8 and row.split is not None and size[row.shape[row.split]] // ranks % BLOCK_SIZE:
+            dimension = ("rows", "columns")[row.split]
+            return f"{row.ours.removesuffix('.weight')} has {size[row.shape[row.split]]} {dimension}, {blocks}"
+    if counts.get("moe_inter_dim", 0) // ranks % BLOCK_SIZE:
+        return f"moe_inter_dim is {args.moe_inter_dim}, {blocks}"
+    return None
