@@ -139,7 +139,7 @@ def run(mutants: Sequence[Mutant], jobs: int) -> Iterator[Outcome]:
         while waiting or running:
             while waiting and len(running) < jobs:
                 name, mutant, tests = waiting.pop(0)
-                root = Path(folder).resolve() / name
+                root = Path(folder).resolve() / name.replace("/", "-")
                 root.mkdir()
                 if (pid := os.fork()) == 0:
                     in_copy(root, mutant, tests)
