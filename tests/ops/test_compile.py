@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,10 @@ pytest.importorskip("triton")
 from ops.gpu import gemm as kernel
 from ops.gpu import tiles
 from support.compile_kernels import configurations
+from support.limits import LAST_RESORT, run_within
+
+pytestmark = pytest.mark.timeout(LAST_RESORT)  # what compiles has its own limit, of processor time
+START, EACH = 120, 20  # seconds of processor time: to import Triton, and for a configuration (1 s is usual)
 
 Report = dict[str, Any]
 
@@ -41,9 +44,10 @@ SELECTED = re.compile(
 def waits(c: kernel.Configuration) -> bool:
     """Whether it is compiled by `make trust` only, to save time: for Ada, which hardly differs from its neighbours,
     attention for others than Hopper, and of the layer of experts what is like those selected."""
-    if c.kernel.__module__ == "kernel_attention":
+    module = c.kernel.__module__.rpartition(".")[2]
+    if module == "attention":
         return c.target != "sm_90"
-    return c.target == "sm_89" or (c.kernel.__module__ == "kernel_moe" and not SELECTED.fullmatch(c.name))
+    return c.target == "sm_89" or (module == "moe" and not SELECTED.fullmatch(c.name))
 
 
 CONFIGURATIONS = [pytest.param(c, id=c.name, marks=pytest.mark.trust if waits(c) else ()) for c in configurations()]
@@ -71,7 +75,8 @@ def compiled(
                 env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(target))
                 script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
                 run = [sys.executable, str(script), target, *names]
-                done = subprocess.run(run, env=env, capture_output=True, text=True)
+                many = names or ["controls"] * 5
+                done = run_within(START + EACH * len(many), run, env=env)
                 assert done.returncode == 0, done.stderr
                 found.write_text(done.stdout)
         return json.loads(found.read_text())
