@@ -198,10 +198,10 @@ def main() -> int:
             for o, _ in found if o.name in bugs
         }  # fmt: skip
         sys.path.append(str(ROOT / "benchmarks"))
-        report = importlib.import_module("report")
+        report = importlib.import_module("lib.report")
         results = {"killed": killed, "of": len(wanted), "seconds": round(seconds, 1), "jobs": options.jobs}
         results["cpu_seconds"] = round(used.ru_utime + used.ru_stime, 1)
-        report.save(options.json, results | {"mutants": {m.name: rows[m.name] for m in wanted}})
+        report.save(options.json, results | {"mutants": {m.name: rows[m.name] for m in wanted}}, kind="counted")
     return int(not all(right for _, right in found))
 
 
