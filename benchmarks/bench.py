@@ -1,9 +1,11 @@
 """Every benchmark that this machine can run, one after another; results as JSON in benchmarks/results/.
 
-    python benchmarks/bench.py                 # all
-    python benchmarks/bench.py cpu convert     # some of: cpu, kernel-cpu, serve, convert, demo, mtp; on a GPU
-                                               # kernel-dense, kernel-moe, kernel-fused, kernel-router, kernel-decode,
-                                               # kernel-prefill, rank-slice, model-v2-lite, model-moonlight
+    python benchmarks/bench.py                       # all that this machine can run
+    python benchmarks/bench.py cpu convert-memory    # some of: cpu, kernel-cpu, offline-throughput, online-serving,
+                                                     # check-speed, convert-memory, demo, draft-acceptance; on a GPU
+                                                     # kernel-dense, kernel-moe, kernel-fused, kernel-router,
+                                                     # kernel-decode, kernel-prefill, rank-step, model-v2-lite,
+                                                     # model-moonlight
 
 `python benchmarks/tables.py` then brings the figures into the documents.
 """
@@ -17,20 +19,20 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 COMMANDS: dict[str, list[Path | str]] = {
     "cpu": [HERE / "bench_cpu.py", "--output", RESULTS / "cpu.json"],
-    "kernel-cpu": [HERE / "bench_kernel_cpu.py", "--output", RESULTS / "kernel_cpu.json"],
-    "serve": [HERE / "bench_serve.py", "--output", RESULTS / "serve.json"],
-    "server": [HERE / "bench_server.py", "--output", RESULTS / "server.json"],
-    "check": [HERE / "bench_check.py", "--output", RESULTS / "check.json"],
-    "convert": [HERE / "bench_convert.py", "--output", RESULTS / "convert.json"],
+    "kernel-cpu": [HERE / "kernel_cpu.py", "--output", RESULTS / "kernel_cpu.json"],
+    "offline-throughput": [HERE / "offline_throughput.py", "--output", RESULTS / "offline_throughput.json"],
+    "online-serving": [HERE / "online_serving.py", "--output", RESULTS / "online_serving.json"],
+    "check-speed": [HERE / "check_speed.py", "--output", RESULTS / "check_speed.json"],
+    "convert-memory": [HERE / "convert_memory.py", "--output", RESULTS / "convert_memory.json"],
     "demo": [HERE.parent / "demo" / "evaluate.py", "--output", RESULTS / "demo.json"],
-    "mtp": [HERE / "bench_mtp.py", "--output", RESULTS / "mtp.json"],
+    "draft-acceptance": [HERE / "draft_acceptance.py", "--output", RESULTS / "draft_acceptance.json"],
 }
 ON_A_GPU: dict[str, list[Path | str]] = {
-    **{f"kernel-{name}": [HERE / "bench_kernel.py", name, "--output", RESULTS / f"kernel_{name}.json"]
+    **{f"kernel-{name}": [HERE / "kernel_gpu.py", name, "--output", RESULTS / f"kernel_{name}.json"]
        for name in ("dense", "moe", "fused", "router", "decode", "prefill")},
-    "rank-slice": [HERE / "bench_rank_slice.py", "--profile", "--output", RESULTS / "rank_slice.json"],
-    "model-v2-lite": [HERE / "bench_model.py", "v2-lite", "--output", RESULTS / "model_v2_lite.json"],
-    "model-moonlight": [HERE / "bench_model.py", "moonlight", "--output", RESULTS / "model_moonlight.json"],
+    "rank-step": [HERE / "rank_step.py", "--profile", "--output", RESULTS / "rank_step.json"],
+    "model-v2-lite": [HERE / "model_gpu.py", "v2-lite", "--output", RESULTS / "model_v2_lite.json"],
+    "model-moonlight": [HERE / "model_gpu.py", "moonlight", "--output", RESULTS / "model_moonlight.json"],
 }  # fmt: skip
 
 

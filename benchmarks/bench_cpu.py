@@ -15,17 +15,17 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
-import report
+from lib import report
+from lib.checkpoints import write_transformers
+from lib.timing import take_turns, timed
+
 from checkpoint.directory import Checkpoint
 from checkpoint.load import load_into
 from core.batch import Batch
@@ -53,10 +53,7 @@ def make_checkpoint(path: Path) -> None:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
-    model.save_pretrained(path)
-    raw = json.loads((path / "config.json").read_text())
-    raw["num_nextn_predict_layers"] = 0
-    (path / "config.json").write_text(json.dumps(raw))
+    write_transformers(model, path)
 
 
 class Ours:
@@ -109,26 +106,10 @@ class Llama:
         return row["avg_ns"] / 1e9
 
 
-def timed(run: Callable[[], object]) -> Callable[[], float]:
-    """run, returning how many seconds it took."""
-
-    def clocked() -> float:
-        began = time.perf_counter()
-        run()
-        return time.perf_counter() - began
-
-    return clocked
-
-
 def compare(name: str, tokens: int, turns: int, sides: dict[str, Callable[[], float]]) -> dict:
     """Runs the sides, "ours" and others, in turn; tokens per second of each and the ratios ours / theirs."""
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(turns):
-        for side in sides if turn % 2 == 0 else reversed(sides):
-            seconds[side].append(sides[side]())
+    seconds, ratios = take_turns(sides, turns)
     speeds = {side: tokens / min(s) for side, s in seconds.items()}
-    ours = seconds.pop("ours")
-    ratios = {side: [b / a for a, b in zip(ours, s, strict=True)] for side, s in seconds.items()}
     medians = {side: statistics.median(r) for side, r in ratios.items()}
     figures = "  ".join(f"{side} {speed:.1f}" for side, speed in speeds.items())
     print(f"{name:24} {figures} tok/s  " + ", ".join(f"{m:.2f} x {s}" for s, m in medians.items()), flush=True)

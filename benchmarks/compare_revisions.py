@@ -192,8 +192,9 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=6, help="counted turns of each (default: 6)")
     parser.add_argument("--output", help="JSON file for the results")
     options = parser.parse_args()
+    from lib import report
+
     import bench_cpu
-    import report
 
     if not (options.checkpoint / "config.json").exists():
         options.checkpoint.mkdir(parents=True, exist_ok=True)

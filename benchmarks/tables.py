@@ -1,29 +1,34 @@
 """Puts measured figures into the documents, out of benchmarks/results/*.json and nowhere else.
 
-    python benchmarks/tables.py            # rewrites every table between its markers
-    python benchmarks/tables.py --check    # exits with 1, naming the tables that differ
+    python benchmarks/tables.py            # rewrites every table and every fact between its markers
+    python benchmarks/tables.py --check    # exits with 1, naming those that differ
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. NAME is a function below, with the file it reads, or
-`kernel-BENCH`, `rank-slice` and `model-NAME` for what bench_kernel.py, bench_rank_slice.py and bench_model.py wrote to
-the file of that name with underscores. A file that is no measurement (a smoke run's) is refused.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, with a line below it that says how its figures came to
+be. NAME is a function below, with the file it reads, or `kernel-BENCH`, `rank-step` and `model-NAME` for what
+kernel_gpu.py, rank_step.py and model_gpu.py wrote to the file of that name with underscores. One without figures
+(a smoke run's) is refused. A fact is a number in a sentence, between `<!-- fact: NAME -->` and `<!-- end -->`.
 """
 
 import argparse
 import json
+import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-import report
+from lib import INFERENCE, ROOT, race, report
 
-ROOT = Path(__file__).parent.parent
+import bench
+
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = [ROOT / "README.md", ROOT / "demo" / "README.md"]
-MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+DOCUMENTS = [ROOT / "README.md", ROOT / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKED = re.compile(r"(<!-- (table|fact): (\S+) -->\n?)(.*?)(<!-- end -->)", re.DOTALL)
 NUMBERS = {1: "one core", 2: "two cores"}
+SCRIPTS = {Path(output).stem: Path(script).relative_to(ROOT)
+           for script, *_, output in (bench.COMMANDS | bench.ON_A_GPU).values()}  # fmt: skip
 KEYS = {
     "dense": ["m", "n", "k"], "moe": ["layout", "m"], "fused": ["op", "m", "width"], "router": ["m"],
     "decode": ["heads", "b", "context"], "prefill": ["heads", "length"],
@@ -94,7 +99,7 @@ def kernel_cpu(record: dict[str, Any]) -> str:
     return report.table(header, rows)
 
 
-def convert(record: dict[str, Any]) -> str:
+def convert_memory(record: dict[str, Any]) -> str:
     rows = record["results"]
     converted = [row for row in rows if row["what"].startswith("convert for ")]
     ranks = [row["what"].removeprefix("convert for ") for row in converted]
@@ -118,7 +123,7 @@ def demo(record: dict[str, Any]) -> str:
     return report.table(["kind", "example", "held-out questions right"], rows)
 
 
-def server(record: dict[str, Any]) -> str:
+def online_serving(record: dict[str, Any]) -> str:
     sides = ("server.py", "transformers serve")
 
     def both(row: dict[str, Any], form: str, *path: str) -> str:
@@ -144,64 +149,214 @@ def server(record: dict[str, Any]) -> str:
     return report.table(header, rows)
 
 
-def kernel(record: dict[str, Any], bench: str) -> str:
-    """One table of one of bench_kernel's benches, a line to a shape."""
-    import timing
+def offline_throughput(record: dict[str, Any]) -> str:
+    """Both loads: the demo's questions, and the random model's requests."""
+    rows = []
+    for what, results in (
+        ("the demo", record["results"]),
+        ("1.72 B parameters", read("offline_throughput_1b")["results"]),
+    ):
+        best = [max(results[side], key=lambda run: run["tokens_per_second"]) for side in ("ours", "transformers")]
+        again = results["second_turn_first_token_s"]
+        rows.append([
+            what, f"{results['requests']}, {results['prompt_tokens']:,} + {best[0]['tokens']:,}",
+            *(f"{run['tokens_per_second']:,.1f}" for run in best), f"{results['throughput_ratio']:.2f}",
+            f"{results['same_answers']} of {results['requests']}",
+            f"{again['reused']:.3f} / {again['not reused']:.2f}",
+        ])  # fmt: skip
+    header = ["model", "requests, tokens in + out", "this engine, tok/s", "transformers, tok/s", "ratio"]
+    header += ["same answers", "first token of a second turn, prefix reused / not, s"]
+    return report.table(header, rows)
 
+
+def drafts(record: dict[str, Any]) -> str:
+    rows = record["results"]["mtp"]
+    plain = {row["sequences_at_a_time"]: row["tokens_per_second"] for row in rows if row["k"] == 0}
+    lines = []
+    for row in rows:
+        speed, n = row["tokens_per_second"], row["sequences_at_a_time"]
+        places = ", ".join(f"{100 * a:.1f} %" for a in row["acceptance"]) or "–"
+        lines.append(
+            [str(n), str(row["k"]), f"{row['tokens_per_step']:.2f}", places, f"{speed:,.0f}", f"{speed / plain[n]:.2f}"]
+        )
+    header = [
+        "sequences at a time",
+        "drafts",
+        "tokens a step of a sequence",
+        "accepted, by place",
+        "tok/s",
+        "over none",
+    ]
+    return report.table(header, lines)
+
+
+def check_speed(record: dict[str, Any]) -> str:
+    rows = [
+        [row["what"], f"{row['tensors']:,}", f"{row['bytes'] / 1e9:.1f}", f"{row['seconds']:.1f}",
+         "–" if row["gb_per_second"] is None else f"{row['gb_per_second']:.1f}", str(row["peak_mib"])]
+        for row in record["results"]
+    ]  # fmt: skip
+    return report.table(["what is read", "tensors", "GB", "seconds", "GB/s, without imports", "peak memory, MiB"], rows)
+
+
+def numerics(record: dict[str, Any]) -> str:
+    """The demo's answers in every mode; the first record is bfloat16's."""
+    modes = {
+        "bfloat16": record, "bfloat16 over FP8 latents": read("demo_fp8_latents"),
+        "float32, from exactly dequantised weights": read("demo_float32"), "W8A8": read("demo_w8a8"),
+    }  # fmt: skip
+    lines = []
+    for mode, r in modes.items():
+        found = r["results"]
+        drafted = f"{100 * found['mtp_acceptance']:.2f} %" if "mtp_acceptance" in found else "–"
+        weakest = min(found["kinds"].items(), key=lambda kind: kind[1]["right"] / kind[1]["asked"])
+        share = f"{100 * found['right'] / found['asked']:.1f} %"
+        lines.append([mode, f"{found['right']:,} of {found['asked']:,}", share,
+                      f"{weakest[0].replace('_', ' ')}, {weakest[1]['right']} of {weakest[1]['asked']}", drafted,
+                      f"{r['machine']['cpu']}, {r['date']}"])  # fmt: skip
+    header = ["computed in", "right", "", "weakest kind", "first drafts accepted", "counted on"]
+    return report.table(header, lines)
+
+
+def results(record: dict[str, Any]) -> str:
+    """What the README shows of everything that has been measured."""
+    lines = []
+
+    def line(what: str, name: str, ours: str, other: str, ratio: str) -> None:
+        r = read(name)
+        link = f"[{r['kind']}](benchmarks/results/{name}.json), {r['machine']['cpu'].replace('(R)', '')}, {r['date']}"
+        lines.append([what, ours, other, ratio, link])
+
+    for row in read("cpu")["results"]["rows"]:
+        if row["turns"] > 1:
+            sides = [side for side in ("transformers", "llama.cpp") if side in row["ratio"]]
+            others = "; ".join(f"{side} {row['tok_s'][side]:.1f}" for side in sides)
+            ratios = "; ".join(f"{row['ratio'][side]:.2f}" for side in sides)
+            line(
+                f"1.72 B random V3 on a CPU, {row['name']}, tok/s", "cpu", f"{row['tok_s']['ours']:.1f}", others, ratios
+            )
+    for what, name in (("demo", "offline_throughput"), ("1.72 B random V3", "offline_throughput_1b")):
+        found = read(name)["results"]
+        ours, theirs = (max(run["tokens_per_second"] for run in found[side]) for side in ("ours", "transformers"))
+        line(f"{found['requests']} requests to the {what}, offline, tok/s", name, f"{ours:,.1f}",
+             f"transformers, batches of 8: {theirs:.1f}", f"{found['throughput_ratio']:.1f}")  # fmt: skip
+    for row in read("online_serving")["results"]["rows"]:
+        if row["rate"] == 4.0:
+            a, b = (row[side]["first_token_s"]["p99"] for side in ("server.py", "transformers serve"))
+            line(
+                "demo served, 4 requests/s, first token p99, s",
+                "online_serving",
+                f"{a:.2f}",
+                f"transformers serve {b:.1f}",
+                f"{b / a:.0f}",
+            )
+    rows = read("offline_throughput")["results"]["mtp"]
+    plain, one = (row["tokens_per_second"] for row in rows if row["k"] < 2 and row["sequences_at_a_time"] == 1)
+    what = "demo, one sequence, `--mtp 1`, tok/s"
+    line(what, "offline_throughput", f"{one:.0f}", f"no drafts: {plain:.0f}", f"{one / plain:.2f}")
+    found = record["results"]
+    line("demo, held-out questions right, bfloat16", "demo", f"{found['right']:,} of {found['asked']:,}", "–", "–")
+    return report.table(["", "this engine", "beside", "ratio", "how, where, when"], lines)
+
+
+def kernel(record: dict[str, Any], name: str) -> str:
+    """One table of one of kernel_gpu's benches, a line to a shape."""
     cases: dict[tuple, list[dict[str, Any]]] = {}
     for row in record["results"]["rows"]:
-        if row["bench"] == bench:
-            cases.setdefault(tuple(row[key] for key in KEYS[bench]), []).append(row)
+        if row["bench"] == name:
+            cases.setdefault(tuple(row[key] for key in KEYS[name]), []).append(row)
     if not cases:
-        raise NoTable(f"no row of {bench}")
+        raise NoTable(f"no row of {name}")
     names = list(dict.fromkeys(row["contestant"] for rows in cases.values() for row in rows))
-    lines = [timing.shown(rows, KEYS[bench], names) for rows in cases.values()]
-    return report.table(timing.header(KEYS[bench], names), lines)
+    lines = [race.shown(rows, KEYS[name], names) for rows in cases.values()]
+    return report.table(race.header(KEYS[name], names), lines)
 
 
-def rank_slice(record: dict[str, Any]) -> str:
-    import bench_rank_slice
+def rank_step(record: dict[str, Any]) -> str:
+    import rank_step
 
-    return bench_rank_slice.table(record["results"])
+    return rank_step.table(record["results"])
 
 
 def model(record: dict[str, Any]) -> str:
-    import bench_model
+    import model_gpu
 
-    return bench_model.table(record["results"])
+    return model_gpu.table(record["results"])
 
 
-BY_NAME: dict[str, Callable[[dict[str, Any]], str]] = {
-    "cpu": cpu, "kernel_cpu": kernel_cpu, "convert": convert, "demo": demo, "server": server
+# A table's function and the file it reads.
+BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
+    "cpu": (cpu, "cpu"), "kernel_cpu": (kernel_cpu, "kernel_cpu"), "convert_memory": (convert_memory, "convert_memory"),
+    "demo": (demo, "demo"), "numerics": (numerics, "demo"), "online_serving": (online_serving, "online_serving"),
+    "offline_throughput": (offline_throughput, "offline_throughput"), "drafts": (drafts, "offline_throughput"),
+    "check_speed": (check_speed, "check_speed"), "results": (results, "demo"),
 }  # fmt: skip
 
 
-def made(name: str) -> str:
-    """The table of a marker. Raises NoTable."""
-    record = read(name.replace("-", "_"))
+def lines_of(*files: str) -> int:
+    return sum(len((INFERENCE / file).read_text().splitlines()) for file in files)
+
+
+FACTS: dict[str, Callable[[], str]] = {
+    "model-lines": lambda: str(lines_of("model.py")),
+    "reference-lines": lambda: str(lines_of("ops/reference.py")),
+    "modules": lambda: str(sum(bool(path.read_text()) for path in INFERENCE.rglob("*.py"))),
+    "lines": lambda: f"{sum(len(path.read_text().splitlines()) for path in INFERENCE.rglob('*.py')):,}",
+    "mutants-killed": lambda: str(read("mutants")["results"]["killed"]),
+    "mutants": lambda: str(read("mutants")["results"]["of"]),
+    "memory-read": lambda: f"{read('kernel_cpu')['results']['read_gb_s']:.0f}",
+    "long-tests": lambda: str(len(read("trust")["results"]["tests"])),
+}
+
+
+def source(name: str, record: dict[str, Any], folder: Path) -> str:
+    """How a file's figures came to be: kind, script with the flags it had, processor, cores, date, and the file."""
+    words = shlex.split(record["command"])[2:]
+    if "--output" in words:
+        at = words.index("--output")
+        del words[at : at + 2]
+    script = SCRIPTS.get(name) or SCRIPTS.get(name.rpartition("_")[0]) or Path(record["command"].split()[1])
+    link = os.path.relpath(RESULTS / f"{name}.json", folder)
+    machine = record["machine"]
+    where = machine.get("gpu") or f"{machine['cpu'].replace('(R)', '')}, {machine['cores']} cores"
+    command = " ".join(["python", script.as_posix(), *words])
+    return f"{record['kind'].capitalize()}: `{command}`, {where}, {record['date']} ([{name}.json]({link}))."
+
+
+def made(name: str, folder: Path = ROOT) -> str:
+    """The table of a marker and the line below it, for a document in a folder. Raises NoTable."""
     if name in BY_NAME:
-        return BY_NAME[name](record)
+        function, file = BY_NAME[name]
+        record = read(file)
+        text = function(record)
+        return text if name in ("results", "numerics") else f"{text}\n\n{source(file, record, folder)}"
+    file = name.replace("-", "_")
+    record = read(file)
     if name.startswith("kernel-") and name.removeprefix("kernel-") in KEYS:
-        return kernel(record, name.removeprefix("kernel-"))
-    if name.startswith("rank-slice"):
-        return rank_slice(record)
-    if name.startswith("model-"):
-        return model(record)
-    raise NoTable("no function makes it")
+        text = kernel(record, name.removeprefix("kernel-"))
+    elif name.startswith("rank-step"):
+        text = rank_step(record)
+    elif name.startswith("model-"):
+        text = model(record)
+    else:
+        raise NoTable("no function makes it")
+    return f"{text}\n\n{source(file, record, folder)}"
 
 
-def filled(text: str) -> tuple[str, list[str]]:
-    """The text with every marked table made anew, and the names of those that changed. Raises NoTable."""
-    if not len(MARKED.findall(text)) == text.count("<!-- table:") == text.count("<!-- end -->"):
+def filled(text: str, folder: Path = ROOT) -> tuple[str, list[str]]:
+    """The text with every marked table and fact made anew, and the names of those that changed. Raises NoTable."""
+    if not len(MARKED.findall(text)) == len(re.findall("<!-- (?:table|fact):", text)) == text.count("<!-- end -->"):
         raise NoTable("a marker has no counterpart")
     changed = []
 
     def anew(match: re.Match[str]) -> str:
-        begin, name, body, end = match.groups()
+        begin, kind, name, body, end = match.groups()
         try:
-            new = made(name) + "\n"
+            if kind == "fact" and name not in FACTS:
+                raise NoTable("no function makes it")
+            new = FACTS[name]() if kind == "fact" else made(name, folder) + "\n"
         except NoTable as e:
-            raise NoTable(f"table {name}: {e}") from None
+            raise NoTable(f"{kind} {name}: {e}") from None
         if new != body:
             changed.append(name)
         return begin + new + end
@@ -216,12 +371,12 @@ def main() -> int:
     differ = 0
     for path in DOCUMENTS:
         try:
-            text, changed = filled(path.read_text())
+            text, changed = filled(path.read_text(), path.parent)
         except NoTable as e:
             print(f"error: {path.relative_to(ROOT)}: {e}", file=sys.stderr)
             return 2
         for name in changed:
-            print(f"{path.relative_to(ROOT)}: table {name} {'differs from its JSON' if options.check else 'rewritten'}")
+            print(f"{path.relative_to(ROOT)}: {name} {'differs from its source' if options.check else 'rewritten'}")
         differ += len(changed)
         if changed and not options.check:
             path.write_text(text)

@@ -25,14 +25,15 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
-import report
-from bench_kernel import SHAPES, dequantised, widened
+from lib import report
+from lib.race import CALLS
+from lib.timing import between_events, relative_error
+
 from core.config import BLOCK_SIZE
 from core.errors import UserError
+from kernel_gpu import SHAPES, dequantised, widened
 from ops import reference
 from ops.gpu import tiles
-from timing import CALLS, between_events, relative_error
 
 MARGIN = 0.02
 TOLERANCE = 5e-3  # of the norm of the error: rounding inputs to bf16 makes 2e-3, FP8 tensor cores' own sums 1e-3

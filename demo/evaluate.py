@@ -219,7 +219,7 @@ def main() -> None:
     result = {**settings, "seed": args.seed, **result}
     if args.output:
         sys.path.insert(0, str(HERE.parent / "benchmarks"))
-        import report
+        from lib import report
 
         report.save(str(args.output), result)
     print(json.dumps({key: value for key, value in result.items() if key != "kinds"}))

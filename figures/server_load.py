@@ -1,8 +1,8 @@
-"""Draws server_load.png, beside this script, from benchmarks/results/server.json:
+"""Draws server_load.png, beside this script, from benchmarks/results/online_serving.json:
 
     python figures/server_load.py
 
-What clients saw of this engine's server and of `transformers serve` at several rates of requests (bench_server.py).
+What clients saw of this engine's server and of `transformers serve` at several rates of requests (online_serving.py).
 """
 
 import json

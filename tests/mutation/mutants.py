@@ -16,6 +16,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -25,6 +26,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tests"))
+CPU_SECONDS = 150  # of processor time, for a mutant's tests together; nothing else that the machine does counts
+WAITING = 300  # seconds of wall time, for one of them: a bug may have it wait for ever
 CONTROL = "control "
 COPIED = ("inference", "tests", "benchmarks")  # the rest is linked
 LIBRARIES = (
@@ -83,6 +86,19 @@ class Watch:
             assert module is None or Path(module.__file__ or "") == file, f"{module} is not the copy's"
 
 
+def limit_processor_time() -> None:
+    """Raises TimeoutError wherever this process is when it has computed for CPU_SECONDS; ends it a minute later."""
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    most = most if most != resource.RLIM_INFINITY else CPU_SECONDS + 60
+
+    def out_of_time(*_: object) -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (most, most))
+        raise TimeoutError(f"more than {CPU_SECONDS} s of processor time")
+
+    signal.signal(signal.SIGXCPU, out_of_time)
+    resource.setrlimit(resource.RLIMIT_CPU, (min(CPU_SECONDS, most), most))
+
+
 def in_copy(root: Path, mutant: Mutant | None, tests: Sequence[str]) -> None:
     """Makes a copy of the source tree, with the mutant's bug, and runs the tests in it. What came of it is left in
     outcome.json; never returns."""
@@ -109,7 +125,8 @@ def in_copy(root: Path, mutant: Mutant | None, tests: Sequence[str]) -> None:
         os.chdir(root)
         sys.path[:] = [p for p in sys.path if Path(p).resolve() != ROOT / "tests"]
         watch = Watch(root)
-        options = "-x -q -n 0 -p no:cacheprovider --timeout 100 --hypothesis-seed 0".split()
+        limit_processor_time()
+        options = f"-x -q -n 0 -p no:cacheprovider --timeout {WAITING} --hypothesis-seed 0".split()
         status = pytest.main(
             [*options, "--rootdir", str(root), "-c", str(root / "pyproject.toml"), *(f"tests/{t}" for t in tests)],
             plugins=[watch],
@@ -181,10 +198,10 @@ def main() -> int:
             for o, _ in found if o.name in bugs
         }  # fmt: skip
         sys.path.append(str(ROOT / "benchmarks"))
-        report = importlib.import_module("report")
+        report = importlib.import_module("lib.report")
         results = {"killed": killed, "of": len(wanted), "seconds": round(seconds, 1), "jobs": options.jobs}
         results["cpu_seconds"] = round(used.ru_utime + used.ru_stime, 1)
-        report.save(options.json, results | {"mutants": {m.name: rows[m.name] for m in wanted}})
+        report.save(options.json, results | {"mutants": {m.name: rows[m.name] for m in wanted}}, kind="counted")
     return int(not all(right for _, right in found))
 
 

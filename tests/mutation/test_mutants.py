@@ -1,7 +1,6 @@
 """The mutants of mutants.py: that each still is one, and that a few are killed. `make trust` runs them all."""
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,7 +9,10 @@ import pytest
 
 from mutation.mutants import MUTANTS, ROOT
 from ops.cpu import kernels as kernel_cpu
+from support.limits import LAST_RESORT, run_within
 from support.processes import environment
+
+pytestmark = pytest.mark.timeout(LAST_RESORT)  # the processes have their own limits, of processor time
 
 TESTS = Path(__file__).parents[1]
 SAMPLE = ("routing-bias-in-weights", "mtp-concat-order", "text-half-characters", "cache-hash-without-parent", "sampling-residual")
@@ -36,7 +38,8 @@ def test_every_mutant_is_one():
             compile(broken, mutant.file, "exec")
         elif kernel_cpu.library() is not None:
             command = [*kernel_cpu.compiler(), *kernel_cpu.FLAGS, "-fsyntax-only", "-x", "c", "-"]
-            subprocess.run(command, input=broken, text=True, check=True)
+            done = run_within(60, command, input=broken)
+            assert done.returncode == 0, (mutant.name, done.stderr)
         found[mutant.file, broken] += 1
     assert max(found.values()) == 1 and len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) > 200
 
@@ -52,8 +55,8 @@ def test_every_outcome_is_told(tmp_path):
     """A few that are killed, and beside them one that survives, one that breaks the tests themselves and a stale one."""
     out = tmp_path / "out.json"
     command = [sys.executable, "-c", OTHERS, "--json", str(out), "--only", *SAMPLE, "survivor", "fault", "stranger"]
-    run = subprocess.run(command, env=environment(PYTHONPATH=str(TESTS)), capture_output=True, text=True, timeout=280)
-    assert run.returncode == 1, run.stderr
+    run = run_within(250, command, env=environment(PYTHONPATH=str(TESTS)))
+    assert run.returncode == 1 and out.exists(), run.stdout + run.stderr
     results = json.loads(out.read_text())["results"]
     told = {name: row["outcome"] for name, row in results["mutants"].items()}
     others = {"survivor": "survived", "fault": "broken", "stranger": "stale"}
@@ -67,5 +70,5 @@ def test_every_outcome_is_told(tmp_path):
 @pytest.mark.timeout(7200)
 def test_every_mutant_is_killed():
     command = [sys.executable, str(TESTS / "mutation" / "mutants.py")]
-    run = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    run = run_within(3600, command, env=environment())
     assert run.returncode == 0, run.stdout + run.stderr

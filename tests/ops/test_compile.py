@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,10 @@ import pytest
 pytest.importorskip("triton")
 from ops.gpu import attention, moe, router, tiles
 from support.kernel_configurations import Configuration, configurations
+from support.limits import LAST_RESORT, run_within
+
+pytestmark = pytest.mark.timeout(LAST_RESORT)  # what compiles has its own limit, of processor time
+START, EACH = 120, 20  # seconds of processor time: to import Triton, and for a configuration (1 s is usual)
 
 Report = dict[str, Any]
 
@@ -70,7 +73,8 @@ def compiled(
                 env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(target))
                 script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
                 run = [sys.executable, str(script), target, *names]
-                done = subprocess.run(run, env=env, capture_output=True, text=True)
+                many = names or ["controls"] * 5
+                done = run_within(START + EACH * len(many), run, env=env)
                 assert done.returncode == 0, done.stderr
                 found.write_text(done.stdout)
         return json.loads(found.read_text())

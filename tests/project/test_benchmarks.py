@@ -14,17 +14,20 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from lib import peers, race, timing
+from lib.peers import Peer
+from lib.race import Case, Contestant
+from lib.timing import NoClock, Refused
+
 import bench
-import bench_kernel
-import bench_kernel_cpu
-import bench_model
-import bench_rank_slice
-import bench_server
+import kernel_cpu
+import kernel_gpu
+import model_gpu
+import online_serving
+import rank_step
 import tables
-import timing
 from core.config import load_config
-from ops.cpu import kernels as kernel_cpu
-from timing import Case, Contestant, NoClock, Peer, Refused
+from ops.cpu import kernels
 
 FIGURE = Path(__file__).parents[2] / "figures" / "server_load.py"
 
@@ -43,12 +46,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_every_kernel_bench_runs_without_a_gpu(run: Any, tmp_path: Path) -> None:
-    results, printed, code = run(bench_kernel, "--smoke", "--v3", str(tmp_path))
+    results, printed, code = run(kernel_gpu, "--smoke", "--v3", str(tmp_path))
     assert code == 0 and "The V3 repository is not at" in printed
     assert results["no_timing"] == timing.NO_TIMING and timing.NO_TIMING in printed
     assert json.loads(printed.splitlines()[-1])["no_timing"]
     rows = results["rows"]
-    assert {row["bench"] for row in rows} == set(bench_kernel.BENCHES)
+    assert {row["bench"] for row in rows} == set(kernel_gpu.BENCHES)
     assert not any(row.get("wrong") for row in rows)
     assert all(row["no_timing"] for row in rows if "us" in row)
     ours = {"fp8_gemm", "w8a16_gemm", "experts", "experts W8A16", "fused", "router", "mla", "mla, FP8 latents", "torch"}
@@ -58,7 +61,7 @@ def test_every_kernel_bench_runs_without_a_gpu(run: Any, tmp_path: Path) -> None
 
 
 def test_a_rank_slice_runs_without_a_gpu(run: Any, tmp_path: Path) -> None:
-    results, printed, code = run(bench_rank_slice, "--smoke", "--v3", str(tmp_path))
+    results, printed, code = run(rank_step, "--smoke", "--v3", str(tmp_path))
     assert code == 0 and results["no_timing"] and timing.NO_TIMING in printed
     assert results["memory"]["planned_weights_bytes"] > 0
     decode, drafting, prefill = results["rows"]
@@ -67,8 +70,8 @@ def test_a_rank_slice_runs_without_a_gpu(run: Any, tmp_path: Path) -> None:
         assert "refused" not in row and row["eager"]["no_timing"] and row["read_bytes"] > 0 and row["limit_ms"] > 0
         assert 1 <= row["experts_touched"] <= 16
     assert decode["graph"] == drafting["graph"] == {"refused": "needs a GPU"} and "graph" not in prefill
-    args = load_config(bench_rank_slice.CONFIGS / "config_demo.json")
-    should = bench_rank_slice.messages(args, 2, tokens=2, sampled=2)
+    args = load_config(rank_step.CONFIGS / "config_demo.json")
+    should = rank_step.messages(args, 2, tokens=2, sampled=2)
     layers = results["layers"]
     assert decode["collectives"]["all_reduces"] == 1 + 2 * layers and decode["collectives"]["all_gathers"] == 1
     assert decode["collectives"]["bytes"] == (1 + 2 * layers) * should[0].nbytes + should[-1].nbytes
@@ -85,14 +88,14 @@ def slice_options(**changes: Any) -> Namespace:
 
 def test_the_limit_of_a_rank_of_deepseek_v3() -> None:
     """GB that one of eight ranks reads, from its shapes: 38.7 MB of attention a layer, 5.5 MB an expert and so on."""
-    args = load_config(bench_rank_slice.CONFIGS / "config_671B.json")
-    model = bench_rank_slice.build(args, slice_options(), "meta").prepare()
-    weights = bench_rank_slice.weights_of(model)
+    args = load_config(rank_step.CONFIGS / "config_671B.json")
+    model = rank_step.build(args, slice_options(), "meta").prepare()
+    weights = rank_step.weights_of(model)
     held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()]) - model.inv_freq.nbytes
-    assert bench_rank_slice.planned(args, slice_options()) == {"planned_weights_bytes": held}
+    assert rank_step.planned(args, slice_options()) == {"planned_weights_bytes": held}
 
     def gb(b: int, drafts: int = 0) -> float:
-        return bench_rank_slice.decode_bytes(model, weights, b, 0, drafts) / 1e9
+        return rank_step.decode_bytes(model, weights, b, 0, drafts) / 1e9
 
     for b, expected in ((1, 5.83), (8, 21.6), (32, 55.4), (128, 83.6)):
         experts = 256 * (1 - (31 / 32) ** b)
@@ -100,33 +103,33 @@ def test_the_limit_of_a_rank_of_deepseek_v3() -> None:
         assert gb(b) == pytest.approx(expected, rel=2e-3) and gb(b) == pytest.approx(counted, rel=2e-3)
     for b, ratio in ((1, 1.48), (8, 1.69), (32, 1.36), (128, 1.04)):  # plus the head, read for the draft once more
         assert (gb(b, drafts=1) - weights.head / 1e9) / gb(b) == pytest.approx(ratio, abs=1e-2)
-    latents = bench_rank_slice.decode_bytes(model, weights, 8, 4096) / 1e9 - gb(8)
+    latents = rank_step.decode_bytes(model, weights, 8, 4096) / 1e9 - gb(8)
     assert latents == pytest.approx(8 * 4096 * 70.3e3 / 1e9, rel=1e-3)
-    linears, attention = bench_rank_slice.prefill_flops(model, weights, 2000)
+    linears, attention = rank_step.prefill_flops(model, weights, 2000)
     everywhere = 61 * 2112 * 7168 + 58 * 256 * 7168  # latents' projections and routers, which every rank computes
     assert linears * 8 / 2000 == pytest.approx(71.4e9 + 2 * 7 * everywhere, rel=2e-3)  # all ranks, a token
     assert attention * 8 / 2000 == pytest.approx(5.0e9, rel=0.02)  # with 1k of mean context
-    rows = bench_rank_slice.limits(args, slice_options())["rows"]
+    rows = rank_step.limits(args, slice_options())["rows"]
     assert [row["sums"] for row in rows] == [123] * 4
     assert rows[0]["sent_bytes"] == 123 * 7168 * 2 + 129280 // 8 * 4
 
 
 def test_the_work_of_each_kernel_of_deepseek_v3() -> None:
     """One of eight ranks: together what a step must read, and by kernel from its shapes."""
-    args = load_config(bench_rank_slice.CONFIGS / "config_671B.json")
-    model = bench_rank_slice.build(args, slice_options(), "meta").prepare()
-    weights = bench_rank_slice.weights_of(model)
+    args = load_config(rank_step.CONFIGS / "config_671B.json")
+    model = rank_step.build(args, slice_options(), "meta").prepare()
+    weights = rank_step.weights_of(model)
 
-    def work(b: int, new: int, context: int, drafts: int = 0) -> dict[str, bench_rank_slice.Work]:
-        touched = 256 * bench_rank_slice.chosen(args, b * new)
-        return bench_rank_slice.work(model, b, new, context, drafts, touched, "sm_90")
+    def work(b: int, new: int, context: int, drafts: int = 0) -> dict[str, rank_step.Work]:
+        touched = 256 * rank_step.chosen(args, b * new)
+        return rank_step.work(model, b, new, context, drafts, touched, "sm_90")
 
     reads = {"gemm_kernel", "grouped_gemm_kernel", "decode_kernel", "router_kernel"}
     for b in (1, 32):
         found = work(b, 1, 4096)
         assert set(found) == {*reads, "norm_kernel", "silu_mul_kernel", "combine_kernel"}
         absorbed = 61 * 2 * 16 * 128 * 512 * 2  # W^UK and W^UV, which a library multiplies
-        total = bench_rank_slice.decode_bytes(model, weights, b, 4096) - weights.head - absorbed
+        total = rank_step.decode_bytes(model, weights, b, 4096) - weights.head - absorbed
         assert sum(found[name].nbytes for name in reads) == pytest.approx(total, rel=0.02)
         assert found["decode_kernel"].nbytes == pytest.approx(b * 61 * 4097 * 1152, rel=0.02)
         assert found["decode_kernel"].flops == b * 61 * 16 * 2 * (576 + 512) * 4097
@@ -134,7 +137,7 @@ def test_the_work_of_each_kernel_of_deepseek_v3() -> None:
     assert work(1, 1, 0)["combine_kernel"] == (58 * (8 + 2) * 7168 * 2, 0)
     assert work(2, 2, 0, drafts=1)["router_kernel"].flops == 59 * 4 * 2 * 256 * 7168
     found = work(1, 2000, 0)
-    linears, attention = bench_rank_slice.prefill_flops(model, weights, 2000)
+    linears, attention = rank_step.prefill_flops(model, weights, 2000)
     products = ("gemm_kernel", "gemm_persistent_kernel", "grouped_gemm_kernel", "router_kernel")
     outside = 2 * 2000 * 61 * 2 * 16 * 128 * 512  # the absorbed products again
     assert sum(found[name].flops for name in products if name in found) == pytest.approx(linears - outside, rel=1e-3)
@@ -144,17 +147,17 @@ def test_the_work_of_each_kernel_of_deepseek_v3() -> None:
 def test_a_breakdown_says_what_each_kernel_reached() -> None:
     kernels = [{"kernel": "a", "launches": 1.0, "ms": 2.0, "share": 0.5}, {"kernel": "b", "launches": 1.0, "ms": 1.0, "share": 0.25},
                {"kernel": "c", "launches": 1.0, "ms": 1.0, "share": 0.25}]  # fmt: skip
-    done = {"a": bench_rank_slice.Work(4e9, 6e12), "b": bench_rank_slice.Work(3e9, 0.0)}
-    rows = bench_rank_slice.rates(kernels, done)
+    done = {"a": rank_step.Work(4e9, 6e12), "b": rank_step.Work(3e9, 0.0)}
+    rows = rank_step.rates(kernels, done)
     assert rows[0]["gb_per_s"] == pytest.approx(2000) and rows[0]["tflops"] == pytest.approx(3000)
     assert rows[1]["gb_per_s"] == pytest.approx(3000) and "tflops" not in rows[1] and rows[2] == kernels[2]
-    text = bench_rank_slice.breakdowns({"kernels": {"step": rows}})
+    text = rank_step.breakdowns({"kernels": {"step": rows}})
     assert "| 2000 | 3000 |" in " ".join(text.split()) and "| 3000 | – |" in " ".join(text.split())
 
 
 def test_links_take_as_long_as_they_must() -> None:
-    links = bench_rank_slice.Links(inside=1e9, between=1e8, inside_start=0.0, between_start=0.0)
-    reduce, gather = bench_rank_slice.Message("all_reduce", 8000), bench_rank_slice.Message("all_gather", 8000)
+    links = rank_step.Links(inside=1e9, between=1e8, inside_start=0.0, between_start=0.0)
+    reduce, gather = rank_step.Message("all_reduce", 8000), rank_step.Message("all_gather", 8000)
     assert links.seconds(reduce, 8) == pytest.approx(2 * 7 * 1000 / 1e9)
     assert links.seconds(gather, 8) == pytest.approx(7 * 8000 / 1e9)
     assert links.seconds(reduce, 16) == pytest.approx(2 * 7 * 1000 / 1e9 + 1000 / 1e8)  # 2 x half of an eighth
@@ -163,7 +166,7 @@ def test_links_take_as_long_as_they_must() -> None:
 
 @pytest.mark.parametrize("name", ["v2-lite", "moonlight"])
 def test_a_whole_model_runs_without_a_gpu(name: str, run: Any) -> None:
-    results, printed, code = run(bench_model, name, "--smoke")
+    results, printed, code = run(model_gpu, name, "--smoke")
     assert code == 0 and results["no_timing"] and timing.NO_TIMING in printed
     assert [row["sequences"] for row in results["rows"]] == [1, 2]
     for row in results["rows"]:
@@ -196,13 +199,13 @@ def test_one_contestant_does_not_stop_the_others() -> None:
         contestant("later", ones)._replace(build=later), contestant("gpu", ones, gpu=True),
         contestant("elsewhere", ones)._replace(build={"what": "dense"}),
     ])  # fmt: skip
-    rows = {row["contestant"]: row for row in timing.race(case, NoClock())}
+    rows = {row["contestant"]: row for row in race.race(case, NoClock())}
     assert list(rows) == ["right", "near", "far", "nan", "raises", "later", "gpu"]  # a peer that is not there has no row
     assert [name for name, row in rows.items() if "us" in row] == ["right", "near"]
     assert [name for name, row in rows.items() if row.get("wrong")] == ["far", "nan"]
     assert rows["raises"]["refused"] == "no such kernel" and rows["later"]["refused"] == "only once"
     assert rows["gpu"]["refused"] == "needs a GPU"
-    assert [row["contestant"] for row in timing.race(case, NoClock(), only=["near"])] == ["near"]
+    assert [row["contestant"] for row in race.race(case, NoClock(), only=["near"])] == ["near"]
 
 
 def test_a_lost_device_ends_the_run(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -217,8 +220,8 @@ def test_a_lost_device_ends_the_run(run: Any, monkeypatch: pytest.MonkeyPatch, t
         return right(*args)
 
     monkeypatch.setattr(kernel, "fp8_gemm", fails_later)
-    monkeypatch.setattr(timing, "lost", lambda device: True)
-    results, _, code = run(bench_kernel, "dense", "--smoke", "--v3", str(tmp_path), "--only", "fp8_gemm")
+    monkeypatch.setattr(race, "lost", lambda device: True)
+    results, _, code = run(kernel_gpu, "dense", "--smoke", "--v3", str(tmp_path), "--only", "fp8_gemm")
     assert code == 3
     first, second = results["rows"]  # what there was is saved
     assert "us" in first and second["refused"] == "an illegal memory access"
@@ -229,40 +232,40 @@ def test_a_wrong_kernel_fails_the_bench(run: Any, monkeypatch: pytest.MonkeyPatc
 
     right = kernel.fp8_gemm
     monkeypatch.setattr(kernel, "fp8_gemm", lambda *args: right(*args) * 1.01)
-    results, printed, code = run(bench_kernel, "dense", "--smoke", "--v3", str(tmp_path))
+    results, printed, code = run(kernel_gpu, "dense", "--smoke", "--v3", str(tmp_path))
     assert code == 1 and "WRONG: " in printed and json.loads(printed.splitlines()[-1])["wrong"] == 2
     assert {row["contestant"] for row in results["rows"] if row.get("wrong")} == {"fp8_gemm"}
 
 
-@pytest.mark.skipif(kernel_cpu.library() is None, reason="there is no C compiler")
+@pytest.mark.skipif(kernels.library() is None, reason="there is no C compiler")
 def test_the_cpu_kernels_bench(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On sizes that take no time; a kernel that is wrong ends it."""
-    monkeypatch.setattr(bench_kernel_cpu, "BYTES", 1 << 20)
-    monkeypatch.setattr(bench_kernel_cpu, "SHAPES", [(64, 96)])
-    monkeypatch.setattr(bench_kernel_cpu, "EXPERTS", (64, 32, 8, 2))
-    results, printed, code = run(bench_kernel_cpu, "--turns", "2")
-    assert code == 0 and len(results["rows"]) == len(bench_kernel_cpu.ROWS) + 6
+    monkeypatch.setattr(kernel_cpu, "BYTES", 1 << 20)
+    monkeypatch.setattr(kernel_cpu, "SHAPES", [(64, 96)])
+    monkeypatch.setattr(kernel_cpu, "EXPERTS", (64, 32, 8, 2))
+    results, printed, code = run(kernel_cpu, "--turns", "2")
+    assert code == 0 and len(results["rows"]) == len(kernel_cpu.ROWS) + 6
     assert len(printed.splitlines()) == len(results["rows"]) + 1
     for row in results["rows"]:
         assert row["ours"]["ratio"] == 1 and row["ours"]["us"] > 0
-    right = bench_kernel_cpu.kernel_cpu.linear
-    monkeypatch.setattr(bench_kernel_cpu.kernel_cpu, "linear", lambda *args: right(*args) * 1.02)
+    right = kernel_cpu.kernel_cpu.linear
+    monkeypatch.setattr(kernel_cpu.kernel_cpu, "linear", lambda *args: right(*args) * 1.02)
     with pytest.raises(AssertionError, match="ours is"):
-        run(bench_kernel_cpu, "--turns", "1")
+        run(kernel_cpu, "--turns", "1")
 
 
 def test_figures_and_their_table() -> None:
     clock = NoClock()
     clock.copy, clock.peaks = 1e12, {"fp8": 2e15, "bf16": 1e15}
-    found = timing.figures([2e-6, 4e-6, 3e-6], Contestant("a", {}, torch.ones(1), 1e6, 6e9, "fp8"), clock)
+    found = race.figures([2e-6, 4e-6, 3e-6], Contestant("a", {}, torch.ones(1), 1e6, 6e9, "fp8"), clock)
     assert found["us"] == pytest.approx(3) and found["best_us"] == pytest.approx(2)
     assert found["tflops"] == pytest.approx(2000) and found["gb_per_s"] == pytest.approx(1e6 / 3e-6 / 1e9)
     assert found["limit_us"] == pytest.approx(3) and found["of_limit"] == pytest.approx(1)
     rows = [{"m": 1, "contestant": "a", **found}, {"m": 1, "contestant": "b", **found, "us": 6.0, "graph": False},
             {"m": 1, "contestant": "c", "refused": "so"}, {"m": 1, "contestant": "d", "wrong": True}]  # fmt: skip
     names = [*"abcde"]
-    assert len(timing.header(["m"], names)) == len(timing.shown(rows, ["m"], names))
-    assert timing.shown(rows, ["m"], names) == [
+    assert len(race.header(["m"], names)) == len(race.shown(rows, ["m"], names))
+    assert race.shown(rows, ["m"], names) == [
         "1", "3.0", "2000", "333", "100", "6.0 eager", "2.00", "refused", "–", "WRONG", "–", "–", "–",
     ]  # fmt: skip
 
@@ -271,11 +274,11 @@ def test_a_peer_runs_its_own_modules(tmp_path: Path) -> None:
     """A stand-in for the V3 repository, whose modules have the names of ours."""
     (tmp_path / "kernel.py").write_text("from ops.reference import act_quant\n")
     (tmp_path / "model.py").write_text("import kernel\n")
-    assert timing.find_v3(str(tmp_path / "nowhere"), torch.device("cpu")) is None
-    peer = timing.find_v3(str(tmp_path), torch.device("cpu"))
+    assert peers.find_v3(str(tmp_path / "nowhere"), torch.device("cpu")) is None
+    peer = peers.find_v3(str(tmp_path), torch.device("cpu"))
     assert peer is not None
     try:
-        assert peer.ask(do="build", what="silu", m=3, inter=128, sets=2)["error"] < bench_kernel.QUANTISED
+        assert peer.ask(do="build", what="silu", m=3, inter=128, sets=2)["error"] < kernel_gpu.QUANTISED
         assert peer.ask(do="ready", calls=2) == {"graph": False} and peer.ask(do="time") == {"seconds": 1.0}
         with pytest.raises(Refused, match="fp8_gemm"):
             peer.ask(do="build", what="dense", m=1, n=128, k=128, sets=1)
@@ -295,7 +298,7 @@ def test_a_peer_that_dies_or_hangs_is_refused(tmp_path: Path) -> None:
 def test_the_documents_hold_the_committed_figures(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
     assert tables.main() == 0, capsys.readouterr().out
-    assert sum(path.read_text().count("<!-- table: ") for path in tables.DOCUMENTS) >= 3
+    assert sum(path.read_text().count("<!-- table: ") for path in tables.DOCUMENTS) > 8
 
 
 def test_a_table_that_differs_or_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -308,22 +311,23 @@ def test_a_table_that_differs_or_cannot_be_made(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr("sys.argv", ["tables.py", *arguments])
         return tables.main()
 
-    right = f"before\n<!-- table: cpu -->\n{tables.made('cpu')}\n<!-- end -->\nafter\n"
+    right = f"before\n<!-- table: cpu -->\n{tables.made('cpu', tmp_path)}\n<!-- end -->\nafter\n"
     assert main(right, "--check") == 0
     wrong = right.replace("| decode", "| decoding", 1)
     assert wrong != right and main(wrong, "--check") == 1 and document.read_text() == wrong
-    assert "table cpu differs" in capsys.readouterr().out
+    assert "README.md: cpu differs" in capsys.readouterr().out
     assert main(wrong) == 0 and document.read_text() == right
     for text, why in (
         (right.replace("<!-- end -->", ""), "no counterpart"),
         (right.replace("table: cpu", "table: gpu"), "no gpu.json"),
-        (right.replace("table: cpu", "table: serve"), "no function makes it"),
+        (right + "<!-- fact: answers -->42<!-- end -->", "no function makes it"),
+        (right.replace("table: cpu", "table: mutants"), "no function makes it"),
     ):
         assert main(text) == 2 and why in capsys.readouterr().err and document.read_text() == text
 
 
 def test_no_table_is_made_of_a_smoke_run(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(bench_kernel, "router", "--smoke", "--v3", str(tmp_path))
+    run(kernel_gpu, "router", "--smoke", "--v3", str(tmp_path))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     record = json.loads((tmp_path / "out.json").read_text())
     (tmp_path / "kernel_router.json").write_text(json.dumps(record))
@@ -333,33 +337,34 @@ def test_no_table_is_made_of_a_smoke_run(run: Any, tmp_path: Path, monkeypatch: 
     for row in record["results"]["rows"]:
         row.pop("no_timing", None)
     (tmp_path / "kernel_router.json").write_text(json.dumps(record))
-    assert len(tables.made("kernel-router").splitlines()) == 2 + 2  # a line to each number of tokens
+    assert len(tables.made("kernel-router").splitlines()) == 2 + 2 + 2  # a line to each number of tokens, and the source
 
 
 def test_every_benchmark_is_listed() -> None:
     listed = {Path(command[0]).name for command in (bench.COMMANDS | bench.ON_A_GPU).values()}
-    assert {path.name for path in bench.HERE.glob("bench_*.py")} <= listed
-    assert {f"kernel-{name}" for name in bench_kernel.BENCHES} <= set(bench.ON_A_GPU)
-    assert set(tables.KEYS) == set(bench_kernel.BENCHES)
+    others = {"bench.py", "tables.py", "tune_gemm.py"}
+    assert {path.name for path in bench.HERE.glob("*.py")} - others == listed - {"evaluate.py"}
+    assert {f"kernel-{name}" for name in kernel_gpu.BENCHES} <= set(bench.ON_A_GPU)
+    assert set(tables.KEYS) == set(kernel_gpu.BENCHES)
 
 
 def test_the_server_bench_arrives_and_counts_as_it_says() -> None:
-    dues = bench_server.arrivals(4000, rate=5.0, seed=1)
-    assert dues == bench_server.arrivals(4000, rate=5.0, seed=1) == sorted(dues)
+    dues = online_serving.arrivals(4000, rate=5.0, seed=1)
+    assert dues == online_serving.arrivals(4000, rate=5.0, seed=1) == sorted(dues)
     gaps = [b - a for a, b in itertools.pairwise(dues)]
     mean = statistics.mean(gaps)
     assert mean == pytest.approx(0.2, rel=0.1) and statistics.stdev(gaps) == pytest.approx(mean, rel=0.1)  # exponential
-    assert bench_server.arrivals(3, math.inf, seed=1) == [0.0] * 3
-    assert bench_server.percentiles([float(i) for i in range(1, 101)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
-    assert bench_server.percentiles([3.0]) == {"p50": 3.0, "p90": 3.0, "p99": 3.0}
-    assert bench_server.percentiles([]) == {}
+    assert online_serving.arrivals(3, math.inf, seed=1) == [0.0] * 3
+    assert online_serving.percentiles([float(i) for i in range(1, 101)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert online_serving.percentiles([3.0]) == {"p50": 3.0, "p90": 3.0, "p99": 3.0}
+    assert online_serving.percentiles([]) == {}
 
-    Outcome = bench_server.Outcome
+    Outcome = online_serving.Outcome
     outcomes = [
         Outcome(0.5, 2.0, [0.1, 0.1], 3, True), Outcome(1.5, 2.0, [0.1], 2, True), Outcome(0.5, 2.0, [0.3, 0.2], 3),
         Outcome(error="refused"),
     ]  # fmt: skip
-    found = bench_server.summary(outcomes, 4.0, (1.0, 0.2))
+    found = online_serving.summary(outcomes, 4.0, (1.0, 0.2))
     assert (found["answers"], found["right"], found["errors"], found["tokens"]) == (3, 2, ["refused"], 8)
     assert (found["tokens_per_second"], found["requests_per_second"]) == (2.0, 0.75)
     assert found["good_requests_per_second"] == 0.25
@@ -368,10 +373,10 @@ def test_the_server_bench_arrives_and_counts_as_it_says() -> None:
 
 def test_the_server_bench_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against server.py alone; and its picture is drawn."""
-    path = tmp_path / "server.json"
+    path = tmp_path / "online_serving.json"
     flags = ["--rates", "20,inf", "--requests", "1", "--threads", "1", "--peer-python", "", "--output", str(path)]
-    monkeypatch.setattr("sys.argv", ["bench_server.py", *flags])
-    bench_server.main()
+    monkeypatch.setattr("sys.argv", ["online_serving.py", *flags])
+    online_serving.main()
     record = json.loads(path.read_text())
     assert [row["rate"] for row in record["results"]["rows"]] == [20.0, "all at once"]
     for row in record["results"]["rows"]:

@@ -160,7 +160,7 @@ def test_training_resumes_where_it_was(tmp_path, monkeypatch):
 
 def test_readme_python_runs():
     """The ten lines of Python in the README, as they stand there, from the project's root."""
-    section = (ROOT / "README.md").read_text().partition("## From Python")[2]
+    section = (ROOT / "README.md").read_text().partition("## Python")[2]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

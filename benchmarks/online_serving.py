@@ -1,7 +1,7 @@
 """Clients at server.py, and at `transformers serve` on the same checkpoint: latencies, throughput, goodput, errors.
 
     pip install "transformers[serving]"            # into any environment; --peer-python names its interpreter
-    python benchmarks/bench_server.py --output benchmarks/results/server.json
+    python benchmarks/online_serving.py --output benchmarks/results/online_serving.json
     python figures/server_load.py                  # draws it
 
 The checkpoint is the demo cast to bfloat16, because transformers computes with FP8 weights on GPUs only. Both servers
@@ -37,10 +37,8 @@ from typing import Any
 import openai
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "demo"))
-sys.path.insert(0, str(ROOT / "inference"))
-import report
+from lib import INFERENCE, ROOT, report
+from lib.timing import percentile
 
 OURS, PEER = "server.py", "transformers serve"
 MOST_TOKENS = 300
@@ -78,9 +76,7 @@ def questions(n: int, seed: int) -> list[Any]:
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """By nearest rank."""
-    ordered = sorted(values)
-    return {f"p{p}": ordered[max(0, math.ceil(len(ordered) * p / 100) - 1)] for p in (50, 90, 99)} if ordered else {}
+    return {f"p{p}": percentile(values, p) for p in (50, 90, 99)} if values else {}
 
 
 def summary(outcomes: list[Outcome], seconds: float, bounds: tuple[float, float]) -> dict[str, Any]:
@@ -186,7 +182,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         checkpoint = folder / "demo-bf16"
-        scripts, demo = ROOT / "inference", ROOT / "demo" / "checkpoint"
+        scripts, demo = INFERENCE, ROOT / "demo" / "checkpoint"
         cast = [scripts / "fp8_cast_bf16.py", "--input-fp8-hf-path", demo, "--output-bf16-hf-path", checkpoint]
         subprocess.run([sys.executable, *map(str, cast)], check=True, stderr=subprocess.DEVNULL)
         commands = {OURS: [sys.executable, str(scripts / "server.py"), "--ckpt-path", str(checkpoint)]}

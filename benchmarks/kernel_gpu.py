@@ -1,15 +1,15 @@
 """Every kernel at DeepSeek-V3's shapes on one GPU, beside whatever else can compute the same.
 
-    python benchmarks/bench_kernel.py dense --output benchmarks/results/kernel_dense.json
-    python benchmarks/bench_kernel.py moe fused router decode prefill --smoke      # no GPU, no timing: the path alone
+    python benchmarks/kernel_gpu.py dense --output benchmarks/results/kernel_dense.json
+    python benchmarks/kernel_gpu.py moe fused router decode prefill --smoke      # no GPU, no timing: the path alone
 
 dense    the nine products of the model at full width and at one rank of eight      moe      routed experts of a rank
 fused    norm + quantise, SiLU·mul + quantise, the latent's way into the cache      router   scores and top-k
 decode   MLA over cached latents, one query a sequence                              prefill  MLA over a whole prompt
 
-How it is timed and checked: the top of timing.py. Peers, each left out or refused where it is not there: torch's own
-kernels (cuBLASLt, grouped_mm, FlexAttention, SDPA); DeepGEMM and FlashMLA, if they are installed; and the V3
-repository's kernels, experts and attention, which run from an ignored folder in a process of their own:
+How it is timed and checked: lib/timing.py and lib/race.py. Peers, each left out or refused where it is not there:
+torch's own kernels (cuBLASLt, grouped_mm, FlexAttention, SDPA); DeepGEMM and FlashMLA, if they are installed; and the
+V3 repository's kernels, experts and attention, which run from an ignored folder in a process of their own:
 
     git clone https://github.com/deepseek-ai/DeepSeek-V3 .peers/DeepSeek-V3
 
@@ -25,34 +25,20 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.append(str(Path(__file__).parent.parent / "inference"))  # behind the V3 repository's, in its process
-import report
+from lib import report
+from lib.peers import Peer, find_v3
+from lib.race import Case, Contestant, header, race, shown
+from lib.timing import NO_TIMING, Clock, DeviceLost, Run, clock_for, cold_sets
+
 from core.config import BLOCK_SIZE
 from core.numerics import Gemm
 from ops import formats, reference
 from ops.formats import Routing, Weight
-from timing import (
-    NO_TIMING,
-    Case,
-    Clock,
-    Contestant,
-    DeviceLost,
-    Peer,
-    Run,
-    clock_for,
-    cold_sets,
-    find_v3,
-    header,
-    race,
-    shown,
-)
 
 # (N, K): wq_a with wkv_a, wq_b, wo, dense w1 with w3, dense w2; then whole: wq_b, wkv_b, wo, an expert's w1 with w3
 SHAPES = [

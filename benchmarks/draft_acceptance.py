@@ -1,7 +1,7 @@
 """What MTP drafts are worth on the demo: how many are accepted at each place of a draft, and which hidden state the
 module should be handed when it is applied again.
 
-    python benchmarks/bench_mtp.py --output benchmarks/results/mtp.json
+    python benchmarks/draft_acceptance.py --output benchmarks/results/draft_acceptance.json
 
 DeepSeek-V3 trained one module, for the token after the next. Engines draft further by applying it to its own output,
 which can be taken before or after the module's final norm (`shared_head.norm`); the engine takes it after. Here both
@@ -10,16 +10,12 @@ that is, whose predecessors were accepted.
 """
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "demo"))
-sys.path.insert(0, str(ROOT / "inference"))
-import report
+from lib import ROOT, report
+
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine

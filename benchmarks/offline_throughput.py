@@ -1,7 +1,7 @@
 """A mixed load of requests through the engine, beside transformers' `generate` on padded batches; MTP; prefix reuse.
 
-    python benchmarks/bench_serve.py --output benchmarks/results/serve.json                        # the demo
-    python benchmarks/bench_serve.py --checkpoint DIR --lengths 16-256:4-32 --output …             # a random one
+    python benchmarks/offline_throughput.py --output benchmarks/results/offline_throughput.json      # the demo
+    python benchmarks/offline_throughput.py --checkpoint DIR --lengths 16-256:4-32 --output …        # a random one
 
 All requests are there at the start. Ours runs them as they fit; transformers takes them in order, eight at a time,
 padded to the longest prompt and run to the longest answer of the eight. Both are greedy and count the tokens a request
@@ -12,7 +12,6 @@ import argparse
 import itertools
 import random
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ from typing import Any
 import torch
 import transformers
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "demo"))
-sys.path.insert(0, str(ROOT / "inference"))
-import report
+from lib import ROOT, report
+from lib.timing import percentile
+
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
@@ -55,9 +53,6 @@ def random_load(vocab: int, n: int, lengths: str) -> Load:
 
 
 def summary(tokens: int, seconds: float, first: list[float], between: list[float]) -> dict[str, float]:
-    def percentile(values: list[float], p: int) -> float:
-        return sorted(values)[min(len(values) - 1, len(values) * p // 100)] if values else 0.0
-
     return {
         "tokens": tokens, "tokens_per_second": tokens / seconds,
         "first_token_p50_s": percentile(first, 50), "first_token_p95_s": percentile(first, 95),

@@ -1,6 +1,6 @@
-"""The V3 repository's own code as a contestant, in a process of its own: started by timing.Peer, never by hand.
+"""The V3 repository's own code as a contestant, in a process of its own: started by lib.peers.Peer, never by hand.
 
-    python benchmarks/peer_v3.py DIR DEVICE        # DIR: its `inference` folder
+    python benchmarks/lib/peer_v3.py DIR DEVICE        # DIR: its `inference` folder
 
 Its folder comes first on the path, so that `kernel` and `model` are its modules here and not ours. Nothing in them is
 changed on disk. Where a part of its model is timed, what surrounds that part is replaced by stand-ins that hand over
@@ -24,9 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT, DEVICE = Path(sys.argv[1]), torch.device(sys.argv[2])
-sys.path.insert(0, str(ROOT))
-import bench_kernel
-from timing import Clock, GpuClock, NoClock, Run, Timed, fill, reason, relative_error
+sys.path[:0] = [str(ROOT), str(Path(__file__).parents[1])]
+from lib.timing import Clock, GpuClock, NoClock, Run, Timed, reason, relative_error
+from lib.weights import fill
+
+import kernel_gpu
 
 Built = tuple[Run, Callable[[Any], torch.Tensor], torch.Tensor]  # the call, what of its result is compared, with what
 
@@ -79,7 +81,7 @@ class V3:
     """Its two modules, and what has been built of them."""
 
     def __init__(self) -> None:
-        import kernel
+        import kernel  # the V3 repository's, as is model
         import model
 
         assert Path(kernel.__file__ or "").parent.resolve() == ROOT.resolve(), kernel.__file__
@@ -121,7 +123,7 @@ class V3:
     # ---- kernels ----
 
     def dense(self, m: int, n: int, k: int, sets: int) -> Built:
-        data = bench_kernel.Dense(m, n, k, sets, DEVICE)
+        data = kernel_gpu.Dense(m, n, k, sets, DEVICE)
         if self.tuned != (n, k, m <= 128):
             self.kernel.fp8_gemm_kernel.cache.clear()
             self.tuned = (n, k, m <= 128)
@@ -129,22 +131,22 @@ class V3:
         return lambda i: fp8_gemm(data.q, data.q_s, data.ws[i], data.scales[i]), _as_it_is, data.exact()
 
     def norm(self, m: int, h: int, sets: int) -> Built:
-        data = bench_kernel.Residual(m, h, sets, DEVICE)
+        data = kernel_gpu.Residual(m, h, sets, DEVICE)
         with as_its_model_runs(), DEVICE:
             norm = self.model.RMSNorm(h)
         norm.weight.data = data.weight
         run: Run = lambda i: self.kernel.act_quant(norm(data.xs[i] + data.deltas[i]))  # noqa: E731
-        return run, lambda y: bench_kernel.widened(*y), data.exact()
+        return run, lambda y: kernel_gpu.widened(*y), data.exact()
 
     def silu(self, m: int, inter: int, sets: int) -> Built:
-        data = bench_kernel.GateUp(m, inter, sets, DEVICE)
+        data = kernel_gpu.GateUp(m, inter, sets, DEVICE)
         halves = [[half.contiguous() for half in x.chunk(2, dim=-1)] for x in data.xs]
         run: Run = lambda i: self.kernel.act_quant(F.silu(halves[i][0]) * halves[i][1])  # noqa: E731
-        return run, lambda y: bench_kernel.widened(*y), data.exact()
+        return run, lambda y: kernel_gpu.widened(*y), data.exact()
 
     def moe(self, m: int, h: int, inter: int, local: int, total: int, top: int, sets: int) -> Built:
         """Its MoE layer with a router that hands over the prepared choice, and without shared experts."""
-        data = bench_kernel.Experts(m, h, inter, local, total, top, sets, DEVICE)
+        data = kernel_gpu.Experts(m, h, inter, local, total, top, sets, DEVICE)
         self._ranks(total // local, "fp8")
         args = self.model.ModelArgs(
             dim=h, moe_inter_dim=inter, n_routed_experts=total, n_activated_experts=top, n_shared_experts=1,
@@ -159,7 +161,7 @@ class V3:
                 (expert.w3, data.w13[e], data.s13[e], data.pitch),
                 (expert.w2, data.w2[e], data.s2[e], 0),
             ):
-                at = row // bench_kernel.BLOCK
+                at = row // kernel_gpu.BLOCK
                 layer.weight.data = w[row : row + len(layer.weight)]
                 layer.scale.data = s[at : at + len(layer.scale)]
         gate, nothing = Hands(), Hands()
@@ -176,7 +178,7 @@ class V3:
 
     def decode(self, heads: int, b: int, length: int, sets: int) -> Built:
         """Its absorbed attention on prepared queries and caches, its projections replaced."""
-        data = bench_kernel.Cached(heads, b, length, sets, DEVICE)
+        data = kernel_gpu.Cached(heads, b, length, sets, DEVICE)
         self._ranks(1, "bf16")
         self.model.Linear.dtype = torch.bfloat16
         args = self.model.ModelArgs(dim=16, n_heads=heads, max_batch_size=1, max_seq_len=1)
@@ -188,11 +190,11 @@ class V3:
         caches = []
         for i in range(sets):
             rows = data.pool[data.tables[i]].flatten(1, 2)[:, :length]  # (B, L, C + R)
-            caches.append([part.contiguous() for part in rows.split([bench_kernel.C, bench_kernel.ROPE], dim=-1)])
+            caches.append([part.contiguous() for part in rows.split([kernel_gpu.C, kernel_gpu.ROPE], dim=-1)])
         queries = [torch.cat(pair, dim=-1).flatten(1)[:, None] for pair in zip(data.q_nope, data.q_pe, strict=True)]
         newest = [torch.cat([part[:, -1:] for part in cache], dim=-1) for cache in caches]
         x = torch.zeros(b, 1, 16, dtype=torch.bfloat16, device=DEVICE)
-        unturned = torch.ones(1, bench_kernel.ROPE // 2, dtype=torch.complex64, device=DEVICE)
+        unturned = torch.ones(1, kernel_gpu.ROPE // 2, dtype=torch.complex64, device=DEVICE)
 
         def run(i: int) -> torch.Tensor:
             q.given, latent.given = queries[i], newest[i]

@@ -1,9 +1,9 @@
 """One rank of the real DeepSeek-V3 on one GPU: how long its share of a step takes, beside what the hardware allows.
 
-    python benchmarks/bench_rank_slice.py --ranks 8 --output benchmarks/results/rank_slice.json     # 85 GB of weights
-    python benchmarks/bench_rank_slice.py --ranks 16 …                                              # 43 GB
-    python benchmarks/bench_rank_slice.py --limits                                                  # arithmetic alone
-    python benchmarks/bench_rank_slice.py --smoke                                                   # no GPU, no timing
+    python benchmarks/rank_step.py --ranks 8 --output benchmarks/results/rank_step.json     # 85 GB of weights
+    python benchmarks/rank_step.py --ranks 16 …                                              # 43 GB
+    python benchmarks/rank_step.py --limits                                                  # arithmetic alone
+    python benchmarks/rank_step.py --smoke                                                   # no GPU, no timing
 
 All layers and the MTP module, built as the engine builds them, with random FP8 weights drawn on the device. The other
 ranks are stood in for by a group that copies each message once and counts it: what it would take on the wire is
@@ -11,7 +11,7 @@ modelled beside, from the links that --links describes. A step is the forward, t
 argmax; its input tensors lie on the device. The limit is the bytes that must be read (weights once, routed experts as
 far as tokens choose them, latents) at the speed of a copy measured in the same run, or the operations at the tensor
 cores' peak, whichever is longer. The V3 repository's model.py runs the same slice in a process of its own afterwards
-(how to get it: bench_kernel.py).
+(how to get it: kernel_gpu.py).
 """
 
 import argparse
@@ -27,8 +27,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
-import report
+from lib import CONFIGS, report
+from lib.peers import Peer, find_v3
+from lib.timing import (
+    NO_TIMING,
+    Clock,
+    DeviceLost,
+    GpuClock,
+    Refused,
+    Timed,
+    asks_the_device,
+    clock_for,
+    lost,
+    reason,
+)
+from lib.weights import fill
+
 from core.batch import DECODE_ROWS, Batch
 from core.config import ModelArgs, load_config
 from core.numerics import Numerics
@@ -38,24 +52,6 @@ from model import MLP, Block, Gate, Linear, MoE, Transformer
 from ops.gpu import tiles
 from ops.gpu.device import architecture
 from parallel.group import Group
-from timing import (
-    NO_TIMING,
-    Clock,
-    DeviceLost,
-    GpuClock,
-    Peer,
-    Refused,
-    Timed,
-    asks_the_device,
-    clock_for,
-    fill,
-    find_v3,
-    lost,
-    reason,
-)
-
-CONFIGS = Path(__file__).parent.parent / "configs"
-
 
 # --------------------------------------------------------------------------------------------------------------------
 # Ranks that are not there

@@ -1,8 +1,8 @@
 """A whole model on one GPU, through the engine, beside transformers on the same GPU in the same run.
 
-    python benchmarks/bench_model.py v2-lite --output benchmarks/results/model_v2_lite.json
-    python benchmarks/bench_model.py moonlight --output benchmarks/results/model_moonlight.json
-    python benchmarks/bench_model.py v2-lite --smoke          # shrunk, on the CPU, no timing
+    python benchmarks/model_gpu.py v2-lite --output benchmarks/results/model_v2_lite.json
+    python benchmarks/model_gpu.py moonlight --output benchmarks/results/model_moonlight.json
+    python benchmarks/model_gpu.py v2-lite --smoke          # shrunk, on the CPU, no timing
 
 The shapes are the released models', the weights random: transformers draws them, writes a checkpoint (32 GB, kept in
 --checkpoint if that is given), and this engine reads it; both then sit on the GPU, so it needs 80 GB. A figure is the
@@ -24,8 +24,11 @@ from typing import Any
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
-import report
+from lib import CONFIGS, report
+from lib.checkpoints import write_transformers
+from lib.timing import NO_TIMING, Clock, clock_for, reason
+from lib.weights import fill
+
 from checkpoint.directory import Checkpoint
 from checkpoint.load import load_into
 from core.config import ModelArgs, load_config
@@ -34,9 +37,7 @@ from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from model import Transformer
-from timing import NO_TIMING, Clock, clock_for, fill, reason
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 MODELS = {"v2-lite": "config_16B.json", "moonlight": "config_moonlight.json"}
 SHRUNK = dict(vocab_size=512, dim=128, inter_dim=256, moe_inter_dim=64, n_layers=2, n_heads=2, n_routed_experts=8,
               n_activated_experts=2, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16,
@@ -76,12 +77,6 @@ class Theirs:
             self.model = getattr(transformers, name)(config).eval()
         torch.set_default_dtype(torch.float32)
         fill(self.model)
-
-    def save(self, path: Path) -> None:
-        self.model.save_pretrained(path)
-        raw = json.loads((path / "config.json").read_text())
-        raw["num_nextn_predict_layers"] = 0
-        (path / "config.json").write_text(json.dumps(raw))
 
     @torch.inference_mode()
     def answer(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], float, float]:
@@ -196,7 +191,7 @@ def main() -> int:
     theirs = Theirs(args, clock)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(options.checkpoint or scratch)
-        theirs.save(path)
+        write_transformers(theirs.model, path)
         longest = max(options.prompt + options.new, *options.prefill) + 1
         ours = Ours(path, args, clock, max(options.batches), longest, max(options.prefill))
     parameters = sum(p.numel() for p in theirs.model.parameters())

@@ -1,6 +1,6 @@
 """The CPU's C kernels beside what torch has: products of few rows and many, experts, and attention that decodes.
 
-    python benchmarks/bench_kernel_cpu.py --output benchmarks/results/kernel_cpu.json
+    python benchmarks/kernel_cpu.py --output benchmarks/results/kernel_cpu.json
 
 Every result is held to float64 first. Weights, in bfloat16, take turns, a gigabyte of them, so that none is still in a
 cache when it comes up again. The sides take turns; a figure is the best of a side's turns, a ratio is the median of the
@@ -13,14 +13,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "inference"))
-import report
+from lib import report
+from lib.timing import take_turns, timed
+
 from core.batch import Batch
 from core.errors import UserError
 from ops import reference
@@ -42,18 +42,16 @@ def check(y: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 def compare(name: str, sides: Sides, copies: int, size: int, operations: int, turns: int) -> dict[str, Any]:
     """One row: size bytes and so many operations a call."""
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(turns):
-        for side in sides if turn % 2 == 0 else reversed(sides):
-            began = time.perf_counter()
-            for i in range(copies):
-                sides[side](i)
-            seconds[side].append((time.perf_counter() - began) / copies)
+
+    def of_each_copy(run: Callable[[int], torch.Tensor]) -> Callable[[], object]:
+        return lambda: [run(i) for i in range(copies)][:0]
+
+    seconds, ratios = take_turns({side: timed(of_each_copy(run)) for side, run in sides.items()}, turns)
     row: dict[str, Any] = {"name": name}
     for side, taken in seconds.items():
-        best = min(taken)
+        best = min(taken) / copies
         row[side] = {"us": best * 1e6, "gb_s": size / best / 1e9, "gflops": operations / best / 1e9}
-        row[side]["ratio"] = statistics.median(t / o for o, t in zip(seconds["ours"], taken, strict=True))
+        row[side]["ratio"] = statistics.median(ratios.get(side, [1.0]))
     text = "   ".join(
         f"{side} {f['us']:8.0f} us {f['gb_s']:5.1f} GB/s {f['gflops']:4.0f} GFLOPS ({f['ratio']:.2f} x ours)"
         for side, f in row.items() if isinstance(f, dict)

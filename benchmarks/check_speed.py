@@ -1,6 +1,6 @@
 """Time and peak memory of check_checkpoint.py: headers alone at V3's size, and every byte of a smaller checkpoint.
 
-    python benchmarks/bench_check.py --output benchmarks/results/check.json
+    python benchmarks/check_speed.py --output benchmarks/results/check_speed.json
 
 The first checkpoint has all of V3's 91,991 tensors in files of the released size, with real headers and, where the
 weights would be, holes that take no disk. The second has V3's widths, and lies in the page cache: what is measured is
@@ -9,46 +9,18 @@ the program, not the disk. Neither has a tokenizer, which is the one fault that 
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import report
-from bench_convert import INFERENCE, SHARD, V3, make, measure  # puts inference/ on the path
-from checkpoint.manifest import HF_INDEX
-from checkpoint.table import expected_tensors
-from checkpoint.writing import Writer
-from core.config import ModelArgs
+from lib import INFERENCE, report
+from lib.checkpoints import V3, write_holes, write_random
+from lib.machine import measure_child
 
 LIMIT = 2048  # MiB
 WHOLE = V3 | {"num_hidden_layers": 61, "first_k_dense_replace": 3, "n_routed_experts": 256}
 SMALL = V3 | {"num_hidden_layers": 2, "vocab_size": 16384}
-
-
-def make_holes(folder: Path, config: dict[str, Any]) -> None:
-    """Writes the headers of a checkpoint, and nothing else, into files of full length."""
-    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
-    room = SHARD
-    for spec in expected_tensors(ModelArgs.from_hf(config), quantised=True).values():
-        nbytes = torch.Size(spec.shape).numel() * spec.dtype.itemsize
-        if nbytes > room:
-            shards.append({})
-            room = SHARD
-        shards[-1][spec.hf] = spec.dtype, spec.shape
-        room -= nbytes
-    weight_map: dict[str, str] = {}
-    for i, tensors in enumerate(shards):
-        file = folder / f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        weight_map |= dict.fromkeys(tensors, file.name)
-        writer = Writer(file, tensors, {"format": "pt"})
-        file.write_bytes(writer.header)
-        os.truncate(file, writer.size)
-    (folder / HF_INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def main() -> int:
@@ -60,8 +32,8 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.temp) as temp:
         for what, config, fill, flags in (
-            ("headers alone, V3", WHOLE, make_holes, ["--quick"]),
-            ("every byte", SMALL, make, []),
+            ("headers alone, V3", WHOLE, write_holes, ["--quick"]),
+            ("every byte", SMALL, write_random, []),
         ):
             folder = Path(temp, what)
             folder.mkdir()
@@ -71,7 +43,7 @@ def main() -> int:
             for _ in range(options.turns):
                 command = [sys.executable, str(INFERENCE / "check_checkpoint.py"), str(folder), "--json", *flags]
                 with open(result, "w") as output:
-                    turns.append(measure(command, output, status=1))
+                    turns.append(measure_child(command, output, status=1))
             told = json.loads(result.read_text())
             assert [finding["check"] for finding in told["findings"]] == ["tokenizer"], told["findings"]
             best = min(turns, key=lambda turn: turn["seconds"])
