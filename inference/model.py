@@ -1,6 +1,8 @@
-"""What DeepSeek-V3 computes: MLA attention, DeepSeekMoE layers and the multi-token prediction head, written once.
+"""The network of DeepSeek-V3: MLA attention, DeepSeekMoE layers and the multi-token prediction module, written once.
 
-References: "V3" is the DeepSeek-V3 technical report (arXiv 2412.19437), "V2" the DeepSeek-V2 report (2405.04434).
+Numbers in brackets are equations of the DeepSeek-V3 technical report (arXiv 2412.19437); "V2" is the DeepSeek-V2 report
+(arXiv 2405.04434). Every op is a method of `ops`, the backend that the model is built with (ops/reference.py specifies
+them). The model names a group's collectives and no rank's number.
 
 Shapes in comments:
     T  tokens of all sequences, one after another     B  sequences             H  hidden size (args.dim)
@@ -31,7 +33,7 @@ INNER_NORM_EPS = 1e-6  # of q_norm and kv_norm in the released code, whatever rm
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, in float32, rounded once."""
+    """RMSNorm over the last dimension, computed in float32 and rounded once."""
 
     def __init__(self, dim: int, eps: float, dtype: torch.dtype, ops: ReferenceBackend):
         super().__init__()
@@ -39,7 +41,7 @@ class RMSNorm(nn.Module):
         self.weight = _parameter(dim, dtype=dtype)
 
     def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
-        """Of x (T, H), or of x + delta."""
+        """The norm of x (T, H), or of x + delta, in x's dtype."""
         y, _ = self.ops.norm(x, self.weight, self.eps, delta)
         assert isinstance(y, torch.Tensor)
         return y
@@ -47,16 +49,17 @@ class RMSNorm(nn.Module):
     def add(
         self, x: torch.Tensor, delta: torch.Tensor | None, fp8: Scales | None, keep: bool = False
     ) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
-        """Of x + delta, in the form the linear with this `fp8` takes (`keep`: and in x's dtype), and x + delta."""
+        """The norm of x + delta, and x + delta. The norm is quantised if `fp8` names the scales, as the next linear's
+        `fp8` does; `keep` keeps it in x's dtype too."""
         return self.ops.norm(x, self.weight, self.eps, delta, fp8, keep)
 
 
 class Linear(nn.Module):
     """A projection without bias, or `experts` of them stacked; e4m3 with 128x128 block scales where `num` keeps FP8.
 
-    Projections of the same input are one matrix product: `parts` gives their names on disk and their widths. Part i is
-    the rows from starts[i] on. FP8 parts start at whole blocks, so that each keeps its own scales; the rows between
-    are zeros. Parts of one width lie equally far apart: gate and up are the halves of their product.
+    Projections of the same input are one matrix product: `parts` gives their names on disk and their widths. Part i
+    begins at row starts[i]. FP8 parts begin at whole blocks, so that each keeps its own scales; the rows between are
+    zeros. Parts of one width are equally far apart: gate and up are the halves of their product.
     """
 
     scale: nn.Parameter | None
@@ -95,7 +98,7 @@ class Linear(nn.Module):
 
     @property
     def fp8(self) -> Scales | None:
-        """The scales this projection wants its input quantised with, if at all."""
+        """The format of the scales that its input is quantised with (W8A8); None: it takes plain input."""
         return self.w.fp8
 
     def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
@@ -118,7 +121,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding with the vocabulary split over the ranks."""
+    """Token embedding, the vocabulary split over the ranks."""
 
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group):
         super().__init__()
@@ -134,7 +137,7 @@ class Embedding(nn.Module):
 
 
 class MLA(nn.Module):
-    """Multi-head latent attention (V2 section 2.1, V3 section 2.1.1): a token is cached as one latent of C + R values.
+    """Multi-head latent attention (V3 section 2.1.1): a token is cached as one latent of C + R values.
 
     The heads are split over the ranks; the latent is the same on every rank.
     """
@@ -146,7 +149,7 @@ class MLA(nn.Module):
         super().__init__()
         self.args, self.tp, self.dtype, self.ops = args, tp, num.dtype, ops
         self.n_heads = tp.split(args.n_heads, "n_heads")
-        # W^DQ with W^DKV and W^KR (V3 equations 1, 3 and 6); without a query latent W^Q takes W^DQ's place
+        # W^DQ with W^DKV and W^KR (1, 3, 6); a model without a query latent has W^Q in the place of W^DQ
         if args.q_lora_rank:
             self.wqkv_a = Linear(args.dim, {"wq_a": args.q_lora_rank, "wkv_a": args.latent_dim}, num, ops)
             self.q_norm = RMSNorm(args.q_lora_rank, INNER_NORM_EPS, num.dtype, ops)
@@ -159,7 +162,7 @@ class MLA(nn.Module):
         self.wo = Linear(self.n_heads * args.v_head_dim, args.dim, num, ops)
 
     def prepare(self) -> None:
-        """Splits wkv_b into W^UK and W^UV (V2 equations 10 and 11), dequantised once."""
+        """Splits wkv_b into W^UK and W^UV (2, 5), dequantised once."""
         kv_b = self.wkv_b.dequantised(self.dtype).unflatten(0, (self.n_heads, -1))  # (N, dn + dv, C)
         w_uk, w_uv = kv_b.split([self.args.qk_nope_head_dim, self.args.v_head_dim], dim=1)
         self.register_buffer("w_uk", w_uk.contiguous(), persistent=False)
@@ -169,21 +172,23 @@ class MLA(nn.Module):
     def forward(
         self, x: torch.Tensor | Quantised, batch: Batch, latents: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """x (T, H), latents (n_pages, PAGE_SIZE, C + R), written at batch.slots and then read; returns (T, H)."""
+        """x (T, H) to (T, H). Writes the tokens' latents into this layer's (n_pages, PAGE_SIZE, C + R) at batch.slots,
+        then attends to all latents of each sequence. cos, sin: (T, R/2) float32."""
         args = self.args
-        q, kv = self.wqkv_a.split(self.wqkv_a(x))  # one product for the paper's two: (T, Q), (T, C + R)
+        q, kv = self.wqkv_a.split(self.wqkv_a(x))  # (1, 3, 6) in one product: (T, Q), (T, C + R)
         if args.q_lora_rank:
-            q = self.wq_b(self.q_norm.add(q, None, self.wq_b.fp8)[0])
+            q = self.wq_b(self.q_norm.add(q, None, self.wq_b.fp8)[0])  # (7, 8)
         q_nope, q_pe = q.unflatten(-1, (self.n_heads, -1)).split([args.qk_nope_head_dim, args.qk_rope_head_dim], dim=-1)
         c_kv, k_pe = kv.split([args.kv_lora_rank, args.qk_rope_head_dim], dim=-1)
         norm = self.kv_norm
+        # RoPE of (3) and (8), and the cache write
         q_pe = self.ops.latent_write(c_kv, k_pe, norm.weight, norm.eps, cos, sin, q_pe, batch.slots, latents)
-        o = self.ops.mla(q_nope, q_pe, latents, batch, self.w_uk, self.w_uv, args.softmax_scale)
-        return self.tp.all_reduce(self.wo(o.flatten(1)))  # (T, N, dv) -> (T, H)
+        o = self.ops.mla(q_nope, q_pe, latents, batch, self.w_uk, self.w_uv, args.softmax_scale)  # (10): (T, N, dv)
+        return self.tp.all_reduce(self.wo(o.flatten(1)))  # (11): (T, H)
 
 
 class MLP(nn.Module):
-    """SwiGLU, its inner width split over the ranks. The result is this rank's part of a sum."""
+    """SwiGLU, its inner width split over the ranks: x (T, H) to this rank's partial sum (T, H)."""
 
     def __init__(self, dim: int, inter_dim: int, num: Numerics, tp: Group, ops: ReferenceBackend, what: str):
         super().__init__()
@@ -201,7 +206,7 @@ class MLP(nn.Module):
 
 
 class Gate(nn.Module):
-    """The router (V3 equations 14 to 16), in float32 throughout."""
+    """The router (13 to 16), in float32 throughout."""
 
     bias: nn.Parameter | None
 
@@ -222,8 +227,8 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """This rank's routed experts, stacked: a share of them whole, or a share of the inner width of every one, so that
-    all ranks work on each token. The result is this rank's part of a sum either way.
+    """This rank's routed experts, stacked: with num.experts "whole" some experts, with "split" a share of the inner
+    width of every one. Either way the result is this rank's partial sum (T, H).
     """
 
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend):
@@ -251,7 +256,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """DeepSeekMoE (V3 equation 12): routed experts, and shared ones that see every token. A rank's part of a sum."""
+    """DeepSeekMoE (12): routed experts, and shared ones for every token. The result is this rank's partial sum."""
 
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend):
         super().__init__()
@@ -267,13 +272,13 @@ class MoE(nn.Module):
         return self.experts.w13.fp8
 
     def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
-        """x (T, H), which the router needs as it was even where the experts take it Quantised."""
+        """x (T, H) to (T, H). A Quantised x must have kept x itself, which the router takes."""
         shared = None if self.shared_experts is None else partial(self.shared_experts, x)
         return self.experts(x, *self.gate(x.x if isinstance(x, Quantised) else x), shared)
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind its norm and around a residual."""
+    """A transformer layer: attention and feed-forward, each after its norm and with a residual."""
 
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend, dense: bool):
         super().__init__()
@@ -292,16 +297,16 @@ class Block(nn.Module):
         cos: torch.Tensor,
         sin: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream x (T, H) and what is yet to be added to it, before and behind this layer: every addition
-        is left to the norm that comes next, which is then one op with it."""
+        """The residual stream x (T, H) and the output still to be added to it, before and after this layer: the next
+        norm does each addition, so that both are one op."""
         y, x = self.attn_norm.add(x, delta, self.attn.wqkv_a.fp8)
         y, x = self.ffn_norm.add(x, self.attn(y, batch, latents, cos, sin), self.ffn.fp8, keep=True)
         return x, self.tp.all_reduce(self.ffn(y))
 
 
 class MTP(Block):
-    """The multi-token prediction module (V3 section 2.2): from a hidden state and the token after it, the state that
-    predicts the token after that. Embedding and head are the main model's.
+    """The multi-token prediction module (V3 section 2.2): from the hidden state of token i and token i + 1, the hidden
+    state that predicts token i + 2. Embedding and head are the main model's.
     """
 
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend):
@@ -312,12 +317,12 @@ class MTP(Block):
         self.norm = RMSNorm(args.dim, args.norm_eps, num.dtype, ops)
 
     def combine(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The embedding comes first, as in the released weights (V3 equation 21 has the other order)."""
+        """M_k of (21), (T, H). The embedding comes first, as in the released weights; (21) has the other order."""
         return self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
 
 
 class Transformer(nn.Module):
-    """One rank's share of the model. Weights are uninitialised until something loads them; then call `prepare`."""
+    """One rank's share of the model. Its weights are uninitialised: load them, then call `prepare`."""
 
     inv_freq: torch.Tensor
 
@@ -330,10 +335,10 @@ class Transformer(nn.Module):
         mtp: bool | None = None,
         backend: ReferenceBackend | None = None,
     ):
-        """`mtp` False leaves the MTP module out (a checkpoint may lack it); None builds it if args has it. `backend`
-        computes every op; None is the fastest one for the device and these numerics.
+        """tp: the ranks that share the model. mtp: whether to build the MTP module, which a checkpoint may lack; None:
+        if args has it. backend: computes every op; None: the fastest one for the device and the numerics.
 
-        Raises UserError when a size does not divide by the ranks.
+        Raises UserError if a size does not divide by the ranks.
         """
         super().__init__()
         self.args, self.num, self.tp = args, num, tp
@@ -353,20 +358,20 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     def prepare(self) -> "Transformer":
-        """After loading: splits and dequantises wkv_b, lets the backend pack weights. Returns self."""
+        """Call after loading: splits and dequantises wkv_b, has the backend pack all weights. Returns self."""
         for module in list(self.modules()):
             if isinstance(module, MLA):
                 module.prepare()
         for module in list(self.modules()):
             if isinstance(module, Gate) or module is self.head:
-                _replace_weight(module, self.ops.pack_float32_weight(module.weight.data))
+                _replace_weight(module, self.ops.pack_float32_weight(module.weight))
             elif isinstance(module, Linear):
                 module.prepare()
         return self
 
     def new_cache(self, n_pages: int) -> torch.Tensor:
-        """The paged latents of every layer, the MTP module's last: (layers, n_pages, PAGE_SIZE, C + R), or rows of
-        bytes in place of C + R values where they are kept in FP8."""
+        """Zeroed latents of every layer, the MTP module's last: (layers, n_pages, PAGE_SIZE, C + R) in the numerics'
+        dtype; with fp8_latents rows of packed_latent_bytes uint8 in place of C + R values."""
         args, shape = self.args, (len(self.layers) + len(self.mtp), n_pages, PAGE_SIZE)
         if self.num.fp8_latents:
             width, dtype = packed_latent_bytes(args.kv_lora_rank, args.qk_rope_head_dim), torch.uint8
@@ -376,12 +381,12 @@ class Transformer(nn.Module):
 
     @property
     def page_bytes(self) -> int:
-        """Memory of one page, all layers together."""
+        """Bytes of one page in all layers."""
         return self.new_cache(1).nbytes
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
-        """Hidden states (T, H) after the final norm; writes the tokens' latents into the cache."""
+        """Hidden states (T, H) of the batch's tokens after the final norm. Writes their latents into the cache."""
         cos, sin = self.angles(batch.positions)
         x, delta = self.embed(batch.tokens), None
         for layer, latents in zip(self.layers, cache, strict=False):
@@ -390,9 +395,10 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def draft(self, batch: Batch, hidden: torch.Tensor, cache: torch.Tensor, k: int = 0) -> torch.Tensor:
-        """The MTP module on hidden states (T, H) and the tokens that follow them: the states predicting one further.
+        """Hidden states (T, H) of MTP module k, which predict one token further than `hidden` (T, H) does.
 
-        `batch.tokens` holds the *next* tokens; positions, slots and pages are those of the hidden states.
+        batch.tokens holds the *next* tokens; positions, slots and pages are those of the hidden states. Writes the
+        module's latents into the cache.
         """
         module = self.mtp[k]
         assert isinstance(module, MTP)
@@ -402,20 +408,20 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, H) to (rows, V), float32, on every rank: ask only for rows that are sampled or scored."""
+        """Hidden states (rows, H) to logits (rows, V) float32, on every rank."""
         return self.tp.all_gather(self.ops.project_float32(hidden, self.head.weight))
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (T, R/2), float32, of the rotary embedding at these positions."""
+        """cos and sin (T, R/2) float32 of the rotary embedding at positions (T,)."""
         angle = positions.float().unsqueeze(-1) * self.inv_freq
         return angle.cos() * self.args.rope_multiplier, angle.sin() * self.args.rope_multiplier
 
 
 def yarn_frequencies(args: ModelArgs) -> torch.Tensor:
-    """Rotary frequencies (R/2,), float32, stretched by YaRN (arXiv 2309.00071, section 3.2) if the config has it.
+    """Rotary frequencies (R/2,) float32, stretched by YaRN (arXiv 2309.00071, section 3.2) if the config has it.
 
-    A pair that turns more than beta_fast times within the original length keeps its frequency, one that turns less
-    than beta_slow times is slowed by the whole factor, and a linear ramp lies between.
+    A pair that turns more than beta_fast times within the original length keeps its frequency; one that turns less than
+    beta_slow times has its frequency divided by the factor; between them lies a linear ramp.
     """
     dim, base = args.qk_rope_head_dim, args.rope_theta
     freqs = 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
@@ -433,7 +439,7 @@ def yarn_frequencies(args: ModelArgs) -> torch.Tensor:
 
 
 def _replace_weight(module: Any, packed: Any) -> None:
-    """Puts a backend's own form of a loaded weight, a tensor or not, in the parameter's place."""
+    """Puts a packed weight, a tensor or not, in the parameter's place, unless it is the parameter."""
     if packed is not module.weight:
         del module.weight
         module.weight = packed

@@ -1,4 +1,4 @@
-"""What a run computes in, as opposed to what the model is."""
+"""The types a run computes in, and the promises it makes about bits."""
 
 from dataclasses import dataclass
 from typing import Literal

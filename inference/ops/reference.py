@@ -398,7 +398,7 @@ def latent_write(
     returns q_pe (T, N, R) rotated.
 
     cos and sin are (T, R/2) float32; slots (T,), of which negative ones are written nowhere; latents
-    (n_pages, page, C + R) in c_kv's dtype, or rows of bytes as pack_latents makes them. V2 equations 9, 14 and 15.
+    (n_pages, page, C + R) in c_kv's dtype, or rows of bytes as pack_latents makes them. V3 equations 1, 3 and 8.
     """
     latent = torch.cat((rms_norm(c_kv, weight, eps), rotary(k_pe, cos, sin)), dim=-1)  # (T, C + R)
     if latents.dtype == torch.uint8:

@@ -245,6 +245,36 @@ def test_a_second_model_changes_nothing_in_the_first(tmp_path):
     assert torch.equal(hidden_states(a, ids), before)
 
 
+class Recorder(ReferenceBackend):
+    """The reference, and the names of the ops that were asked of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = set()
+
+    def __getattribute__(self, name):
+        if not name.startswith("_") and callable(getattr(ReferenceBackend, name, None)):
+            self.called.add(name)
+        return super().__getattribute__(name)
+
+
+def test_two_models_compute_each_by_its_own_backend(tmp_path):
+    """In one process, on the same weights, in turn: each gives the bits that it gives alone."""
+    path = random_checkpoint(tmp_path / "c", V3)
+    ids = tokens(40, V3["vocab_size"])
+    recorder = Recorder()
+    kinds = [(Numerics(), None), (Numerics(), recorder), (Numerics(batch_invariant=True), None), (Numerics(torch.float32), None)]
+    alone = [hidden_states(ours(path, num, backend=backend), ids, [30, 10]) for num, backend in kinds]
+    assert recorder.called >= {"pack_weight", "pack_float32_weight", "linear", "norm", "router", "experts", "latent_write", "mla"}
+    models = [ours(path, num, backend=backend) for num, backend in kinds]
+    assert len({id(model.ops) for model in models}) == len(models)
+    for model, expected in zip(models * 2, alone * 2, strict=True):
+        recorder.called.clear()
+        assert torch.equal(hidden_states(model, ids, [30, 10]), expected)
+        assert bool(recorder.called) == (model.ops is recorder)
+    assert not any(torch.equal(a, b) for i, a in enumerate(alone) for b in alone[:i])
+
+
 def test_full_size_shapes_on_the_meta_device():
     """The 671B model builds at TP 1, 8 and 16, with as many parameters as the report says: 671B, and 14B with MTP."""
     from core.config import load_config

@@ -49,7 +49,7 @@ class Tile:
         return sizes | own
 
     def for_channels(self, k: int) -> "Tile":
-        """This tile with no more stages than K has blocks, but at least 2 (an expert's share may have 2)."""
+        """With no more stages than K has blocks (an expert split by its inner width has two), and at least 2."""
         return replace(self, stages=max(2, min(self.stages, math.ceil(k / BLOCK_SIZE))))
 
     def __str__(self) -> str:
