@@ -13,43 +13,37 @@ Exit status: 0 no faults (there may be warnings); 1 faults; 2 wrong use.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
-from cli import interrupts
-
-# isort: split
-from core.errors import UserError
+from cli.main import discard_output, run_command
 
 
-def main() -> int:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="directory of the checkpoint")
     parser.add_argument("--quick", action="store_true", help="headers alone, no weights or scales: takes seconds")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     parser.add_argument("--config", type=Path, metavar="FILE", help="the model's config, where the directory has none")
-    options = parser.parse_args()
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    return parser.parse_args(arguments)
 
-    import torch  # takes seconds
+
+def run(options: argparse.Namespace) -> int:
+    import torch
 
     from checkpoint.check import check
 
-    interrupts.heed()
     torch.set_num_threads(1)  # the check has threads of its own
-    try:
-        report = check(options.checkpoint, options.quick, options.config)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    report = check(options.checkpoint, options.quick, options.config)
     try:
         print(json.dumps(report.as_json(), indent=1) if options.json else "\n".join(report.lines()), flush=True)
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        discard_output()
     return 0 if report.ok else 1
+
+
+def main() -> int:
+    return run_command(parse, run)
 
 
 if __name__ == "__main__":

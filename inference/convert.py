@@ -21,13 +21,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from cli import interrupts
-
-# isort: split
-from core.errors import UserError
+from cli.main import run_command
 
 
-def main() -> int:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--hf-ckpt-path", type=Path, help="directory of the Hugging Face checkpoint")
     parser.add_argument("--save-path", type=Path, help="directory for the converted files")
@@ -40,25 +37,25 @@ def main() -> int:
         help="a rank gets some routed experts whole, or a share of each (default: split where their width divides)",
     )
     parser.add_argument("--verify", type=Path, metavar="DIR", help="instead: compare a directory with its manifest")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     wanted = (options.hf_ckpt_path, options.save_path, options.model_parallel)
     if sum(value is not None for value in wanted) != (len(wanted) if options.verify is None else 0):
         parser.error("give --hf-ckpt-path, --save-path and --model-parallel, or --verify alone")
+    return options
 
-    from checkpoint.convert import convert  # these import torch, which takes seconds
+
+def run(options: argparse.Namespace) -> int:
+    from checkpoint.convert import convert
     from checkpoint.manifest import verify_command
 
-    interrupts.heed()
-    try:
-        if options.verify:
-            return verify_command(options.verify)
-        convert(*wanted, options.n_experts, experts=options.experts)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if options.verify:
+        return verify_command(options.verify)
+    convert(options.hf_ckpt_path, options.save_path, options.model_parallel, options.n_experts, experts=options.experts)
     return 0
+
+
+def main() -> int:
+    return run_command(parse, run)
 
 
 if __name__ == "__main__":

@@ -16,37 +16,34 @@ import argparse
 import sys
 from pathlib import Path
 
-from cli import interrupts
-
-# isort: split
-from core.errors import UserError
+from cli.main import run_command
 
 
-def main() -> int:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--input-fp8-hf-path", type=Path, help="directory of the FP8 checkpoint")
     parser.add_argument("--output-bf16-hf-path", type=Path, help="directory for the BF16 checkpoint")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to dequantise")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="instead: compare a directory with its manifest")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     wanted = (options.input_fp8_hf_path, options.output_bf16_hf_path)
     if sum(value is not None for value in wanted) != (len(wanted) if options.verify is None else 0):
         parser.error("give --input-fp8-hf-path and --output-bf16-hf-path, or --verify alone")
+    return options
 
-    from checkpoint.cast import cast  # these import torch, which takes seconds
+
+def run(options: argparse.Namespace) -> int:
+    from checkpoint.cast import cast
     from checkpoint.manifest import verify_command
 
-    interrupts.heed()
-    try:
-        if options.verify:
-            return verify_command(options.verify)
-        cast(*wanted, options.device)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    if options.verify:
+        return verify_command(options.verify)
+    cast(options.input_fp8_hf_path, options.output_bf16_hf_path, options.device)
     return 0
+
+
+def main() -> int:
+    return run_command(parse, run)
 
 
 if __name__ == "__main__":
