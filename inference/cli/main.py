@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Options = TypeVar("Options")
-NOT_THE_ENGINES = ("device", "verify", "threads", "timeout", "eager", "prefix_reuse")  # RunConfig's, for `load` itself
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -174,14 +173,13 @@ def load(
         config = config.for_serving()
     engine = Engine.from_pretrained(
         options.ckpt_path,
+        config,
         config=options.config,
         device=device,
         tp=startup.on(device, tp),
         progress=True,
         chat=chat,
         thinking=thinking,
-        graphs=False if config.eager else None,
-        **{f.name: getattr(config, f.name) for f in fields(config) if f.name not in NOT_THE_ENGINES},
     )
     return engine, prepared
 
