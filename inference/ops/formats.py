@@ -14,7 +14,7 @@ Scales = Literal["float32", "ue8m0"]  # of quantised activations: any float32, o
 class Weight(NamedTuple):
     """What a linear multiplies by: (N, K), or experts stacked (E, N, K), with block scales when it is e4m3."""
 
-    data: Any  # a tensor; after `prepare` perhaps a packed form
+    data: Any  # a tensor, or what a backend's pack_weight made of it
     scale: torch.Tensor | None = None
     gemm: Gemm = "bf16"
     scale_fmt: str | None = None

@@ -1,11 +1,11 @@
-/* The ops of kernel_cpu.py, in bfloat16 with float32 sums: as reference.py has them, but fused, and rounded only where
+/* The functions that kernels.py wraps, in bfloat16 with float32 sums: as reference.py has them, but fused, and rounded only where
  * a result is. Compiled on the machine that runs them; GCC and Clang both know these vectors, and split them up where
  * the processor's are shorter.
  *
  * A weight (N, K) lies packed in panels of WIDTH rows: for each k the WIDTH values that x[k] multiplies, one cache line
  * with AVX-512, zeros behind the last row. Value 2i is row i, value 2i + 1 row LANES + i, so that a shift and a mask
  * make two float32 vectors of a line. A product's sum runs over k in order whatever the number of rows, so a row's
- * result does not depend on its company.
+ * result does not depend on the other rows.
  *
  * Shapes as in model.py. `threads` are those of torch, whose OpenMP library this one shares.
  */

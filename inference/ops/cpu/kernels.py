@@ -1,10 +1,10 @@
-"""The CPU's ops in C: kernel_cpu.c, compiled when it is first needed, and a function on tensors for each of its own.
+"""The CPU's ops in C: compiles kernels.c when it is first needed, and wraps each of its functions for tensors.
 
-They take bfloat16, sum in float32 and round once, at the end. Every one is held to its reference by a test. Where there
-is no C compiler, `library` gives None, and cpu.py does without.
+They take bfloat16, sum in float32 and round once, at the end. A test holds every one to its reference. Without a C
+compiler `library` returns None, and CpuBackend serves in place of CompiledCpuBackend.
 
-C is for what torch's own ops cannot give: a product with few rows at the memory's speed and one with many at the
-processor's, from the same packed weights, and a layer in a dozen calls where it took two hundred.
+C does what torch's own ops cannot: from the same packed weights it multiplies few rows at the memory's speed and many
+at the processor's, and it computes a layer in a dozen calls instead of two hundred.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from ops.formats import Routing
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-CHUNK_BYTES = 3 << 18  # of a product's input, in float32, that is to stay in a core's cache beside a panel of weights
-BUNDLE_ROWS = 256  # of several experts, whose weights are read in one go
+CHUNK_BYTES = 3 << 18  # of a product's float32 input, which stays in a core's cache with a panel of weights
+BUNDLE_ROWS = 256  # rows of the experts that are computed together
 
 # --------------------------------------------------------------------------------------------------------------------
 # The library
@@ -38,19 +38,19 @@ BUNDLE_ROWS = 256  # of several experts, whose weights are read in one go
 
 
 def library() -> Any | None:
-    """The compiled kernels, or None: see why_not."""
+    """The compiled kernels, or None for the reason that why_not gives."""
     return _attempt()[0]
 
 
 def _kernels() -> Any:
-    """Those, for a caller that knows that they are there."""
+    """The compiled kernels, which must exist."""
     found = library()
     assert found is not None, why_not()
     return found
 
 
 def why_not() -> str:
-    """Why there are no compiled kernels; empty if there are."""
+    """Why there are no compiled kernels; empty if there are some."""
     return _attempt()[1]
 
 
@@ -70,7 +70,7 @@ def _attempt() -> tuple[Any | None, str]:
 
 
 def load(made: Path) -> Any:
-    """A library that `build` made, each of its functions with the types that the source declares."""
+    """Opens a library that `build` made and gives each function the types that the source declares."""
     found = ctypes.CDLL(str(made))
     for result, name, arguments in re.findall(r"^(void|int64_t) (\w+)\(([^)]*)\) \{", _source(), re.MULTILINE):
         function = getattr(found, name)
@@ -84,12 +84,12 @@ def _source() -> str:
 
 
 def compiler() -> list[str]:
-    """The C compiler's command: $CC, or the first of the usual names that is there."""
+    """The C compiler's command: $CC, or the first of cc, gcc and clang that exists."""
     return shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
 
 
 def build(command: list[str], flags: tuple[str, ...]) -> Path:
-    """The library's file, made anew unless this source has been compiled for this processor before.
+    """The library's file. Compiles the source unless the cache has it for this processor, compiler and these flags.
 
     Raises OSError, subprocess.SubprocessError or, for a command that is none, ValueError if it cannot be made.
     """
@@ -104,7 +104,7 @@ def build(command: list[str], flags: tuple[str, ...]) -> Path:
         os.close(descriptor)
         try:
             _run([*command, *flags, str(SOURCE), "-o", fresh, "-lm"])
-            os.replace(fresh, made)  # whole or not at all: other ranks may be at it too
+            os.replace(fresh, made)  # atomic: other ranks may compile it too
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(fresh)
@@ -117,7 +117,7 @@ def _run(command: list[str]) -> str:
 
 
 def _cache() -> Path:
-    """A directory in which nobody else can have put a library: the user's cache, or one of this process's own."""
+    """A directory that only this user can write to: the user's cache, or a temporary one of this process."""
     with contextlib.suppress(OSError, RuntimeError):
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek-v3-inference"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -129,12 +129,12 @@ def _cache() -> Path:
 
 @functools.cache
 def _own_folder() -> tempfile.TemporaryDirectory[str]:
-    """Removed at the process's end."""
+    """A temporary directory that is removed when the process ends."""
     return tempfile.TemporaryDirectory()
 
 
 def _argument(declared: str) -> Any:
-    """How ctypes passes what C declares."""
+    """The ctypes type of an argument as C declares it."""
     if "*" not in declared:
         return {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}[declared.split()[-2]]
     dtype = {
@@ -145,7 +145,7 @@ def _argument(declared: str) -> Any:
 
 @functools.cache
 def _pointer(dtype: torch.dtype | None) -> Any:
-    """What ctypes passes for a tensor of this dtype, or for None."""
+    """The ctypes type of a pointer to a tensor of this dtype (None: of any), or to nothing."""
     address = ctypes.c_void_p
 
     class Pointer:
@@ -160,12 +160,12 @@ def _pointer(dtype: torch.dtype | None) -> Any:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x with neighbouring numbers in its last dimension."""
+    """x, or a copy of it, with stride 1 in its last dimension."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _threads(work: int) -> int:
-    """For so many numbers to go through: waking the others takes some microseconds."""
+    """Threads for `work` numbers: one if there are few, since waking the others takes some microseconds."""
     return torch.get_num_threads() if work > 1 << 13 else 1
 
 
@@ -197,13 +197,13 @@ def panel_width() -> int:
 
 
 def packed_numbers(n: int, k: int) -> int:
-    """How many numbers (N, K) takes when packed."""
+    """How many numbers a packed (N, K) weight has, with its padding."""
     width = panel_width()
     return -(-n // width) * width * k
 
 
 def pack(w: torch.Tensor) -> Packed:
-    """(N, K) or (E, N, K), bfloat16. A stack whose N is whole panels is packed where it lies, and is w no more."""
+    """Packs bfloat16 w (N, K) or (E, N, K). A stack whose N is whole panels is packed in place, which destroys w."""
     pack_one, width, (n, k) = _kernels().pack, panel_width(), w.shape[-2:]
     w = w.contiguous()
     shape = (*w.shape[:-2], -(-n // width), k, width)
@@ -230,7 +230,7 @@ def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype) -> torch.Tensor:
 
 
 def chunk_rows(k: int) -> int:
-    """How many rows of K are multiplied by all weights before the next: whole blocks of any processor's rows."""
+    """How many rows of K channels a product takes at a time: a multiple of every processor's row block."""
     return max(1, CHUNK_BYTES // (4 * k) // 12) * 12
 
 
@@ -249,7 +249,7 @@ def silu_mul(gate_up: torch.Tensor, inter: int) -> torch.Tensor:
 
 
 def route(logits: torch.Tensor, bias: torch.Tensor | None, rule: Routing) -> tuple[torch.Tensor, torch.Tensor]:
-    """As reference.route; of equal choices the first is taken."""
+    """As reference.route; of equal scores the lowest id is chosen."""
     t, e = logits.shape
     assert e >= rule.top_k
     weights = logits.new_empty(t, rule.top_k)
@@ -274,8 +274,7 @@ def experts(
     inter: int,
     shared: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As reference.experts on packed weights, with what `shared` (T, H) holds added: (T, H) in x's dtype. Nothing is
-    rounded before the end."""
+    """As reference.experts on packed weights, plus `shared` (T, H): (T, H) in x's dtype, rounded once, at the end."""
     x, (t, h), top = _rows(x), x.shape, ids.shape[1]
     assert w13.n == 2 * inter and w2.n == h, (w13.n, inter, w2.n, h)
     out, sums = torch.empty(t, h, dtype=x.dtype), torch.empty(t, h, dtype=torch.float32)
@@ -290,7 +289,7 @@ def experts(
 
 
 def bundle_rows(t: int, top: int) -> int:
-    """The most rows that experts which go together may have."""
+    """The most rows of a group of experts that are computed together."""
     return min(t * top, max(t, BUNDLE_ROWS))
 
 
@@ -372,7 +371,7 @@ def mla(
 
 
 def mla_bytes(sequences: int, rows: int, heads: int, c: int, r: int, context: int) -> int:
-    """What mla's scratch takes for so many sequences of as many query rows, at their full length."""
+    """Bytes of mla's scratch for `sequences` sequences of `rows` query rows each, at length `context`."""
     found = _kernels()
     bounds = torch.arange(sequences + 1, dtype=torch.int32) * rows
     lengths = torch.full((sequences,), context, dtype=torch.int32)

@@ -2,17 +2,16 @@
 
 Two kernels, one for each phase.
 
-- `decode` is for few query rows to a sequence: the absorbed form over the paged latents. All heads, and all the query
-  tokens of a sequence, share its keys, so they are the rows of one tile. The keys are split over programs, each of
-  which leaves a normalised result with the logarithm of its weight, and a second kernel adds those up. How many
-  programs there are the host says, and a recorded graph once for all; what each has to do the device works out from
-  the lengths, once for all layers, so that in a graph for long sequences short ones are shared among all programs too.
-- `prefill` is for many: the multi-head form. Latents are gathered from their pages and expanded to keys and values with
-  plain matrix products, as many at a time as a bounded workspace holds, and a flash kernel carries on over each such
-  slab from where it stopped after the one before.
+- `decode` serves sequences with few query rows: the absorbed form over paged latents. All heads and all query tokens of
+  a sequence share its keys, so they are the rows of one tile. The keys are split over programs; each writes a
+  normalised result and the logarithm of its weight, and a second kernel adds them up. The host fixes the number of
+  programs, a recorded graph once and for all. The device assigns their work from the lengths, once for all layers, so
+  that even a graph recorded for long sequences shares short ones among all programs.
+- `prefill` serves sequences with many: the multi-head form. Slabs of latents, as large as a bounded workspace, are
+  gathered from their pages and expanded to keys and values by plain matrix products. A flash kernel attends to one slab
+  after the other and carries its result along.
 
-Neither asks the device for anything: the host says how many sequences, rows and keys there are at most
-(core.batch.BatchBounds).
+Neither reads from the device: the host knows bounds on sequences, rows and keys (core.batch.BatchBounds).
 
 Names: T, N, C, R, P, dn, dv as in model.py. *_PAD is the power of two that a tile's side is padded to.
 """
@@ -33,7 +32,7 @@ from ops.gpu.device import architecture, converts_fp8
 from ops.gpu.tiles import tile_for
 
 ByRows = Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor]
-SEQUENCES = tl.constexpr(128)  # whose lengths plan_splits_kernel looks at at a time
+SEQUENCES = tl.constexpr(128)  # whose lengths plan_splits_kernel reads at a time
 LOG2_E = math.log2(math.e)  # the kernels' exponentials are powers of two
 
 
@@ -71,7 +70,7 @@ def load_latents(
 
 @triton.jit
 def count_work(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE):
-    """Of the SEQUENCES sequences from `at` on: pages, and tiles of rows that are among [first, last); 0 from B on."""
+    """Pages, and tiles of rows in [first, last), of each of the SEQUENCES sequences from `at` on; 0 from B on."""
     b = at + tl.arange(0, SEQUENCES)
     begin = tl.maximum(tl.load(bounds_ptr + b, mask=b < B, other=0), first)
     stop = tl.minimum(tl.load(bounds_ptr + b + 1, mask=b < B, other=0), last)
@@ -410,8 +409,8 @@ PREFILL = {
     "sm_100": (AttentionTile(math.inf, 128, 64, 8, 2),),
     "gfx942": (AttentionTile(math.inf, 64, 32, 4, 1),),
 }
-PROGRAMS = 264  # that decode's pages are shared among: two for each multiprocessor of an H200
-FIXED_SPLIT = 512  # keys of a split where a token's result may not depend on its company
+PROGRAMS = 264  # of decode, which share its pages: two for each multiprocessor of an H200
+FIXED_SPLIT = 512  # keys of a split in batch-invariant mode
 COLUMNS, SPLITS, COMBINE_WARPS = 128, 32, 4  # of a combine program; SPLITS it adds up at a time
 GATHERED, GATHER_WARPS = 64, 8  # keys and warps of a gather program
 SPLIT_BYTES = 256 << 20  # the most that the results of splits may take
@@ -444,7 +443,7 @@ def mla(
     """As reference.mla, for a batch whose `few` and `many` say what the host knows of it.
 
     `by_rows(product, x)` multiplies rows in blocks of one size. Given, every sequence goes through the absorbed form,
-    with splits and tiles of one size, so that a token's result does not depend on its company.
+    with splits and tiles of one size, so that a token's result does not depend on the rest of its batch.
     """
     assert batch.whole.n == len(batch.kv_lens), "the host does not know the batch's extents"
     few = batch.decode if by_rows is None else batch.whole

@@ -1,12 +1,12 @@
-"""A mixture-of-experts layer in Triton, as reference.py specifies it: router, sort, the two grouped GEMMs, combine.
+"""The experts of a mixture-of-experts layer in Triton, as reference.py specifies them: sort, grouped GEMMs, combine.
 
-Every shape depends on the number of tokens alone and nothing is read back to the host, so that a CUDA graph can hold
-the layer. What is different from token to token, which expert gets how many rows, stands in device memory as a table
-of row tiles; it is launched as long as it can possibly be, and programs without a tile return at once.
+Every shape depends on the number of tokens alone and nothing is read back to the host, so that a CUDA graph can record
+the layer. How many rows each expert gets differs from batch to batch: it is in device memory, as a table of row tiles.
+The grid covers the longest table possible, and programs without a tile return at once.
 
-Launches of a layer in W8A8, its input quantised beforehand: the router's counters zeroed 1, `router` 1, `sort` 1,
-`grouped_gemm` up 1, fused.silu_mul 1, `grouped_gemm` down 1, `combine` 1, in all 7, whatever the number of
-tokens and experts. What the shared experts launch runs beside them on a second stream.
+A layer in W8A8 whose input is quantised takes 7 launches, whatever the number of tokens and experts: the router's
+counters zeroed, the router, sort, grouped_gemm up, fused.silu_mul, grouped_gemm down, combine. The shared experts run
+at the same time on a second stream.
 
 Names: T tokens, K experts a token, E experts, H the model's width. The assignment a = t * K + k is token t's k-th
 expert.
@@ -33,12 +33,12 @@ from ops.gpu.tiles import Tile, split_for_few_rows, tile_for
 # Sorting assignments by expert
 # --------------------------------------------------------------------------------------------------------------------
 
-UNUSED = tl.constexpr(-1)  # in a tile's place for the expert
+UNUSED = tl.constexpr(-1)  # the expert of an unused tile
 
 
 @triton.jit(do_not_specialize=["n", "first", "n_tiles", "block_m"])
 def sort_kernel(ids_ptr, order_ptr, tiles_ptr, n, first, n_tiles, block_m, N_LOCAL: tl.constexpr, CHUNK: tl.constexpr):
-    """One program per local expert: counts all assignments, then writes its own, in order, and its tiles.
+    """One program per local expert counts all assignments, then writes its own in order, and their tiles.
 
     No atomics, so nothing depends on which program is faster. See reference.sort.
     """
@@ -75,16 +75,16 @@ def sort_kernel(ids_ptr, order_ptr, tiles_ptr, n, first, n_tiles, block_m, N_LOC
             tl.store(tiles_ptr + 3 * unused, UNUSED, mask=unused < n_tiles)
 
 
-SORT_CHUNKS = (128, 2048)  # assignments a program looks at at a time: the first that takes all, or the last
+SORT_CHUNKS = (128, 2048)  # assignments a program reads at a time: the first that holds all of them, or the last
 
 
 def max_tiles(n: int, n_local: int, block_m: int) -> int:
-    """The most row tiles n assignments can need: every expert has one that is not full, the rest are full."""
+    """The most row tiles that n assignments can need: one partial tile for every expert, and full ones."""
     return min(n, n_local) + n // block_m
 
 
 def sort(ids: torch.Tensor, first: int, n_local: int, block_m: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As reference.sort, except that what that fills with -1 here is not written, but for an unused tile's expert."""
+    """As reference.sort, but entries without an assignment are not written, except an unused tile's expert, -1."""
     n = ids.numel()
     order = torch.empty(n, dtype=torch.int32, device=ids.device)
     row_tiles = torch.empty(max_tiles(n, n_local, block_m), 3, dtype=torch.int32, device=ids.device)
@@ -140,7 +140,7 @@ def grouped_gemm_kernel(
 
 
 def grouped_tiles(w: Weight, device: torch.device) -> tuple[Tile, ...]:
-    """The tiles that serve a weight, by what it is multiplied with."""
+    """The table of tiles for a weight, by the type of its product."""
     if w.data.dtype == torch.float32:
         return tiles.GROUPED_FLOAT32
     tables = tiles.GROUPED_PLAIN if w.scale is None else tiles.GROUPED_W8A8 if w.fp8 else tiles.GROUPED_W8A16
@@ -155,7 +155,7 @@ def grouped_gemm(
     share: int,
     tile: Tile,
 ) -> torch.Tensor:
-    """As reference.grouped_gemm, with the table of tiles in the place of bounds: x (R, K) and w (E, N, K) to
+    """As reference.grouped_gemm: x (R, K) and w (E, N, K) to
     (R * share, N) in x's dtype, of which only the rows in `order` are written. row_tiles are `sort`'s for tile.block_m.
     Where the tile splits K: to float32 sums (parts, R * share, N), which silu_mul adds up.
     """
@@ -180,7 +180,7 @@ def grouped_gemm(
 
 
 def quantised_for(w: Weight, x: torch.Tensor) -> torch.Tensor | Quantised:
-    """x as w's product takes it."""
+    """x, quantised if w's product is W8A8."""
     return Quantised(*act_quant(x, scale_fmt=w.scale_fmt), dtype=x.dtype) if w.fp8 else x
 
 
@@ -202,7 +202,7 @@ def combine_kernel(
     for k in tl.static_range(TOP_K):
         a = t * TOP_K + k
         local = tl.load(ids_ptr + a) - first
-        here = (local >= 0) & (local < n_local)  # what is not here has no row: nothing wrote it
+        here = (local >= 0) & (local < n_local)  # other assignments have no row: nothing wrote it
         y = tl.load(y_ptr + a * H + h, mask=(h < H) & here, other=0.0).to(tl.float32)
         acc += tl.load(weights_ptr + a, mask=here, other=0.0) * y
     if shared_ptr is not None:
@@ -247,7 +247,7 @@ def experts(
     token's bits do not depend on the rest of its batch."""
     n_local, (n, k) = len(w13.data), w13.data.shape[1:]
     table = grouped_tiles(w13, weights.device)
-    rows = ids.numel() / (n_experts or n_local)  # to an expert, in the mean
+    rows = ids.numel() / (n_experts or n_local)  # of an expert, in the mean
     tile = up_tile = table[0] if invariant else tile_for(table, math.ceil(rows))
     if tile is table[0] and not invariant:
         up_tile = split_for_few_rows(tile, rows * n_local, n_local, n, k, architecture(weights.device))
@@ -264,7 +264,7 @@ def experts(
 
 
 def run_on_side_stream(work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
-    """Runs `work` on a second stream of the GPU; what comes back waits for it, and gives its result.
+    """Runs `work` on a second stream of the GPU; the function returned waits for it and returns its result.
 
     Safe without record_stream, and so under graph capture: the second stream belongs to one first stream, never starts
     before that has come this far, and is joined by it before the result is read. Whatever memory one of them

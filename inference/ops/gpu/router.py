@@ -17,19 +17,19 @@ from ops.gpu.casts import SCALE_BLOCK, dot_operand
 from ops.gpu.device import architecture
 from ops.gpu.tiles import tile_for
 
-LEAST = tl.constexpr(-(2**31))  # below the key of every float
+LEAST = tl.constexpr(-(2**31))  # less than the key of every float
 
 
 @triton.jit
 def float_to_ordered_int(x):
-    """Integers in the order of the float32 x; both zeros are one, and NaN is the greatest, as for torch.topk."""
+    """int32 keys in the order of float32 x. Both zeros have one key, and NaN has the greatest, as for torch.topk."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
 @triton.jit
 def ordered_int_to_float(key):
-    """The float32 whose `float_to_ordered_int` key it is."""
+    """The inverse of float_to_ordered_int."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
@@ -146,7 +146,7 @@ def router_kernel(
 
 @dataclass(frozen=True)
 class RouterTile:
-    """How router_kernel computes: a program's tokens and experts, into how many parts the channels are cut at most,
+    """How router_kernel computes: a program's tokens and experts, the most parts that the channels are cut into,
     how many tokens choose at a time, the warps and the pipeline's stages."""
 
     max_rows: float  # the most tokens it is for
@@ -158,7 +158,7 @@ class RouterTile:
     stages: int
 
     def chunk(self, h: int) -> int:
-        """Blocks of channels to a program."""
+        """Blocks of 128 channels per program, for a model of width h."""
         return triton.cdiv(triton.cdiv(h, BLOCK_SIZE), self.splits)
 
     def constexprs(self) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def router(
     """As reference.router: x (T, H), w (E, H) both bfloat16 or both float32, bias (E,) float32, to weights (T, K)
     float32 and ids (T, K) int64.
 
-    With `invariant` the channels are cut alike for any T, so that a token's bits do not depend on its company.
+    With `invariant` the channels are cut alike for any T: a token's bits do not depend on the rest of its batch.
     """
     (n, h), n_experts = x.shape, w.shape[0]
     assert w.shape == (n_experts, h) and x.dtype == w.dtype, (x.shape, x.dtype, w.shape, w.dtype)
