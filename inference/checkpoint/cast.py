@@ -20,7 +20,7 @@ from ops.backend import ReferenceBackend, choose_backend
 SCALE = "_scale_inv"
 
 
-@dataclass
+@dataclass(slots=True)
 class Copied(Output):
     """A tensor that stays as it is."""
 
@@ -28,7 +28,7 @@ class Copied(Output):
         return lambda row, window: self.put(window, row * self.source.row_bytes)
 
 
-@dataclass
+@dataclass(slots=True)
 class Dequantised(Output):
     """BF16 (R, C) of e4m3 (R, C) and its float32 scales (ceil(R/128), ceil(C/128))."""
 
