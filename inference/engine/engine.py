@@ -21,7 +21,7 @@ from core.errors import UserError, describe
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, AskedLayout, RunConfig
 from core.sampling_params import SamplingParams, params_from_generation_config
-from engine import memory
+from engine import host_memory, memory
 from engine.graphs import Capture, Forward, Graphs, Place, cuda_capture, records
 from engine.pages import PagePool
 from engine.sampling import Ask, Draft, Logprob, logprob, propose, verify
@@ -765,4 +765,4 @@ def free_memory(device: torch.device) -> int:
     (4 GiB where the host does not say), or its container, if that is less."""
     if device.type != "cpu":
         return torch.cuda.mem_get_info(device)[0]
-    return min([memory.host_memory(), *memory.container_memory()]) // environment()[3]
+    return min([host_memory.host_memory(), *host_memory.container_memory()]) // environment()[3]
