@@ -47,7 +47,7 @@ from core.batch import DECODE_ROWS, Batch
 from core.config import ModelArgs, load_config
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE
-from engine import memory
+from engine import rank_memory
 from model import MLP, Block, Gate, Linear, MoE, Transformer
 from ops.gpu import tiles
 from ops.gpu.device import architecture
@@ -438,10 +438,10 @@ def run(args: ModelArgs, options: argparse.Namespace, clock: Clock, done: Callab
 
 
 def planned(args: ModelArgs, options: argparse.Namespace) -> dict[str, Any]:
-    """What inference/memory.py expects the weights to take."""
+    """What engine/rank_memory.py expects the weights to take."""
     num = build(args, options, "meta").num
-    rank = memory.RankSpec(args, num, options.ranks, True, bool(args.n_mtp_layers))
-    return {"planned_weights_bytes": sum(memory.weight_bytes(rank).values())}
+    rank = rank_memory.RankSpec(args, num, options.ranks, True, bool(args.n_mtp_layers))
+    return {"planned_weights_bytes": sum(rank_memory.weight_bytes(rank).values())}
 
 
 def shown_row(row: dict[str, Any], clock: Clock) -> str:

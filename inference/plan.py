@@ -20,7 +20,7 @@ from core.errors import UserError
 from core.run_config import PAGE_SIZE, RunConfig
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
-    from engine import memory
+    from engine import rank_memory
 
 GPUS = (80, 96, 141, 192)  # GB a card is sold with; its driver may report more
 SEQUENCES = (1, 8, 32, 128)
@@ -61,7 +61,7 @@ def bandwidth(text: str) -> float:
     return value
 
 
-def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", RunConfig, str]:
+def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunConfig, str]:
     """The rank and the run asked for, and a line about the numerics. Raises UserError for a bad config, a checkpoint
     that is incomplete or contradicts it, and numbers of ranks that do not divide the model."""
     import torch
@@ -69,7 +69,7 @@ def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", RunConfig,
     from checkpoint.directory import Checkpoint, choose_args
     from checkpoint.partition import Partition
     from core.config import load_config
-    from engine import memory, setup
+    from engine import rank_memory, setup
 
     device = torch.device(options.device)
     checkpoint = None if options.ckpt_path is None else Checkpoint(options.ckpt_path)
@@ -91,7 +91,7 @@ def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", RunConfig,
     length = args.max_seq_len if options.max_model_len is None else options.max_model_len
     if not 1 < length <= args.max_seq_len:
         raise UserError(f"--max-model-len is {length}, expected from 2 to this model's {args.max_seq_len}")
-    rank = memory.RankSpec(args, num, options.tp, device.type == "cuda", has_mtp)
+    rank = rank_memory.RankSpec(args, num, options.tp, device.type == "cuda", has_mtp)
     config = RunConfig(
         max_model_len=length,
         max_num_seqs=options.max_num_seqs,
@@ -105,13 +105,13 @@ def describe(options: argparse.Namespace) -> tuple["memory.RankSpec", RunConfig,
 def plan(options: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, as plain data: sizes in bytes, times in seconds. Raises UserError as `describe` does."""
     rank, config, says = describe(options)
-    from engine import memory, setup
+    from engine import memory, rank_memory, setup
 
     pages = config.max_num_seqs * config.pages_per_sequence
-    wanted = memory.need(rank, config, cache=pages * memory.page_bytes(rank))
+    wanted = memory.need(rank, config, cache=pages * rank_memory.page_bytes(rank))
     parts: dict[str, int] = {}
-    for (mtp, part), n in memory.weight_bytes(rank).items():
-        name = memory.MTP if mtp else part
+    for (mtp, part), n in rank_memory.weight_bytes(rank).items():
+        name = rank_memory.MTP if mtp else part
         parts[name] = parts.get(name, 0) + n
     sizes = {f"{n} GB": n * 10**9 for n in GPUS}
     if not rank.gpu:
@@ -121,8 +121,8 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     context = min(options.context or 4096, config.max_model_len or rank.args.max_seq_len)
     return {
         "model": {
-            "parameters": memory.parameters(rank),
-            "mtp_parameters": memory.parameters(rank, mtp=True),
+            "parameters": rank_memory.parameters(rank),
+            "mtp_parameters": rank_memory.parameters(rank, mtp=True),
         },
         "run": {
             "ranks": rank.ranks, "device": options.device, "numerics": says, "experts": rank.experts,
@@ -131,9 +131,9 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
             "kv_cache_dtype": options.kv_cache_dtype,
         },
         "rank": {
-            "weights": {part: parts[part] for part in (*memory.PARTS, memory.MTP) if part in parts},
+            "weights": {part: parts[part] for part in (*rank_memory.PARTS, rank_memory.MTP) if part in parts},
             "packing": wanted.packing,
-            "latents": {"of_a_token": memory.latent_bytes(rank), "pages": pages, "bytes": wanted.cache},
+            "latents": {"of_a_token": rank_memory.latent_bytes(rank), "pages": pages, "bytes": wanted.cache},
             "activations": wanted.step,
             "graphs": wanted.graphs,
             "total": wanted.total,
@@ -144,11 +144,11 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def room(rank: "memory.RankSpec", config: RunConfig, size: int) -> dict[str, Any]:
+def room(rank: "rank_memory.RankSpec", config: RunConfig, size: int) -> dict[str, Any]:
     """What so much memory has room for beside the weights and the largest step."""
-    from engine import memory
+    from engine import memory, rank_memory
 
-    free = size - sum(memory.weight_bytes(rank).values())
+    free = size - sum(rank_memory.weight_bytes(rank).values())
     pages = memory.pages_that_fit(rank, config, free)
     return {
         "memory": size,
@@ -159,10 +159,10 @@ def room(rank: "memory.RankSpec", config: RunConfig, size: int) -> dict[str, Any
 
 
 def other_ranks(
-    rank: "memory.RankSpec", config: RunConfig, sizes: dict[str, int], experts: Any
+    rank: "rank_memory.RankSpec", config: RunConfig, sizes: dict[str, int], experts: Any
 ) -> Iterator[dict[str, Any]]:
     """Numbers of ranks, with the weights of each and the tokens that memories have room for, or why they do not do."""
-    from engine import memory
+    from engine import memory, rank_memory
 
     for ranks in sorted({*RANKS, rank.ranks}):
         other = memory.with_ranks(rank, ranks, experts)
@@ -172,18 +172,18 @@ def other_ranks(
         yield {
             "ranks": ranks,
             "experts": other.experts,
-            "weights": sum(memory.weight_bytes(other).values()),
+            "weights": sum(rank_memory.weight_bytes(other).values()),
             "tokens": {name: room(other, config, size)["tokens"] for name, size in sizes.items()},
         }
 
 
 def decode(
-    rank: "memory.RankSpec", config: RunConfig, sequences: int, context: int, bandwidths: list[float]
+    rank: "rank_memory.RankSpec", config: RunConfig, sequences: int, context: int, bandwidths: list[float]
 ) -> dict[str, Any]:
     """What a decode step reads, and how many steps a second that allows."""
-    from engine import memory
+    from engine import rank_memory
 
-    read = memory.decode_reads(rank, sequences, context, config.mtp)
+    read = rank_memory.decode_reads(rank, sequences, context, config.mtp)
     return {
         "sequences": sequences,
         "experts": read.experts,

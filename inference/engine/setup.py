@@ -17,7 +17,7 @@ from core.errors import UserError
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, RunConfig
 from core.sampling_params import SamplingParams, params_from_generation_config
-from engine import memory
+from engine import host_memory, memory, rank_memory
 from model import Transformer
 from ops.backend import has_fp8 as device_has_fp8
 from ops.cpu import kernels as kernel_cpu
@@ -83,7 +83,7 @@ def _choose(
         if tp.size > 1:
             print(partition.reason, file=sys.stderr)
     has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
-    check_start(memory.RankSpec(args, num, tp.size, device.type != "cpu", has_mtp), device, run)
+    check_start(rank_memory.RankSpec(args, num, tp.size, device.type != "cpu", has_mtp), device, run)
     return _Plan(checkpoint, args, num, has_mtp, params_from_generation_config(Path(ckpt_path)))
 
 
@@ -142,8 +142,8 @@ def choose_numerics(
     return Numerics(plain, "fp8" if gemm == "fp8" else "bf16", args.scale_fmt), f"numerics: {says} on {device.type}"
 
 
-def rank_of(model: Transformer) -> memory.RankSpec:
-    return memory.RankSpec(model.args, model.num, model.tp.size, model.device.type != "cpu", len(model.mtp) > 0)
+def rank_of(model: Transformer) -> rank_memory.RankSpec:
+    return rank_memory.RankSpec(model.args, model.num, model.tp.size, model.device.type != "cpu", len(model.mtp) > 0)
 
 
 def check_limits(run: RunConfig, args: ModelArgs, has_mtp: bool) -> RunConfig:
@@ -170,18 +170,18 @@ def length_that_fits(run: RunConfig, n_pages: int, shrink: bool) -> int:
     return holds
 
 
-def check_start(rank: memory.RankSpec, device: torch.device, run: RunConfig) -> None:
+def check_start(rank: rank_memory.RankSpec, device: torch.device, run: RunConfig) -> None:
     """Raises UserError, before anything is loaded, for what the model cannot do and what this rank's memory cannot
     hold."""
     shrink = run.max_model_len is None
     run = check_limits(run, rank.args, rank.mtp)
     cache = None
     if run.n_pages is not None:
-        cache = run.n_pages * memory.page_bytes(rank)
+        cache = run.n_pages * rank_memory.page_bytes(rank)
     elif run.kv_cache_gib is not None:
         cache = int(run.kv_cache_gib * 2**30)
     if cache is not None:
-        length_that_fits(run, cache // memory.page_bytes(rank), shrink)
+        length_that_fits(run, cache // rank_memory.page_bytes(rank), shrink)
     memory.check_fits(rank, run, free_memory(device), cache, shrink)
 
 
@@ -207,4 +207,4 @@ def free_memory(device: torch.device) -> int:
     (4 GiB where the host does not say), or its container, if that is less."""
     if device.type != "cpu":
         return torch.cuda.mem_get_info(device)[0]
-    return min([memory.host_memory(), *memory.container_memory()]) // environment()[3]
+    return min([host_memory.host_memory(), *host_memory.container_memory()]) // environment()[3]

@@ -16,7 +16,7 @@ from core.errors import UserError
 from core.numerics import Numerics
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
-from engine import memory
+from engine import host_memory
 from engine.engine import Engine
 from engine.graphs import Graphs, cuda_capture, records
 from engine.setup import choose_numerics, free_memory
@@ -233,15 +233,15 @@ def test_a_container_has_what_its_limits_leave(version, tmp_path, monkeypatch):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(str(text))
 
-    assert list(memory.container_memory(tmp_path)) == []
+    assert list(host_memory.container_memory(tmp_path)) == []
     write("proc/self/cgroup", groups)
-    assert list(memory.container_memory(tmp_path)) == []  # seen from inside, only the own group may be there
+    assert list(host_memory.container_memory(tmp_path)) == []  # seen from inside, only the own group may be there
     for group, most in (("pod/box", 1000), ("pod", 700), ("", {1: 1 << 62, 2: "max"}[version])):
         write(f"{at}/{group}/{limit}", most)
         write(f"{at}/{group}/{usage}", 600)
         write(f"{at}/{group}/memory.stat", f"anon 400\n{cache} 100\n")
-    assert list(memory.container_memory(tmp_path))[:2] == [500, 200]
-    monkeypatch.setattr(memory, "container_memory", lambda: iter([300, 200]))
+    assert list(host_memory.container_memory(tmp_path))[:2] == [500, 200]
+    monkeypatch.setattr(host_memory, "container_memory", lambda: iter([300, 200]))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert free_memory(torch.device("cpu")) == 200
 

@@ -260,7 +260,7 @@ MUTANTS = (
      "slots += [held[0] * PAGE_SIZE if held else padding_slot] * fill",
      "engine/test_engine.py::test_recorded_steps_change_no_answer[1-0.0]", "what fills a recorded batch up is written over real latents"),
     ("ranks-memory-of-all", "engine/setup.py",
-     "    return min([memory.host_memory(), *memory.container_memory()]) // environment()[3]",
-     "    return min([memory.host_memory(), *memory.container_memory()])",
+     "    return min([host_memory.host_memory(), *host_memory.container_memory()]) // environment()[3]",
+     "    return min([host_memory.host_memory(), *host_memory.container_memory()])",
      "engine/test_engine.py::test_ranks_of_a_host_share_it", "every rank of a host counts on all of its free memory"),
 )  # fmt: skip

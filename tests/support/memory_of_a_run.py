@@ -1,4 +1,4 @@
-"""Run by test_plan.py as a process of its own: loads a checkpoint, answers one prompt, and says as JSON what memory it
+"""Run by test_memory.py as a process of its own: loads a checkpoint, answers one prompt, and says as JSON what memory it
 grew by and what the plan had said. Arguments: checkpoint, length of the prompt, tokens of a forward."""
 
 import json

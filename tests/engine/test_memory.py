@@ -1,9 +1,8 @@
-"""What a run is said to take, against published sizes, tensors that exist, and a process that runs."""
+"""The memory of a run, held to published sizes, to tensors that exist, and to a process that runs."""
 
 import itertools
 import json
 import math
-import re
 import subprocess
 import sys
 import weakref
@@ -16,28 +15,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 pytest.importorskip("triton")
-import plan
 from checkpoint.table import expected_tensors
-from core.batch import Batch
+from core.batch import DECODE_ROWS, Batch
 from core.config import ModelArgs, load_config, parse
 from core.errors import UserError
 from core.numerics import Numerics
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
-from engine import memory, setup
+from engine import memory, rank_memory, setup, step_memory
 from engine.engine import Engine
-from engine.memory import RankSpec
+from engine.rank_memory import RankSpec
 from engine.sampling import SamplingState, verify
 from model import Transformer
+from ops import reference
+from ops.cpu import attention as cpu_attention
 from ops.cpu import kernels
-from ops.gpu import attention, device, fused, gemm, moe, quantisation, router
+from ops.gpu import attention, device, fused, gemm, moe, quantisation, router, tiles
 from ops.gpu.backend import GpuBackend
 from parallel.group import Group
 from support.checkpoints import fp8_sizes, make_checkpoint
 from support.families import FAMILIES
 from support.processes import environment
 
-INFERENCE = Path(plan.__file__).parent
+INFERENCE = Path(__file__).parents[2] / "inference"
 V3 = load_config(INFERENCE / "configs" / "config_671B.json")
 FP8 = Numerics(torch.bfloat16, "fp8")
 TP8 = RankSpec(V3, replace(FP8, experts="split"), 8, mtp=True)
@@ -57,8 +57,8 @@ LIMITS = limits_of(32768, 32)
 def test_the_table_has_the_published_sizes():
     whole = sum(math.prod(s.shape) * s.dtype.itemsize for s in expected_tensors(V3, True).values())
     assert whole == PUBLISHED
-    assert memory.parameters(TP8) == 671_026_419_200
-    assert memory.parameters(replace(TP8, num=Numerics())) == 671_026_419_200
+    assert rank_memory.parameters(TP8) == 671_026_419_200
+    assert rank_memory.parameters(replace(TP8, num=Numerics())) == 671_026_419_200
 
 
 @pytest.mark.parametrize("experts", ["whole", "split"])
@@ -70,7 +70,7 @@ def test_all_ranks_together_hold_the_published_bytes(experts):
     router = (layers - 3) * (256 * h * 2 + 256 * 4)
     everywhere = layers * low_rank + norms + router + h * 2 * h * 2  # and eh_proj: on each of the 8 ranks
     widened = layers * (32768 * 512 - 256 * 4 * 4)  # kv_b is bfloat16 in memory, and has no scales
-    held = 8 * sum(memory.weight_bytes(replace(TP8, num=replace(FP8, experts=experts))).values())
+    held = 8 * sum(rank_memory.weight_bytes(replace(TP8, num=replace(FP8, experts=experts))).values())
     assert held == PUBLISHED - copies + widened + 7 * everywhere
 
 
@@ -78,21 +78,21 @@ def test_targets_for_decoding():
     """The table of the project's targets: one rank of TP8, without drafts."""
     table = {1: (8, 5.83), 8: (57, 21.6), 32: (163, 55.4), 128: (252, 83.6)}
     for sequences, (experts, gb) in table.items():
-        read = memory.decode_reads(TP8, sequences, 4096)
+        read = rank_memory.decode_reads(TP8, sequences, 4096)
         assert round(read.experts) == experts
         assert read.weights / 1e9 == pytest.approx(gb, rel=0.01)
         assert read.latents == sequences * 4096 * 61 * 576 * 2
-    main = sum(n for (mtp, _), n in memory.weight_bytes(TP8).items() if not mtp)
+    main = sum(n for (mtp, _), n in rank_memory.weight_bytes(TP8).items() if not mtp)
     assert main / 1e9 == pytest.approx(85.1, rel=0.01)
-    assert memory.latent_bytes(TP8, mtp=False) / 1e3 == pytest.approx(70.3, rel=0.01)
+    assert rank_memory.latent_bytes(TP8, mtp=False) / 1e3 == pytest.approx(70.3, rel=0.01)
 
 
 def test_drafts_read_more_experts_and_the_module():
-    plain, drafts = (memory.decode_reads(TP8, 8, 4096, k) for k in (0, 1))
-    module = sum(n for (mtp, part), n in memory.weight_bytes(TP8).items() if mtp and part != memory.ROUTED)
-    assert drafts.weights - memory.decode_reads(TP8, 16, 4096).weights > module
+    plain, drafts = (rank_memory.decode_reads(TP8, 8, 4096, k) for k in (0, 1))
+    module = sum(n for (mtp, part), n in rank_memory.weight_bytes(TP8).items() if mtp and part != rank_memory.ROUTED)
+    assert drafts.weights - rank_memory.decode_reads(TP8, 16, 4096).weights > module
     assert drafts.latents * 61 == plain.latents * 62
-    assert memory.decode_reads(TP8, 8, 4096, 2).weights > drafts.weights
+    assert rank_memory.decode_reads(TP8, 8, 4096, 2).weights > drafts.weights
 
 
 # ---------------------------------------------------------------- weights and latents that exist
@@ -153,8 +153,8 @@ def test_a_rank_holds_what_is_said(family, ranks, side, numerics):
             parameter.data.zero_()
         model.prepare()
         rank = RankSpec(args, numerics, ranks, side == "GPU", args.n_mtp_layers > 0)
-        assert sum(memory.weight_bytes(rank).values()) == held(model)
-        assert memory.page_bytes(rank) == model.page_bytes
+        assert sum(rank_memory.weight_bytes(rank).values()) == held(model)
+        assert rank_memory.page_bytes(rank) == model.page_bytes
 
 
 # ---------------------------------------------------------------- tensors of a step
@@ -220,6 +220,8 @@ STEPS = {  # what differs from SIZES; numerics, sequences, new tokens of each, c
     "several absorbed": ({}, Numerics(), 8, 31, 2048, 0, 1),
     "decoding": ({}, FLOAT32, 8, 1, 4096, 0, 1),
     "decoding FP8 latents": ({}, PACKED, 8, 1, 4096, 0, 1),
+    "batch-invariant": ({}, Numerics(batch_invariant=True), 2, 300, 2048, 0, 1),
+    "W8A8": ({}, FP8, 1, 512, 1024, 0, 1),
 }
 
 
@@ -227,18 +229,23 @@ LONG = {"over several tiles", "in float32", "many heads", "heads over ranks", "d
 
 
 @pytest.mark.parametrize("step", [pytest.param(s, marks=pytest.mark.trust) if s in LONG else s for s in STEPS])
-def test_a_step_takes_what_is_said(step, side):
-    """Nowhere may more exist than said, and in the worst case of what the limits allow the two agree."""
-    if (step, side) == ("several absorbed", "CPU, no compiler"):
-        pytest.skip("there one sequence with all the rows takes far more")
+def test_a_step_never_takes_more_than_its_bound(step, side):
+    """Nor may the bound be far above the worst case of what the run allows."""
     changes, numerics, sequences, new, context, drafts, ranks = STEPS[step]
     args = ModelArgs(**SIZES | changes)
     rank = RankSpec(args, numerics, ranks, side == "GPU", drafts > 0)
-    fewer = (memory.DECODE_ROWS, memory.few_rows(args))
+    w_uk, w_uv = (torch.empty(1, n, args.kv_lora_rank) for n in (args.qk_nope_head_dim, args.v_head_dim))
+    fewer = (DECODE_ROWS, reference.absorbed_rows(w_uk, w_uv, args.qk_rope_head_dim))
     counts = {new, *(n for n in fewer if n < new)}  # the worst may be the most rows that take the absorbed form
     peak = max(peak_of(rank, [(n, context)] * sequences, drafts) for n in counts)
-    said = memory.step_bytes(rank, limits_of(context, sequences, new * sequences, drafts), decode=new == 1)
-    assert peak <= 1.03 * said <= 1.3 * peak
+    bound = step_memory.step_bytes(rank, limits_of(context, sequences, new * sequences, drafts), decode=new == 1)
+    if (step, side) == ("several absorbed", "CPU, no compiler"):
+        return assert_between(peak, bound, 20)  # there one sequence with all the rows takes far more
+    assert_between(peak, bound, 7 if new == 1 else 2.5)  # of little, the parts of split keys weigh most
+
+
+def assert_between(peak: int, bound: int, loose: float) -> None:
+    assert peak <= bound <= loose * peak, f"{bound / peak:.3f} of what exists"
 
 
 def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> int:
@@ -261,7 +268,7 @@ def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> in
         hidden = model(batch, cache)
         if drafts:
             model.draft(batch, hidden[list(range(len(hidden)))], cache)
-        model.logits(hidden[: memory.SCORED_ROWS])
+        model.logits(hidden[: step_memory.SCORED_ROWS])
         if device == "cpu":
             logits = model.logits(hidden[: len(sequences)])
             asks = [SamplingState(SamplingParams(temperature=1.0, top_p=0.9), i, [1, 2], 1) for i in range(len(sequences))]
@@ -269,13 +276,12 @@ def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> in
     return measured.peak
 
 
-ABOVE = 1.06  # the shared experts run beside the routed ones, but here before them
-BATCHES = {  # sequences' new tokens and lengths, drafts, and how far above them the limits' worst may be
-    "prefill": ([(2048, 32768)], 0, ABOVE),
-    "in two slabs": ([(2048, 163840)], 1, ABOVE),
-    "of many": ([(8192, 8192)], 0, ABOVE),
-    "of several": ([(66, 32768)] * 31, 0, ABOVE),
-    "decoding": ([(1, 32768), *[(1, 64)] * 31], 0, 1.6),  # splits are whole pages
+BATCHES = {  # sequences' new tokens and lengths, drafts, and how far above them the bound may be
+    "prefill": ([(2048, 32768)], 0, 1.5),
+    "in two slabs": ([(2048, 163840)], 1, 1.5),
+    "of many": ([(8192, 8192)], 0, 1.5),
+    "of several": ([(66, 32768)] * 31, 0, 1.5),
+    "decoding": ([(1, 32768), *[(1, 64)] * 31], 0, 3),  # splits are whole pages
 }
 
 
@@ -286,20 +292,36 @@ BATCHES = {  # sequences' new tokens and lengths, drafts, and how far above them
     ("ranks", "experts"),
     [(8, "split"), *(pytest.param(*more, marks=pytest.mark.trust) for more in ((8, "whole"), (16, "split")))],
 )
-def test_a_step_of_deepseek_v3_takes_what_is_said(step, numerics, ranks, experts, side, monkeypatch):
+def test_a_step_of_deepseek_v3_never_takes_more(step, numerics, ranks, experts, side, monkeypatch):
     """The same at its real size, on tensors without memory."""
     sequences, drafts, above = BATCHES[step]
     rank = RankSpec(replace(V3, n_layers=4), replace(numerics, experts=experts), ranks, mtp=True)
     limits = limits_of(max(n for _, n in sequences), len(sequences), sum(n for n, _ in sequences), drafts)
-    monkeypatch.setattr(memory, "SAMPLER_BYTES", 0)  # it looks at its tensors, which have no memory here
-    peak, said = peak_of(rank, sequences, drafts), memory.step_bytes(rank, limits, decode=sequences[0][0] == 1)
-    assert 0.99 * peak <= said <= above * peak
+    monkeypatch.setattr(step_memory, "SAMPLER_BYTES", 0)  # it looks at its tensors, which have no memory here
+    bound = step_memory.step_bytes(rank, limits, decode=sequences[0][0] == 1)
+    assert_between(peak_of(rank, sequences, drafts), bound, above)
 
 
-def test_constants_are_the_kernels():
+def test_the_bound_grows_with_what_a_run_is_asked_to_hold(side):
+    for numerics in (Numerics(), FLOAT32, PACKED, FP8, Numerics(batch_invariant=True)):
+        rank = RankSpec(ModelArgs(**SIZES), numerics, 1, side == "GPU", True)
+        limits = {"max_model_len": 64, "max_num_seqs": 1, "max_num_batched_tokens": 1, "mtp": 0}
+        for name, values in (("mtp", (1, 2)), ("max_num_seqs", (2, 8, 64)), ("max_model_len", (512, 8192, 65536)),
+                             ("max_num_batched_tokens", (16, 17, 64, 85, 86, 512, 4096))):  # fmt: skip
+            for value in values:
+                before = step_memory.step_bytes(rank, RunConfig(**limits))
+                limits[name] = value
+                assert before <= step_memory.step_bytes(rank, RunConfig(**limits)), (name, value)
+
+
+def test_constants_are_the_ops():
     for name in ("SPLIT_BYTES", "SLAB_BYTES", "PROGRAMS"):
-        assert getattr(memory, name) == getattr(attention, name)
-    assert max(tile.rows for tiles in attention.DECODE.values() for tile in tiles) == memory.DECODE_TILE_ROWS
+        assert getattr(step_memory, name) == getattr(attention, name)
+    rows = max(tile.rows for tiles in attention.DECODE.values() for tile in tiles)
+    assert rows == step_memory.DECODE_TILE_ROWS
+    for name in ("EXPANDED_BYTES", "TORCH_DECODE_ROWS"):
+        assert getattr(step_memory, name) == getattr(cpu_attention, name)
+    assert 4 * tiles.SPLITS[-1] <= 64 and 2 * max(tiles.SM_COUNT.values()) * 64 * 64 * 4 <= step_memory.SPLIT_K_BYTES
 
 
 def test_graphs_keep_a_step_and_a_page(side):
@@ -323,7 +345,7 @@ def test_graphs_keep_a_step_and_a_page(side):
     engine = Engine(model, None, run, capture=capture)
     facts = sum(t.nbytes for g in (engine.runner.step_graphs, *engine.runner.draft_graphs) for t in g._static_inputs.values())
     rows = sum((1, 2, 3, 4, 6)) * (3 + 3 + 1)
-    said = memory.need(rank, limits).graphs - memory.step_bytes(rank, limits, decode=True)
+    said = memory.need(rank, limits).graphs - step_memory.step_bytes(rank, limits, decode=True)
     assert len(kept) == 3 * 5 and engine.runner.cache.shape[1] == 10
     assert said == model.page_bytes + engine.runner.step_graphs.hidden.nbytes + rows * args.dim * 2 + facts
 
@@ -364,11 +386,11 @@ def refusal(rank: RankSpec, limits: RunConfig, gb: float, **more) -> str:
 
 def test_what_cannot_fit_is_refused_with_what_would_help(monkeypatch):
     assert refusal(TP8, LIMITS, 80) == (
-        "a rank needs 91.02 GB of memory and 80.00 GB are free (weights 86.93 GB, a step 1.48 GB, latents of 32768 tokens "
+        "a rank needs 91.32 GB of memory and 80.00 GB are free (weights 86.93 GB, a step 1.79 GB, latents of 32768 tokens "
         "2.34 GB, kept free 0.26 GB); 16 ranks with as much memory each would do"
     )
     assert refusal(TP8, LIMITS, 90).endswith(
-        "; 16 ranks with as much memory each or --kv-cache-dtype fp8 or --max-model-len 19968 would do"
+        "; 16 ranks with as much memory each or --kv-cache-dtype fp8 or --max-model-len 16128 would do"
     )
     assert "latents of one page" in refusal(TP8, LIMITS, 80, shrink=True)
     assert refusal(TP8, LIMITS, 141, cache=100 << 30).endswith("); --kv-cache-gib 48.9 would do")
@@ -381,8 +403,8 @@ def test_what_cannot_fit_is_refused_with_what_would_help(monkeypatch):
 
 
 def test_what_is_proposed_fits_and_no_more_would():
-    memory.check_fits(TP8, replace(LIMITS, max_model_len=19968), int(90e9))
-    refusal(TP8, replace(LIMITS, max_model_len=19968 + 64), 90)
+    memory.check_fits(TP8, replace(LIMITS, max_model_len=16128), int(90e9))
+    refusal(TP8, replace(LIMITS, max_model_len=16128 + 64), 90)
     memory.check_fits(replace(TP8, num=replace(FP8, fp8_latents=True)), LIMITS, int(90e9))
     memory.check_fits(TP8, LIMITS, int(141e9), cache=int(48.9 * 2**30))
 
@@ -393,7 +415,7 @@ def test_pages_leave_room_for_the_largest_step():
         pages = memory.pages_that_fit(TP8, limits, free)
         wanted = memory.need(TP8, limits)
         step = wanted.step + wanted.graphs
-        assert pages * memory.page_bytes(TP8) <= (free - step) * 0.9 < (pages + 1) * memory.page_bytes(TP8)
+        assert pages * rank_memory.page_bytes(TP8) <= (free - step) * 0.9 < (pages + 1) * rank_memory.page_bytes(TP8)
     assert memory.pages_that_fit(TP8, small, 10**8) == 0
     long = replace(small, max_model_len=163840)
     assert memory.pages_that_fit(TP8, long, free) < memory.pages_that_fit(TP8, long, free, shrink=True)
@@ -413,131 +435,10 @@ def test_the_engine_takes_the_pages_that_fit(monkeypatch):
     args = parse(FAMILIES["v3"])
     model = Transformer(args, Numerics()).prepare()
     rank, limits = setup.rank_of(model), limits_of(2560, 8, 64)
-    free = 2 * 100 * model.page_bytes + memory.step_bytes(rank, limits)
+    free = 2 * 100 * model.page_bytes + step_memory.step_bytes(rank, limits)
     monkeypatch.setattr(setup, "free_memory", lambda device: free)
     engine = Engine(model, None, RunConfig(max_model_len=2560, max_num_batched_tokens=64))
     assert engine.runner.cache.shape[1] == 100
     with pytest.raises(UserError, match="memory holds"):
         Engine(model, None, RunConfig(max_model_len=2560, max_num_batched_tokens=512))
     assert Engine(model, None, RunConfig(max_num_batched_tokens=512)).max_model_len < 2560
-
-
-# ---------------------------------------------------------------- the command line
-
-
-def command(capsys, *flags: object) -> tuple[int, str, str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["plan.py", *map(str, flags)])
-        status = plan.main()
-    return status, *capsys.readouterr()
-
-
-CONFIG = INFERENCE / "configs" / "config_671B.json"
-
-
-def test_json(capsys):
-    status, out, err = command(
-        capsys, "--config", CONFIG, "--tp", 8, "--max-model-len", 32768, "--max-num-seqs", 32, "--json"
-    )
-    assert (status, err) == (0, "")
-    found = json.loads(out)
-    assert found["model"] == {"parameters": 671_026_419_200, "mtp_parameters": 11_610_068_224}
-    assert found["run"] | {"numerics": ""} == {
-        "ranks": 8, "device": "cuda", "numerics": "", "experts": "split", "max_model_len": 32768, "max_num_seqs": 32,
-        "max_num_batched_tokens": 2048, "mtp": 0, "kv_cache_dtype": "auto",
-    }  # fmt: skip
-    rank = found["rank"]
-    assert set(rank["weights"]) == {*memory.PARTS, memory.MTP}
-    assert sum(rank["weights"].values()) == sum(memory.weight_bytes(TP8).values())
-    assert rank["latents"] == {"of_a_token": 71424, "pages": 32 * 512, "bytes": 32 * 32768 * 71424}
-    total = sum(rank["weights"].values()) + rank["latents"]["bytes"] + rank["activations"] + rank["graphs"]
-    assert rank["total"] == total
-    assert [fit["memory"] for fit in found["fits"].values()] == [80e9, 96e9, 141e9, 192e9]
-    assert [fit["weights_fit"] for fit in found["fits"].values()] == [False, True, True, True]
-    for fit in found["fits"].values():
-        assert fit["sequences"] == fit["tokens"] // 32768
-        assert (fit["tokens"] * 71424 + sum(rank["weights"].values()) <= fit["memory"]) or not fit["tokens"]
-    works = [other["ranks"] for other in found["ranks"] if "problem" not in other]
-    assert works == [1, 2, 4, 8, 16]
-    why = {other["ranks"]: other.get("problem") for other in found["ranks"]}
-    assert why[3] == "n_heads 128 does not divide by 3 ranks"
-    assert why[32] == "ffn.w1 has 18432 rows, which 32 ranks cannot share in whole 128-wide FP8 blocks"
-    step = found["decode"][0]
-    assert step["seconds"] == {tb: (step["weights"] + step["latents"]) / (float(tb) * 1e12) for tb in ("3.35", "4.8")}
-
-
-@pytest.mark.parametrize("experts", ["whole", "split"])
-def test_experts_as_asked(capsys, experts):
-    config = CONFIG.with_name("config_moonlight.json")
-    _, out, _ = command(capsys, "--config", config, "--tp", 1, "--experts", experts, "--json")
-    others = {other["ranks"]: other for other in json.loads(out)["ranks"]}
-    assert {o["experts"] for o in others.values() if "experts" in o} == {experts}
-    assert others[2]["weights"] < 0.51 * others[1]["weights"]
-
-
-def test_text(capsys):
-    status, out, _ = command(
-        capsys, "--config", CONFIG, "--tp", 16, "--mtp", 1, "--kv-cache-dtype", "fp8", "--bandwidth", 4
-    )
-    assert status == 0
-    assert "16 ranks, experts split on their inner width" in out
-    assert "latents of 8 x 163,840 tokens, 40,672 bytes each" in out
-    assert "not 32, 64: ffn.w1 has 18432 rows" in out
-    assert "a step verifies 1 drafted" in out
-    assert max(map(len, out.splitlines())) <= 120
-
-
-def test_a_checkpoint_on_a_cpu(capsys, tmp_path):
-    make_checkpoint(tmp_path, FAMILIES["v3"] | fp8_sizes(2), fp8=True)
-    status, out, err = command(capsys, "--ckpt-path", tmp_path, "--tp", 2, "--device", "cpu", "--json")
-    assert (status, err) == (0, "")
-    found = json.loads(out)
-    assert list(found["fits"]) == ["free here"]
-    assert found["rank"]["graphs"] == 0 < found["rank"]["packing"]
-    rank = RankSpec(load_config(tmp_path / "config.json"), Numerics(), 2, gpu=False, mtp=True)
-    assert sum(found["rank"]["weights"].values()) == sum(memory.weight_bytes(rank).values())
-    (tmp_path / "model-00001-of-00002.safetensors").unlink(missing_ok=True)
-    next(tmp_path.glob("*.safetensors")).unlink()
-    status, out, err = command(capsys, "--ckpt-path", tmp_path, "--tp", 2)
-    assert (status, out) == (2, "") and ".safetensors: missing" in err
-
-
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        ((), "give --config or --ckpt-path"),
-        (("--config", "nowhere.json"), "nowhere.json: no such file"),
-        (("--config", CONFIG, "--tp", 0), "argument --tp: 0 is not at least 1"),
-        (("--config", CONFIG, "--tp", 3), "n_heads 128 does not divide by 3 ranks (it works with 1, 2, 4, 8, 16)"),
-        (("--config", CONFIG, "--tp", 16, "--max-model-len", 200000), "expected from 2 to this model's 163840"),
-        (("--config", CONFIG, "--mtp", 5), "argument --mtp: invalid choice: 5"),
-        (("--config", CONFIG.with_name("config_16B.json"), "--mtp", 1), "--mtp needs an MTP module"),
-        (("--config", CONFIG.with_name("config_16B.json"), "--gemm", "fp8"), "--gemm fp8 needs FP8 weights"),
-        (("--config", CONFIG.with_name("config_16B.json"), "--tp", 16, "--experts", "split", "--gemm", "auto"), None),
-        (("--config", CONFIG, "--bandwidth", 0), "0 is not a positive number of TB/s"),
-        (("--ckpt-path", "nowhere"), "nowhere: no such directory"),
-        (("--config", CONFIG, "--tokens", 3), "unrecognized arguments"),
-    ],
-)
-def test_wrong_use(capsys, flags, text):
-    status, out, err = command(capsys, *flags)
-    if text is None:
-        assert status == 0
-        return
-    assert (status, out) == (2, "")
-    assert err.startswith("error: ") and text in err and err.count("\n") == 1
-
-
-def test_wrong_use_is_answered_without_torch():
-    code = "import sys, plan; sys.argv[1:] = ['--tp']; assert plan.main() == 2; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], env=environment(PYTHONPATH=str(INFERENCE)), check=True)
-
-
-def test_readme_shows_what_plan_says(capsys, monkeypatch):
-    root = Path(__file__).parents[2]
-    readme = (root / "docs" / "memory.md").read_text()
-    [command] = re.findall(r"^python plan\.py (.*)$", readme, re.MULTILINE)
-    monkeypatch.chdir(root / "inference")
-    monkeypatch.setattr(sys, "argv", ["plan.py", *command.split()])
-    assert plan.main() == 0
-    assert capsys.readouterr().out in readme

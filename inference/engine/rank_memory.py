@@ -1,0 +1,216 @@
+"""What a rank keeps in memory, tensor by tensor: weights and latents, and the bytes of them a decode step reads.
+
+Weights are counted from checkpoint/table.py's table, in the form in which they stay in memory. Nothing is allocated.
+Sizes are bytes unless said.
+"""
+
+import functools
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from checkpoint.partition import Partition
+from checkpoint.table import Spec, expected_tensors
+from core.config import BLOCK_SIZE, ModelArgs
+from core.numerics import Numerics
+from core.run_config import PAGE_SIZE, ExpertLayout
+from ops import formats
+from ops.cpu import kernels as kernel_cpu
+
+EMBEDDING, HEAD, ATTENTION, DENSE = "embedding", "head", "attention", "dense MLPs"
+ROUTED, SHARED, SMALL, MTP = "routed experts", "shared experts", "router, norms", "MTP module"
+PARTS = (EMBEDDING, HEAD, ATTENTION, DENSE, ROUTED, SHARED, SMALL)
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """One rank of a run, as far as its memory depends on it."""
+
+    args: ModelArgs
+    num: Numerics
+    ranks: int = 1
+    gpu: bool = True  # a GPU's forms of the ops and weights, else a CPU's
+    mtp: bool = False  # the MTP module is loaded, whether or not it drafts
+
+    @property
+    def experts(self) -> ExpertLayout:
+        return self.num.experts
+
+    @property
+    def inner(self) -> int:
+        """A routed expert's width here."""
+        return -(-self.args.moe_inter_dim // (self.ranks if self.experts == "split" else 1))
+
+    @property
+    def packs(self) -> bool:
+        """All weights are plain, and lie packed as kernel_cpu.c has them."""
+        return self.compiled and self.num.gemm is None
+
+    @property
+    def compiled(self) -> bool:
+        """The ops are kernel_cpu.c's."""
+        return not self.gpu and self.num.dtype == torch.bfloat16 and kernel_cpu.library() is not None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Weights
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Kind(NamedTuple):
+    """Tensors that are alike: `spec` without its name."""
+
+    mtp: bool
+    part: str
+    leaf: str  # the last two words of the name
+    spec: Spec
+
+
+@functools.lru_cache(maxsize=4)
+def _kinds(args: ModelArgs, quantised: bool, mtp: bool) -> Counter[_Kind]:
+    """The table's tensors, counted by kind: thousands where V3 has 92 thousand names."""
+    found: Counter[_Kind] = Counter()
+    for name, spec in expected_tensors(args, quantised, mtp).items():
+        leaf = ".".join(name.split(".")[-2:])
+        found[_Kind(name.startswith("mtp."), _part(name, leaf), leaf, spec._replace(hf=""))] += 1
+    return found
+
+
+def _part(name: str, leaf: str) -> str:
+    if "norm" in leaf or ".gate." in name:
+        return SMALL
+    for word, part in ((".attn.", ATTENTION), (".experts.", ROUTED), (".shared_experts.", SHARED), (".ffn.", DENSE),
+                       ("embed.", EMBEDDING), ("head.", HEAD)):  # fmt: skip
+        if word in name:
+            return part
+    return MTP
+
+
+def weight_bytes(rank: RankSpec) -> dict[tuple[bool, str], int]:
+    """Every rank's weights as they lie in memory after `prepare`, by (of the MTP module, part); scales are counted
+    with what they scale, and the zeros between stacked FP8 projections with the first of them.
+
+    Unlike on disk, wkv_b is never FP8; a CPU packs plain weights, and keeps router and head for products in float32; a
+    tied head, and the MTP module's copies of embedding and head, do not exist. The
+    packed form is filled up to whole panels.
+    """
+    found: Counter[tuple[bool, str]] = Counter()
+    partition = Partition(rank.args, rank.ranks, rank.experts, rank.num.gemm is not None)
+    for kind, n in _kinds(rank.args, rank.num.gemm is not None, rank.mtp).items():
+        cut = partition.cut(kind.spec, 0)  # the ranks' parts are equal
+        if cut is not None:
+            found[kind.mtp, kind.part] += n * _held_bytes(kind, tuple(b - a for a, b in cut), rank)
+    return dict(found)
+
+
+def _held_bytes(kind: _Kind, shape: tuple[int, ...], rank: RankSpec) -> int:
+    """What a tensor of which this rank has so much takes in memory; 0 if it is not kept."""
+    plain, size = rank.num.dtype.itemsize, math.prod(shape)
+    if kind.leaf == "wkv_b.weight":
+        return size * plain
+    if kind.leaf == "wkv_b.scale" or (kind.mtp and kind.part in (EMBEDDING, HEAD)):
+        return 0
+    if kind.part == HEAD or kind.leaf == "gate.weight":
+        if rank.args.tie_word_embeddings and kind.part == HEAD and (rank.gpu or plain == 4):
+            return 0
+        if rank.gpu or plain == 4:
+            return size * plain
+        return 2 * kernel_cpu.packed_numbers(*shape) if rank.compiled else size * 4
+    if kind.leaf.endswith((".scale", ".bias")):
+        return size * kind.spec.dtype.itemsize
+    if kind.spec.dtype == torch.float8_e4m3fn:
+        stacked = kind.leaf in ("w1.weight", "w3.weight", "wq_a.weight", "wq.weight")
+        return (in_blocks(shape[0]) if stacked else shape[0]) * shape[1]
+    if rank.compiled and len(shape) == 2 and kind.part not in (EMBEDDING, SMALL):
+        before = _rows_before(kind.leaf, shape, rank)
+        if before is not None:
+            return 2 * (kernel_cpu.packed_numbers(before + shape[0], shape[1]) - before * shape[1])
+    return size * plain
+
+
+def _rows_before(leaf: str, shape: tuple[int, ...], rank: RankSpec) -> int | None:
+    """Of the projection whose last part a tensor is; None if another part follows, which is filled up for both."""
+    if leaf in ("w1.weight", "wq_a.weight", "wq.weight"):
+        return None
+    if leaf == "wkv_a.weight":
+        return rank.args.q_lora_rank or rank.args.n_heads // rank.ranks * rank.args.qk_head_dim
+    return shape[0] if leaf == "w3.weight" else 0
+
+
+def in_blocks(n: int) -> int:
+    return -(-n // BLOCK_SIZE) * BLOCK_SIZE
+
+
+def parameters(rank: RankSpec, mtp: bool = False) -> int:
+    """How many weights the main model has, all ranks' together, or the MTP module alone, whose embedding and head are
+    the main model's."""
+    kinds = _kinds(rank.args, rank.num.gemm is not None, rank.mtp)
+    return sum(n * math.prod(kind.spec.shape) for kind, n in kinds.items()
+               if kind.mtp == mtp and kind.spec.required and not kind.leaf.endswith(".scale"))  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Latents
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def latent_bytes(rank: RankSpec, mtp: bool | None = None) -> int:
+    """Of one token, all layers together; every rank keeps the same. `mtp` True or False: the MTP module's or the main
+    model's alone."""
+    args, num = rank.args, rank.num
+    width = args.latent_dim * num.dtype.itemsize
+    if num.fp8_latents:
+        width = formats.packed_latent_bytes(args.kv_lora_rank, args.qk_rope_head_dim)
+    layers = (args.n_layers if mtp is not True else 0) + (args.n_mtp_layers if rank.mtp and mtp is not False else 0)
+    return layers * width
+
+
+def page_bytes(rank: RankSpec) -> int:
+    return PAGE_SIZE * latent_bytes(rank)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a decode step reads
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Read(NamedTuple):
+    """What a rank reads in one decode step of all sequences."""
+
+    experts: float  # different routed experts of a layer, of all ranks together, that the tokens choose
+    weights: int
+    latents: int
+
+
+def distinct_experts(args: ModelArgs, tokens: int) -> float:
+    """How many of E experts so many tokens are expected to choose, each K of them evenly: E (1 - (1 - K/E)^tokens)."""
+    e = args.n_routed_experts
+    return e * (1 - (1 - args.n_activated_experts / e) ** tokens) if e else 0.0
+
+
+def decode_reads(rank: RankSpec, sequences: int, context: int, drafts: int = 0) -> Read:
+    """Every weight once but for the embedding, routed experts as far as somebody chooses them, and the latents of
+    `context` tokens a sequence. With whole experts per rank this is the mean rank; a step waits for the busiest.
+
+    With drafts, each sequence brings 1 + drafts tokens; the MTP module and the head run once more for each draft, the
+    module first on all those tokens.
+    """
+    args, parts = rank.args, weight_bytes(rank)
+
+    def read(mtp: bool, tokens: int) -> float:
+        chosen = distinct_experts(args, tokens) / args.n_routed_experts if args.n_routed_experts else 0.0
+        return sum(n * (chosen if part == ROUTED else 1) for (of_mtp, part), n in parts.items()
+                   if of_mtp == mtp and part != EMBEDDING)  # fmt: skip
+
+    tokens = sequences * (1 + drafts)
+    total = read(False, tokens)
+    head = parts.get((False, HEAD), 0) or parts[False, EMBEDDING]
+    if not parts.get((False, HEAD)):
+        total += head
+    for draft in range(drafts):
+        total += read(True, sequences if draft else tokens) + head
+    latents = sequences * context * (latent_bytes(rank, mtp=False) + drafts * latent_bytes(rank, mtp=True))
+    return Read(distinct_experts(args, tokens), round(total), latents)

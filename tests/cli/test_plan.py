@@ -1,0 +1,138 @@
+"""What plan.py prints and refuses: an estimate of what a run takes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import plan
+from core.config import load_config
+from core.numerics import Numerics
+from engine import rank_memory
+from engine.rank_memory import RankSpec
+from support.checkpoints import fp8_sizes, make_checkpoint
+from support.families import FAMILIES
+from support.processes import environment
+
+INFERENCE = Path(plan.__file__).parent
+CONFIG = INFERENCE / "configs" / "config_671B.json"
+TP8 = RankSpec(load_config(CONFIG), Numerics(torch.bfloat16, "fp8", experts="split"), 8, mtp=True)
+
+
+def command(capsys, *flags: object) -> tuple[int, str, str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["plan.py", *map(str, flags)])
+        status = plan.main()
+    return status, *capsys.readouterr()
+
+
+def test_json(capsys):
+    status, out, err = command(
+        capsys, "--config", CONFIG, "--tp", 8, "--max-model-len", 32768, "--max-num-seqs", 32, "--json"
+    )
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["model"] == {"parameters": 671_026_419_200, "mtp_parameters": 11_610_068_224}
+    assert found["run"] | {"numerics": ""} == {
+        "ranks": 8, "device": "cuda", "numerics": "", "experts": "split", "max_model_len": 32768, "max_num_seqs": 32,
+        "max_num_batched_tokens": 2048, "mtp": 0, "kv_cache_dtype": "auto",
+    }  # fmt: skip
+    rank = found["rank"]
+    assert set(rank["weights"]) == {*rank_memory.PARTS, rank_memory.MTP}
+    assert sum(rank["weights"].values()) == sum(rank_memory.weight_bytes(TP8).values())
+    assert rank["latents"] == {"of_a_token": 71424, "pages": 32 * 512, "bytes": 32 * 32768 * 71424}
+    total = sum(rank["weights"].values()) + rank["latents"]["bytes"] + rank["activations"] + rank["graphs"]
+    assert rank["total"] == total
+    assert [fit["memory"] for fit in found["fits"].values()] == [80e9, 96e9, 141e9, 192e9]
+    assert [fit["weights_fit"] for fit in found["fits"].values()] == [False, True, True, True]
+    for fit in found["fits"].values():
+        assert fit["sequences"] == fit["tokens"] // 32768
+        assert (fit["tokens"] * 71424 + sum(rank["weights"].values()) <= fit["memory"]) or not fit["tokens"]
+    works = [other["ranks"] for other in found["ranks"] if "problem" not in other]
+    assert works == [1, 2, 4, 8, 16]
+    why = {other["ranks"]: other.get("problem") for other in found["ranks"]}
+    assert why[3] == "n_heads 128 does not divide by 3 ranks"
+    assert why[32] == "ffn.w1 has 18432 rows, which 32 ranks cannot share in whole 128-wide FP8 blocks"
+    step = found["decode"][0]
+    assert step["seconds"] == {tb: (step["weights"] + step["latents"]) / (float(tb) * 1e12) for tb in ("3.35", "4.8")}
+
+
+@pytest.mark.parametrize("experts", ["whole", "split"])
+def test_experts_as_asked(capsys, experts):
+    config = CONFIG.with_name("config_moonlight.json")
+    _, out, _ = command(capsys, "--config", config, "--tp", 1, "--experts", experts, "--json")
+    others = {other["ranks"]: other for other in json.loads(out)["ranks"]}
+    assert {o["experts"] for o in others.values() if "experts" in o} == {experts}
+    assert others[2]["weights"] < 0.51 * others[1]["weights"]
+
+
+def test_text(capsys):
+    status, out, _ = command(
+        capsys, "--config", CONFIG, "--tp", 16, "--mtp", 1, "--kv-cache-dtype", "fp8", "--bandwidth", 4
+    )
+    assert status == 0
+    assert "16 ranks, experts split on their inner width" in out
+    assert "latents of 8 x 163,840 tokens, 40,672 bytes each" in out
+    assert "not 32, 64: ffn.w1 has 18432 rows" in out
+    assert "a step verifies 1 drafted" in out
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_a_checkpoint_on_a_cpu(capsys, tmp_path):
+    make_checkpoint(tmp_path, FAMILIES["v3"] | fp8_sizes(2), fp8=True)
+    status, out, err = command(capsys, "--ckpt-path", tmp_path, "--tp", 2, "--device", "cpu", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert list(found["fits"]) == ["free here"]
+    assert found["rank"]["graphs"] == 0 < found["rank"]["packing"]
+    rank = RankSpec(load_config(tmp_path / "config.json"), Numerics(), 2, gpu=False, mtp=True)
+    assert sum(found["rank"]["weights"].values()) == sum(rank_memory.weight_bytes(rank).values())
+    (tmp_path / "model-00001-of-00002.safetensors").unlink(missing_ok=True)
+    next(tmp_path.glob("*.safetensors")).unlink()
+    status, out, err = command(capsys, "--ckpt-path", tmp_path, "--tp", 2)
+    assert (status, out) == (2, "") and ".safetensors: missing" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ((), "give --config or --ckpt-path"),
+        (("--config", "nowhere.json"), "nowhere.json: no such file"),
+        (("--config", CONFIG, "--tp", 0), "argument --tp: 0 is not at least 1"),
+        (("--config", CONFIG, "--tp", 3), "n_heads 128 does not divide by 3 ranks (it works with 1, 2, 4, 8, 16)"),
+        (("--config", CONFIG, "--tp", 16, "--max-model-len", 200000), "expected from 2 to this model's 163840"),
+        (("--config", CONFIG, "--mtp", 5), "argument --mtp: invalid choice: 5"),
+        (("--config", CONFIG.with_name("config_16B.json"), "--mtp", 1), "--mtp needs an MTP module"),
+        (("--config", CONFIG.with_name("config_16B.json"), "--gemm", "fp8"), "--gemm fp8 needs FP8 weights"),
+        (("--config", CONFIG.with_name("config_16B.json"), "--tp", 16, "--experts", "split", "--gemm", "auto"), None),
+        (("--config", CONFIG, "--bandwidth", 0), "0 is not a positive number of TB/s"),
+        (("--ckpt-path", "nowhere"), "nowhere: no such directory"),
+        (("--config", CONFIG, "--tokens", 3), "unrecognized arguments"),
+    ],
+)
+def test_wrong_use(capsys, flags, text):
+    status, out, err = command(capsys, *flags)
+    if text is None:
+        assert status == 0
+        return
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and text in err and err.count("\n") == 1
+
+
+def test_wrong_use_is_answered_without_torch():
+    code = "import sys, plan; sys.argv[1:] = ['--tp']; assert plan.main() == 2; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=environment(PYTHONPATH=str(INFERENCE)), check=True)
+
+
+def test_readme_shows_what_plan_says(capsys, monkeypatch):
+    root = Path(__file__).parents[2]
+    readme = (root / "README.md").read_text()
+    [command] = re.findall(r"^python plan\.py (.*)$", readme, re.MULTILINE)
+    monkeypatch.chdir(root / "inference")
+    monkeypatch.setattr(sys, "argv", ["plan.py", *command.split()])
+    assert plan.main() == 0
+    assert capsys.readouterr().out in readme
