@@ -5,10 +5,6 @@ MUTANTS = (
      "if not is_loopback(options.host) and options.api_key is None:",
      "if False:",
      "serving/test_server.py::test_wrong_flags", "other machines are let in without a key"),
-    ("batch-server-fields-left-out", "cli/batch_files.py",
-     "if given.get(field):",
-     "if False:",
-     "cli/test_generate.py::test_fields_of_a_file", "a line that offers tools is answered without them"),
     # --- conversion ---------------------------------------------------------------------------------------------------
     ("convert-columns-of-first-rank", "convert.py",
      "start, stop = (rest[0][0] * unit, rest[0][1] * unit) if rest else (0, unit)",

@@ -46,4 +46,8 @@ MUTANTS = (
      "elif value is not None and name not in IGNORED:",
      "elif False:",
      "cli/test_generate.py::test_fields_of_a_file", "a field that is not implemented is left out silently"),
+    ("batch-server-fields-left-out", "cli/batch_files.py",
+     "if given.get(field):",
+     "if False:",
+     "cli/test_generate.py::test_fields_of_a_file", "a line that offers tools is answered without them"),
 )  # fmt: skip
