@@ -42,4 +42,12 @@ MUTANTS = (
      "            self._offset += len(event.text)\n",
      "",
      "serving/test_server.py::test_completions", "offsets stand still"),
+    ("schema-unknown-field-left-out", "serving/schema.py",
+     "elif value is not None and name not in IGNORED:",
+     "elif False:",
+     "cli/test_generate.py::test_fields_of_a_file", "a field that is not implemented is left out silently"),
+    ("batch-server-fields-left-out", "cli/batch_files.py",
+     "if given.get(field):",
+     "if False:",
+     "cli/test_generate.py::test_fields_of_a_file", "a line that offers tools is answered without them"),
 )  # fmt: skip

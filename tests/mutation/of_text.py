@@ -73,5 +73,9 @@ MUTANTS = (
     ("text-controls-may-be-spelled", "text/parser.py",
      "if is_control and text in self._markers():",
      "if text in self._markers():",
-     "text/test_chat.py::test_spelled_markers_are_text", "text that looks like a control token is one to the parser"),
+     "text/test_parser.py::test_spelled_markers_are_text", "text that looks like a control token is one to the parser"),
+    ("text-leftover-in-control-token", "engine/request.py",
+     "            self._append_leftover(left)\n        self.tokens.append(token)",
+     "            text = left + text\n        self.tokens.append(token)",
+     "engine/test_answers.py::test_a_control_token_has_exactly_its_text", "a control token's text begins with half a character, and is no marker"),
 )  # fmt: skip
