@@ -115,9 +115,9 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
         for number in (signal.SIGTERM, signal.SIGINT):  # torchrun tells every rank, and rank 0 may still have answers
             signal.signal(number, signal.SIG_IGN)
         return cli.follow(engine)
-    from serving import service
+    from serving.serve import serve
 
-    return asyncio.run(service.serve(options, tp, listener, load, partial(cli.finish, status=0)))
+    return asyncio.run(serve(options, tp, listener, load, partial(cli.finish, status=0)))
 
 
 if __name__ == "__main__":

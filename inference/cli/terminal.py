@@ -1,9 +1,9 @@
-"""The user's end of a conversation: lines with editing and history, and an interrupt key that stops an answer only.
+"""Reads a conversation's lines, with editing and history, and an interrupt key that stops only the running answer.
 
 torchrun starts its workers in a session of their own, so the terminal's Ctrl-C never reaches them: it ends torchrun,
-which ends everything. Therefore the terminal is told to hand the interrupt key on as a byte like any other (no ISIG),
-and the rest follows: the byte must be looked for while an answer is made, readline must be told what it means, and the
-terminal must be given back as it was found however the program ends.
+which ends everything. Therefore the terminal is set to pass the interrupt key on as an ordinary byte (no ISIG). It
+follows that the byte must be watched for while an answer is generated, that readline must be told its meaning, and that
+the terminal's settings must be restored however the program ends.
 """
 
 import os
@@ -18,22 +18,22 @@ from types import TracebackType
 from typing import Any
 
 INTERRUPT = b"\x03"  # Ctrl-C
-IMPATIENT = 3  # presses that nothing answers, after which the program is left
+MAX_PRESSES = 3  # of the interrupt key without an effect; the last ends the program
 
 
 class Terminal:
     """Standard input: a terminal, a pipe or a file. Use it as a context manager, on the main thread.
 
-    A thread of its own reads, so that the main thread can keep the other ranks company while the user thinks. Between
-    two questions it watches for the interrupt key; lines typed ahead are kept for the questions to come.
+    A thread of its own reads, so that the main thread can send the other ranks heartbeats while the user thinks.
+    Between two prompts it watches for the interrupt key, and keeps lines typed ahead for the prompts to come.
     """
 
-    def __init__(self, stopped: Callable[[int], object], prompt: str = ">>> "):
-        """`stopped` ends the program, with a line, on the signal of that number."""
-        self.prompt, self._stopped = prompt, stopped
+    def __init__(self, exit_on_signal: Callable[[int], object], prompt: str = ">>> "):
+        """`exit_on_signal` ends the program, with a message, on the signal of that number."""
+        self.prompt, self._exit_on_signal = prompt, exit_on_signal
         self._fd = 0
         self.is_tty = os.isatty(self._fd)
-        self._found: list[Any] | None = None  # the terminal's settings before us
+        self._settings: list[Any] | None = None  # the terminal's own, to be restored
         self._readline = self.is_tty and os.isatty(sys.stdout.fileno()) and _load_readline()
         self._editing = False
         self._ahead = b""  # read, but not asked for yet
@@ -45,14 +45,14 @@ class Terminal:
 
     def __enter__(self) -> "Terminal":
         if self.is_tty:
-            self._take_over()
+            self._configure()
         threading.Thread(target=self._listen, name="terminal", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.give_back()
+        self.restore()
         if error is not None and self.is_tty:
             print(flush=True)  # what follows is not part of a half-typed or half-answered line
         for number, handler in self._handlers.items():
@@ -79,17 +79,17 @@ class Terminal:
         """Whether the interrupt key was pressed since the last line."""
         return self._presses > 0
 
-    def give_back(self) -> None:
-        """Puts the terminal's settings back; safe to call twice and from any thread."""
-        if self._found is not None:
-            termios.tcsetattr(self._fd, termios.TCSANOW, self._found)
+    def restore(self) -> None:
+        """Restores the terminal's settings. Safe to call twice and from any thread."""
+        if self._settings is not None:
+            termios.tcsetattr(self._fd, termios.TCSANOW, self._settings)
         if self._editing:  # readline is interrupted: stop it marking pasted text
             os.write(sys.stdout.fileno(), b"\x1b[?2004l")
 
     # ---------------------------------------------------------------- the terminal's settings
 
-    def _take_over(self) -> None:
-        self._found = termios.tcgetattr(self._fd)
+    def _configure(self) -> None:
+        self._settings = termios.tcgetattr(self._fd)
         ours = termios.tcgetattr(self._fd)
         ours[0] &= ~termios.IXON  # Ctrl-S would stop our output, and with it every rank
         ours[3] &= ~termios.ISIG
@@ -105,15 +105,15 @@ class Terminal:
         termios.tcsetattr(self._fd, termios.TCSANOW, ours)
 
     def _await_signal(self) -> None:
-        """Leaves on a signal from outside, by a thread because the main one may be waiting for another rank."""
+        """Exits on a signal from outside, on a thread because the main one may be waiting for another rank."""
         while (number := os.read(self._signals, 1)[0]) not in self._handlers:
             pass
-        self.give_back()
+        self.restore()
         os.write(sys.stderr.fileno(), b"\n")
-        self._stopped(number)
+        self._exit_on_signal(number)
 
-    def _leave(self, line: str, status: int) -> None:
-        self.give_back()
+    def _exit(self, line: str, status: int) -> None:
+        self.restore()
         os.write(sys.stderr.fileno(), f"\n{line}\n".encode())
         os._exit(status)
 
@@ -127,7 +127,7 @@ class Terminal:
             self._answers.put(line)
 
     def _watch(self) -> None:
-        """Until the next question: counts interrupts and keeps whole lines typed ahead, but for those before one."""
+        """Until the next prompt: counts interrupts, and keeps lines typed ahead; an interrupt discards those."""
         while True:
             watched = [self._asked, self._fd] if self.is_tty and not self._ended else [self._asked]
             if self._asked in select.select(watched, [], [])[0]:
@@ -139,10 +139,10 @@ class Terminal:
                 continue
             self._ahead = b""
             self._presses += 1
-            if self._presses == IMPATIENT - 1:
+            if self._presses == MAX_PRESSES - 1:
                 os.write(sys.stderr.fileno(), b"\n(waiting for the running step; Ctrl-C once more ends the program)\n")
-            if self._presses == IMPATIENT:
-                self._leave("error: interrupted while waiting for a step", 130)
+            if self._presses == MAX_PRESSES:
+                self._exit("error: interrupted while waiting for a step", 130)
 
     def _next_line(self) -> str | None:
         while True:

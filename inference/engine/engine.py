@@ -25,64 +25,20 @@ from core.sampling_params import SamplingParams, params_from_generation_config
 from engine import memory
 from engine.graphs import Capture, Forward, Graphs, Place, cuda_capture, records
 from engine.pages import PagePool
-from engine.sampling import Ask, Draft, Logprob, logprob, propose, verify
+from engine.request import FinishReason, Request
+from engine.sampling import Ask, Draft, logprob, propose, verify
 from engine.scheduler import Chunk, Job, Scheduler
 from model import Transformer
 from ops import backend as ops
 from ops.cpu import kernels as kernel_cpu
 from parallel.group import SOLO, Group
 from parallel.startup import environment
-from text.tokenizer import THINK, THINK_END, TextStream, Tokenizer
+from text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-FinishReason = Literal["stop", "length", "error", "cancelled"]
 Prompt = str | list[int] | list[dict]  # raw text, token ids, or chat messages
 _FINISH: list[FinishReason | None] = [None, "stop", "length", "error", "cancelled"]  # as numbers on the wire
 _STEP, _STOP = 0, 1
-
-
-@dataclass(eq=False)
-class Request:
-    """One prompt and the answer as it grows. `text` and `finish_reason` are complete once `finish_reason` is set."""
-
-    id: int
-    prompt: list[int]
-    params: SamplingParams
-    choice: int = 0  # which of params.n answers to the prompt
-    tokens: list[int] = field(default_factory=list)  # ids made, without the end token
-    drafted: list[bool] = field(default_factory=list)  # of each, whether the MTP module had proposed it
-    starts: list[int] = field(default_factory=list)  # of each, where its text begins, in `text` unless that was cut
-    ends: list[int] = field(default_factory=list)  # of each, how long `text` was with it, as much as could be said
-    controls: list[int] = field(default_factory=list)  # where in `text` control tokens begin (see Tokenizer.is_control)
-    text: str = ""
-    finish_reason: FinishReason | None = None
-    error: str | None = None
-    new_text: str = ""  # what the last step added to `text`: whole characters only
-    n_reused: int = 0  # tokens of the prompt whose latents were found in the cache
-    opens_thinking: bool = False  # the prompt itself opened <think>
-    logprobs: list[Logprob] = field(default_factory=list)  # of each of `tokens`, where asked for
-    prompt_logprobs: list[Logprob] = field(default_factory=list)  # of each prompt token but the first
-    draft: Draft = field(default_factory=Draft, repr=False)
-    _stream: TextStream | None = field(default=None, repr=False)
-    _held: str = field(default="", repr=False)  # text that may turn out to begin a stop text
-    _cut: bool = field(default=False, repr=False)  # a stop text was found: no text comes after it
-
-    @property
-    def parts(self) -> tuple[str | None, str]:
-        """(reasoning, answer): what stands inside <think> … </think> at the beginning, None if there is no such part,
-        and what comes after it. Text that never leaves the thinking is all reasoning. Only control tokens begin and
-        end it: somebody may have written what merely looks like them."""
-        begins = 0 in self.controls and self.text.startswith(THINK)
-        if not (begins or self.opens_thinking):
-            return None, self.text
-        closes = next((at for at in self.controls if self.text.startswith(THINK_END, at)), None)
-        inside = self.text[len(THINK) if begins else 0 : closes]
-        return inside.strip("\n"), "" if closes is None else self.text[closes + len(THINK_END) :].lstrip("\n")
-
-    @property
-    def noise(self) -> int:
-        """What tells this request's random draws from another's under one seed."""
-        return self.id + (self.choice << 40)
 
 
 @dataclass
@@ -281,7 +237,7 @@ class Engine:
                 raise UserError(f"the prompt has {len(request.prompt)} tokens and leaves no room for an answer in the "
                                 f"context of {self.max_model_len} (--max-model-len)")  # fmt: skip
             if self.tokenizer:
-                request._stream = self.tokenizer.stream()
+                request.detokenizer = self.tokenizer.stream()
                 request.opens_thinking = self.tokenizer.starts_thinking(request.prompt)
         except Exception as e:  # of our own mistakes too only this request shall suffer
             request.finish_reason, request.error = "error", describe(e)
@@ -442,7 +398,7 @@ class Engine:
 
     def _ask(self, job: Job, draft: Draft) -> Ask:
         request = self._live[job.id]
-        return Ask(request.params, request.noise, job.tokens, len(request.prompt), draft)
+        return Ask(request.params, request.rng_key, job.tokens, len(request.prompt), draft)
 
     def _decide(
         self, chunk: Chunk, tokens: list[int] | None, logits: torch.Tensor
@@ -450,7 +406,7 @@ class Engine:
         """Rank 0: the tokens a request gets, up to the first that ends it, and whether one does."""
         job, request = chunk.job, self._live[chunk.job.id]
         params = request.params
-        request.new_text = ""
+        request.begin_step()
         if not request.tokens:
             request.n_reused = min(job.n_reused, len(request.prompt))
             self.stats.reused += request.n_reused
@@ -465,14 +421,8 @@ class Engine:
             if self._ends(token, params):
                 finish = "stop"
             else:
-                request.tokens.append(token)
-                request.drafted.append(i + 1 < len(tokens))
-                if params.logprobs is not None:
-                    request.logprobs.append(logprob(logits[i], token, params.logprobs))
-                request.starts.append(len(request.text) + len(request._held))
-                found = self._say(request, self._spell(request, token))
-                request.ends.append(len(request.text))
-                if found:
+                score = None if params.logprobs is None else logprob(logits[i], token, params.logprobs)
+                if request.append(token, i + 1 < len(tokens), score):
                     finish = "stop"
                 elif job.n_known + i + 1 >= job.capacity:
                     finish = "length"
@@ -484,32 +434,6 @@ class Engine:
     def _ends(self, token: int, params: SamplingParams) -> bool:
         ends = self.tokenizer is not None and token in self.tokenizer.eos_ids and not params.ignore_eos
         return ends or token in params.stop_token_ids
-
-    def _spell(self, request: Request, token: int) -> str:
-        """The characters that a token completes."""
-        if request._stream is None:
-            return ""
-        assert self.tokenizer is not None
-        piece = request._stream.push(token)
-        if piece and self.tokenizer.is_control(token):
-            before = len(request.text) + len(request._held)
-            request.controls.append(before + len(piece) - len(self.tokenizer.name(token).decode()))
-        return piece
-
-    def _say(self, request: Request, piece: str) -> bool:
-        """Adds text to a request, up to the first stop text if there is one; True if there is. What may be the
-        beginning of a stop text is held back until it is known not to be."""
-        stops = request.params.stop
-        held = request._held + piece
-        found = min((at for at in (held.find(stop) for stop in stops) if at >= 0), default=-1)
-        if found >= 0:
-            say, request._held, request._cut = held[:found], "", True
-        else:
-            keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-            say, request._held = held[: len(held) - keep], held[len(held) - keep :]
-        request.new_text += say
-        request.text += say
-        return found >= 0
 
     def _advance(self, job: Job, finish: FinishReason | None, blamed: list[int]) -> Request | None:
         """Rank 0: the request behind a job that sampled, finished if that is the verdict. NaN came from the ranks that
@@ -524,16 +448,8 @@ class Engine:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         del self._live[self._job_of.pop(request)]
-        self._guarded(request, partial(self._say_rest, request))
+        self._guarded(request, request.flush)
         request.finish_reason = "error" if request.error else reason
-
-    def _say_rest(self, request: Request) -> None:
-        rest = request._stream.finish() if request._stream else ""
-        if not request._cut:
-            self._say(request, rest)
-            request.new_text += request._held
-            request.text += request._held
-        request._held = ""
 
     def _score_prompts(self, chunks: list[Chunk], hidden: torch.Tensor) -> None:
         """Log-probabilities of prompt tokens, for the requests that asked for them."""
@@ -672,7 +588,7 @@ class Engine:
                 self.scheduler.remove(self._jobs.pop(id))
             if id in self._live:
                 request = self._live[id]
-                request.new_text = ""
+                request.begin_step()
                 self._finish(request, "cancelled")
                 gone.append(request)
         for _ in range(next(wire)):

@@ -1,4 +1,4 @@
-"""What the server counts, under the names the field's dashboards know, in a registry of its own."""
+"""The server's metrics for Prometheus, under vLLM's names, in a registry of their own."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ WHOLE = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120,
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The engine's counters at one moment, taken by the thread that runs it."""
+    """The engine's counters after a step; its thread makes one after each."""
 
     running: int = 0
     waiting: int = 0
-    page_use: float = 0.0
+    page_use: float = 0.0  # part of the latent cache's pages in use
     preemptions: int = 0
     prompt: int = 0
     reused: int = 0
@@ -37,7 +37,7 @@ class Snapshot:
 
 
 class Metrics:
-    """Histograms are told what happens; the rest is read from the engine's latest snapshot."""
+    """Histograms observe events as they happen; everything else comes from the engine's latest snapshot."""
 
     def __init__(self, model: str, snapshot: Callable[[], Snapshot], queued: Callable[[], int]):
         """`queued`: requests that wait outside the engine."""

@@ -1,4 +1,4 @@
-"""What a model says, taken apart while it is said: reasoning, content and tool calls in DeepSeek's formats.
+"""Splits a model's output into reasoning, content and tool calls in DeepSeek's formats, while it is generated.
 
 An answer is `reasoning</think>content` and then, where tools were offered, calls. V3, V3-0324, R1 and R1-0528 write
 
@@ -10,10 +10,10 @@ An answer is `reasoning</think>content` and then, where tools were offered, call
 
 and V3.1 writes `<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{…}<｜tool▁call▁end｜>` with nothing between two calls.
 
-How the text was cut into pieces never matters, and no character is handed out that may still turn out to be part of a
-marker. Whitespace around markers is layout and is dropped. Arguments are handed out as the model writes them, valid
-JSON or not: what to do with invalid ones is for whoever runs the tool. What begins like a call and is none, because it
-has no name or no separator, is content as it stands, with its markers. Text after or between calls is content.
+Only control tokens are markers; text spelled alike is text. How ordinary text is cut into pieces makes no difference.
+Whitespace around markers is layout and is dropped. Arguments come out as the model writes them, valid JSON or not: the
+caller of the tool validates them. A call without a name or a separator is content as it stands, with its markers. Text
+after or between calls is content.
 """
 
 import re
@@ -29,14 +29,14 @@ CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end
 CALL_BEGIN, CALL_END, SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 
 Style = Literal["v3", "v3.1"]
-# From after <｜tool▁call▁begin｜> to the first character of the arguments; the look-ahead makes the end certain.
-# V3.1 at times puts its arguments into V3's fence.
+# A call's head: what precedes the separator, and what follows it up to the first character of the arguments, which may
+# be a control token's. The look-ahead makes the end certain. V3.1 at times puts its arguments into V3's fence.
 HEADS = {
-    "v3": re.compile(rf"\s*(?:function\s*)?{SEPARATOR}(?P<name>[^<`]+)(?P<fence>```json)\s*(?=\S)"),
-    "v3.1": re.compile(rf"(?P<name>[^<`]+){SEPARATOR}\s*(?:(?P<fence>```json)\s*(?=\S)|(?=[^\s`]))"),
+    "v3": (re.compile(r"\s*(?:function\s*)?"), re.compile(r"(?P<name>[^<`]+)(?P<fence>```json)\s*(?=\S)")),
+    "v3.1": (re.compile(r"(?P<name>[^<`]+)"), re.compile(r"\s*(?:(?P<fence>```json)\s*(?=\S)|(?=[^\s`]))")),
 }
-LONGEST_HEAD = 512  # characters; what goes on longer is no call
-STOPS = re.compile(f"{CALL_END}|{CALLS_END}|{CALL_BEGIN}")  # the last two for calls that were never closed
+LONGEST_HEAD = 512  # characters; anything longer is no call
+STOPS = (CALL_END, CALLS_END, CALL_BEGIN)  # end a call; the last two where the model never closed it
 
 
 @dataclass(frozen=True)
@@ -66,126 +66,117 @@ Piece = Reasoning | Content | ToolCallStart | ToolCallArguments
 
 
 def tool_style(chat_template: str) -> Style | None:
-    """How the model that this chat template belongs to writes tool calls; None if the template knows none."""
+    """How the model of this chat template writes tool calls; None if the template knows none."""
     if CALL_BEGIN not in chat_template:
         return None
     return "v3" if re.search(f"{SEPARATOR}[^<]*```json", chat_template) else "v3.1"
 
 
 class ChatParser:
-    """Takes an answer's text as it grows and returns its pieces. Their concatenation equals that of the whole text at
-    once; reasoning and content equal `Request.parts` where there are no calls."""
+    """Takes an answer piece by piece and returns what each completes."""
 
     def __init__(self, style: str | None, thinking: bool, tools: bool) -> None:
-        """`style`: what `tool_style` says; `thinking`: the prompt already opened <think>; `tools`: whether calls are
-        looked for, which needs a style. Raises ValueError for an unknown style."""
+        """`style` is `tool_style`'s; `thinking`: the prompt already opened <think>; `tools`: look for calls, which
+        needs a style. Raises ValueError for an unknown style."""
         if style is not None and style not in HEADS:
             raise ValueError(f"tool style {style!r}, expected one of {', '.join(HEADS)} or None")
-        self._head = HEADS[style] if style and tools else None
-        self._thinking = thinking
-        self._held = ""  # text not yet understood
-        self._skipped = ""  # characters that are layout until something else comes
+        self.has_reasoning = thinking  # whether the answer begins with reasoning, even an empty one
+        self._heads = HEADS[style] if style and tools else None
+        self._layout = ""  # characters dropped until others come
+        self._withheld = ""  # trailing characters that are layout if a marker follows
+        self._head: list[tuple[str, bool]] = []  # pieces of what may be a call's head
         self._in_calls = False  # between <｜tool▁calls▁begin｜> and <｜tool▁calls▁end｜>
         self._fenced = False
         self._n_calls = 0
-        self._state: Callable[[bool], list[Piece]] = self._beginning
+        self._state: Callable[[str, bool], list[Piece]] = self._beginning
 
-    def push(self, text: str) -> list[Piece]:
-        """The pieces that `text` completes."""
-        self._held += text
-        return self._advance(last=False)
+    def push(self, text: str, is_control: bool) -> list[Piece]:
+        """Return what `text` completes; with `is_control` it is a control token's whole text."""
+        return self._state(text, is_control) if text else []
 
     def finish(self) -> list[Piece]:
-        """What was held back, now that nothing comes after it. Call it once."""
-        return self._advance(last=True)
+        """Return what is withheld, now that nothing follows it. Call it once."""
+        if self._state == self._call:
+            return self._no_call()
+        return self._end_arguments() if self._state == self._arguments else []
 
-    def _advance(self, last: bool) -> list[Piece]:
-        pieces: list[Piece] = []
-        while True:
-            before = self._state, self._held
-            pieces += self._state(last)
-            if before == (self._state, self._held):
-                return pieces
+    # Each state takes one piece and moves on to another state where a marker says so.
 
-    # Each state takes what it is sure of from `_held`, and either moves on to another state or waits for more.
+    def _beginning(self, text: str, is_control: bool) -> list[Piece]:
+        """A <think> at the very beginning is a marker, even if the prompt opened one already."""
+        opens = is_control and text == THINK
+        self.has_reasoning |= opens
+        self._state, self._layout = (self._reasoning, "\n") if self.has_reasoning else (self._content, "")
+        return [] if opens else self._state(text, is_control)
 
-    def _beginning(self, last: bool) -> list[Piece]:
-        """A <think> here is a marker, even if the prompt had opened one already."""
-        if len(self._held) < len(THINK) and THINK.startswith(self._held) and not last:
+    def _reasoning(self, text: str, is_control: bool) -> list[Piece]:
+        if is_control and text == THINK_END:
+            self._state, self._layout, self._withheld = self._content, "\n", ""
             return []
-        if self._thinking or self._held.startswith(THINK):
-            self._held = self._held.removeprefix(THINK)
-            self._state, self._skipped = self._reasoning, "\n"
-        else:
-            self._state = self._content
-        return []
+        text = (self._withheld + text).lstrip(self._layout)
+        said = text.rstrip("\n")
+        self._withheld = text[len(said) :]
+        self._layout = "" if said else self._layout
+        return [Reasoning(said)] if said else []
 
-    def _reasoning(self, last: bool) -> list[Piece]:
-        self._held = self._held.lstrip(self._skipped)
-        text, closed, after = self._held.partition(THINK_END)
-        if closed:
-            self._held, self._state, self._skipped = after, self._content, "\n"
-        else:
-            end = len(text) if last else _certain(text, (THINK_END,))
-            text = text[:end].rstrip("\n")
-            self._held = "" if last else self._held[len(text) :]
-            self._skipped = "" if text else self._skipped
-        text = text.rstrip("\n")
-        return [Reasoning(text)] if text else []
-
-    def _content(self, last: bool) -> list[Piece]:
-        self._held = self._held.lstrip(self._skipped)
-        markers = self._markers()
-        found = re.search("|".join(markers), self._held) if markers else None
-        if found:
-            text, marker = self._held[: found.start()], found[0]
-            self._held, self._skipped = self._held[found.end() :], string.whitespace
-            self._in_calls = marker != CALLS_END
-            if marker == CALL_BEGIN:
-                self._state = self._call
-        else:
-            end = len(self._held) if last else _certain(self._held, markers)
-            text, self._held = self._held[:end], self._held[end:]
-            self._skipped = "" if text else self._skipped
+    def _content(self, text: str, is_control: bool) -> list[Piece]:
+        if is_control and text in self._markers():
+            self._layout, self._in_calls = string.whitespace, text != CALLS_END
+            if text == CALL_BEGIN:
+                self._state, self._head = self._call, []
+            return []
+        text = text.lstrip(self._layout)
+        self._layout = "" if text else self._layout
         return [Content(text)] if text else []
 
-    def _call(self, last: bool) -> list[Piece]:
-        """After <｜tool▁call▁begin｜>: waits for the whole head, or for the certainty that there is none."""
-        assert self._head is not None
-        head = self._head.match(self._held[:LONGEST_HEAD])
-        name = head["name"].strip() if head else ""
-        if head and name:
-            self._held, self._fenced, self._state = self._held[head.end() :], bool(head["fence"]), self._arguments
-            self._n_calls += 1
-            return [ToolCallStart(self._n_calls - 1, f"call_{uuid.uuid4().hex}", name)]
-        if head or last or len(self._held) >= LONGEST_HEAD or STOPS.search(self._held):
-            self._state, self._skipped = self._content, ""
-            return [Content(CALL_BEGIN)]
-        return []
-
-    def _arguments(self, last: bool) -> list[Piece]:
-        stop = STOPS.search(self._held)
-        if stop or last:
-            text = (self._held[: stop.start()] if stop else self._held).rstrip()
-            if self._fenced:
-                text = text.removesuffix("```").rstrip()
-            self._held = self._held[stop.end() if stop[0] == CALL_END else stop.start() :] if stop else ""
-            self._state, self._skipped = self._content, string.whitespace
-        else:
-            text = self._held[: _certain(self._held, (CALL_END, CALLS_END, CALL_BEGIN))].rstrip()
-            if self._fenced:
-                text = text.rstrip("`").rstrip()
-            self._held = self._held[len(text) :]
-        return [ToolCallArguments(self._n_calls - 1, text)] if text else []
-
     def _markers(self) -> tuple[str, ...]:
-        """What is no content in the content."""
-        if self._head is None:
+        if self._heads is None:
             return ()
         return (CALLS_BEGIN, CALL_BEGIN, CALLS_END) if self._in_calls else (CALLS_BEGIN, CALL_BEGIN)
 
+    def _call(self, text: str, is_control: bool) -> list[Piece]:
+        """After <｜tool▁call▁begin｜>: waits for the whole head, or for the certainty that there is none."""
+        assert self._heads is not None
+        if self._head and not is_control and not self._head[-1][1]:
+            self._head[-1] = self._head[-1][0] + text, False
+        else:
+            self._head.append((text, is_control))
+        texts = [piece for piece, _ in self._head]
+        at = self._head.index((SEPARATOR, True)) if (SEPARATOR, True) in self._head else len(texts)
+        before, after = "".join(texts[:at]), "".join(texts[at + 1 :])
+        first = self._heads[0].fullmatch(before)
+        second = self._heads[1].match(after, 0, max(LONGEST_HEAD - len(before) - len(SEPARATOR), 0))
+        if first and second:
+            name = (first.groupdict() | second.groupdict())["name"].strip()
+            if name:
+                self._fenced, self._state = bool(second["fence"]), self._arguments
+                self._n_calls += 1
+                start = ToolCallStart(self._n_calls - 1, f"call_{uuid.uuid4().hex}", name)
+                return [start, *self._arguments(after[second.end() :], is_control)]
+        is_stopped = is_control and text in STOPS
+        if (first and second) or is_stopped or sum(map(len, texts)) >= LONGEST_HEAD:
+            return self._no_call()
+        return []
 
-def _certain(text: str, markers: tuple[str, ...]) -> int:
-    """How much of `text` can be no beginning of a marker at its end. Every marker has one `<`, its first character."""
-    last = text.rfind("<")
-    return last if last >= 0 and any(marker.startswith(text[last:]) for marker in markers) else len(text)
+    def _no_call(self) -> list[Piece]:
+        """The call's marker and what followed it as content."""
+        self._state, self._layout = self._content, ""
+        return [Content(CALL_BEGIN), *(found for piece in self._head for found in self.push(*piece))]
+
+    def _arguments(self, text: str, is_control: bool) -> list[Piece]:
+        if is_control and text in STOPS:
+            pieces = self._end_arguments()
+            self._state, self._layout = self._content, string.whitespace
+            return pieces if text == CALL_END else [*pieces, *self._content(text, is_control)]
+        text = self._withheld + text
+        said = text.rstrip()
+        if self._fenced:
+            said = said.rstrip("`").rstrip()
+        self._withheld = text[len(said) :]
+        return [ToolCallArguments(self._n_calls - 1, said)] if said else []
+
+    def _end_arguments(self) -> list[Piece]:
+        text, self._withheld = self._withheld.rstrip(), ""
+        if self._fenced:
+            text = text.removesuffix("```").rstrip()
+        return [ToolCallArguments(self._n_calls - 1, text)] if text else []

@@ -1,5 +1,8 @@
-"""Where chat templates run. They come with checkpoints and handle users' texts: jinja's sandbox keeps them from Python,
-and limits keep them from hanging the engine or filling its memory. A template that needs more is refused."""
+"""A sandbox for chat templates, which come with checkpoints and handle users' texts.
+
+jinja's own sandbox keeps them from Python, and each rendering's budget keeps them from hanging the engine or filling
+its memory. A template that needs more is refused.
+"""
 
 import time
 from collections.abc import Iterable
@@ -19,44 +22,44 @@ ELEMENTS = 1_000_000  # of a list
 BITS = 4096  # of an integer
 WIDE = frozenset("center ljust rjust zfill expandtabs format format_map translate".split())  # a number makes them long
 LEFT_OUT = ("batch", "center", "format", "indent", "slice", "urlize", "wordwrap", "xmlattr")  # filters, likewise
-ROOM = "the room of this rendering"  # no name that a template can write
+BUDGET = "render budget"  # a variable that no template can name
 
 
-class Room:
-    """What is left to one rendering."""
+class RenderBudget:
+    """What one rendering may still use."""
 
     def __init__(self) -> None:
         self.passes, self.characters, self.until = PASSES, CHARACTERS, time.monotonic() + SECONDS
 
     def step(self) -> None:
-        """One pass. Raises SecurityError beyond the limits."""
+        """Counts one pass. Raises SecurityError beyond the limits."""
         self.passes -= 1
         if self.passes < 0:
             raise SecurityError(f"more than {PASSES} passes through loops and macros")
         if time.monotonic() > self.until:
             raise SecurityError(f"more than {SECONDS:.0f} seconds")
 
-    def take(self, n: int) -> None:
-        """n characters. Raises SecurityError beyond the limit."""
+    def spend(self, n: int) -> None:
+        """Counts n characters. Raises SecurityError beyond the limit."""
         self.characters -= n
         if self.characters < 0:
             raise SecurityError(f"more than {CHARACTERS} characters of text")
 
-    def joined(self, parts: Iterable[Any], between: str = "") -> str:
+    def join(self, parts: Iterable[Any], between: str = "") -> str:
         """The parts as one text."""
         texts = []
         for part in parts:
             texts.append(str(part))
-            self.take(len(texts[-1]) + len(between))
+            self.spend(len(texts[-1]) + len(between))
         return between.join(texts)
 
-    def replaced(self, text: str, old: str, new: str, count: int = -1) -> str:
-        self.take(len(text) + text.count(old) * len(new))
+    def replace(self, text: str, old: str, new: str, count: int = -1) -> str:
+        self.spend(len(text) + text.count(old) * len(new))
         return text.replace(old, new, count)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Compiles templates whose renderings keep to a Room, which they find among their variables."""
+    """Compiles templates whose renderings keep to a RenderBudget, one of their variables."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -72,16 +75,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.from_string(_Counting().visit(tree).set_environment(self))
 
     def step(self, context: Context) -> None:
-        context[ROOM].step()
+        context[BUDGET].step()
 
-    def beside(self, context: Context, *parts: Any) -> str:
-        return context[ROOM].joined(parts)
+    def concat_values(self, context: Context, *parts: Any) -> str:
+        return context[BUDGET].join(parts)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **options: Any) -> Any:
         text, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
         if isinstance(text, str) and name in ("replace", "join"):
-            room = __context[ROOM]
-            return room.replaced(text, *args, **options) if name == "replace" else room.joined(*args, between=text)
+            budget = __context[BUDGET]
+            return budget.replace(text, *args, **options) if name == "replace" else budget.join(*args, between=text)
         return super().call(__context, __obj, *args, **options)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -97,7 +100,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             size = len(left) * right if operator == "*" and isinstance(right, int) else len(left)
             size += len(right) if operator == "+" and isinstance(right, str | list | tuple) else 0
             if isinstance(left, str):
-                context[ROOM].take(size)
+                context[BUDGET].spend(size)
             elif size > ELEMENTS:
                 raise SecurityError(f"a list of more than {ELEMENTS} elements")
         return super().call_binop(context, operator, left, right)
@@ -113,12 +116,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
 def _join(context: Context, value: Iterable[Any], d: str = "", attribute: Any = None) -> str:
     if attribute is not None:
         value = map(make_attrgetter(context.environment, attribute), value)
-    return context[ROOM].joined(value, d)
+    return context[BUDGET].join(value, d)
 
 
 @pass_context
 def _replace(context: Context, s: Any, old: str, new: str, count: int = -1) -> str:
-    return context[ROOM].replaced(str(s), old, new, count)
+    return context[BUDGET].replace(str(s), old, new, count)
 
 
 class _Counting(NodeTransformer):
@@ -133,7 +136,7 @@ class _Counting(NodeTransformer):
 
     def visit_Concat(self, node: Any) -> Any:
         self.generic_visit(node)
-        return _call("beside", node.nodes, node.lineno)
+        return _call("concat_values", node.nodes, node.lineno)
 
 
 def _call(method: str, arguments: list[nodes.Expr], line: int) -> nodes.Call:

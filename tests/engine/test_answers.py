@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from core.sampling_params import SamplingParams
-from engine.engine import Engine, Request
+from engine.engine import Engine
+from engine.request import Request, TokenEvent
 from support.families import V3
 from support.model_pairs import hidden_states, ours, random_checkpoint
 from support.tiny_tokenizer import VOCAB_SIZE, write_tokenizer
@@ -60,11 +61,14 @@ def scripted(model, tokenizer, text: str | bytes, mtp: int = 0, end: bool = True
     engine._verify, engine._propose = verify_scripted, propose_scripted
     options = {"temperature": 0, "max_new_tokens": 400, **params}
     request = engine.add([{"role": "user", "content": "?"}], SamplingParams(**options))
-    pieces = []
+    pieces, seen = [], []
     while engine.busy:
         pieces += [r.new_text for r in engine.step()]
+        assert request.events[: len(seen)] == seen, "events are only appended"
+        seen = list(request.events)
     engine.scheduler.check_integrity()
-    assert "".join(pieces) == request.text
+    assert "".join(pieces) == "".join(event.text for event in request.events) == request.text
+    assert [event.id for event in request.events if event.id is not None] == request.tokens
     return request, pieces
 
 
@@ -112,12 +116,25 @@ def test_nothing_follows_a_stop_text(model, tokenizer):
     try:
         engine = Engine(model, tokenizer, n_pages=4, max_model_len=100)
         request = engine.add([5], SamplingParams(temperature=0, stop=(" ",)))
-        request.text = "abc"
-        assert engine._say(request, request._stream.push(half))
+        request.events.append(TokenEvent(None, "abc"))
+        assert request.append(half)
         engine._finish(request, "stop")
         assert request.text == "abc"
     finally:
         del tokenizer._pieces[half]
+
+
+def test_a_control_token_has_exactly_its_text(tokenizer):
+    """After half a character, and where it may begin a stop text."""
+    half, user, word = (next(t for t in range(VOCAB_SIZE) if tokenizer._piece(t) == text)
+                        for text in (b"\xe2", "<｜User｜>".encode(), b"w"))  # fmt: skip
+    request = Request(0, [], SamplingParams(stop=("<｜User｜>?",)), detokenizer=tokenizer.stream())
+    assert not any(request.append(token) for token in (word, half, user))
+    assert request.events == [TokenEvent(word, "w"), TokenEvent(half, ""), TokenEvent(None, "\ufffd")]
+    assert not any(request.append(token) for token in (half, word))
+    request.flush()
+    assert request.events[3:] == [TokenEvent(user, "<｜User｜>", True), TokenEvent(half, ""), TokenEvent(word, "\ufffdw")]
+    assert request.tokens == [word, half, user, half, word]
 
 
 def test_stop_tokens_and_ignored_end(model, tokenizer):
@@ -138,10 +155,11 @@ def test_length_ends_inside_a_character(model, tokenizer, mtp):
 
 
 def test_reasoning_is_kept_apart():
-    def parts(text, opens, controls=None):
-        if controls is None:
-            controls = [match.start() for match in re.finditer("</?think>", text)]
-        return Request(0, [], SamplingParams(), text=text, opens_thinking=opens, controls=controls).parts
+    def parts(text, opens, spelled=()):
+        """Of an answer in which each tag is a control token but those whose number is in `spelled`."""
+        pieces = re.split("(</?think>)", text)
+        events = [TokenEvent(0, piece, i % 2 == 1 and i // 2 not in spelled) for i, piece in enumerate(pieces)]
+        return Request(0, [], SamplingParams(), events=events, opens_thinking=opens).parts
 
     assert parts("7+5=12\n</think>\n\n12", True) == ("7+5=12", "12")
     assert parts("<think>\nhm\n</think>\n\nyes </think>", False) == ("hm", "yes </think>")
@@ -149,8 +167,8 @@ def test_reasoning_is_kept_apart():
     assert parts("no thinking", False) == (None, "no thinking")
     assert parts("a <think> b", False) == (None, "a <think> b")
     said = "the tag </think> ends it.</think>42"  # the first is only spelled
-    assert parts(said, True, [said.rindex("<")]) == ("the tag </think> ends it.", "42")
-    assert parts("<think> is a tag", False, []) == (None, "<think> is a tag")
+    assert parts(said, True, [0]) == ("the tag </think> ends it.", "42")
+    assert parts("<think> is a tag", False, [0]) == (None, "<think> is a tag")
 
 
 def test_logprobs_are_the_models(model, tokenizer):

@@ -22,7 +22,8 @@ from engine import sampling
 from engine.engine import Engine
 from engine.sampling import Ask
 from support import processes as launch
-from text.tokenizer import TextStream, Tokenizer
+from text.detokenizer import Detokenizer
+from text.tokenizer import Tokenizer
 
 FAULTY = Path(__file__).parents[1] / "support" / "generate_with_fault.py"
 TIMEOUT = 4
@@ -182,8 +183,8 @@ def answers(loaded: Engine, faulty: str | None, mtp: int = 0) -> tuple[dict[str,
             temperature=0.7, max_new_tokens=25, repetition_penalty=1.1, logprobs=BAD, prompt_logprobs=BAD
         )
         wanted["bad"] = engine.add(faulty, bad, id=BAD)
-        if wanted["bad"]._stream:
-            wanted["bad"]._stream.bad = True
+        if wanted["bad"].detokenizer:
+            wanted["bad"].detokenizer.bad = True
     while engine.busy:
         engine.step()
     engine.scheduler.check_integrity()
@@ -214,8 +215,8 @@ PLACES: dict[str, tuple[Any, str, int, Callable[..., bool]]] = {
     "judged, its noise": (Ask, "uniform", 5, lambda ask, *_: ask.noise == BAD),
     "log-probabilities": (engines, "logprob", 12, lambda logits, token, top: top == BAD),
     "log-probabilities of the prompt": (engines, "logprob", 1, lambda logits, token, top: top == BAD),
-    "text": (TextStream, "push", 5, lambda stream, *_: hasattr(stream, "bad")),
-    "the text's end": (TextStream, "finish", 0, lambda stream: hasattr(stream, "bad")),
+    "text": (Detokenizer, "push", 5, lambda stream, *_: hasattr(stream, "bad")),
+    "the text's end": (Detokenizer, "finish", 0, lambda stream: hasattr(stream, "bad")),
     "drafts": (Ask, "uniform", 5, lambda ask, n, use: ask.noise == BAD and use == sampling.DRAFT),
 }
 

@@ -19,7 +19,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 from engine.engine import Engine
-from serving import service
+from serving import app
 from support.http_server import GENEROUS, Gate, serving
 
 pytestmark = pytest.mark.skipif(
@@ -124,8 +124,8 @@ class Script(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/":
-            html = service.PAGE.read_bytes()
-            return self.reply(200, "text/html; charset=utf-8", html, service.page_headers(html))
+            html = app.PAGE.read_bytes()
+            return self.reply(200, "text/html; charset=utf-8", html, app.page_headers(html))
         if self.path == "/v1/models" and self.welcome():
             self.reply(200, "application/json", json.dumps({"data": [{"id": self.server.model}]}).encode())
 
@@ -216,8 +216,8 @@ def test_the_demo(page: Page) -> None:
     engine = Engine.from_pretrained(DEMO, dtype="float32", max_model_len=1024, n_pages=40, mtp=1)
     engine.default_params = replace(engine.default_params, temperature=0.0)
     gate = Gate(engine)
-    with serving(engine) as house:
-        page.open(f"{house.url}/")
+    with serving(engine) as running:
+        page.open(f"{running.url}/")
         page.until(lambda: page.text("#model") == "model", "the model's name")
         page.ask("Sort these numbers: 42, 17, 93, 28, 64, 35.")
         looks = [""]
@@ -229,7 +229,7 @@ def test_the_demo(page: Page) -> None:
         page.press("#stop")
         gate.open()
         page.idle()
-        house.idle(40)
+        running.idle(40)
         assert page.text(".thought") == looks[-1] and page.text(".said") == ""
 
         page.press("#fresh")
@@ -238,7 +238,7 @@ def test_the_demo(page: Page) -> None:
         page.idle()
         assert page.text(".said") == "632" and page.shown("details") and not page.shown(".thought")
         body = {"messages": [{"role": "user", "content": "What is 347 + 285?"}], "stream": True}
-        events = house.send("POST", "/v1/chat/completions", body)[2].split("\n\n")
+        events = running.send("POST", "/v1/chat/completions", body)[2].split("\n\n")
         tokens = [pair for event in events if '"drafted"' in event for pair in json.loads(event[6:])["drafted"]]
         marked = [element.get_property("textContent") for element in page.all("article .drafted")]
         assert len(marked) > 10 and marked == [text for text, drafted in tokens if drafted]
@@ -331,7 +331,7 @@ def test_the_key_is_asked_for(page: Page, server: Scripted) -> None:
     page.open(server.url)
     page.until(lambda: page.text("#error") == "The server asks for an API key.", "no key")
     page.ask("q")
-    page.until(lambda: page.shown("#door"), "the key is asked for")
+    page.until(lambda: page.shown("#key-form"), "the key is asked for")
     page.idle()
     page.all("#key")[0].send_keys("wrong" + Keys.ENTER)
     page.until(lambda: page.text("#error") == "The server does not accept this API key.", "a wrong key")
@@ -341,7 +341,7 @@ def test_the_key_is_asked_for(page: Page, server: Scripted) -> None:
     server.say(content="Yes")
     server.end()
     page.idle()
-    assert page.text(".said") == "Yes" and not page.shown("#door") and not page.shown("#error")
+    assert page.text(".said") == "Yes" and not page.shown("#key-form") and not page.shown("#error")
     page.browser.refresh()
     page.until(lambda: page.text("#model") == "model", "the key is kept")
     assert page.browser.execute_script("return [{...localStorage}, document.cookie]") == [{}, ""]

@@ -35,10 +35,11 @@ from core.sampling_params import SamplingParams
 from engine import engine as engine_module
 from engine.engine import Engine
 from parallel.group import SOLO
-from serving import requestfields, service
-from serving.protocol import ChatBody, CompletionBody
+from serving import app
+from serving.schema import IGNORED, NOT_IMPLEMENTED, ChatBody, CompletionBody
+from serving.serve import serve
 from support import processes as launch
-from support.http_server import GENEROUS, Gate, House, await_that, serving
+from support.http_server import GENEROUS, Gate, RunningServer, await_that, serving
 from support.tiny_tokenizer import TEMPLATE, write_tokenizer
 from text.parser import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 
@@ -51,17 +52,17 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[tuple[House, Engine]]:
+def demo() -> Iterator[tuple[RunningServer, Engine]]:
     """The demo, drafting; and an engine of the same model that answers alone."""
     engine = Engine.from_pretrained(DEMO, dtype="float32", max_model_len=1024, n_pages=PAGES, mtp=1)
     alone = Engine(engine.model, engine.tokenizer, max_model_len=1024, n_pages=PAGES)
     alone.default_params = engine.default_params
-    with serving(engine) as house:
-        yield house, alone
+    with serving(engine) as running:
+        yield running, alone
 
 
 @pytest.fixture(scope="module")
-def client(demo: tuple[House, Engine]) -> Iterator[openai.OpenAI]:
+def client(demo: tuple[RunningServer, Engine]) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{demo[0].url}/v1", api_key="none", max_retries=0, timeout=GENEROUS) as client:
         yield client
 
@@ -85,7 +86,7 @@ def events(stream: str) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- answers
 
 
-def test_chat_is_what_the_engine_says(demo: tuple[House, Engine], client: openai.OpenAI) -> None:
+def test_chat_is_what_the_engine_says(demo: tuple[RunningServer, Engine], client: openai.OpenAI) -> None:
     (expected,) = demo[1].generate([QUESTION], SamplingParams(max_new_tokens=200, temperature=0))
     answer = client.chat.completions.create(model="model", messages=QUESTION, temperature=0, max_completion_tokens=200)
     (choice,) = answer.choices
@@ -139,7 +140,7 @@ def test_conversation_goes_on_from_the_cache(client: openai.OpenAI) -> None:
     assert second.usage.prompt_tokens_details.cached_tokens == second.usage.prompt_cache_hit_tokens
 
 
-def test_completions(demo: tuple[House, Engine], client: openai.OpenAI) -> None:
+def test_completions(demo: tuple[RunningServer, Engine], client: openai.OpenAI) -> None:
     engine = demo[1]
     prompts = ["What is 3 + 4?", "Reverse the word"]
     params = SamplingParams(max_new_tokens=16, temperature=0, logprobs=1, prompt_logprobs=1)
@@ -167,24 +168,24 @@ def test_completions(demo: tuple[House, Engine], client: openai.OpenAI) -> None:
     assert parts[-1].choices[0].finish_reason == "length"
 
 
-def test_stop_texts_and_defaults(demo: tuple[House, Engine], client: openai.OpenAI) -> None:
+def test_stop_texts_and_defaults(demo: tuple[RunningServer, Engine], client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="model", messages=QUESTION, temperature=0, stop=["</think>"])
     assert answer.choices[0].message.content == "" and answer.choices[0].finish_reason == "stop"
     assert answer.choices[0].message.reasoning_content == "347+285: 7+5+0=12 4+8+1=13 3+2+1=6"
     seen: list[SamplingParams] = []
-    bridge = demo[0].bridge
-    submit = bridge.submit
-    bridge.submit = lambda plan, arrived: seen.append(plan.params) or submit(plan, arrived)  # type: ignore[method-assign]
+    thread = demo[0].engine_thread
+    submit = thread.submit
+    thread.submit = lambda plan, arrived: seen.append(plan.params) or submit(plan, arrived)  # type: ignore[method-assign]
     for _ in range(2):
         client.chat.completions.create(model="model", messages=QUESTION)
-    bridge.submit = submit  # type: ignore[method-assign]
+    thread.submit = submit  # type: ignore[method-assign]
     released = demo[1].default_params
     assert [replace(params, seed=0, max_new_tokens=200) for params in seen] == [released, released]
     assert seen[0].seed != seen[1].seed, "nobody asked for the same noise"
     assert seen[0].max_new_tokens == 1024 - len(demo[1].tokenizer.encode_chat(QUESTION))
 
 
-def test_async_clients_at_once(demo: tuple[House, Engine]) -> None:
+def test_async_clients_at_once(demo: tuple[RunningServer, Engine]) -> None:
     async def ask(client: openai.AsyncOpenAI, a: int) -> str:
         said = ""
         messages: Any = [{"role": "user", "content": f"What is {a} + 285?"}]
@@ -206,8 +207,8 @@ def test_whole_characters(tiny: Engine) -> None:
     params = SamplingParams(max_new_tokens=300, temperature=1.0, seed=3)
     (expected,) = again(tiny).generate([prompt], params)
     asked = {"prompt": prompt, "max_tokens": 300, "temperature": 1.0, "seed": 3, "stream": True}
-    with serving(again(tiny)) as house:
-        _, _, text = house.send("POST", COMPLETIONS, asked)
+    with serving(again(tiny)) as running:
+        _, _, text = running.send("POST", COMPLETIONS, asked)
     assert "".join(event["choices"][0]["text"] for event in events(text)) == expected.text
     assert any(ord(letter) > 0x7F and letter != "\ufffd" for letter in expected.text)
 
@@ -235,7 +236,7 @@ def test_tools(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     script = [*spelled, *(t for run in runs for t in ([control[run]] if run in control else tokenizer._encode_plain(run))), 1]
     monkeypatch.setattr(engine_module, "verify", lambda logits, asks: [[script[len(a.tokens) - a.n_prompt]] for a in asks])
     tools: Any = [{"type": "function", "function": {"name": "add", "description": f"{CALL_BEGIN}x", "parameters": {"type": "object"}}}]
-    with serving(engine) as house, openai.OpenAI(base_url=f"{house.url}/v1", api_key="none", timeout=GENEROUS) as client:
+    with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=GENEROUS) as client:
         asked: Any = dict(model="model", messages=[{"role": "user", "content": "hi"}], tools=tools)
         whole = client.chat.completions.create(**asked).choices[0]
         assert whole.finish_reason == "tool_calls"
@@ -291,8 +292,8 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         (CHAT, chat(messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}]),
          "messages.0.tool_calls.0.type", "is missing"),
         (CHAT, chat(tool_choice="required"), "tool_choice", "expected 'none' or 'auto'"),
-        (CHAT, chat(n=1_000_000), "n", "less than or equal to 16"),
-        (CHAT, chat(n=0), "n", "greater than or equal to 1"),
+        (CHAT, chat(n=1_000_000), "n", "is 1000000, expected at most 16"),
+        (CHAT, chat(n=0), "n", "is 0, expected at least 1"),
         (CHAT, chat(n=True), "n", "valid integer"),
         (CHAT, chat(max_tokens=2**63), "max_tokens", f"is {2**63}, expected from 1 to 1024"),
         (CHAT, chat(max_tokens=10**400), "max_tokens", "expected from 1 to 1024"),
@@ -307,7 +308,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         (CHAT, chat(stop=""), "stop", "none of them empty"),
         (CHAT, chat(logprobs=3), "logprobs", "valid boolean"),
         (CHAT, chat(top_logprobs=3), "top_logprobs", "needs logprobs: true"),
-        (CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs", "less than or equal to 20"),
+        (CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs", "is 21, expected at most 20"),
         (CHAT, chat(messages=[{"role": "user", "content": "x " * 2000}]), "messages", "leaves no room"),
         (CHAT, chat(prompt="x"), "prompt", "prompt is not supported"),
         (COMPLETIONS, complete(prompt=[]), "prompt", "expected from 1 to 16"),
@@ -325,7 +326,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         (COMPLETIONS, complete(stream_options={"x": 1}), "stream_options.x", "is not supported"),
     ],
 )  # fmt: skip
-def test_refused_fields(demo: tuple[House, Engine], path: str, body: dict, param: str, says: str) -> None:
+def test_refused_fields(demo: tuple[RunningServer, Engine], path: str, body: dict, param: str, says: str) -> None:
     status, _, said = demo[0].send("POST", path, body)
     assert (status, said["error"]["type"], said["error"]["param"]) == (400, "invalid_request_error", param)
     assert says in said["error"]["message"] and said["error"]["message"].count("\n") == 0
@@ -342,23 +343,23 @@ def test_refused_fields(demo: tuple[House, Engine], path: str, body: dict, param
         (b"", 400, "not JSON that can be read"),
         (b"\xff", 400, "not JSON that can be read"),
         (b"[]", 400, "not a JSON object"),
-        (b" " * (service.BODY + 1), 413, "has more than"),
+        (b" " * (app.MAX_BODY + 1), 413, "has more than"),
         (b'{"messages": [{"role": "user", "content": "x"%s}]}' % b"".join(b', "k%d": 1' % i for i in range(90_000)), 400, "has 90002 fields"),
     ],
     ids=lambda value: str(value)[:20],
 )  # fmt: skip
-def test_refused_bodies(demo: tuple[House, Engine], raw: bytes, status: int, says: str) -> None:
+def test_refused_bodies(demo: tuple[RunningServer, Engine], raw: bytes, status: int, says: str) -> None:
     found, _, said = demo[0].send("POST", CHAT, raw)
     assert found == status and says in said["error"]["message"]
 
 
-def test_body_without_a_length(demo: tuple[House, Engine]) -> None:
+def test_body_without_a_length(demo: tuple[RunningServer, Engine]) -> None:
     """Chunks are counted as they come, whatever the headers say."""
     client = socket.create_connection(("127.0.0.1", demo[0].port), timeout=GENEROUS)
     client.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" % CHAT.encode())
     part = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
     with contextlib.suppress(ConnectionError):
-        for _ in range(service.BODY // 0x100000 + 40):
+        for _ in range(app.MAX_BODY // 0x100000 + 40):
             client.sendall(part)
     assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
     client.close()
@@ -366,13 +367,13 @@ def test_body_without_a_length(demo: tuple[House, Engine]) -> None:
 
 def test_bodies_are_bounded_together(tiny: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has come of requests that are still being sent counts; when one is given up, its bytes are free again."""
-    monkeypatch.setattr(service, "BODIES", 1000)
-    with serving(again(tiny)) as house:
-        slow = socket.create_connection(("127.0.0.1", house.port), timeout=GENEROUS)
+    monkeypatch.setattr(app, "MAX_BODIES", 1000)
+    with serving(again(tiny)) as running:
+        slow = socket.create_connection(("127.0.0.1", running.port), timeout=GENEROUS)
         slow.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2000\r\n\r\n" % CHAT.encode() + b" " * 900)
 
         def ask() -> tuple[int, str | None]:
-            status, headers, said = house.send("POST", COMPLETIONS, {"prompt": "x" * 300, "max_tokens": 1})
+            status, headers, said = running.send("POST", COMPLETIONS, {"prompt": "x" * 300, "max_tokens": 1})
             assert status == 200 or "bytes of requests are being read already" in said["error"]["message"]
             return status, headers.get("retry-after")
 
@@ -383,7 +384,7 @@ def test_bodies_are_bounded_together(tiny: Engine, monkeypatch: pytest.MonkeyPat
             assert ask() == (200, None)
 
 
-def test_errors_in_the_client(client: openai.OpenAI, demo: tuple[House, Engine]) -> None:
+def test_errors_in_the_client(client: openai.OpenAI, demo: tuple[RunningServer, Engine]) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-4", messages=QUESTION)
     assert missing.value.code == "model_not_found"
@@ -398,7 +399,7 @@ def test_errors_in_the_client(client: openai.OpenAI, demo: tuple[House, Engine])
     assert demo[0].send("GET", "/version")[2] == {"version": PROGRAM_VERSION}
 
 
-def test_metrics(demo: tuple[House, Engine], client: openai.OpenAI) -> None:
+def test_metrics(demo: tuple[RunningServer, Engine], client: openai.OpenAI) -> None:
     def read() -> dict[str, float]:
         lines = demo[0].send("GET", "/metrics")[2].splitlines()
         return {name.partition("{")[0]: float(value) for name, value in
@@ -439,35 +440,35 @@ def raw_status(port: int, method: str, path: str, *headers: str) -> int:
 
 
 def test_every_route_needs_the_key(tiny: Engine) -> None:
-    with serving(again(tiny), key=KEY) as house:
+    with serving(again(tiny), key=KEY) as running:
         right = f"Authorization: Bearer {KEY}"
         for method, route in ROUTES:
             for wrong in CREDENTIALS:
                 headers = ("Host: x",) if wrong is None else ("Host: x", f"Authorization: {wrong}")
-                assert raw_status(house.port, method, route, *headers) == 401, (route, wrong)
-            assert raw_status(house.port, method, route, "Host: x", right, right) == 401
-            assert raw_status(house.port, method, route, "Host: evil.com", right) in (200, 400, 404)
+                assert raw_status(running.port, method, route, *headers) == 401, (route, wrong)
+            assert raw_status(running.port, method, route, "Host: x", right, right) == 401
+            assert raw_status(running.port, method, route, "Host: evil.com", right) in (200, 400, 404)
             for verb in ("GET", "HEAD", "OPTIONS", "POST", "PUT", "DELETE", "TRACE", "PATCH", "get", "X"):
                 for trick in TRICKS:
                     path = trick.format(route)
                     opens = path.partition("?")[0] == "/health"
-                    found = raw_status(house.port, verb, path, "Host: localhost")
+                    found = raw_status(running.port, verb, path, "Host: localhost")
                     assert found in ((200, 400, 405) if opens else (400, 401)), (verb, path, found)
         for path in ("//health", "/health/", "/%68ealth", "/healt%68", "/./health", "/x/../health", "/HEALTH", "/health%3f", "/health%00",
                      "http://x/health", "health", "*"):  # fmt: skip
-            assert raw_status(house.port, "GET", path, "Host: x") in (400, 401), path
-        assert raw_status(house.port, "GET", "/health", "Host: x") == 200
+            assert raw_status(running.port, "GET", path, "Host: x") in (400, 401), path
+        assert raw_status(running.port, "GET", "/health", "Host: x") == 200
         basic = "Authorization: Basic " + base64.b64encode(f"me:{KEY}".encode()).decode()
-        assert raw_status(house.port, "GET", "/version", "Host: x", basic) == 200
-        assert raw_status(house.port, "GET", "/version", "Host: x", basic, "Origin: http://evil.com") == 403
-        assert raw_status(house.port, "GET", "/version", "Host: x", basic, "Origin: https://x") == 200
+        assert raw_status(running.port, "GET", "/version", "Host: x", basic) == 200
+        assert raw_status(running.port, "GET", "/version", "Host: x", basic, "Origin: http://evil.com") == 403
+        assert raw_status(running.port, "GET", "/version", "Host: x", basic, "Origin: https://x") == 200
         for path, challenge in (("/", "Basic "), ("/version", "Bearer")):
-            status, headers, said = house.send("GET", path, Authorization="none")
+            status, headers, said = running.send("GET", path, Authorization="none")
             assert status == 401 and headers["www-authenticate"].startswith(challenge)
             assert said["error"]["code"] == "invalid_api_key"
 
 
-def test_without_a_key_only_this_machine_by_name(demo: tuple[House, Engine]) -> None:
+def test_without_a_key_only_this_machine_by_name(demo: tuple[RunningServer, Engine]) -> None:
     port = demo[0].port
     for host in ("localhost", "127.0.0.1", "LOCALHOST:1", f"127.0.0.1:{port}", f"[::1]:{port}"):
         assert raw_status(port, "GET", "/version", f"Host: {host}") == 200
@@ -486,13 +487,13 @@ def test_without_a_key_only_this_machine_by_name(demo: tuple[House, Engine]) -> 
 
 def test_cors_where_asked(tiny: Engine) -> None:
     ours, ask = "https://app.example", {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-    with serving(again(tiny), key=KEY, origins=(ours,)) as house:
-        status, headers, _ = house.send("OPTIONS", CHAT, None, Origin=ours, Authorization="none", **ask)
+    with serving(again(tiny), key=KEY, origins=(ours,)) as running:
+        status, headers, _ = running.send("OPTIONS", CHAT, None, Origin=ours, Authorization="none", **ask)
         assert status == 200 and headers["access-control-allow-origin"] == ours
-        assert house.send("OPTIONS", CHAT, None, Origin="https://evil.com", **ask)[0] == 400
-        status, headers, _ = house.send("GET", "/version", Origin=ours)
+        assert running.send("OPTIONS", CHAT, None, Origin="https://evil.com", **ask)[0] == 400
+        status, headers, _ = running.send("GET", "/version", Origin=ours)
         assert status == 200 and headers["access-control-allow-origin"] == ours
-        assert house.send("GET", "/version", Origin=ours, Authorization="Bearer wrong-key")[0] == 401
+        assert running.send("GET", "/version", Origin=ours, Authorization="Bearer wrong-key")[0] == 401
 
 
 # ---------------------------------------------------------------- load
@@ -504,57 +505,57 @@ LONG = {"prompt": "hello", "max_tokens": 400, "temperature": 0}
 def test_queue_is_bounded(tiny: Engine) -> None:
     engine = again(tiny, max_num_seqs=2)
     gate = Gate(engine)
-    with serving(engine, max_queue=3) as house, gate:
-        clients = [house.start(COMPLETIONS, {**LONG, "max_tokens": 4}) for _ in range(5)]
-        await_that(lambda: sum(answer.open for answer in house.bridge._answers) == 5, "five are in")
+    with serving(engine, max_queue=3) as running, gate:
+        clients = [running.start(COMPLETIONS, {**LONG, "max_tokens": 4}) for _ in range(5)]
+        await_that(lambda: sum(answer.open for answer in running.engine_thread._answers) == 5, "five are in")
         for body in (LONG, {**LONG, "stream": True}):
-            status, headers, said = house.send("POST", COMPLETIONS, body)
+            status, headers, said = running.send("POST", COMPLETIONS, body)
             assert (status, headers["retry-after"], said["error"]["code"]) == (429, "1", "queue_full")
-        assert house.send("GET", "/health")[0] == 200
+        assert running.send("GET", "/health")[0] == 200
         gate.open()
         for client in clients:
             assert client.recv(100).startswith(b"HTTP/1.1 200 ")
             client.close()
-        status, _, said = house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 1, "n": 6})  # never, however empty it is
+        status, _, said = running.send("POST", COMPLETIONS, {**LONG, "max_tokens": 1, "n": 6})  # never, however empty it is
         assert (status, said["error"]["param"]) == (400, "n") and "this server takes, 5" in said["error"]["message"]
-        assert house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 1, "n": 5})[0] == 200
-        house.idle(PAGES)
+        assert running.send("POST", COMPLETIONS, {**LONG, "max_tokens": 1, "n": 5})[0] == 200
+        running.idle(PAGES)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_pages_in_a_step(tiny: Engine, stream: bool) -> None:
     engine = again(tiny)
     gate = Gate(engine)
-    with serving(engine) as house, gate:
-        client = house.start(COMPLETIONS, {**LONG, "stream": stream})
-        await_that(lambda: house.bridge._answers, "it is in")
+    with serving(engine) as running, gate:
+        client = running.start(COMPLETIONS, {**LONG, "stream": stream})
+        await_that(lambda: running.engine_thread._answers, "it is in")
         for _ in range(3):
             gate.step_once()
         await_that(lambda: engine.stats.steps == 3, "it runs")
         client.close()
-        await_that(lambda: not house.bridge._answers, "the server has noticed")
+        await_that(lambda: not running.engine_thread._answers, "the server has noticed")
         gate.step_once()  # the engine may be waiting within the one step before the order
         gate.step_once()
         await_that(lambda: not engine.busy, "cancelled")
         assert engine.stats.steps <= 4
         gate.open()
-        house.idle(PAGES)
+        running.idle(PAGES)
 
 
 @pytest.mark.parametrize("n", [20, pytest.param(500, marks=pytest.mark.trust)])
 def test_disconnects_lose_no_page(tiny: Engine, n: int) -> None:
     """Clients that leave at any moment: while sending, while the answer is made, streaming or not, or never."""
     draw = random.Random(5)
-    with serving(again(tiny, max_num_seqs=4), max_queue=1000) as house:
-        before = house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 20})[2]["choices"]
+    with serving(again(tiny, max_num_seqs=4), max_queue=1000) as running:
+        before = running.send("POST", COMPLETIONS, {**LONG, "max_tokens": 20})[2]["choices"]
         for _ in range(n):
             body = {**LONG, "max_tokens": draw.randint(1, 60), "n": draw.choice((1, 1, 3)), "stream": draw.random() < 0.5,
                     "prompt": "x" * draw.randint(1, 300)}  # fmt: skip
             if draw.random() < 0.2:
-                with socket.create_connection(("127.0.0.1", house.port)) as client:
+                with socket.create_connection(("127.0.0.1", running.port)) as client:
                     client.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{" % CHAT.encode())
                 continue
-            client = house.start(COMPLETIONS, body)
+            client = running.start(COMPLETIONS, body)
             if draw.random() < 0.7:
                 client.settimeout(draw.choice((0.001, 0.01, 0.05)))
                 with contextlib.suppress(TimeoutError):
@@ -562,44 +563,44 @@ def test_disconnects_lose_no_page(tiny: Engine, n: int) -> None:
             if draw.random() < 0.3:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")  # a reset
             client.close()
-        await_that(lambda: not house.bridge._answers, "all have left")
-        house.idle(PAGES)
-        assert house.bridge._pending == 0 and not house.bridge._places
-        assert house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 20})[2]["choices"] == before
+        await_that(lambda: not running.engine_thread._answers, "all have left")
+        running.idle(PAGES)
+        assert running.engine_thread._n_open == 0 and not running.engine_thread._choices
+        assert running.send("POST", COMPLETIONS, {**LONG, "max_tokens": 20})[2]["choices"] == before
 
 
 def test_a_slow_reader_delays_nobody_and_is_cut_off(tiny: Engine) -> None:
-    """Its buffers fill up, then the bridge's, then it is given up; others are answered meanwhile."""
-    with serving(again(tiny), backlog=20_000) as house:
+    """Its buffers fill up, then the server's, then it is given up; others are answered meanwhile."""
+    with serving(again(tiny), backlog=20_000) as running:
         asked = {**LONG, "n": 2, "logprobs": 20, "stream": True}
         slow = socket.socket()
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.connect(("127.0.0.1", house.port))
+        slow.connect(("127.0.0.1", running.port))
         raw = json.dumps(asked).encode()
         slow.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (COMPLETIONS.encode(), len(raw)) + raw)
-        await_that(lambda: house.bridge._answers, "it is in")
-        while house.bridge._answers:
-            status, _, said = house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 2})
+        await_that(lambda: running.engine_thread._answers, "it is in")
+        while running.engine_thread._answers:
+            status, _, said = running.send("POST", COMPLETIONS, {**LONG, "max_tokens": 2})
             assert status == 200 and said["usage"]["completion_tokens"] == 2
-        house.idle(PAGES)
+        running.idle(PAGES)
         text = rest(slow, until=b"\r\n0\r\n\r\n")
     assert b"was read too slowly" in text and b"[DONE]" not in text
 
 
-def long_prompts(house: House, *texts: str) -> float:
+def long_prompts(running: RunningServer, *texts: str) -> float:
     """Each is refused, for it does not fit; returns the longest that /health took meanwhile, in seconds."""
     longest = 0.0
     for text in texts:
         for path, body in ((CHAT, {"messages": [{"role": "user", "content": text}]}), (COMPLETIONS, {"prompt": text})):
             raw = json.dumps(body, ensure_ascii=False).encode()
-            with watched(house) as times:
-                status, _, said = house.send("POST", path, raw)
+            with watched(running) as times:
+                status, _, said = running.send("POST", path, raw)
             assert (status, said["error"]["code"]) == (400, "context_length_exceeded")
             longest = max(longest, *times)
     return longest
 
 
-def test_a_million_characters(demo: tuple[House, Engine]) -> None:
+def test_a_million_characters(demo: tuple[RunningServer, Engine]) -> None:
     assert long_prompts(demo[0], "<" * 1_000_000) < 5
 
 
@@ -613,7 +614,7 @@ def test_a_million_characters_hold_nobody_up(processes: list["Process"]) -> None
 
 
 @contextlib.contextmanager
-def watched(house: House) -> Iterator[list[float]]:
+def watched(running: RunningServer) -> Iterator[list[float]]:
     """Seconds that /health took, again and again, meanwhile."""
     times: list[float] = []
     done = threading.Event()
@@ -621,7 +622,7 @@ def watched(house: House) -> Iterator[list[float]]:
     def watch() -> None:
         while not done.is_set() or not times:
             began = time.perf_counter()
-            assert house.send("GET", "/health")[0] == 200
+            assert running.send("GET", "/health")[0] == 200
             times.append(time.perf_counter() - began)
             time.sleep(0.005)
 
@@ -650,10 +651,10 @@ def test_answers_do_not_depend_on_company(clients: int, each: int) -> None:
             return [entry for part in parts if part for entry in part["content"]]
         return answer["choices"][0]["logprobs"]["content"]
 
-    with serving(engine, max_queue=1000) as house:
+    with serving(engine, max_queue=1000) as running:
         with ThreadPoolExecutor(clients) as pool:
-            together = [content(said) for _, _, said in pool.map(lambda body: house.send("POST", CHAT, body), bodies)]
-        alone = [content(house.send("POST", CHAT, body)[2]) for body in bodies]
+            together = [content(said) for _, _, said in pool.map(lambda body: running.send("POST", CHAT, body), bodies)]
+        alone = [content(running.send("POST", CHAT, body)[2]) for body in bodies]
     assert together == alone
     assert len({json.dumps(answer) for answer in alone}) > clients * each * 0.9
 
@@ -708,7 +709,7 @@ def fuzzed(draw: random.Random) -> tuple[str, bytes]:
     if isinstance(body, dict):
         body.setdefault("max_tokens", draw.randint(1, 4))
         if draw.random() < 0.3:
-            body[draw.choice([*requestfields.OFF, *requestfields.WITHOUT_EFFECT])] = junk(draw)
+            body[draw.choice([*NOT_IMPLEMENTED, *IGNORED])] = junk(draw)
     raw = json.dumps(body, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
     chance = draw.random()
     if chance < 0.05:
@@ -724,9 +725,9 @@ def test_fuzzed_bodies(tiny: Engine, n: int) -> None:
     """Whatever is asked is answered or refused, never failed at; nothing is left over, and /health keeps answering."""
     draw = random.Random(n)
     cases = [fuzzed(draw) for _ in range(n)]
-    with serving(again(tiny, max_model_len=96), max_queue=100) as house, watched(house) as times:
+    with serving(again(tiny, max_model_len=96), max_queue=100) as running, watched(running) as times:
         with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda case: house.send("POST", *case), cases))
+            found = list(pool.map(lambda case: running.send("POST", *case), cases))
         for (path, raw), (status, _, said) in zip(cases, found, strict=True):
             assert status in (200, 400, 404), (path, raw, status, said)
             if status == 200 and isinstance(said, str):
@@ -735,7 +736,7 @@ def test_fuzzed_bodies(tiny: Engine, n: int) -> None:
                 assert set(said["error"]) == {"message", "type", "param", "code"} and "\n" not in said["error"]["message"]
         statuses = [status for status, _, _ in found]
         assert min(statuses.count(200), statuses.count(400)) > n // 10, "both kinds are exercised"
-        house.idle(PAGES)
+        running.idle(PAGES)
     assert max(times) < (0.1 if n > 1000 else 5)
 
 
@@ -806,10 +807,10 @@ class Process:
 
         return await_that(found, pattern)
 
-    def ready(self) -> House:
-        house = House(int(self.says(r"listening on http://127\.0\.0\.1:(\d+)")[1]), None)
+    def ready(self) -> RunningServer:
+        running = RunningServer(int(self.says(r"listening on http://127\.0\.0\.1:(\d+)")[1]), None)
         self.says(r"ready: ")
-        return house
+        return running
 
     def left(self) -> int:
         status = self.child.wait(GENEROUS)
@@ -847,7 +848,7 @@ def rest(client: socket.socket, until: bytes | None = None) -> bytes:
     return text
 
 
-def two_ranks(endless: Path, processes: list[Process]) -> House:
+def two_ranks(endless: Path, processes: list[Process]) -> RunningServer:
     port = launch.free_port()
     for rank in range(2):
         run = launch.start_rank(rank, 2, port, run=command("--ckpt-path", endless, *FLAGS))
@@ -857,15 +858,15 @@ def two_ranks(endless: Path, processes: list[Process]) -> House:
 
 def test_ranks_let_answers_finish(endless: Path, processes: list[Process]) -> None:
     """torchrun tells every rank to end: an answer from before that is given in full, one asked for later is refused."""
-    house = two_ranks(endless, processes)
-    client = house.start(COMPLETIONS, {"prompt": "x", "max_tokens": 300, "stream": True})
+    running = two_ranks(endless, processes)
+    client = running.start(COMPLETIONS, {"prompt": "x", "max_tokens": 300, "stream": True})
     assert b"200 OK" in client.recv(1000)
     for process in reversed(processes):
         process.child.send_signal(signal.SIGTERM)
     processes[0].says("ending: running answers may finish")
-    status, _, said = house.send("POST", COMPLETIONS, LONG)
+    status, _, said = running.send("POST", COMPLETIONS, LONG)
     assert (status, said["error"]["message"]) == (503, "the engine is shutting down")
-    assert house.send("GET", "/health")[0] == 503
+    assert running.send("GET", "/health")[0] == 503
     text = rest(client)
     assert b'"finish_reason":"length"' in text and b"[DONE]" in text
     assert [process.left() for process in processes] == [0, 0]
@@ -903,10 +904,10 @@ def test_ranks_end_while_they_load(endless: Path, processes: list[Process], tmp_
 @pytest.mark.parametrize("busy", [False, pytest.param(True, marks=pytest.mark.trust)])
 def test_a_dead_rank_ends_the_server(endless: Path, processes: list[Process], busy: bool) -> None:
     """Idle or answering: noticed within seconds, told to whoever waits, and the exit status says so."""
-    house = two_ranks(endless, processes)
-    assert house.send("POST", COMPLETIONS, {**LONG, "max_tokens": 5})[0] == 200
+    running = two_ranks(endless, processes)
+    assert running.send("POST", COMPLETIONS, {**LONG, "max_tokens": 5})[0] == 200
     if busy:
-        client = house.start(COMPLETIONS, {"prompt": "x", "max_tokens": 2500, "stream": True})
+        client = running.start(COMPLETIONS, {"prompt": "x", "max_tokens": 2500, "stream": True})
         assert b"200 OK" in client.recv(1000)
     processes[1].child.kill()
     began = time.monotonic()
@@ -932,23 +933,23 @@ def test_a_second_signal_ends_at_once(endless: Path, processes: list[Process]) -
 
 
 def test_draining_has_an_end(tiny: Engine) -> None:
-    with serving(again(tiny)) as house:
-        client = house.start(COMPLETIONS, {**LONG, "stream": True, "n": 8})
+    with serving(again(tiny)) as running:
+        client = running.start(COMPLETIONS, {**LONG, "stream": True, "n": 8})
         assert b"200 OK" in client.recv(1000)
-        house.inside(house.bridge.drain(0))
+        running.on_loop(running.engine_thread.drain(0))
         text = rest(client, until=b"\r\n0\r\n\r\n")
         assert b"the engine is shutting down" in text and b"[DONE]" not in text
-        house.inside(house.bridge.ended.wait())
-        assert house.send("POST", COMPLETIONS, LONG)[2]["error"]["message"] == "the engine is shutting down"
+        running.on_loop(running.engine_thread.ended.wait())
+        assert running.send("POST", COMPLETIONS, LONG)[2]["error"]["message"] == "the engine is shutting down"
 
 
 def test_draining_leaves_finished_answers_to_slow_readers(tiny: Engine) -> None:
-    with serving(again(tiny)) as house:
-        client = house.start(COMPLETIONS, {**LONG, "max_tokens": 200, "logprobs": 5, "stream": True, "n": 8})
+    with serving(again(tiny)) as running:
+        client = running.start(COMPLETIONS, {**LONG, "max_tokens": 200, "logprobs": 5, "stream": True, "n": 8})
         assert b"200 OK" in client.recv(1000)
-        house.idle(PAGES)
-        house.inside(house.bridge.drain(20))
-        house.inside(house.bridge.ended.wait())
+        running.idle(PAGES)
+        running.on_loop(running.engine_thread.drain(20))
+        running.on_loop(running.engine_thread.ended.wait())
         text = rest(client, until=b"\r\n0\r\n\r\n")
         assert text.count(b'"finish_reason":"') == 8 and b"[DONE]" in text and b"shutting down" not in text
 
@@ -957,9 +958,9 @@ def test_an_engine_that_does_not_load_or_fails(tiny: Engine) -> None:
     """Its error ends the server; until then clients are told."""
     options = server.parse(["--ckpt-path", "C", "--port", "0"])
     listener = server.listen(options.host, options.port)
-    house = House(listener.getsockname()[1], None)
+    running = RunningServer(listener.getsockname()[1], None)
     with pytest.raises(UserError, match="Address already in use"):
-        server.listen(options.host, house.port)
+        server.listen(options.host, running.port)
     engine, asked, go = again(tiny), threading.Event(), threading.Event()
 
     def step() -> list:
@@ -972,16 +973,16 @@ def test_an_engine_that_does_not_load_or_fails(tiny: Engine) -> None:
         return engine
 
     with ThreadPoolExecutor(1) as pool:
-        serving = pool.submit(lambda: asyncio.run(service.serve(options, SOLO, listener, load)))
+        serving = pool.submit(lambda: asyncio.run(serve(options, SOLO, listener, load, Engine.close)))
         assert asked.wait(GENEROUS)
-        assert house.send("GET", "/health")[::2] == (503, {"status": "loading"})
+        assert running.send("GET", "/health")[::2] == (503, {"status": "loading"})
         for method, path in (("POST", CHAT), ("GET", "/v1/models")):
-            status, headers, said = house.send(method, path, {})
+            status, headers, said = running.send(method, path, {})
             assert (status, headers["retry-after"]) == (503, "5") and "the engine is loading" in said["error"]["message"]
-        assert house.send("GET", "/metrics")[0] == 200
+        assert running.send("GET", "/metrics")[0] == 200
         go.set()
-        await_that(lambda: house.send("GET", "/health")[0] == 200, "it is ready")
-        status, _, said = house.send("POST", COMPLETIONS, LONG)
+        await_that(lambda: running.send("GET", "/health")[0] == 200, "it is ready")
+        status, _, said = running.send("POST", COMPLETIONS, LONG)
         assert (status, said["error"]["message"]) == (503, "the engine has failed")
         with pytest.raises(ValueError, match="a broken step"):
             serving.result(GENEROUS)

@@ -12,26 +12,28 @@ from typing import Any
 
 import server
 from engine.engine import Engine
-from serving import bridge, service
+from serving import engine_thread
+from serving.app import application
+from serving.serve import Server
 
 GENEROUS = 60.0  # seconds that something may take on a busy machine
 
 
-class House:
-    """A running server, seen from inside and from outside."""
+class RunningServer:
+    """A running server: its objects in this process, and its address for clients."""
 
     def __init__(self, port: int, key: str | None) -> None:
         self.port, self.key = port, key
         self.url = f"http://127.0.0.1:{port}"
         self.loop: asyncio.AbstractEventLoop
-        self.bridge: bridge.Bridge
-        self.server: service.Server
+        self.engine_thread: engine_thread.EngineThread
+        self.server: Server
 
-    def order(self, work: Callable[[Engine], Any]) -> Any:
-        """What `work` says of the engine, on the engine's thread."""
-        return self.inside(self.bridge.order(work))
+    def on_engine(self, work: Callable[[Engine], Any]) -> Any:
+        """Runs `work` on the engine's thread and returns its result."""
+        return self.on_loop(self.engine_thread.call(work))
 
-    def inside(self, work: Any) -> Any:
+    def on_loop(self, work: Any) -> Any:
         """Runs a coroutine on the server's loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(GENEROUS)
 
@@ -57,9 +59,9 @@ class House:
 
     def idle(self, n_pages: int) -> None:
         """Waits until nothing runs; then no page may be held or lost."""
-        await_that(lambda: not self.order(lambda engine: engine.busy), "the engine is idle")
-        self.order(lambda engine: engine.scheduler.check_integrity())
-        assert self.order(lambda engine: engine.scheduler.pool.n_available) == n_pages
+        await_that(lambda: not self.on_engine(lambda engine: engine.busy), "the engine is idle")
+        self.on_engine(lambda engine: engine.scheduler.check_integrity())
+        assert self.on_engine(lambda engine: engine.scheduler.pool.n_available) == n_pages
 
 
 def await_that(condition: Callable[[], Any], what: str, within: float = GENEROUS) -> Any:
@@ -72,31 +74,31 @@ def await_that(condition: Callable[[], Any], what: str, within: float = GENEROUS
 
 @contextlib.contextmanager
 def serving(
-    engine: Engine, *, key: str | None = None, max_queue: int = 64, backlog: int = bridge.BACKLOG,
+    engine: Engine, *, key: str | None = None, max_queue: int = 64, backlog: int = engine_thread.BACKLOG,
     origins: tuple[str, ...] = (),
-) -> Iterator[House]:  # fmt: skip
+) -> Iterator[RunningServer]:  # fmt: skip
     listener = server.listen("127.0.0.1", 0)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # what the system keeps of a slow reader's
-    house, ready = House(listener.getsockname()[1], key), threading.Event()
+    running, ready = RunningServer(listener.getsockname()[1], key), threading.Event()
 
     async def main() -> None:
-        house.loop = asyncio.get_running_loop()
-        house.bridge = bridge.Bridge(
+        running.loop = asyncio.get_running_loop()
+        running.engine_thread = engine_thread.EngineThread(
             lambda: engine, name="model", max_queue=max_queue, finish=lambda engine: None, backlog=backlog
         )
-        house.server = service.Server(service.application(house.bridge, "model", key, "127.0.0.1", list(origins)))
-        house.bridge.start(ready.set)
-        await house.server.serve(sockets=[listener])
+        running.server = Server(application(running.engine_thread, "model", key, "127.0.0.1", list(origins)))
+        running.engine_thread.start(ready.set)
+        await running.server.serve(sockets=[listener])
 
     thread = threading.Thread(target=asyncio.run, args=(main(),))
     thread.start()
     assert ready.wait(GENEROUS)
     try:
-        yield house
+        yield running
     finally:
-        house.inside(house.bridge.drain(0))
-        house.inside(house.bridge.ended.wait())
-        house.server.should_exit = True
+        running.on_loop(running.engine_thread.drain(0))
+        running.on_loop(running.engine_thread.ended.wait())
+        running.server.should_exit = True
         thread.join(GENEROUS)
         assert not thread.is_alive()
 

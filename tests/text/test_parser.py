@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_tokenizer import BOS, EOS, VOCAB_SIZE, real_folder
 
 from core.sampling_params import SamplingParams
-from engine.engine import Request
+from engine.request import Request, TokenEvent
 from text import parser as chat
 from text.parser import (
     CALL_BEGIN,
@@ -77,9 +77,28 @@ def v3_template() -> str:
     return json.loads((real_folder() / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
 
 
-def parse(pieces: list[str], style: str | None = "v3", thinking: bool = False, tools: bool = True) -> list[Piece]:
+MARKERS = (chat.THINK, chat.THINK_END, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR)
+
+
+def tokens(text: str) -> list[tuple[str, bool]]:
+    """(text, is_control): every marker a control token, and the text between two a piece."""
+    return [(part, part in MARKERS) for part in re.split("(" + "|".join(MARKERS) + ")", text) if part]
+
+
+def letters(text: str) -> list[tuple[str, bool]]:
+    """The same with ordinary text a character at a time."""
+    return [(piece, control) for part, control in tokens(text) for piece in ([part] if control else part)]
+
+
+def push(parser: ChatParser, text: str) -> list[Piece]:
+    return [piece for token in tokens(text) for piece in parser.push(*token)]
+
+
+def parse(
+    pieces: list[tuple[str, bool]], style: str | None = "v3", thinking: bool = False, tools: bool = True
+) -> list[Piece]:
     parser = ChatParser(style, thinking, tools)
-    return [piece for text in pieces for piece in parser.push(text)] + parser.finish()
+    return [piece for token in pieces for piece in parser.push(*token)] + parser.finish()
 
 
 def joined(pieces: list[Piece]) -> tuple[str, str, list[tuple[str, str]]]:
@@ -160,52 +179,67 @@ CASES: list[tuple[str, bool, str, tuple[str, str, list[tuple[str, str]]]]] = [
 
 @pytest.mark.parametrize("style, thinking, text, expected", CASES)
 def test_examples(style: str, thinking: bool, text: str, expected: Any) -> None:
-    assert joined(parse([text], style, thinking)) == expected
-    assert joined(parse(list(text), style, thinking)) == expected  # a character at a time
-    for at in range(len(text)):
-        assert joined(parse([text[:at], text[at:]], style, thinking)) == expected
+    assert joined(parse(tokens(text), style, thinking)) == expected
+    assert joined(parse(letters(text), style, thinking)) == expected
+    for at in range(len(letters(text))):
+        first, second = letters(text)[:at], letters(text)[at:]
+        assert joined(parse(merged(first) + merged(second), style, thinking)) == expected
+
+
+def merged(pieces: list[tuple[str, bool]]) -> list[tuple[str, bool]]:
+    return tokens("".join(text for text, _ in pieces))
+
+
+@pytest.mark.parametrize("style, thinking, text, expected", CASES)
+def test_spelled_markers_are_text(style: str, thinking: bool, text: str, expected: Any) -> None:
+    """Letter by letter or whole: a user may have written them, and the model have said it again."""
+    kind = Reasoning if thinking else Content
+    for pieces in ([(text, False)], [(piece, False) for piece, _ in tokens(text)], [(letter, False) for letter in text]):
+        said = parse(pieces, style, thinking)
+        assert all(isinstance(piece, kind) for piece in said)
+        assert "".join(piece.text for piece in said) == (text.strip("\n") if thinking else text)
 
 
 def test_arguments_are_handed_out_as_they_come() -> None:
     parser = ChatParser("v3", thinking=False, tools=True)
-    assert parser.push(f"Well {CALLS_BEGIN}{CALL_BEGIN}function{SEPARATOR}f\n```json\n") == [Content("Well ")]
-    start, arguments = parser.push('{"a"')
+    assert push(parser, f"Well {CALLS_BEGIN}{CALL_BEGIN}function{SEPARATOR}f\n```json\n") == [Content("Well ")]
+    start, arguments = push(parser, '{"a"')
     assert isinstance(start, ToolCallStart) and (start.index, start.name) == (0, "f")
     assert arguments == ToolCallArguments(0, '{"a"')
-    assert parser.push(": 1\n") == [ToolCallArguments(0, ": 1")]
-    assert parser.push("``") == []
-    assert parser.push("`") == []
-    assert parser.push(" }") == [ToolCallArguments(0, "\n``` }")]
-    assert parser.push(f"\n```{CALL_END}") == []
+    assert push(parser, ": 1\n") == [ToolCallArguments(0, ": 1")]
+    assert push(parser, "``") == []
+    assert push(parser, "`") == []
+    assert push(parser, " }") == [ToolCallArguments(0, "\n``` }")]
+    assert push(parser, f"\n```{CALL_END}") == []
     assert parser.finish() == []
 
 
 def test_nothing_is_held_back_without_need() -> None:
     for thinking, kind in ((False, Content), (True, Reasoning)):
         parser = ChatParser("v3", thinking, tools=True)
-        assert [parser.push(text) for text in ("a", " <b", " <", "<", "｜tool", "\n")] == [
-            [kind("a")], [kind(" <b")], [kind(" ")], [kind("<")], [] if kind is Content else [kind("<｜tool")],
-            [kind("<｜tool\n")] if kind is Content else [],
-        ]  # fmt: skip
+        texts = ("a", " <b", " <", "<", "｜tool", "\n")
+        assert [push(parser, text) for text in texts[:-1]] == [[kind(text)] for text in texts[:-1]]
+        assert push(parser, texts[-1]) == ([] if thinking else [Content("\n")]), "it may be layout before </think>"
 
 
 def test_what_is_no_call_is_content_as_soon_as_that_is_known() -> None:
     parser = ChatParser("v3", thinking=False, tools=True)
-    assert parser.push(f"{CALL_BEGIN}Hello") == []
-    assert parser.push(f"{CALL_BEGIN}") == [Content(CALL_BEGIN), Content("Hello")]
-    assert parser.push("x" * 511) == []
-    assert parser.push("x") == [Content(CALL_BEGIN), Content("x" * 512)]
+    assert push(parser, f"{CALL_BEGIN}Hello") == []
+    assert push(parser, f"{CALL_BEGIN}") == [Content(CALL_BEGIN), Content("Hello")]
+    assert push(parser, "x" * 511) == []
+    assert push(parser, "x") == [Content(CALL_BEGIN), Content("x" * 512)]
 
 
 def test_without_tools_markers_are_content() -> None:
     text = f"x{CALLS_BEGIN}{V3_CALL % TIME}{CALLS_END}"
-    assert parse([text], None, tools=True) == parse([text], "v3", tools=False) == [Content(text)]
+    for said in (parse(tokens(text), None, tools=True), parse(tokens(text), "v3", tools=False)):
+        assert joined(said) == ("", text, [])
     with pytest.raises(ValueError, match=r"tool style 'v4', expected one of v3, v3\.1 or None"):
         ChatParser("v4", thinking=False, tools=True)
 
 
 PARTS = [
-    *(chat.THINK, chat.THINK_END, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR, FENCE, "```json", "function"),
+    *(*MARKERS, FENCE, "```json", "function"),
     *("get_weather", "\n", " ", '{"a": 1}', "{", '"', "`", "<", "<｜", "é", "word", f"{CALL_BEGIN}function{SEPARATOR}f\n```json\n"),
     *(V3_CALL % WEATHER, V31_CALL % TIME),
 ]  # fmt: skip
@@ -215,20 +249,22 @@ texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=14).map(
 @settings(deadline=None, derandomize=True, database=None, max_examples=300)
 @given(text=texts, style=st.sampled_from([None, "v3", "v3.1"]), thinking=st.booleans(), draw=st.randoms())
 def test_every_split_says_the_same(text: str, style: str | None, thinking: bool, draw: random.Random) -> None:
-    whole = joined(parse([text], style, thinking))
-    assert joined(parse(list(text), style, thinking)) == whole
-    cuts = sorted(draw.sample(range(len(text) + 1), min(len(text), draw.randrange(4))))
-    assert joined(parse([text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)], style, thinking)) == whole
+    whole = joined(parse(tokens(text), style, thinking))
+    pieces = letters(text)
+    assert joined(parse(pieces, style, thinking)) == whole
+    cuts = sorted(draw.sample(range(len(pieces) + 1), min(len(pieces), draw.randrange(4))))
+    parts = [pieces[a:b] for a, b in zip([0, *cuts], [*cuts, len(pieces)], strict=True)]
+    assert joined(parse([token for part in parts for token in merged(part)], style, thinking)) == whole
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=300)
 @given(text=texts, style=st.sampled_from(["v3", "v3.1"]))
 def test_nothing_is_lost(text: str, style: str) -> None:
     """Every character comes out, in order, but for markers, fences, a call's type and whitespace."""
-    said = "".join(piece.name if isinstance(piece, ToolCallStart) else piece.text for piece in parse([text], style))
+    said = "".join(piece.name if isinstance(piece, ToolCallStart) else piece.text for piece in parse(tokens(text), style))
 
     def bare(text: str) -> str:
-        for layout in (chat.THINK, chat.THINK_END, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR, "`", "json"):
+        for layout in (*MARKERS, "`", "json"):
             text = text.replace(layout, "")
         return "".join(text.split()).replace("function", "")
 
@@ -238,9 +274,9 @@ def test_nothing_is_lost(text: str, style: str) -> None:
 @settings(deadline=None, derandomize=True, database=None, max_examples=300)
 @given(text=texts, thinking=st.booleans())
 def test_reasoning_is_that_of_the_engine(text: str, thinking: bool) -> None:
-    controls = [match.start() for match in re.finditer("</?think>", text)]
-    request = Request(0, [], SamplingParams(), text=text, opens_thinking=thinking, controls=controls)
-    reasoning, content, _ = joined(parse(list(text), None, thinking))
+    events = [TokenEvent(0, part, control) for part, control in tokens(text)]
+    request = Request(0, [], SamplingParams(), events=events, opens_thinking=thinking)
+    reasoning, content, _ = joined(parse(letters(text), None, thinking))
     assert (reasoning, content) == (request.parts[0] or "", request.parts[1])
 
 
@@ -261,8 +297,8 @@ def test_round_trip_through_templates(template: str, style: str, tmp_path: Path)
         assert ids[: len(asked)] == asked
         stream, parser, pieces = tokenizer.stream(), ChatParser(style, thinking=False, tools=True), []
         for token in ids[len(asked) :]:
-            pieces += parser.push(stream.push(token))
-        pieces += parser.push(stream.finish()) + parser.finish()
+            pieces += parser.push(stream.push(token), tokenizer.is_control(token))
+        pieces += parser.push(stream.finish(), False) + parser.finish()
         assert joined(pieces) == ("", content or "", [WEATHER, TIME][: len(calls)])
 
 

@@ -1,0 +1,131 @@
+"""A request: its prompt, the tokens of its answer, and the text they make.
+
+Tokens become text in three steps: `Detokenizer` joins their bytes to characters, `_pending` withholds tokens whose text
+may begin a stop text, and `events` records each token once its text is certain. A reader of a growing answer remembers
+how many events it has seen: events are only ever appended.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from core.sampling_params import SamplingParams
+from engine.sampling import Draft, Logprob
+from text.detokenizer import Detokenizer
+from text.parser import ChatParser, Content, Reasoning
+
+FinishReason = Literal["stop", "length", "error", "cancelled"]
+
+
+class TokenEvent(NamedTuple):
+    """One token of an answer with the text it completes, "" for a token that ends inside a character."""
+
+    id: int | None  # None: text of an incomplete character whose own tokens are already recorded
+    text: str
+    is_control: bool = False  # the token stands for itself (see Tokenizer.is_control), and `text` is exactly its own
+    drafted: bool = False  # the MTP module proposed the token
+    logprob: Logprob | None = None  # where params.logprobs asks for it
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and its answer as it grows. The answer is complete once `finish_reason` is set."""
+
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    choice: int = 0  # which of params.n answers to the prompt
+    tokens: list[int] = field(default_factory=list)  # all ids made, without the end token, withheld ones included
+    events: list[TokenEvent] = field(default_factory=list)  # append-only; in the end one for each of `tokens`
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    n_reused: int = 0  # prompt tokens whose latents the prefix cache held
+    opens_thinking: bool = False  # the prompt itself opens <think>
+    prompt_logprobs: list[Logprob] = field(default_factory=list)  # of each prompt token but the first
+    draft: Draft = field(default_factory=Draft, repr=False)
+    detokenizer: Detokenizer | None = field(default=None, repr=False)  # None: no tokenizer, and no text
+    hit_stop: bool = False  # a stop text ended the text; nothing follows it
+    _pending: list[TokenEvent] = field(default_factory=list, repr=False)  # their text may begin a stop text
+    _n_before: int = field(default=0, repr=False)  # events before the last step
+
+    @property
+    def text(self) -> str:
+        """The text that is certain so far."""
+        return "".join(event.text for event in self.events)
+
+    @property
+    def new_text(self) -> str:
+        """What the last step added to `text`: whole characters only."""
+        return "".join(event.text for event in self.events[self._n_before :])
+
+    @property
+    def logprobs(self) -> list[Logprob]:
+        """Log-probabilities of the recorded tokens, where params.logprobs asks for them."""
+        return [event.logprob for event in self.events if event.logprob is not None]
+
+    @property
+    def parts(self) -> tuple[str | None, str]:
+        """(reasoning, answer): the text inside a leading <think> … </think>, None without one, and the text after it.
+
+        Text that never leaves the thinking is all reasoning. Only control tokens are markers, not text spelled alike.
+        """
+        parser = ChatParser(None, self.opens_thinking, tools=False)
+        pieces = [piece for event in self.events for piece in parser.push(event.text, event.is_control)]
+        reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
+        answer = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+        return reasoning if parser.has_reasoning else None, answer
+
+    @property
+    def rng_key(self) -> int:
+        """The number that separates this request's random draws from others' under one seed."""
+        return self.id + (self.choice << 40)
+
+    def begin_step(self) -> None:
+        """Start collecting `new_text` afresh."""
+        self._n_before = len(self.events)
+
+    def append(self, token: int, drafted: bool = False, logprob: Logprob | None = None) -> bool:
+        """Append a token to the answer; return whether a stop text ends it."""
+        text, is_control = "", False
+        if self.detokenizer is not None:
+            left, text, is_control = self.detokenizer.push_apart(token)
+            self._append_leftover(left)
+        self.tokens.append(token)
+        self._pending.append(TokenEvent(token, text, is_control, drafted, logprob))
+        return self._record()
+
+    def flush(self) -> None:
+        """Record what is withheld, now that nothing follows it, up to a stop text in it."""
+        left = self.detokenizer.finish() if self.detokenizer is not None else ""
+        if not self.hit_stop:
+            self._append_leftover(left)
+            self._record()
+        self.events += self._pending
+        self._pending = []
+
+    def _append_leftover(self, text: str) -> None:
+        """Append the text of an incomplete character to the last withheld token, or as an event of its own."""
+        if not text:
+            return
+        if self._pending and not self._pending[-1].is_control:
+            self._pending[-1] = self._pending[-1]._replace(text=self._pending[-1].text + text)
+        else:
+            self._pending.append(TokenEvent(None, text))
+
+    def _record(self) -> bool:
+        """Move tokens whose text is certain from `_pending` to `events`, cut at the first stop text; return whether
+        there is one."""
+        stops, text = self.params.stop, "".join(event.text for event in self._pending)
+        found = min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=-1)
+        if found >= 0:
+            self.hit_stop = True
+            for event in self._pending:
+                self.events.append(event._replace(text=event.text[:found]))
+                found -= len(self.events[-1].text)
+            self._pending = []
+            return True
+        keep = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        certain = len(text) - keep
+        while self._pending and len(self._pending[0].text) <= certain:
+            self.events.append(self._pending.pop(0))
+            certain -= len(self.events[-1].text)
+        return False

@@ -1,0 +1,159 @@
+"""From a body to token ids: what one HTTP request may ask for, and what the engine needs to answer it."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pydantic_core
+
+from core.errors import UserError
+from core.sampling_params import SamplingParams
+from serving.errors import ApiError
+from serving.schema import Body, ChatBody, CompletionBody, FieldError, Sampled, parse, shown
+from text.tokenizer import Tokenizer, TooLong
+
+MAX_VALUES = 1 << 20  # in one body: making Python objects of it holds all other threads up
+MAX_ITEMS = {"messages": 2048, "tools": 128, "stop": 16}
+MAX_NUMBERS = {"n": 16, "logprobs": 20, "top_logprobs": 20}
+MAX_STOP_LENGTH = 256  # characters
+COMPLETION_TOKENS = 16  # of a completion that does not say how many
+
+
+@dataclass(frozen=True)
+class Served:
+    """The facts of a loaded engine."""
+
+    name: str
+    tokenizer: Tokenizer
+    context: int  # tokens of a prompt and its answer
+    vocab_size: int
+    defaults: SamplingParams
+    tool_style: str | None  # see parser.tool_style
+    marks_drafts: bool
+    since: int = field(default_factory=lambda: int(time.time()))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that can be run."""
+
+    body: ChatBody | CompletionBody
+    prompts: list[list[int]]
+    params: SamplingParams
+
+    @property
+    def choices(self) -> list[tuple[int, int]]:
+        """(prompt, which of its answers) of each choice of the response."""
+        return [(i, c) for i in range(len(self.prompts)) for c in range(self.params.n)]
+
+
+def plan_chat(raw: bytes | bytearray, served: Served) -> Plan:
+    """Raises ApiError."""
+    body = read_body(ChatBody, raw, served)
+    if not served.tokenizer.has_chat_template:
+        raise ApiError("this checkpoint has no chat template, so no conversations; /v1/completions continues texts")
+    thinking, enabled = body.chat_template_kwargs.thinking, body.chat_template_kwargs.enable_thinking
+    if thinking is not None and enabled is not None and thinking != enabled:
+        raise ApiError("thinking and enable_thinking contradict each other", "chat_template_kwargs")
+    thinking = enabled if thinking is None else thinking
+    if thinking is not None and not served.tokenizer.has_thinking_switch:
+        raise ApiError("this checkpoint's chat template does not let thinking be switched on or off",
+                       "chat_template_kwargs")  # fmt: skip
+    tools = [tool.given for tool in body.tools] if body.offers_tools else None
+    if tools and (served.tool_style is None or not served.tokenizer.knows_tools):
+        raise ApiError("tools are not supported: this checkpoint's chat template offers none to the model; a "
+                       "chat_template.jinja beside its weights that does would be used instead", "tools")  # fmt: skip
+    try:
+        messages = [message.for_template for message in body.messages]
+        prompt = served.tokenizer.encode_chat(messages, thinking=thinking, tools=tools, most=served.context)
+    except TooLong:
+        raise too_long("messages", served) from None
+    except UserError as e:
+        raise ApiError(str(e), "messages") from None
+    return Plan(body, [prompt], sampling_params(body, served, [prompt], "messages"))
+
+
+def plan_completion(raw: bytes | bytearray, served: Served) -> Plan:
+    """Raises ApiError."""
+    body = read_body(CompletionBody, raw, served)
+    if isinstance(body.prompt, str):
+        asked: Sequence[str | list[int]] = [body.prompt]
+    elif body.prompt and isinstance(body.prompt[0], int):
+        asked = [body.prompt]  # type: ignore[list-item]
+    else:
+        asked = body.prompt  # type: ignore[assignment]
+    if not 1 <= len(asked) * max(body.n, 1) <= MAX_NUMBERS["n"]:
+        raise ApiError(f"prompt and n ask for {len(asked) * body.n} answers, expected from 1 to {MAX_NUMBERS['n']}",
+                       "prompt")  # fmt: skip
+    try:
+        prompts = [served.tokenizer.encode_text(p, served.context) if isinstance(p, str) else p for p in asked]
+    except TooLong:
+        raise too_long("prompt", served) from None
+    except UserError as e:
+        raise ApiError(str(e), "prompt") from None
+    for ids in prompts:
+        wrong = next((t for t in ids if not 0 <= t < served.vocab_size), None)
+        if wrong is not None:
+            raise ApiError(f"token id {shown(wrong)} is not in the vocabulary of {served.vocab_size}", "prompt")
+        if not ids:
+            raise ApiError("a prompt is empty", "prompt")
+    params = sampling_params(body, served, prompts, "prompt")
+    return Plan(body, prompts, replace(params, prompt_logprobs=body.logprobs if body.echo else None))
+
+
+def read_body(kind: type[Body], raw: bytes | bytearray, served: Served) -> Body:
+    """Raises ApiError, naming the field."""
+    if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ApiError(f"the body has more than {MAX_VALUES} values", status=413)
+    try:
+        data = pydantic_core.from_json(raw, allow_inf_nan=False)
+    except ValueError as e:
+        raise ApiError(f"the body is not JSON that can be read: {e}") from None
+    if not isinstance(data, dict):
+        raise ApiError("the body is not a JSON object")
+    check_size(data)
+    try:
+        body = parse(kind, data)
+    except FieldError as e:
+        raise ApiError(str(e), e.param) from None
+    if body.model not in (None, "", served.name):
+        raise ApiError(f"there is no model {shown(body.model)}, only {served.name!r}", "model", status=404,
+                       code="model_not_found")  # fmt: skip
+    return body
+
+
+def check_size(data: dict[str, Any]) -> None:
+    """Raises ApiError for more than one client may ask for. What has another type is left to the schema."""
+    for name, most in MAX_ITEMS.items():
+        if isinstance(value := data.get(name), list) and len(value) > most:
+            raise ApiError(f"{name} has {len(value)} items, expected at most {most} items", name)
+    for name, most in MAX_NUMBERS.items():
+        if type(value := data.get(name)) is int and value > most:
+            raise ApiError(f"{name} is {shown(value)}, expected at most {most}", name)
+    stops = data.get("stop")
+    for i, text in enumerate(stops if isinstance(stops, list) else [stops]):
+        if isinstance(text, str) and len(text) > MAX_STOP_LENGTH:
+            name = f"stop.{i}" if isinstance(stops, list) else "stop"
+            raise ApiError(f"{name} has {len(text)} characters, expected at most {MAX_STOP_LENGTH} characters", name)
+
+
+def too_long(source: str, served: Served) -> ApiError:
+    return ApiError(f"{source} leaves no room for an answer in the context of {served.context} tokens", source,
+                    code="context_length_exceeded")  # fmt: skip
+
+
+def sampling_params(body: Sampled, served: Served, prompts: list[list[int]], source: str) -> SamplingParams:
+    """As the body says, else as the checkpoint's generation_config.json does. `source` names the prompt's field."""
+    if max(map(len, prompts)) >= served.context:
+        raise too_long(source, served)
+    fields, name = body.sampling, body.max_tokens_field
+    if not 1 <= fields.get("max_new_tokens", 1) <= served.context:
+        raise ApiError(f"{name} is {shown(fields['max_new_tokens'])}, expected from 1 to {served.context}", name)
+    fields.setdefault("seed", secrets.randbits(63))
+    fields.setdefault("max_new_tokens", served.context - min(map(len, prompts)) if body.is_chat else COMPLETION_TOKENS)
+    try:
+        return replace(served.defaults, **fields)
+    except UserError as e:
+        raise ApiError(str(e), str(e).split()[0]) from None

@@ -1,0 +1,228 @@
+"""What a request may say, in OpenAI's format: the one schema of .jsonl files and HTTP bodies.
+
+Types are exact, a field that is null counts as absent, and a field that would change the answer and is not implemented
+is refused by name: to leave it out silently would be to answer another question. The ranges of sampling parameters are
+SamplingParams' own.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from core.errors import UserError
+
+MAX_FIELDS = 64  # of one object
+IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # change no answer
+NOT_IMPLEMENTED: dict[str, tuple] = {  # with the values that do not ask for it
+    "best_of": (1,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,), "response_format": ({"type": "text"},), "modalities": (["text"],), "suffix": ("",),
+}  # fmt: skip
+
+
+class FieldError(UserError):
+    """A request's field that cannot be read: `param` is its path, such as messages.0.role."""
+
+    def __init__(self, param: str, says: str):
+        super().__init__(f"{param or 'the body'} {says}")
+        self.param = param
+
+
+class Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_null(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MAX_FIELDS:
+            raise ValueError(f"has {len(value)} fields, at most {MAX_FIELDS} are read")
+        return {name: entry for name, entry in value.items() if entry is not None}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        return self.model_dump(exclude_unset=True)
+
+
+class TextPart(Schema):
+    type: Literal["text"]
+    text: str
+
+
+class Function(Schema):
+    name: str
+    arguments: str
+
+
+class ToolCall(Schema):
+    id: str = ""
+    type: Literal["function"]
+    function: Function
+    index: int = 0  # streams carry it, and clients send it back
+
+
+class Message(Schema):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    name: str = ""
+    reasoning_content: str = ""
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=128)] = []
+    tool_call_id: str = ""
+    annotations: Annotated[list[Any], Field(max_length=0)] = []  # clients send an answer back whole
+
+    @property
+    def for_template(self) -> dict[str, Any]:
+        left = {name: value for name, value in self.given.items() if name == "content" or value not in ("", [])}
+        return {"role": self.role, "content": None} | left
+
+
+class Definition(Schema):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str = ""
+    parameters: dict[str, Any] = {}
+    strict: Literal[False] = False
+
+
+class Tool(Schema):
+    type: Literal["function"]
+    function: Definition
+
+
+class StreamOptions(Schema):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class TemplateSwitches(Schema):
+    thinking: bool | None = None
+    enable_thinking: bool | None = None
+
+
+class Sampled(Schema):
+    """What chats and completions have in common."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    n: int = 1
+    stop: str | Annotated[list[str], Field(fail_fast=True)] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+
+    is_chat: ClassVar[bool]
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are named beside each; None for no log-probabilities."""
+        raise NotImplementedError
+
+    @property
+    def max_tokens_field(self) -> str:
+        """The field that limits the answer: of the two names the newer one, where both are given."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The fields of SamplingParams that the request sets."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+                 "frequency_penalty", "seed", "n")  # fmt: skip
+        fields = {name: getattr(self, name) for name in names if name in self.model_fields_set}
+        if (most := getattr(self, self.max_tokens_field)) is not None:
+            fields["max_new_tokens"] = most
+        if "stop" in self.model_fields_set:
+            fields["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return fields if self.n_logprobs is None else fields | {"logprobs": self.n_logprobs}
+
+
+class ChatBody(Sampled):
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] = []
+    tool_choice: Literal["none", "auto"] = "auto"
+    chat_template_kwargs: TemplateSwitches = TemplateSwitches()
+
+    is_chat = True
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _belongs_to_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs", True):
+            raise ValueError("needs logprobs: true")
+        return value
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offers_tools(self) -> bool:
+        return bool(self.tools) and self.tool_choice == "auto"
+
+
+Ids = Annotated[list[int], Field(fail_fast=True)]
+
+
+class CompletionBody(Sampled):
+    prompt: str | Ids | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)]
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    echo: bool = False
+
+    is_chat = False
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+Body = TypeVar("Body", ChatBody, CompletionBody)
+
+
+def parse(kind: type[Body], data: dict[str, Any]) -> Body:
+    """A request of JSON values. Raises FieldError."""
+    values = {}
+    for name, value in data.items():
+        if name in kind.model_fields:
+            values[name] = value
+        elif value is not None and name in NOT_IMPLEMENTED:
+            if not any(type(value) is type(off) and value == off for off in NOT_IMPLEMENTED[name]):
+                raise FieldError(name, f"is not supported with the value {shown(value)}")
+        elif value is not None and name not in IGNORED:
+            raise FieldError(shown(name)[1:-1], "is not supported")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as e:
+        problems = [(_describe(error, values), error["type"]) for error in e.errors(include_url=False)]
+    # Of a union's errors those of the alternative that came furthest, and of these one about more than the type.
+    (path, says), _ = max(problems, key=lambda found: (len(found[0][0]), not found[1].endswith("_type")))
+    raise FieldError(".".join(path), says)
+
+
+def _describe(error: Any, data: Any) -> tuple[list[str], str]:
+    """(path, what is wrong there) of one of pydantic's errors, whose own paths name types of unions as well."""
+    path: list[str] = []
+    for part in error["loc"]:
+        inside = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)
+        if inside:
+            data = data[part]
+            path.append(str(part))
+        elif error["type"] == "missing" and part == error["loc"][-1] and isinstance(data, dict):
+            return [*path, str(part)], "is missing"
+    if error["type"] == "extra_forbidden":
+        return path, "is not supported"
+    says = error["msg"].replace("Input should be ", "expected ").removeprefix("Value error, ")
+    return path, says if says.startswith(("has ", "needs ")) else f"is {shown(data)}: {says}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message, its middle left out if it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]} … ({len(text)} characters)"

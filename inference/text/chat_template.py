@@ -1,0 +1,257 @@
+"""A checkpoint's chat template: messages to a prompt's text, with its control tokens told apart from messages' text.
+
+A message is only ever text: a user who types `<｜Assistant｜>` or `<think>` gets those characters, not the control
+token.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+
+from core.errors import UserError
+from core.files import read_text
+from text.sandbox import BUDGET, RenderBudget, Sandbox
+
+ROLES = ("system", "user", "assistant", "tool")
+# Methods and filters that look for their argument in a text instead of writing it.
+SEARCHES = frozenset(
+    {"split", "rsplit", "partition", "rpartition", "startswith", "endswith", "find", "rfind", "index", "rindex",
+     "count", "replace", "strip", "lstrip", "rstrip", "removeprefix", "removesuffix", "trim"}
+)  # fmt: skip
+SURROGATES = range(0xD800, 0xE000)  # no valid text contains these, so each can stand for a control token
+STAND_IN = re.compile(f"([{chr(SURROGATES[0])}-{chr(SURROGATES[-1])}])")
+
+
+class Json(str):
+    """Text that is JSON already, such as a tool call's arguments: the filter `tojson`, through which some templates
+    pass them while others do not, leaves it as it is."""
+
+
+class ChatTemplate:
+    """A Jinja chat template in two compiled forms: as written, and with a stand-in for every control token it writes.
+
+    The rendered text does not show where a control token comes from, and templates cut and strip messages, so positions
+    in the original text do not help either. But whatever a template does to a message, its own control tokens are
+    literals of its source (or `bos_token` and its like). In the second form each such literal is one lone surrogate,
+    which no valid text contains; everything else in the result came from a message or is ordinary wording. Literals
+    that are only compared with (`'</think>' in content`) are left alone, and rendering checks that both forms agree.
+    """
+
+    def __init__(self, source: str, specials: dict[str, int], named: dict[str, str]) -> None:
+        """`specials`: every control token's text and id. `named`: variables such as `bos_token` and their text.
+
+        Raises UserError when the source does not compile.
+        """
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+
+        written = [text for text in specials if text in source or text in named.values()]
+        if len(written) > len(SURROGATES):
+            raise UserError(f"the chat template writes {len(written)} control tokens, more than {len(SURROGATES)}")
+        stand_ins = {text: chr(code) for text, code in zip(written, SURROGATES, strict=False)}
+        self.ids_by_text = {text: specials[text] for text in written}
+        self._ids: dict[str, int] = {stand_ins[text]: specials[text] for text in written}
+        self._expand = {stand_in: text for text, stand_in in stand_ins.items()}
+        try:
+            tree = environment.parse(source)
+            read = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
+            self.has_thinking_switch = bool(read & {"thinking", "enable_thinking"})
+            self.knows_tools = "tools" in read
+            self._as_written = environment.compiled(environment.parse(source))
+            self._marked = environment.compiled(_mark(tree, stand_ins))
+        except jinja2.TemplateSyntaxError as e:
+            raise UserError(f"the chat template has a mistake in line {e.lineno}: {e.message}") from None
+        except RecursionError:
+            raise UserError("the chat template is nested too deeply") from None
+        self._specials = _any_of(specials)
+        self._named = named
+        self._marked_named = {name: stand_ins[text] for name, text in named.items()}
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        thinking: bool | None,
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> tuple[str, list[str | int]]:
+        """The prompt's text, and the same as control tokens' ids and the runs of ordinary text between them.
+
+        Raises UserError for messages that no template takes, or that this one cannot render.
+        """
+        messages = _checked(messages)
+        try:
+            return self._render(messages, thinking, add_generation_prompt, tools)
+        except UserError:
+            # For a message of tool calls alone some templates want no content, and others fail without.
+            texts = [message | {"content": message.get("content") or ""} for message in messages]
+            if texts == messages:
+                raise
+        return self._render(texts, thinking, add_generation_prompt, tools)
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        thinking: bool | None,
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None,
+    ) -> tuple[str, list[str | int]]:
+        variables: dict[str, Any] = {
+            "messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools, "documents": None,
+            "strftime_now": datetime.now().strftime,  # one moment for both forms
+        }  # fmt: skip
+        if tools is not None and not self.knows_tools:
+            raise UserError("this checkpoint's chat template knows no tools")
+        if thinking is not None:
+            if not self.has_thinking_switch:
+                raise UserError("this checkpoint's chat template does not let thinking be switched on or off")
+            variables |= {"thinking": thinking, "enable_thinking": thinking}
+        try:
+            text, marked = (
+                budget.join(form.generate(variables | named | {BUDGET: budget}))
+                for form, named, budget in ((self._as_written, self._named, RenderBudget()),
+                                            (self._marked, self._marked_named, RenderBudget()))
+            )  # fmt: skip
+        except Exception as e:  # a template may fail as any program may
+            raise UserError(f"the chat template cannot render these messages: {e}") from None
+        runs = [run for run in STAND_IN.split(marked) if run]
+        if "".join(self._expand.get(run, run) for run in runs) != text:
+            raise UserError("the chat template handles its control tokens in a way that is not supported; use --raw")
+        given = json.dumps([messages, tools], ensure_ascii=False)
+        for run in runs:
+            for token in self._specials.findall(run):
+                if json.dumps(token, ensure_ascii=False)[1:-1] not in given:  # no message spells it as a whole either
+                    raise UserError(f"the chat template assembles {token!r} from pieces, not supported; use --raw")
+        return text, [self._ids.get(run, run) for run in runs]
+
+
+def _mark(tree: nodes.Template, stand_ins: dict[str, str]) -> nodes.Template:
+    """Replaces the control tokens in the literals that `tree` writes; literals that it only looks for stay."""
+    looked_for: set[int] = set()
+    for node in tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test, nodes.Getitem)):
+        operands: list[nodes.Node] = []
+        if isinstance(node, nodes.Compare):
+            operands = [node.expr, *(operand.expr for operand in node.ops)]
+        elif isinstance(node, nodes.Getitem):
+            operands = [node.arg]
+        elif isinstance(node, nodes.Call):
+            searches = isinstance(node.node, nodes.Getattr) and node.node.attr in SEARCHES
+            operands = list(node.args) if searches else []
+        elif isinstance(node, nodes.Test) or (isinstance(node, nodes.Filter) and node.name in SEARCHES):
+            operands = list(node.args)
+        for operand in operands:
+            looked_for |= {id(literal) for literal in (operand, *operand.find_all(nodes.Const))}
+
+    pattern = _any_of(stand_ins)
+    for literal in tree.find_all((nodes.Const, nodes.TemplateData)):
+        field = "data" if isinstance(literal, nodes.TemplateData) else "value"
+        text = getattr(literal, field)
+        if isinstance(text, str) and id(literal) not in looked_for:
+            setattr(literal, field, pattern.sub(lambda match: stand_ins[match[0]], text))
+    return tree
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of `texts`, the longest where several fit, as the tokenizer itself does; nothing for none.
+
+    Written as a tree by first characters, so that a text full of beginnings costs no more for there being many.
+    """
+
+    def tree(rests: set[str]) -> str:
+        by_letter: dict[str, set[str]] = {}
+        for rest in rests - {""}:
+            by_letter.setdefault(rest[0], set()).add(rest[1:])
+        branches = "|".join(re.escape(letter) + tree(after) for letter, after in sorted(by_letter.items()))
+        if not branches:
+            return ""
+        return f"(?:{branches})?" if "" in rests else f"(?:{branches})" if len(by_letter) > 1 else branches
+
+    return re.compile(tree(set(texts)) or "(?!)")
+
+
+def _checked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with their content as one string (or None beside tool calls), and calls' arguments as Json; raises
+    UserError naming the message.
+
+    A role no template knows is refused here, because templates silently drop such messages.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise UserError("the conversation has no messages")
+    checked = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, dict) else message
+            raise UserError(f"message {i}: role {role!r} is not supported (known: {', '.join(ROLES)})")
+        content = message.get("content")
+        if isinstance(content, list):  # OpenAI's list of parts
+            parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+            texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+            if len(texts) < len(content):
+                raise UserError(f"message {i}: only parts of type text are supported")
+            message = message | {"content": "".join(texts)}
+        elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise UserError(f"message {i}: content is {type(content).__name__}, expected a string")
+        try:
+            require_unicode(json.dumps(message, ensure_ascii=False), f"message {i}")
+        except (TypeError, ValueError) as e:
+            raise UserError(f"message {i}: not plain JSON data ({e})") from None
+        checked.append(_with_arguments(message))
+    return checked
+
+
+def _with_arguments(part: Any) -> Any:
+    """A copy of a message in which every tool call's arguments, where they are text, are Json."""
+    match part:
+        case {"tool_calls": list(calls)}:
+            return part | {"tool_calls": [_with_arguments(call) for call in calls]}
+        case {"function": {"arguments": str(text)}}:
+            return part | {"function": part["function"] | {"arguments": Json(text)}}
+    return part
+
+
+def require_unicode(text: str, what: str) -> None:
+    """Lone surrogates come from broken JSON escapes or undecodable input; they are no text and have no UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{what} is not valid Unicode: lone surrogate {text[e.start]!a}") from None
+
+
+def read_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The chat template's source: chat_template.jinja wins over tokenizer_config.json, as in transformers."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        try:
+            return read_text(file)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{file}: not readable as text ({e})") from None
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several templates by name
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template is no string")
+    return template
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML, which no model was trained on; transformers replaces it in the same way."""
+    if isinstance(value, Json):
+        return value
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
