@@ -19,7 +19,7 @@ from ops import backend as ops
 SCALE = "_scale_inv"
 
 
-@dataclass
+@dataclass(slots=True)
 class Copied(Output):
     """A tensor that stays as it is."""
 
@@ -27,7 +27,7 @@ class Copied(Output):
         return lambda row, window: self.put(window, row * self.source.row_bytes)
 
 
-@dataclass
+@dataclass(slots=True)
 class Dequantised(Output):
     """BF16 (R, C) of e4m3 (R, C) and its float32 scales (ceil(R/128), ceil(C/128))."""
 

@@ -22,7 +22,7 @@ MAX_FILE = 1536 << 20  # bytes
 COPIED = re.compile(r"(generation_)?config\.json|.*token.*|chat_template.*|vocab\..*|merges\.txt|.*\.(model|tiktoken)")
 
 
-@dataclass
+@dataclass(slots=True)
 class Slice(Output):
     """One rank's part of a tensor."""
 

@@ -25,7 +25,7 @@ from core.errors import UserError
 from core.run_config import ExpertLayout
 
 
-@dataclass
+@dataclass(slots=True)
 class Output:
     """A tensor to write and the one it is made of. Subclasses say how."""
 

@@ -46,7 +46,7 @@ class Writer:
         text += b" " * (-len(text) % 8)
         self.header = len(text).to_bytes(8, "little") + text
         self.starts = {name: len(self.header) + start for name, start in self.starts.items()}
-        self.body, self.size = end, len(self.header) + end
+        self.size = len(self.header) + end
         self.record: dict[str, Any] | None = None
         self.digests: dict[str, Digest] = {}
         self.file_hash, self.hashed = hashlib.sha256(self.header), len(self.header)  # of the file's first bytes

@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_convert import OTHERS, SMALL, content
-from test_weights import assert_same, drop, loaded, multiplied_out, replace, whole
 
 import fp8_cast_bf16
 from checkpoint import transform
@@ -25,8 +24,10 @@ from core.errors import UserError
 from core.numerics import Numerics
 from support import crash_points as killing
 from support.checkpoints import fp8_sizes, make_checkpoint
+from support.damaged_checkpoints import drop, replace, whole
 from support.families import FAMILIES
 from support.model_pairs import theirs
+from support.rank_weights import assert_same, loaded, multiplied_out
 
 CPU = "cpu"
 

@@ -13,19 +13,20 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_weights import CONFIG, HF_INDEX, WIDE, drop, our_name, part, replace, whole, write_upstream
 
 import convert as command
 from checkpoint import transform
 from checkpoint.atomic import PENDING, TEMPORARY, AtomicWriter
 from checkpoint.convert import MAX_FILE, convert
 from checkpoint.directory import Checkpoint
-from checkpoint.manifest import read_manifests, verify
+from checkpoint.manifest import HF_INDEX, read_manifests, verify
 from checkpoint.reading import Reader
 from core.errors import UserError
 from support import crash_points as killing
 from support.checkpoints import fp8_sizes, make_checkpoint
+from support.damaged_checkpoints import drop, replace, whole
 from support.families import FAMILIES
+from support.rank_weights import CONFIG, WIDE, our_name, part, write_upstream
 
 SMALL = CONFIG | fp8_sizes(2) | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"

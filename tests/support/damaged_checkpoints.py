@@ -55,12 +55,11 @@ def good_checkpoint(folder: Path, good: str) -> None:
     """Writes a small random checkpoint: "fp8" in shards, "ue8m0" the same with powers of two as scales, "bf16" in one
     file, "converted" by convert.py for two ranks, "cast" by fp8_cast_bf16.py, "upstream" as the V3 repository's converter
     leaves it."""
-    from test_weights import write_upstream
-
     from checkpoint.cast import cast
     from checkpoint.convert import convert
     from support.checkpoints import fp8_sizes, make_checkpoint
     from support.families import V3
+    from support.rank_weights import write_upstream
     from support.tiny_tokenizer import VOCAB_SIZE, write_tokenizer
 
     experts = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "n_shared_experts": 2}
