@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli import main as cli
-from cli.flags import Parser, add_checkpoint_flags, add_engine_flags, positive
+from cli.flags import SERVER_FLAGS, Parser, add_checkpoint_flags, add_engine_flags, positive
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--drain-seconds", type=float, default=20.0, metavar="S",
         help="time running answers have to finish when the server is told to end (default: 20); torchrun gives them "
         "30 at most, unless its --shutdown-timeout says otherwise")  # fmt: skip
-    add_engine_flags(parser, "max_num_mixed_tokens")
+    add_engine_flags(parser, *SERVER_FLAGS)
     options = parser.parse_args(arguments)
     options.api_key = read_key(options.api_key or os.environ.get(KEY_VARIABLE) or None)
     if not 0 <= options.drain_seconds <= 86400:
@@ -71,7 +71,8 @@ def port(text: str) -> int:
 
 
 def read_key(given: str | None) -> str | None:
-    """Raises UserError for a key that a header cannot carry, or that is soon guessed."""
+    """The key, read from a file where `given` is @FILE. Raises UserError for one that is short or that a header cannot
+    carry."""
     if given is not None and given.startswith("@"):
         try:
             given = Path(given[1:]).read_text(encoding="utf-8").strip()
@@ -90,14 +91,14 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises UserError for an address that cannot be had."""
+    """A socket that listens there. Raises UserError for an address that cannot be bound."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen()
-    except (OSError, UnicodeError) as e:  # the latter for a name that can be none
+    except (OSError, UnicodeError) as e:  # the latter for a malformed name
         raise UserError(f"--host {host} --port {port}: {getattr(e, 'strerror', None) or e}") from None
     return listener
 
@@ -112,7 +113,7 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
     if listener is None:
         tp.process.install_sigterm_handler()
         engine = load()
-        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun tells every rank, and rank 0 may still have answers
+        for number in (signal.SIGTERM, signal.SIGINT):  # torchrun sends them to all; rank 0 may have answers left
             signal.signal(number, signal.SIG_IGN)
         return cli.follow(engine)
     from serving.serve import serve
