@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from core.batch import SequenceSlice
+from core.batch import DECODE_ROWS, SequenceSlice
 from engine.pages import PagePool
 
 
@@ -103,7 +103,8 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks, at most max_num_batched_tokens tokens; empty when there is nothing to do."""
+        """The next step's chunks, of at most max_num_batched_tokens tokens, in the order that `Batch.pack` wants; empty
+        when there is nothing to do."""
         budget = self.max_num_batched_tokens
         chunks: list[Chunk] = []
         self._preempted = []
@@ -125,7 +126,8 @@ class Scheduler:
             if sequence not in self._preempted and self._reserve(sequence, sequence.n_cached + n + len(drafts)):
                 chunks.append(Chunk(sequence, sequence.n_cached, n, drafts))
                 budget -= n + len(drafts)
-        return [c for c in chunks if c.sequence not in self._preempted]
+        chunks = [c for c in chunks if c.sequence not in self._preempted]
+        return sorted(chunks, key=lambda c: c.n_rows > DECODE_ROWS)
 
     def _drafts(self, sequence: Sequence) -> tuple[int, ...]:
         """As many of the sequence's drafts as leave room for the one token that each step is sure to give."""
