@@ -45,9 +45,7 @@ class Sampler:
 
         logits (sum of 1 + drafts, V), chunks in order: after a chunk's last token and after each of its drafts.
         """
-        packed = torch.zeros(
-            len(sampling), 2 + 1 + self.n_drafts, dtype=torch.int64
-        )  # verdict, how many tokens, they
+        packed = torch.zeros(len(sampling), 2 + 1 + self.n_drafts, dtype=torch.int64)  # verdict, how many tokens, they
         if self.tp.rank == 0:
             parts = logits.split([1 + len(chunk.drafts) for chunk in sampling])
             verified = self._verify(sampling, logits, parts)
