@@ -14,9 +14,8 @@ from engine.scheduler import Chunk, Sequence
 from model import Transformer
 from ops import backend as ops
 
-Propose = Callable[
-    [list[Sequence], torch.Tensor], list[int]
-]  # sequences and logits (sequences, V) to their next drafts
+# From sequences and the MTP module's logits (sequences, V) to their next drafts.
+Propose = Callable[[list[Sequence], torch.Tensor], list[int]]
 
 
 class ModelRunner:
