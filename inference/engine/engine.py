@@ -65,9 +65,7 @@ class Engine:
         assert run.n_pages is not None and run.max_model_len is not None
         self.mtp, self.max_model_len = run.mtp, run.max_model_len
         pool = PagePool(run.n_pages, PAGE_SIZE, lookahead=int(run.mtp > 0))
-        self.scheduler = Scheduler(
-            pool, run.max_num_seqs, run.max_step_tokens, run.mtp, run.prefix_reuse, run.max_num_mixed_tokens
-        )
+        self.scheduler = Scheduler(pool, run)
         self.runner = ModelRunner(model, run, capture, progress and self.tp.rank == 0)
         self.stats = Stats(drafted=[0] * run.mtp, accepted=[0] * run.mtp)
         self.default_params = SamplingParams()  # of requests that bring none

@@ -12,9 +12,8 @@ from engine.graphs import Capture, Forward, Graphs
 from engine.scheduler import Chunk, Sequence
 from model import Transformer
 
-Propose = Callable[
-    [list[Sequence], torch.Tensor], list[int]
-]  # sequences and logits (sequences, V) to their next drafts
+# From sequences and the MTP module's logits (sequences, V) to their next drafts.
+Propose = Callable[[list[Sequence], torch.Tensor], list[int]]
 
 
 class ModelRunner:

@@ -45,7 +45,8 @@ class Sampler:
 
         logits (sum of 1 + drafts, V), chunks in order: after a chunk's last token and after each of its drafts.
         """
-        packed = torch.zeros(len(sampling), 2 + 1 + self.n_drafts, dtype=torch.int64)  # verdict, how many tokens, they
+        # a row: verdict, number of tokens, tokens
+        packed = torch.zeros(len(sampling), 2 + 1 + self.n_drafts, dtype=torch.int64)
         if self.tp.rank == 0:
             parts = logits.split([1 + len(chunk.drafts) for chunk in sampling])
             verified = self._verify(sampling, logits, parts)
@@ -126,7 +127,7 @@ class Sampler:
             states = [self._sampling_state(s, r.draft) for s, r in zip(sequences, requests, strict=True)]
             try:
                 propose(logits, states)
-            except Exception:  # as in _verify
+            except Exception:  # proposed one by one, only the request at fault fails
                 for request, state, row in zip(requests, states, logits.split(1), strict=True):
                     isolate_request_errors(request, partial(propose, row, [state]))
                     if request.error:

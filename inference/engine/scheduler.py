@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from core.batch import SequenceSlice
+from core.batch import DECODE_ROWS, SequenceSlice
+from core.run_config import RunConfig
 from engine.pages import PagePool
 
 
@@ -73,21 +74,11 @@ class Scheduler:
     its tokens. The oldest is never preempted for a younger one, so every sequence finishes.
     """
 
-    def __init__(
-        self,
-        pool: PagePool,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        n_drafts: int = 0,
-        prefix_reuse: bool = True,
-        max_num_mixed_tokens: int | None = None,
-    ):
-        """`n_drafts`: the most tokens proposed to a sequence in a step; the rest are RunConfig's fields."""
-        assert max_num_batched_tokens >= max_num_seqs * (1 + n_drafts) and max_num_seqs >= 1
-        self.pool, self.max_num_seqs, self.max_num_batched_tokens = pool, max_num_seqs, max_num_batched_tokens
-        self.n_drafts, self.prefix_reuse = n_drafts, prefix_reuse
-        mixed = max_num_batched_tokens if max_num_mixed_tokens is None else max_num_mixed_tokens
-        self.max_num_mixed_tokens = max(mixed, 1 + n_drafts)  # a token and its drafts always run
+    def __init__(self, pool: PagePool, run: RunConfig):
+        self.pool, self.max_num_seqs, self.max_num_batched_tokens = pool, run.max_num_seqs, run.max_step_tokens
+        self.n_drafts, self.prefix_reuse = run.mtp, run.prefix_reuse
+        mixed = self.max_num_batched_tokens if run.max_num_mixed_tokens is None else run.max_num_mixed_tokens
+        self.max_num_mixed_tokens = max(mixed, 1 + run.mtp)  # a token and its drafts always run
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of arrival
         self.preemptions = 0
@@ -103,7 +94,8 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks, at most max_num_batched_tokens tokens; empty when there is nothing to do."""
+        """The next step's chunks, of at most max_num_batched_tokens tokens, in the order that `Batch.pack` wants; empty
+        when there is nothing to do."""
         budget = self.max_num_batched_tokens
         chunks: list[Chunk] = []
         self._preempted = []
@@ -125,7 +117,8 @@ class Scheduler:
             if sequence not in self._preempted and self._reserve(sequence, sequence.n_cached + n + len(drafts)):
                 chunks.append(Chunk(sequence, sequence.n_cached, n, drafts))
                 budget -= n + len(drafts)
-        return [c for c in chunks if c.sequence not in self._preempted]
+        chunks = [c for c in chunks if c.sequence not in self._preempted]
+        return sorted(chunks, key=lambda c: c.n_rows > DECODE_ROWS)
 
     def _drafts(self, sequence: Sequence) -> tuple[int, ...]:
         """As many of the sequence's drafts as leave room for the one token that each step is sure to give."""

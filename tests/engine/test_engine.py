@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import random
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -198,6 +199,21 @@ def test_limits_are_checked(model):
     with pytest.raises(UserError, match="needs 16 pages of cache and memory holds 8; ask for at most 512"):
         Engine(model, None, RunConfig(max_model_len=1000, n_pages=8))
     assert Engine(model, None, RunConfig(n_pages=8)).max_model_len == 512
+
+
+def test_a_run_is_described_once(path):
+    """RunConfig's fields as keywords, over those of a RunConfig; the engine's own says what came of them."""
+    run = RunConfig(n_pages=8, max_num_seqs=3, dtype="float32", device="cpu")
+    engine = Engine.from_pretrained(path, run, max_num_seqs=2, mtp=1)
+    assert engine.run == dataclasses.replace(run, max_num_seqs=2, mtp=1, max_model_len=8 * 64 - 1)
+    assert engine.scheduler.max_num_seqs == 2 and engine.model.num.dtype == torch.float32
+    with pytest.raises(TypeError, match="'max_len' is neither an argument of from_pretrained nor a field of RunConfig"):
+        Engine.from_pretrained(path, max_len=3)
+
+
+def test_a_deterministic_run_needs_a_model_for_it(model):
+    with pytest.raises(UserError, match=r"needs a model built with Numerics\(batch_invariant=True\)"):
+        Engine(model, None, RunConfig(n_pages=8, deterministic=True))
 
 
 # --- numerics --------------------------------------------------------------------------------------------------------
@@ -559,6 +575,15 @@ def test_captures_warm_up_on_one_stream(monkeypatch):
     replays = [capture(lambda i=i: said.append("run") or torch.tensor(i)) for i in range(3)]
     assert said == ["warm up", "run", "run", "end", "capture", "run", "end"] * 3 and len(streams) == 1
     assert [int(replay()) for replay in replays] == [0, 1, 2] and said[-3:] == ["replay"] * 3
+
+
+def test_a_closed_engine_has_no_graphs(model):
+    """They hold communicators, which must go before the process group does."""
+    engine = Engine(model, None, RunConfig(n_pages=4, max_model_len=100, max_num_seqs=2, mtp=1), capture=Recorder())
+    graphs = [weakref.ref(g) for g in (engine.runner.step_graphs, *engine.runner.draft_graphs)]
+    assert len(graphs) == 2 and all(g() for g in graphs)
+    engine.close()
+    assert engine.closed and not any(g() for g in graphs)
 
 
 def test_recorded_steps_leave_other_pages_alone(model):

@@ -4,10 +4,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.run_config import RunConfig
 from engine.pages import PagePool
 from engine.scheduler import Scheduler, Sequence
 
 PAGE = 4
+
+
+def scheduler_of(
+    pool: PagePool, sequences: int, budget: int, n_drafts: int = 0, reuse: bool = True, mixed: int | None = None
+) -> Scheduler:
+    run = RunConfig(
+        max_num_seqs=sequences, max_num_batched_tokens=budget, mtp=n_drafts, prefix_reuse=reuse, max_num_mixed_tokens=mixed
+    )
+    return Scheduler(pool, run)
 
 
 @settings(max_examples=300, deadline=None)
@@ -28,7 +38,7 @@ def test_under_random_use(max_num_seqs, extra, n_drafts, reuse, mixed, wanted, r
     """
     lookahead = int(n_drafts > 0)
     pool = PagePool(16, PAGE, lookahead)
-    scheduler = Scheduler(pool, max_num_seqs, max_num_seqs * (1 + n_drafts) + extra, n_drafts, reuse, mixed)
+    scheduler = scheduler_of(pool, max_num_seqs, max_num_seqs * (1 + n_drafts) + extra, n_drafts, reuse, mixed)
     written: dict[int, tuple] = {}
     sequences = []
     for i, (n, new, kind) in enumerate(wanted):
@@ -94,7 +104,7 @@ def run(scheduler: Scheduler, sequence: Sequence, n: int) -> None:
 
 
 def test_prompts_beside_answers_come_in_smaller_chunks():
-    scheduler = Scheduler(PagePool(40, PAGE), 3, 50, max_num_mixed_tokens=8)
+    scheduler = scheduler_of(PagePool(40, PAGE), 3, 50, mixed=8)
     first, second = Sequence(0, list(range(60)), 80), Sequence(1, list(range(100, 120)), 80)
     scheduler.add(first)
     sizes = []
@@ -112,7 +122,7 @@ def test_prompts_beside_answers_come_in_smaller_chunks():
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_a_second_turn_runs_only_what_is_new(lookahead):
     pool = PagePool(10, PAGE, lookahead)
-    scheduler = Scheduler(pool, 2, 100, n_drafts=lookahead)
+    scheduler = scheduler_of(pool, 2, 100, n_drafts=lookahead)
     first = Sequence(0, list(range(10)), 20)
     scheduler.add(first)
     run(scheduler, first, 3)  # 12 of its 13 tokens are cached
@@ -130,7 +140,7 @@ def test_a_second_turn_runs_only_what_is_new(lookahead):
 def test_lookahead_keeps_pages_apart_that_end_alike():
     """With an MTP module the last latent of a page knows the next token: [0..3] before 4 is not [0..3] before 5."""
     for lookahead, reused in ((0, 4), (1, 0)):
-        scheduler = Scheduler(PagePool(10, PAGE, lookahead), 2, 100)
+        scheduler = scheduler_of(PagePool(10, PAGE, lookahead), 2, 100)
         first = Sequence(0, [0, 1, 2, 3, 4, 5], 10)
         scheduler.add(first)
         run(scheduler, first, 1)
@@ -141,7 +151,7 @@ def test_lookahead_keeps_pages_apart_that_end_alike():
 
 
 def test_a_page_is_known_by_all_that_is_before_it():
-    scheduler = Scheduler(PagePool(10, PAGE), 2, 100)
+    scheduler = scheduler_of(PagePool(10, PAGE), 2, 100)
     first = Sequence(0, [*[1] * PAGE, *[2] * PAGE, 9], 20)
     scheduler.add(first)
     run(scheduler, first, 1)
@@ -163,7 +173,7 @@ def test_a_released_beginning_outlives_its_end():
 
 def test_drafts_take_their_part_of_the_budget():
     """Of a sequence that was preempted with drafts too, whose last tokens are run as a prompt's are."""
-    scheduler = Scheduler(PagePool(16, PAGE), 2, 8, n_drafts=2)
+    scheduler = scheduler_of(PagePool(16, PAGE), 2, 8, n_drafts=2)
     scheduler.add(Sequence(0, [1] * 4, 16, drafts=[5, 6]))
     scheduler.add(Sequence(1, [2] * 8, 16))
     assert [c.tokens for c in scheduler.schedule()] == [[1, 1, 1, 1, 5, 6], [2, 2]]
@@ -182,7 +192,7 @@ def test_least_recently_used_pages_go_first():
 
 
 def test_the_youngest_is_preempted_and_resumed():
-    scheduler = Scheduler(PagePool(4, PAGE), 2, 100)
+    scheduler = scheduler_of(PagePool(4, PAGE), 2, 100)
     old, young, late = Sequence(0, [1] * 7, 16), Sequence(1, [2] * 6, 16), Sequence(2, [3], 16)
     for sequence in (old, young, late):
         scheduler.add(sequence)
