@@ -16,6 +16,7 @@ from support import processes as launch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [p for folder in ("inference", "demo", "benchmarks", "figures") for p in sorted((ROOT / folder).rglob("*.py"))]
+OURS_TOP = {part for path in SOURCES for part in path.relative_to(ROOT).with_suffix("").parts[1:2]}
 PINNED = {
     line.split("==")[0].replace("-", "_")
     for file in ROOT.glob("requirements*.txt") if file.name != "requirements-dev.txt"
@@ -61,6 +62,7 @@ ALLOWED = {  # file and finding: why
     ("benchmarks/online_serving.py", "import openai"): "the client; pinned in requirements-dev.txt",
     ("benchmarks/bench.py", "import subprocess"): "starts the other benchmarks",
     ("benchmarks/lib/machine.py", "import subprocess"): "starts convert.py, fp8_cast_bf16.py and check_checkpoint.py, to see their memory",
+    ("benchmarks/revisions.py", "import subprocess"): "starts two revisions of this project, and git to get them",
     ("benchmarks/bench_cpu.py", "import subprocess"): "starts the llama-bench that its user names",
     ("benchmarks/lib/peers.py", "import subprocess"): "starts the V3 repository's code, so that a kernel that hangs can be ended",
     ("benchmarks/kernel_gpu.py", "import importlib"): "peers, by names that stand in it",
@@ -79,7 +81,7 @@ def findings(source: str) -> Iterator[tuple[int, str]]:
             assert not (isinstance(node, ast.ImportFrom) and node.level), "a relative import"
             for name in names:
                 top = name.partition(".")[0]
-                known = top in sys.stdlib_module_names or top in PINNED or top in {path.stem for path in SOURCES}
+                known = top in sys.stdlib_module_names or top in PINNED or top in OURS_TOP
                 if not known or top in REFUSED_MODULES:
                     yield node.lineno, f"import {top}"
             if isinstance(node, ast.ImportFrom):  # from torch import load
