@@ -25,7 +25,7 @@ def path(tmp_path_factory):
 def test_a_thousand_mixes_bitwise(path, dtype):
     """Batch-invariant mode: one set of bits for each position over 1,000 random mixes of company, chunks, reuse,
     preemption and speculation."""
-    seen = logits_of_mixes(ours(path, Numerics(dtype)), True, 1000, seed=2)
+    seen = logits_of_mixes(ours(path, Numerics(dtype, batch_invariant=True)), 1000, seed=2)
     assert all(len(bits) == 1 for places in seen.values() for bits in places if bits)
 
 
