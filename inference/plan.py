@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cli.flags import Parser, positive
+from cli.flags import Parser, add_run_flags, positive, run_config
 from cli.main import run_command
-from core.errors import UserError
 from core.run_config import PAGE_SIZE, RunConfig
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
@@ -24,6 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered 
 
 GPUS = (80, 96, 141, 192)  # GB a card is sold with; its driver may report more
 SEQUENCES = (1, 8, 32, 128)
+RUN_FLAGS = ("max_num_seqs", "max_num_batched_tokens", "mtp", "dtype", "gemm", "kv_cache_dtype", "experts", "eager")
 RANKS = (*range(1, 17), 24, 32, 48, 64, 128)
 
 
@@ -36,15 +36,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--tp", type=positive, default=1, metavar="N", help="ranks (default: 1)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="what the ranks run on (default: GPUs)")
     add("--max-model-len", type=positive, metavar="N", help="tokens of a sequence (default: as the model allows)")
-    add("--max-num-seqs", type=positive, default=8, metavar="N", help="sequences at a time (default: 8)")
-    add("--max-num-batched-tokens", type=positive, default=2048, metavar="N", help="tokens a forward (default: 2048)")
-    add("--mtp", type=int, choices=range(5), default=0, metavar="K", help="tokens drafted a step, 0 to 4 (default: 0)")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="what to compute in")
-    add("--gemm", choices=("auto", "fp8", "bf16"), default="auto", help="with FP8 weights: W8A8 or W8A16")
-    add("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="fp8: latents in 0.57 of the bytes")
-    add("--experts", choices=("auto", "whole", "split"), default="auto",
-        help="whole experts on each rank, or all of them split on their inner width")  # fmt: skip
-    add("--eager", action="store_true", help="without CUDA graphs")
+    add_run_flags(parser, RUN_FLAGS)
     add("--context", type=positive, metavar="N", help="tokens of each sequence while decoding (default: 4096 at most)")
     add("--bandwidth", type=bandwidth, nargs="+", default=[3.35, 4.8], metavar="TB/S",
         help="of a rank's memory, for the decode limit (default: 3.35 4.8)")  # fmt: skip
@@ -52,6 +44,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.ckpt_path is None and options.config is None:
         parser.error("give --config or --ckpt-path")
+    run_config(options)  # raises for values that no run can have
     return options
 
 
@@ -86,19 +79,8 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
     else:
         partition = checkpoint.partition(args, options.tp, options.experts, num.gemm is not None)
     num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8", experts=partition.experts)
-    if options.mtp and not has_mtp:
-        raise UserError("--mtp needs an MTP module, and this model has none")
-    length = args.max_seq_len if options.max_model_len is None else options.max_model_len
-    if not 1 < length <= args.max_seq_len:
-        raise UserError(f"--max-model-len is {length}, expected from 2 to this model's {args.max_seq_len}")
     rank = rank_memory.RankSpec(args, num, options.tp, device.type == "cuda", has_mtp)
-    config = RunConfig(
-        max_model_len=length,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        mtp=options.mtp,
-        eager=options.eager,
-    )
+    config = setup.check_limits(run_config(options), args, has_mtp)
     return rank, config, says
 
 
