@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 
-from support.kernel_configurations import configurations
-
 
 class Recorder:
     """Stands in for a kernel: each launch appends its name and its constants (flags, and absent pointers) to `asked`."""
@@ -27,6 +25,8 @@ class Recorder:
 @contextmanager
 def only_listed_launches(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is launched of a module's kernels inside is what kernel_configurations.py lists for it and sm_90, and all of that."""
+    from support.kernel_configurations import configurations  # imports Triton, without which its tests are skipped
+
     listed = [(c.kernel.fn.__name__, c.constexprs | c.options) for c in configurations(module) if c.target == "sm_90"]
     asked: list[tuple[str, dict[str, Any]]] = []
     for name in {name for name, _ in listed}:
