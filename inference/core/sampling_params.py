@@ -61,10 +61,11 @@ class SamplingParams:
 
 
 def params_from_generation_config(folder: Path, **given: Any) -> SamplingParams:
-    """What is given, and for the rest a checkpoint's generation_config.json, where there is one: temperature, top_p,
-    top_k, min_p, repetition_penalty, and do_sample false as temperature 0. A given None counts as not given.
+    """Parameters from `given` and, for those that are missing or None there, from the checkpoint's
+    generation_config.json if it has one: temperature, top_p, top_k, min_p, repetition_penalty, and do_sample false as
+    temperature 0.
 
-    Raises UserError for a value out of range, or in the file one that is no number.
+    Raises UserError for a value out of range, or one in the file that is not a number.
     """
     path = folder / "generation_config.json"
     released = read_json(path) if path.is_file() else {}

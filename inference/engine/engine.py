@@ -72,7 +72,7 @@ class Engine:
         self.closed = False
         self._next_id = 0
         self._next_sequence = 0
-        self._sequences: dict[int, Sequence] = {}  # every rank: unfinished ones, by number
+        self._sequences: dict[int, Sequence] = {}  # every rank: the unfinished ones, by id
         self._live: dict[int, Request] = {}  # rank 0: their requests
         self._sequence_of: dict[Request, int] = {}
         self.sampler = Sampler(self.tp, tokenizer, self._live, self.stats, run.mtp, self.cancel)
@@ -124,10 +124,10 @@ class Engine:
         choice: int = 0,
         thinking: bool | None = None,
     ) -> Request:
-        """Queues a prompt. One that cannot be answered comes back finished, with `error` set; nothing else suffers.
+        """Queues a prompt. One that cannot be answered comes back finished, with `error` set; no other is affected.
 
-        `id` and `choice` take part in the sampling noise: the same (seed, id, choice) draws the same noise in any
-        batch. `thinking` is for templates that can switch it (see Tokenizer.encode_chat).
+        `id` and `choice` key the random numbers: the same (seed, id, choice) draws the same ones in any batch.
+        `thinking` is for templates that can switch it (see Tokenizer.encode_chat).
         """
         request = Request(self._next_id if id is None else id, [], params or self.default_params, choice)
         self._next_id = max(self._next_id, request.id) + 1
@@ -177,8 +177,8 @@ class Engine:
             yield from (r for r in requests if r.finish_reason)
             while self.busy:
                 yield from self.step()
-        except BaseException as e:  # whoever asked has seen enough, or was interrupted
-            if isinstance(e, GeneratorExit) or self.tp.size == 1:  # after a failure other ranks are somewhere else
+        except BaseException as e:  # the caller has left the loop, or was interrupted
+            if isinstance(e, GeneratorExit) or self.tp.size == 1:  # after a failure other ranks are in another step
                 for r in requests:
                     self.cancel(r)
                 self.step()
@@ -274,10 +274,10 @@ class Engine:
             self._exchange(_STOP)
 
     def _exchange(self, command: int) -> list[Request]:
-        """Brings rank 0's new and cancelled requests to every rank; returns the cancelled ones."""
+        """Broadcasts rank 0's command, new requests and cancellations; returns on rank 0 the cancelled requests."""
         message = [command]
         if self.tp.rank == 0 and command == _STEP and not self._new and not self._cancelled:
-            message = []  # nothing to tell: one broadcast instead of two
+            message = []  # no news costs one broadcast instead of two
         elif self.tp.rank == 0:
             new = [sequence for sequence in self._new if sequence not in self._cancelled]
             message += [len(self._cancelled), *self._cancelled, len(new)]

@@ -204,7 +204,7 @@ def test_limits_are_checked(model):
 def test_a_run_is_described_once(path):
     """RunConfig's fields as keywords, over those of a RunConfig; the engine's own says what came of them."""
     run = RunConfig(n_pages=8, max_num_seqs=3, dtype="float32", device="cpu")
-    engine = Engine.from_pretrained(path, run, max_num_seqs=2, mtp=1)
+    engine = Engine.from_pretrained(path, run, max_num_seqs=2, mtp=1, tp=Lonely(1, 2))
     assert engine.run == dataclasses.replace(run, max_num_seqs=2, mtp=1, max_model_len=8 * 64 - 1)
     assert engine.scheduler.max_num_seqs == 2 and engine.model.num.dtype == torch.float32
     with pytest.raises(TypeError, match="'max_len' is neither an argument of from_pretrained nor a field of RunConfig"):
