@@ -74,7 +74,7 @@ class AtomicWriter:
                 self.remove_temporaries()
         finally:
             self._close()
-        if self.finished:
+        if self.finished and not self._is_pending():
             size = sum(self.writers[name].size for name in self.finished) / 1e9
             print(
                 f"{self.folder}: finished files ({len(self.finished)}, {size:.2f} GB) are kept; the same command goes "
@@ -90,6 +90,9 @@ class AtomicWriter:
         if self.fd >= 0:
             os.close(self.fd)
         self.fd = -1
+
+    def _is_pending(self) -> bool:
+        return any(self.folder.glob(PENDING + "*"))
 
     def temporary(self, name: str) -> Path:
         return self.folder / (TEMPORARY + name)
@@ -159,7 +162,7 @@ class AtomicWriter:
     def remove_temporaries(self) -> None:
         """Removes temporaries of this run and of earlier ones, except finished weight files and their journal. Removes
         none while a commit is pending, which needs them."""
-        if any(self.folder.glob(PENDING + "*")):
+        if self._is_pending():
             return
         kept = {self.temporary(name) for name in self.finished}
         if self.journal >= 0 or self.finished:

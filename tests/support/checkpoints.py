@@ -1,6 +1,6 @@
 """Small random checkpoints on disk, in exactly the layout of the released ones, for any config (see families.py).
 
-Written from the public description of the tensors, not from `weights.py`, so that a mistake in its table shows.
+Written from the public description of the tensors, not from `checkpoint/table.py`, so that a mistake in that shows.
 """
 
 import json
