@@ -211,7 +211,7 @@ JOINED = """
 import os, sys
 sys.path[:0] = sys.argv[1:]
 from parallel import startup
-from test_security import connections
+from project.test_security import connections
 group = startup.join(30)
 group.broadcast_ints([1, 2, 3])
 agent = connections(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else []
