@@ -537,7 +537,7 @@ def test_wrong_use_is_answered_without_torch():
 
 def test_readme_shows_what_plan_says(capsys, monkeypatch):
     root = Path(__file__).parents[2]
-    readme = (root / "docs" / "memory.md").read_text()
+    readme = (root / "README.md").read_text()
     [command] = re.findall(r"^python plan\.py (.*)$", readme, re.MULTILINE)
     monkeypatch.chdir(root / "inference")
     monkeypatch.setattr(sys, "argv", ["plan.py", *command.split()])
