@@ -1,7 +1,8 @@
-# make demo    two ranks answer demo/prompts.txt       make test    the test suite (CPU, about ten minutes at most)
+# make demo    two ranks answer demo/prompts.txt       make test    the test suite (CPU, under 15 minutes on two cores)
 # make chat    talk to the demo                        make check   lint, types and tests
-# make bench   benchmarks, into the README             make trust   tests in their long form as well
-# make serve   the demo over HTTP, on port 8000        make gpu     on a GPU: every test that computes on it
+# make serve   the demo over HTTP, on port 8000        make trust   tests in their long form as well, an hour
+# make bench   benchmarks, into README and docs/       make gpu     on a GPU: every test that computes on it
+# make house   packages and imports, counted           make clean   remove what these make, but for .venv
 #
 # The first use of any of them makes .venv and installs the pinned requirements; nothing else is needed beforehand.
 # Another Python than python3:  make demo PYTHON=python3.12
@@ -19,7 +20,7 @@ DEVELOPER := $(VENV)/.developer-$(shell cat requirements.txt requirements-serve.
 # The manifest is what convert.py writes last, so its date is the date of the whole conversion.
 CONVERTED := build/demo-mp2/model-mp2.index.json
 
-.PHONY: demo chat serve test trust gpu lint types check bench clean
+.PHONY: demo chat serve test trust gpu lint types check bench house clean
 
 demo: $(CONVERTED)
 	$(BIN)/torchrun --standalone --nproc-per-node 2 inference/generate.py --ckpt-path build/demo-mp2 \
@@ -55,6 +56,9 @@ check: lint types test
 bench: $(DEVELOPER)
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/tables.py
+
+house: $(INSTALLED)
+	@$(BIN)/python tests/test_house.py --token
 
 clean:
 	rm -rf build/demo-mp2 .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -43,12 +43,8 @@ def work(root: Path, checkpoint: str, threads: int, longest: int) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     import torch
 
-    from engine import Engine  # this revision's
+    from engine import Engine, SamplingParams  # this revision's
 
-    try:
-        from engine import SamplingParams
-    except ImportError:
-        from sampling import SamplingParams  # type: ignore[import-not-found,no-redef]
     torch.set_num_threads(threads)
     limits: dict[str, Any] = {"max_model_len": longest, "max_num_seqs": 16}
     try:

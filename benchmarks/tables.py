@@ -86,7 +86,7 @@ def cpu(record: dict[str, Any]) -> str:
 def kernel_cpu(record: dict[str, Any]) -> str:
     """Of the products, one shape's; ratios are of the fastest other side."""
     results = record["results"]
-    header = ["", "µs", "GB/s of weights or latents", "GFLOPS", "beside", "ratio"]
+    header = ["", "µs", "GB/s of weights or latents", "GFLOPS", "fastest other", "its time, × ours"]
     rows = []
     for row in results["rows"]:
         if " by " in row["name"] and not row["name"].endswith(" by 7168 x 2048"):
@@ -256,7 +256,7 @@ def results(record: dict[str, Any]) -> str:
     line(what, "offline_throughput", f"{one:.0f}", f"no drafts: {plain:.0f}", f"{one / plain:.2f}")
     found = record["results"]
     line("demo, held-out questions right, bfloat16", "demo", f"{found['right']:,} of {found['asked']:,}", "–", "–")
-    return report.table(["", "this engine", "beside", "ratio", "how, where, when"], lines)
+    return report.table(["", "this engine", "compared with", "ratio", "how, where, when"], lines)
 
 
 def kernel(record: dict[str, Any], name: str) -> str:

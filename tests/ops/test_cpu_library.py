@@ -9,7 +9,10 @@ import pytest
 
 from ops.cpu import kernels
 from support import processes as launch
+from support.limits import LAST_RESORT, run_within
 from support.processes import environment
+
+pytestmark = pytest.mark.timeout(LAST_RESORT)  # what compiles has a limit of its own, of processor time
 
 if kernels.library() is None:
     pytest.skip("no C compiler, or other threads than GNU OpenMP's", allow_module_level=True)
@@ -19,9 +22,7 @@ INFERENCE = kernels.SOURCE.parents[2]
 
 def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", f"from ops.cpu import kernels\n{code}"]
-    return subprocess.run(
-        command, env=environment(PYTHONPATH=str(INFERENCE), **variables), capture_output=True, text=True
-    )
+    return run_within(120, command, env=environment(PYTHONPATH=str(INFERENCE), **variables))
 
 
 WHERE = "print(kernels.library()._name if kernels.library() else None)"

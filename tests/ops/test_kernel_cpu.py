@@ -13,7 +13,10 @@ from ops import reference
 from ops.cpu import kernels
 from ops.cpu.kernels import Packed
 from ops.formats import Routing
+from support.limits import LAST_RESORT, limited
 from support.model_pairs import relative_error
+
+pytestmark = pytest.mark.timeout(LAST_RESORT)  # the compiler has a limit of its own, of processor time
 
 if kernels.library() is None:
     pytest.skip("no C compiler, or other threads than GNU OpenMP's", allow_module_level=True)
@@ -23,7 +26,7 @@ SHORTER = tuple("-march=x86-64-v3" if flag == "-march=native" else flag for flag
 
 @functools.cache
 def compiled(flags: tuple[str, ...]):
-    return kernels.load(kernels.build(kernels.compiler(), flags))
+    return kernels.load(kernels.build(limited(120, kernels.compiler()), flags))
 
 
 @pytest.fixture(params=["native", "shorter vectors", "three threads"], autouse=True)

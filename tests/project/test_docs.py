@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ops.gpu.tiles import SHARED_LIMIT
 from support.damaged_checkpoints import KINDS
 from support.processes import environment
 
@@ -98,7 +99,16 @@ def test_the_readme_is_short_and_says_the_right_numbers() -> None:
     assert len(readme.splitlines()) < 200
     assert f"{len(KINDS)} kinds of damage" in reliability
     assert all(f"(docs/{path.name})" in readme for path in (ROOT / "docs").glob("*.md"))
-    for number in re.findall(r"five GPU architectures", readme):
-        from support.compile_kernels import configurations
+    assert "five GPU architectures" in readme and len(SHARED_LIMIT) == 5
 
-        assert number and len({c.target for c in configurations()}) == 5
+
+def test_memory_shows_what_plan_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import plan
+
+    text = (ROOT / "docs" / "memory.md").read_text()
+    [command] = re.findall(r"^python plan\.py (.*)$", text, re.MULTILINE)
+    assert f"python plan.py {command}" in (ROOT / "README.md").read_text()
+    monkeypatch.chdir(ROOT / "inference")
+    monkeypatch.setattr(sys, "argv", ["plan.py", *command.split()])
+    assert plan.main() == 0
+    assert capsys.readouterr().out in text

@@ -6,10 +6,12 @@ from typing import Any
 LAST_RESORT = 3600  # seconds of wall time, for pytest: a child that waits without computing
 
 
-def run_within(cpu_seconds: int, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """subprocess.run, in which the command and each of its children may compute for so many seconds.
+def limited(cpu_seconds: int, command: list[str]) -> list[str]:
+    """A command that runs another one, which may compute for so many seconds, as may each of its children."""
+    return ["sh", "-c", 'ulimit -t "$0" && exec "$@"', str(cpu_seconds), *command]
 
-    One that computes longer is ended by SIGXCPU: the return code is then -24, or what its parent makes of that.
-    """
-    limited = ["sh", "-c", 'ulimit -t "$0" && exec "$@"', str(cpu_seconds), *command]
-    return subprocess.run(limited, capture_output=True, text=True, **options)
+
+def run_within(cpu_seconds: int, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """subprocess.run of a limited command. Where it computes longer it is ended by SIGXCPU: the return code is then -24,
+    or what its parent makes of that."""
+    return subprocess.run(limited(cpu_seconds, command), capture_output=True, text=True, **options)
