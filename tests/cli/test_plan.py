@@ -1,7 +1,6 @@
 """What plan.py prints and refuses: an estimate of what a run takes."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,13 +125,3 @@ def test_wrong_use(capsys, flags, text):
 def test_wrong_use_is_answered_without_torch():
     code = "import sys, plan; sys.argv[1:] = ['--tp']; assert plan.main() == 2; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], env=environment(PYTHONPATH=str(INFERENCE)), check=True)
-
-
-def test_readme_shows_what_plan_says(capsys, monkeypatch):
-    root = Path(__file__).parents[2]
-    readme = (root / "README.md").read_text()
-    [command] = re.findall(r"^python plan\.py (.*)$", readme, re.MULTILINE)
-    monkeypatch.chdir(root / "inference")
-    monkeypatch.setattr(sys, "argv", ["plan.py", *command.split()])
-    assert plan.main() == 0
-    assert capsys.readouterr().out in readme
