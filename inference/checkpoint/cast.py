@@ -16,6 +16,7 @@ from core.errors import UserError
 from core.files import read_json
 from core.numerics import Numerics
 from ops.backend import ReferenceBackend, choose_backend
+from parallel.startup import choose_device
 
 SCALE = "_scale_inv"
 
@@ -52,7 +53,7 @@ def cast(source: Path, target: Path, device: str = "auto") -> None:
     Raises UserError, before anything is written to the target, for a damaged checkpoint, a weight without its scale, a
     checkpoint that is not FP8, a missing GPU, or a target that cannot be written to.
     """
-    where = choose_device(device)
+    where = choose_device(device, 0, 1)
     checkpoint, state = open_source(source, target)
     args = checkpoint.args
     assert args is not None
@@ -81,10 +82,3 @@ def cast(source: Path, target: Path, device: str = "auto") -> None:
         texts[HF_INDEX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     copies = [path for path in small_files(source) if path.name != "config.json"]
     write_checkpoint(NewCheckpoint(new, config, copies, texts, options=[where.type]), state, target, "casting")
-
-
-def choose_device(name: str) -> torch.device:
-    """Raises UserError when a GPU is asked for and missing."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU that this build of torch can use")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

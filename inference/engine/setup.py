@@ -21,8 +21,8 @@ from engine import host_memory, memory, rank_memory
 from model import Transformer
 from ops.backend import has_fp8 as device_has_fp8
 from ops.cpu import kernels as kernel_cpu
+from parallel import startup
 from parallel.group import Group
-from parallel.startup import environment
 from text.tokenizer import Tokenizer
 
 
@@ -102,10 +102,10 @@ def _check_agreement(model: Transformer) -> None:
 
 def choose_device(device: torch.device | str | None, run: RunConfig) -> torch.device:
     """The device to load on: the one given, else the one `run` names; a GPU with a number becomes the current one."""
-    name = run.device if device is None else device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    target = torch.device(name)
+    if device is None:
+        _, _, local_rank, local_size = startup.environment()
+        return startup.choose_device(run.device, local_rank, local_size)
+    target = torch.device(device)
     if target.index is not None:
         torch.cuda.set_device(target)  # kernels are launched on the current device
     return target
@@ -207,4 +207,4 @@ def free_memory(device: torch.device) -> int:
     (4 GiB where the host does not say), or its container, if that is less."""
     if device.type != "cpu":
         return torch.cuda.mem_get_info(device)[0]
-    return min([host_memory.host_memory(), *host_memory.container_memory()]) // environment()[3]
+    return min([host_memory.host_memory(), *host_memory.container_memory()]) // startup.environment()[3]

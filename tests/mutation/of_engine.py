@@ -272,7 +272,7 @@ MUTANTS = (
     ("bound-slab", "engine/step_memory.py", "    return decoded + slab + ", "    return decoded + ",
      "engine/test_memory.py::test_a_step_never_takes_more_than_its_bound", "the bound forgets expanded keys and values"),
     ("ranks-memory-of-all", "engine/setup.py",
-     "    return min([host_memory.host_memory(), *host_memory.container_memory()]) // environment()[3]",
+     "    return min([host_memory.host_memory(), *host_memory.container_memory()]) // startup.environment()[3]",
      "    return min([host_memory.host_memory(), *host_memory.container_memory()])",
      "engine/test_engine.py::test_ranks_of_a_host_share_it", "every rank of a host counts on all of its free memory"),
 )  # fmt: skip
