@@ -64,7 +64,7 @@ def main() -> None:
     args = parser.parse_args()
     kinds = [kind for kind in KINDS if kind != "long_lookup"]
     asked = [c.messages() for kind in kinds for c in held_out(kind, args.per_kind, seed=5)]
-    plain = Engine.from_pretrained(ROOT / "demo" / "checkpoint", max_model_len=2560)
+    plain = Engine.from_pretrained(ROOT / "demo" / "checkpoint", max_model_len=2560, device="cpu")
     rows = []
     for k in (1, 2, 3, 4):
         for name in ("after the norm", "before the norm"):

@@ -155,7 +155,7 @@ def main() -> None:
     if demo:
         from reload import load_transformers  # type: ignore[import-not-found]
 
-        engine = Engine.from_pretrained(path, **limits)  # type: ignore[arg-type]
+        engine = Engine.from_pretrained(path, device="cpu", **limits)  # type: ignore[arg-type]
         theirs, _ = load_transformers(path, torch.bfloat16)
     else:
         from bench_cpu import Ours

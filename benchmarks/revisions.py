@@ -48,9 +48,9 @@ def work(root: Path, checkpoint: str, threads: int, longest: int) -> None:
     torch.set_num_threads(threads)
     limits: dict[str, Any] = {"max_model_len": longest, "max_num_seqs": 16}
     try:
-        engine: Any = Engine.from_pretrained(checkpoint, **limits, prefix_reuse=False)
+        engine: Any = Engine.from_pretrained(checkpoint, device="cpu", **limits, prefix_reuse=False)
     except TypeError:  # as it was called before
-        engine = Engine.from_pretrained(checkpoint, **limits, reuse=False)
+        engine = Engine.from_pretrained(checkpoint, device="cpu", **limits, reuse=False)
     vocabulary = engine.model.args.vocab_size
     for line in sys.stdin:
         case = json.loads(line)

@@ -1,4 +1,4 @@
-"""Chooses a tile for every shape and bucket of M by measurement, and writes it to the table that kernel.py reads.
+"""Chooses a tile for every shape and bucket of M by measurement, and writes it to the table that ops/gpu/tiles.py reads.
 
     python benchmarks/tune_gemm.py
     python benchmarks/tune_gemm.py --shape 2112 7168 --tokens 16 32 --output benchmarks/results/tune.json
@@ -143,7 +143,7 @@ def main() -> int:
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="default: all of V3's")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="M", help="one in each bucket to tune; default: all")
     parser.add_argument("--op", choices=list(tiles.DEFAULTS), action="append", help="default: both")
-    parser.add_argument("--table", type=Path, help="default: the table that kernel.py reads")
+    parser.add_argument("--table", type=Path, help="default: the table that ops/gpu/tiles.py reads")
     parser.add_argument("--smoke", action="store_true", help="on a CPU, small and untimed; needs --table")
     parser.add_argument("--output", help="JSON file for the times")
     options = parser.parse_args()

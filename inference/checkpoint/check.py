@@ -85,7 +85,8 @@ def read_headers(checkpoint: Checkpoint, args: ModelArgs | None, report: Report)
     """Each rank's tensors: those that match the config by our names, the others by the files' own names."""
     parts: dict[Rank, dict[str, Entry]] = {}
     for size in checkpoint.ranks or (1,):
-        for rank in range(min(size, len(checkpoint.files))):  # rank 0 reports ranks without a file
+        # rank 0 reports ranks without a file; while a commit is pending, only the manifest knows the files
+        for rank in range(size if checkpoint.manifests else min(size, max(1, len(checkpoint.files)))):
             with report.checking("files"):
                 on_disk = checkpoint.on_disk(rank, size)
                 parts[rank, size] = {name: entry for name, entry in on_disk.items() if not name.endswith(IGNORED)}
@@ -99,7 +100,8 @@ def read_headers(checkpoint: Checkpoint, args: ModelArgs | None, report: Report)
     with report.checking("tensors"):
         if args is not None and args.n_mtp_layers and not checkpoint.has_mtp and checkpoint.kind != "upstream":
             raise CheckWarning(f"{checkpoint.path}: no MTP module, though its config names one", checkpoint.path)
-    report.looked["files"] = f"{len(checkpoint.files):,} files: index, names, headers"
+    listed = {file for manifest in checkpoint.manifests.values() for file in manifest.files}
+    report.looked["files"] = f"{len(listed or checkpoint.files):,} files: index, names, headers"
     if args is None:
         del report.looked["tensors"]
     else:

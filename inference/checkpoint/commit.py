@@ -6,7 +6,6 @@ the earlier checkpoint are removed, and the manifest gets its own name. `finish_
 interrupted. Programs that know nothing of manifests find no Hugging Face index meanwhile.
 """
 
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -97,6 +96,10 @@ def check_target(target: Path, mark: dict[str, str], config: dict[str, Any]) -> 
     for path in sorted(target.glob("*.safetensors")):
         if not path.name.startswith(TEMPORARY) and not mark.items() <= read_header(path)[0].items():
             raise UserError(f"{path}: not written by this program; choose another directory or remove it")
+    for ranks in manifests_in(target):
+        path = target / manifest_name(ranks)
+        if path.exists() and b'"pending": true' in path.read_bytes():
+            Manifest(target, ranks)  # refuses it: its files have temporary names, which a new commit removes
     path = target / "config.json"
     if path.exists() and read_json(path) != config:
         raise UserError(f"{path}: another model's; choose another directory or remove what is there")
@@ -128,13 +131,19 @@ def commit(out: AtomicWriter, source: Source, ranks: int | None, experts: Expert
     _finish(out, Manifest(out.folder, ranks))
 
 
-def finish_pending(out: AtomicWriter) -> None:
-    """Completes commits that were interrupted. A manifest that is damaged or of another version is left alone: nothing
-    loads from it, and the next commit replaces it."""
+def finish_pending(out: AtomicWriter, replaced: int | None) -> None:
+    """Completes commits that were interrupted. `replaced`: the ranks (None: a cast) whose manifest the next commit
+    replaces, and which may be damaged. Raises UserError for another one that is pending and damaged: it would hide its
+    checkpoint for good."""
     for ranks in manifests_in(out.folder):
-        with contextlib.suppress(UserError):
-            if (manifest := Manifest(out.folder, ranks)).pending:
-                _finish(out, manifest)
+        try:
+            manifest = Manifest(out.folder, ranks)
+        except UserError:
+            if ranks != replaced and (out.folder / (PENDING + manifest_name(ranks))).exists():
+                raise
+            continue
+        if manifest.pending:
+            _finish(out, manifest)
 
 
 def _finish(out: AtomicWriter, manifest: Manifest) -> None:

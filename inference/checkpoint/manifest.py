@@ -64,6 +64,9 @@ class Manifest:
         if raw.get("format") != format or raw.get("version") != VERSION:
             reads, found = f"{format!r} version {VERSION}", f"{raw.get('format')!r} version {raw.get('version')!r}"
             raise UserError(f"{self.path}: this program reads {reads}, not {found}: convert again")
+        if raw.get("pending"):  # as commits were marked before
+            old = "an earlier version of this program was interrupted here"
+            raise UserError(f"{self.path}: {old}; convert again, into an empty directory")
         self.files: dict[str, dict[str, Any]] = raw.get("files", {})
         self.small: dict[str, dict[str, Any]] = raw.get("small", {})
         self.experts: ExpertLayout = raw.get("experts", "whole")
@@ -143,7 +146,10 @@ class Manifest:
 def read_manifests(folder: Path) -> dict[int | None, Manifest]:
     """All manifests of a directory by number of ranks (None: a cast's). Raises UserError for a damaged one."""
     require_folder(folder)
-    return {ranks: Manifest(folder, ranks) for ranks in manifests_in(folder)}
+    try:
+        return {ranks: Manifest(folder, ranks) for ranks in manifests_in(folder)}
+    except UserError:  # a pending one may have taken its final name between two looks at the directory
+        return {ranks: Manifest(folder, ranks) for ranks in manifests_in(folder)}
 
 
 def manifests_in(folder: Path) -> list[int | None]:

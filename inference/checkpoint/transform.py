@@ -92,7 +92,7 @@ def write_checkpoint(new: NewCheckpoint, source: Source, target: Path, verb: str
     """
     with AtomicWriter(target) as out:
         check_target(target, CAST_MARK if new.ranks is None else {"format": FORMAT}, new.config)
-        finish_pending(out)
+        finish_pending(out, new.ranks)
         for file in new.files:
             writer = out.writer(file.name, {o.name: (o.dtype, o.shape) for o in file.outputs}, file.metadata)
             for output in file.outputs:

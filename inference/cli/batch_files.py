@@ -101,6 +101,7 @@ def read_body(body: dict[str, Any], options: argparse.Namespace) -> tuple["Promp
 
     if options.raw and body.get("prompt") is None:
         raise UserError("body.prompt is missing (--raw completes text)")
+    body = {name: value for name, value in body.items() if name not in schema.SERVER_ONLY}
     parsed: schema.ChatBody | schema.CompletionBody
     try:
         parsed = schema.parse(schema.CompletionBody, body) if options.raw else schema.parse(schema.ChatBody, body)

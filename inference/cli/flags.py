@@ -27,7 +27,16 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if os.environ.get("RANK", "0") == "0":
-            print(message, end="", file=file, flush=True)
+            try:
+                print(message, end="", file=file, flush=True)
+            except BrokenPipeError:
+                raise
+            except OSError as e:
+                raise OutputError(e.strerror) from None
+
+
+class OutputError(Exception):
+    """Standard output cannot be written to; the text says why."""
 
 
 def add_checkpoint_flags(parser: Parser) -> None:

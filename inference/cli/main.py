@@ -16,7 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from cli.flags import run_config
+from cli.flags import OutputError, run_config
 from core.errors import UserError, describe, first_line
 from core.files import require_folder
 from core.run_config import RunConfig
@@ -53,6 +53,10 @@ def run_command(parse: Callable[[list[str]], Options], run: Callable[[Options], 
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
+        discard_output()
+        return 1
+    except OutputError as e:
+        complain(f"standard output: {e}")
         discard_output()
         return 1
 

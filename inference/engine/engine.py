@@ -229,10 +229,14 @@ class Engine:
 
     def _sample(self, chunks: list[Chunk], hidden: torch.Tensor) -> Sampled:
         """The tokens that follow each chunk that samples; prompt tokens are scored on the way. hidden: (T, H)."""
-        for scored in self.runner.prompt_logits(chunks, hidden):
-            self.sampler.score_prompt(*scored)
+        self._score_prompts(chunks, hidden)
         sampling = [chunk for chunk in chunks if chunk.samples]
         return self.sampler.sample(sampling, self.runner.sample_logits(chunks, hidden)) if sampling else {}
+
+    def _score_prompts(self, chunks: list[Chunk], hidden: torch.Tensor) -> None:
+        for sequence, at, logits in self.runner.prompt_logits(chunks, hidden):
+            self.sampler.score_prompt(sequence, at, logits)
+            del logits  # before the next block of them is made
 
     def _commit(self, chunks: list[Chunk], hidden: torch.Tensor, sampled: Sampled) -> list[Request]:
         """Appends the tokens, drafts the next ones, and finishes what has its last token; returns on rank 0 the

@@ -73,7 +73,7 @@ def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
 
 def _graphs(rank: RankSpec, config: RunConfig) -> int:
     """What recorded decode steps keep to themselves: a page; the tensors of the largest step; and of each number of
-    sequences its result and the facts that are copied into it; once for the main model, and for each way to draft."""
+    sequences its result and the inputs that are copied into it; once for the main model, and for each way to draft."""
     if config.eager or not graphs.records(rank.gpu, rank.num.dtype):
         return 0
     width = 1 + config.mtp

@@ -46,12 +46,12 @@ class RankSpec:
 
     @property
     def packs(self) -> bool:
-        """All weights are plain, and lie packed as kernel_cpu.c has them."""
+        """All weights are plain, and lie packed as ops/cpu/kernels.c has them."""
         return self.compiled and self.num.gemm is None
 
     @property
     def compiled(self) -> bool:
-        """The ops are kernel_cpu.c's."""
+        """The ops are ops/cpu/kernels.c's."""
         return not self.gpu and self.num.dtype == torch.bfloat16 and kernel_cpu.library() is not None
 
 

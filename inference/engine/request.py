@@ -35,7 +35,7 @@ class Request:
     params: SamplingParams
     choice: int = 0  # which of params.n answers to the prompt
     tokens: list[int] = field(default_factory=list)  # all ids made, without the end token, withheld ones included
-    events: list[TokenEvent] = field(default_factory=list)  # append-only; in the end one for each of `tokens`
+    events: list[TokenEvent] = field(default_factory=list)  # append-only; in the end all of `tokens`, and leftover text
     finish_reason: FinishReason | None = None
     error: str | None = None
     n_reused: int = 0  # prompt tokens whose latents the prefix cache held

@@ -61,8 +61,7 @@ class ModelRunner:
                 for lo in range(first, stop, memory.SCORED_ROWS):
                     hi = min(lo + memory.SCORED_ROWS, stop)
                     sequence.n_scored = hi
-                    logits = self.model.logits(hidden[at + lo - chunk.start : at + hi - chunk.start])
-                    yield sequence, lo + 1, logits
+                    yield sequence, lo + 1, self.model.logits(hidden[at + lo - chunk.start : at + hi - chunk.start])
             at += chunk.n_rows
 
     def draft(self, chunks: list[Chunk], hidden: torch.Tensor, continuing: list[Sequence], propose: Propose) -> None:

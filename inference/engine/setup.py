@@ -49,7 +49,7 @@ def load(
 ) -> tuple[Transformer, Tokenizer | None, SamplingParams]:
     """The loaded model, on rank 0 the tokenizer, and the checkpoint's sampling defaults. For arguments and errors see
     Engine.from_pretrained."""
-    target = choose_device(device, run)
+    target = tp.run_on_all_ranks(lambda: resolve_device(device, run))
     # free memory is measured before any rank takes of it
     plan = tp.run_on_all_ranks(lambda: _choose(ckpt_path, run, config, target, tp, progress))
 
@@ -100,7 +100,7 @@ def _check_agreement(model: Transformer) -> None:
     model.tp.run_on_all_ranks(check)
 
 
-def choose_device(device: torch.device | str | None, run: RunConfig) -> torch.device:
+def resolve_device(device: torch.device | str | None, run: RunConfig) -> torch.device:
     """The device to load on: the one given, else the one `run` names; a GPU with a number becomes the current one."""
     if device is None:
         _, _, local_rank, local_size = startup.environment()

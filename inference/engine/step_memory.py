@@ -60,6 +60,8 @@ def _layer(rank: RankSpec, tokens: int, values: int, widest: int) -> int:
         beside = 4 * tokens * max(3 * args.dim, widest)
     if rank.num.batch_invariant:  # a product's blocks of rows, before they are one
         beside += 2 * b * tokens * widest
+        if rank.ranks > 2:  # all ranks' parts of a sum, which are added in order
+            beside = max(beside, b * tokens * (rank.ranks + 1) * args.dim)
     return b * tokens * (7 * args.dim + values) + 4 * tokens * args.qk_rope_head_dim + beside
 
 

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -82,16 +81,28 @@ class RankProcess:
             return message
         host = self.neighbours[0][0] if self.neighbours else self.rank
 
-        def elect() -> str:
-            first_message = self.store.compare_set("first message", "", message).decode()  # sets it if there is none
-            speaker = self.store.compare_set(f"speaker of rank {host}'s host", "", str(self.rank)).decode()
-            return first_message if speaker == str(self.rank) else ""
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives torchrun's restarts
 
-        try:
-            return ThreadPoolExecutor(1).submit(elect).result(STORE_LIMIT)
-        except Exception:  # the store may be gone with rank 0: then the lowest rank that is left speaks
-            dead = {rank for rank, _ in self.dead_ranks()}
-            return message if all(rank >= self.rank or rank in dead for rank, _ in self.neighbours) else ""
+        def elect() -> str:
+            # compare_set sets a key that is not there, and returns its value
+            first_message = self.store.compare_set(f"{attempt}: first message", "", message).decode()
+            printer = self.store.compare_set(f"{attempt}: printer of rank {host}'s host", "", str(self.rank)).decode()
+            return first_message if printer == str(self.rank) else ""
+
+        elected: list[str] = []
+
+        def ask() -> None:
+            with contextlib.suppress(Exception):  # the store may be gone with rank 0
+                elected.append(elect())
+
+        # not by concurrent.futures: this may run in a signal handler, above a holder of its global lock
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(STORE_LIMIT)
+        if elected:
+            return elected[0]
+        dead = {rank for rank, _ in self.dead_ranks()}  # the lowest rank that is left prints
+        return message if all(rank >= self.rank or rank in dead for rank, _ in self.neighbours) else ""
 
     def exit_on_signal(self, number: int) -> NoReturn:
         """Aborts because of a signal from outside, which torchrun sends when another rank has ended."""

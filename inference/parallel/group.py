@@ -34,7 +34,7 @@ class Group:
     ordered: bool = False  # sums are taken in rank order, whatever their size (batch-invariant mode)
     one_shot: Any = field(default=None, compare=False, repr=False)  # a OneShot, where the GPUs see each other's memory
     process: RankProcess = field(default_factory=RankProcess, compare=False, repr=False)
-    # sums (float32) of what this rank brought into the latest collectives of activations: see nonfinite_ranks
+    # sums (float32) of what this rank put into the latest collectives of activations: see nonfinite_ranks
     partial_sums: Any = field(default_factory=lambda: deque(maxlen=MAX_PARTIAL_SUMS), compare=False, repr=False)
 
     def split(self, n: int, what: str) -> int:
@@ -84,7 +84,7 @@ class Group:
             self.partial_sums.append(x.sum(dtype=torch.float32))
 
     def nonfinite_ranks(self) -> list[int]:
-        """The ranks that brought NaN or infinity into the first of the recorded collectives that had any, after which
+        """The ranks that put NaN or infinity into the first of the recorded collectives that had any, after which
         every rank has them. Empty if all ranks did, and on GPUs. Clears the record."""
         first = next((i for i, part in enumerate(self.partial_sums) if not part.isfinite()), MAX_PARTIAL_SUMS)
         self.partial_sums.clear()

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from core.errors import UserError
 
 MAX_FIELDS = 64  # of one object
+SERVER_ONLY = ("model", "stream", "stream_options")  # without effect in a file of requests
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # change no answer
 NOT_IMPLEMENTED: dict[str, tuple] = {  # with the values that do not ask for it
     "best_of": (1,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"),
@@ -51,7 +52,7 @@ class TextPart(Schema):
 
 class Function(Schema):
     name: str
-    arguments: str
+    arguments: str | dict[str, Any]  # some templates want it parsed
 
 
 class ToolCall(Schema):

@@ -88,7 +88,7 @@ MUTANTS = (
      "y = (F.silu(gate.float()) * up.float()).to(gate.dtype)",
      "y = F.silu(gate) * up",
      "ops/test_fused.py::test_silu_mul", "silu(gate) is rounded before it is multiplied by up"),
-    # --- kernel_cpu.c ---------------------------------------------------------------------------------------------------
+    # --- ops/cpu/kernels.c ---------------------------------------------------------------------------------------------------
     ("cpu-panel-order", "ops/cpu/kernels.c",
      "int64_t row = p * WIDTH + i % 2 * LANES + i / 2;",
      "int64_t row = p * WIDTH + i;",

@@ -102,7 +102,7 @@ def mla_expanded(
 ) -> torch.Tensor:
     """reference.mla_expanded with all keys and values at once: (n, N, dn), (n, N, R), (L, C + R) -> (n, N, dv).
 
-    They are expanded in float32: without AMX a processor multiplies no other type faster.
+    They are expanded in float32, the fastest type of the processors that were measured: AVX2 and AVX-512 without AMX.
     """
     n_heads, dv, c = w_uv.shape
     width = w_uk.shape[1] + q_pe.shape[-1]

@@ -368,12 +368,3 @@ def mla(
         batch.pages.shape[1], *lengths, batch.positions, len(batch.kv_lens), most, n, dn, r, c, dv, w_uk, w_uv, scale,
         out, numbers, scratch, threads,
     )  # fmt: skip
-
-
-def mla_bytes(sequences: int, rows: int, heads: int, c: int, r: int, context: int) -> int:
-    """Bytes of mla's scratch for `sequences` sequences of `rows` query rows each, at length `context`."""
-    found = _kernels()
-    bounds = torch.arange(sequences + 1, dtype=torch.int32) * rows
-    lengths = torch.full((sequences,), context, dtype=torch.int32)
-    numbers = torch.empty(found.mla_numbers(sequences, 0), dtype=torch.int64)
-    return 4 * found.mla_floats(bounds, lengths, sequences, rows, heads, c, r, torch.get_num_threads(), numbers)

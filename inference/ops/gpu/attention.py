@@ -86,7 +86,7 @@ def count_work(lengths_ptr, bounds_ptr, at, B, first, last, N, ROWS, PAGE):
 def plan_splits_kernel(
     lengths_ptr, bounds_ptr, plan_ptr, n_programs, first, last, fixed_pages, PROGRAMS, N, ROWS, PAGE
 ):
-    """One program per sequence says what falls to decode's programs for it, in shares (n_programs, 6): the sequence
+    """One program per sequence plans decode's programs for it, a row of 6 numbers to each (n_programs, 6): the sequence
     (-1: nothing is left), its tokens' begin and end among [first, last), the tile of their rows, the first of its keys
     and the keys of a split.
 
@@ -440,7 +440,7 @@ def mla(
     scale: float,
     by_rows: ByRows | None = None,
 ) -> torch.Tensor:
-    """As reference.mla, for a batch whose `few` and `many` say what the host knows of it.
+    """As reference.mla, for a batch whose `decode` and `prefill` bounds say what the host knows of it.
 
     `by_rows(product, x)` multiplies rows in blocks of one size. Given, every sequence goes through the absorbed form,
     with splits and tiles of one size, so that a token's result does not depend on the rest of its batch.
