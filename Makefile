@@ -33,7 +33,7 @@ serve: $(SERVING)
 	$(BIN)/python inference/server.py --ckpt-path demo/checkpoint --model-name demo --mtp 1
 
 test: $(DEVELOPER)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 trust: $(DEVELOPER)
 	$(BIN)/python -m pytest -n 2 -m "trust or not trust" --timeout 7200 tests \

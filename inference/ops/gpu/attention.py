@@ -473,7 +473,7 @@ def decode(
     q_pe: torch.Tensor,
     latents: torch.Tensor,
     batch: Batch,
-    extent: BatchBounds,
+    batch_bounds: BatchBounds,
     scale: float,
     fixed: bool = False,
     split_keys: int | None = None,
@@ -481,24 +481,24 @@ def decode(
 ) -> torch.Tensor:
     """The first sequences' rows in the latent space: q (T, N, C) absorbed, q_pe (T, N, R) to (T, N, C).
 
-    `extent` says which they are. With `fixed` splits and tiles depend on nothing but the number of heads; split_keys,
-    a multiple of the page, and tile are the caller's choice otherwise.
+    `batch_bounds` says which they are. With `fixed` splits and tiles depend on the number of heads alone; otherwise
+    split_keys, a multiple of the page, and tile are the caller's choice.
     """
     n_tokens, n_heads, c = q.shape
     r, page = q_pe.shape[-1], latents.shape[1]
     packed = latents.dtype == torch.uint8
-    longest_rows = math.inf if fixed else extent.longest_q * n_heads
+    longest_rows = math.inf if fixed else batch_bounds.longest_q * n_heads
     tile = tile or tile_for(DECODE[architecture(q.device), packed], longest_rows)
-    assert q.is_contiguous() and page % tile.keys == 0 and n_tokens == extent.tokens
+    assert q.is_contiguous() and page % tile.keys == 0 and n_tokens == batch_bounds.tokens
     split_keys = FIXED_SPLIT if fixed else split_keys or 0
     assert split_keys % page == 0
     out = torch.empty(n_tokens, n_heads, c, dtype=q.dtype, device=q.device)
 
     def programs(tokens: int) -> int:
-        return split_programs(extent, tokens, n_heads, tile.rows, page, split_keys)
+        return split_programs(batch_bounds, tokens, n_heads, tile.rows, page, split_keys)
 
     def rows(tokens: int) -> int:
-        return min(tile.rows, min(extent.longest_q, tokens) * n_heads)
+        return min(tile.rows, min(batch_bounds.longest_q, tokens) * n_heads)
 
     at_once = n_tokens
     while at_once > 1 and programs(at_once) * rows(at_once) * c * 4 > SPLIT_BYTES:
@@ -509,10 +509,10 @@ def decode(
     splits = torch.empty(at_once, n_heads, 3, dtype=torch.int32, device=q.device)
     for first in range(0, n_tokens, at_once):
         last = min(first + at_once, n_tokens)
-        key = extent, first, last, n_heads, tile.rows, split_keys
+        key = batch_bounds, first, last, n_heads, tile.rows, split_keys
         if key not in batch.memo:
             batch.memo[key] = torch.empty(programs(last - first), 6, dtype=torch.int32, device=q.device)
-            plan_splits_kernel[(extent.n,)](
+            plan_splits_kernel[(batch_bounds.n,)](
                 batch.kv_lens, batch.cu_seqlens_q, batch.memo[key], programs(last - first), first, last,
                 split_keys // page, PROGRAMS, n_heads, tile.rows, page, num_warps=1,
             )  # fmt: skip
@@ -529,15 +529,15 @@ def decode(
     return out
 
 
-def split_programs(extent: BatchBounds, tokens: int, n_heads: int, rows: int, page: int, split_keys: int) -> int:
+def split_programs(batch_bounds: BatchBounds, tokens: int, n_heads: int, rows: int, page: int, split_keys: int) -> int:
     """How many programs plan_splits_kernel numbers at most for so many tokens, in tiles of `rows`; split_keys 0: by its
     rule. It depends on what the host knows beforehand, and little on the lengths allowed."""
-    sequences = min(extent.n, tokens)
-    most_tiles = triton.cdiv(min(extent.longest_q, tokens) * n_heads, rows)  # of one sequence
+    sequences = min(batch_bounds.n, tokens)
+    most_tiles = triton.cdiv(min(batch_bounds.longest_q, tokens) * n_heads, rows)  # of one sequence
     tiles = min(sequences * most_tiles, sequences + tokens * n_heads // rows)
-    programs = tiles * triton.cdiv(extent.longest_kv, split_keys or page)
+    programs = tiles * triton.cdiv(batch_bounds.longest_kv, split_keys or page)
     if split_keys:
-        return min(programs, most_tiles * (extent.total_kv // split_keys + sequences))
+        return min(programs, most_tiles * (batch_bounds.total_kv // split_keys + sequences))
     return min(programs, tiles + PROGRAMS)
 
 
@@ -553,29 +553,29 @@ def prefill(
     tile: AttentionTile | None = None,
 ) -> None:
     """The sequences of batch.prefill in the multi-head form, into their rows of out (T, N, dv)."""
-    extent, skip = batch.prefill, batch.decode.n
+    batch_bounds, skip = batch.prefill, batch.decode.n
     (n_heads, dn, c), dv, r = w_uk.shape, w_uv.shape[1], q_pe.shape[-1]
     page = latents.shape[1]
     assert page % GATHERED == 0
-    tile = tile or tile_for(PREFILL[architecture(q_nope.device)], extent.longest_q)
+    tile = tile or tile_for(PREFILL[architecture(q_nope.device)], batch_bounds.longest_q)
     per_key = (n_heads * (dn + dv) + c + r) * q_nope.itemsize
-    n_slab = min(max(page, SLAB_BYTES // per_key), extent.total_kv)
+    n_slab = min(max(page, SLAB_BYTES // per_key), batch_bounds.total_kv)
     lengths, pages, bounds = batch.kv_lens[skip:], batch.pages[skip:], batch.cu_seqlens_q[skip:]
     ends = lengths.cumsum(0, dtype=torch.int32)
     widths = c, r, n_heads * dn, n_heads * dv
     c_kv, k_pe, k, v = (torch.empty(n_slab, w, dtype=q_nope.dtype, device=q_nope.device) for w in widths)
-    carried = n_slab < extent.total_kv
+    carried = n_slab < batch_bounds.total_kv
     state = torch.empty(out.shape if carried else 0, dtype=torch.float32, device=out.device)
     lse = torch.empty(out.shape[:2] if carried else 0, dtype=torch.float32, device=out.device)
-    for slab in range(0, extent.total_kv, n_slab):
-        n = min(n_slab, extent.total_kv - slab)
-        gather_kernel[(triton.cdiv(extent.longest_kv, GATHERED), extent.n)](
+    for slab in range(0, batch_bounds.total_kv, n_slab):
+        n = min(n_slab, batch_bounds.total_kv - slab)
+        gather_kernel[(triton.cdiv(batch_bounds.longest_kv, GATHERED), batch_bounds.n)](
             *_pool(latents, c), pages, lengths, ends, c_kv, k_pe, pages.stride(0), slab, n,
             C=c, R=r, C_PAD=_pad(c), R_PAD=_pad(r), PAGE=page, KEYS=GATHERED, num_warps=GATHER_WARPS,
         )  # fmt: skip
         torch.mm(c_kv[:n], w_uk.flatten(0, 1).T, out=k[:n])
         torch.mm(c_kv[:n], w_uv.flatten(0, 1).T, out=v[:n])
-        prefill_kernel[(triton.cdiv(extent.longest_q, tile.rows), n_heads, extent.n)](
+        prefill_kernel[(triton.cdiv(batch_bounds.longest_q, tile.rows), n_heads, batch_bounds.n)](
             q_nope, q_pe.contiguous(), k, k_pe, v, batch.positions, bounds, lengths, ends, out, state, lse,
             slab, n, scale * LOG2_E,
             N=n_heads, DN=dn, R=r, DV=dv, DN_PAD=_pad(dn), R_PAD=_pad(r), DV_PAD=_pad(dv),
