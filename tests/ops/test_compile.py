@@ -18,6 +18,7 @@ from support.kernel_configurations import Configuration, configurations
 from support.limits import LAST_RESORT, run_within
 
 pytestmark = pytest.mark.timeout(LAST_RESORT)  # what compiles has its own limit, of processor time
+PARTS = 4  # of a target's configurations: workers of pytest that ask at once share them
 START, EACH = 120, 20  # seconds of processor time: to import Triton, and for a configuration (1 s is usual)
 
 Report = dict[str, Any]
@@ -55,19 +56,24 @@ CONFIGURATIONS = [pytest.param(c, id=c.name, marks=pytest.mark.trust if waits(c)
 def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str
 ) -> Callable[[str], dict[str, Report]]:
-    """Reports by configuration name, for one target at a time: what this run tests of it is compiled in one process,
-    by the first worker that asks."""
+    """Reports by configuration name, for one target at a time: what this run tests of it is compiled once, by the
+    workers that ask for it, in processes of their own."""
     cases = (item.callspec.params.get("c") for item in request.session.items if hasattr(item, "callspec"))
     wanted = [c for c in cases if isinstance(c, Configuration)]
     shared = tmp_path_factory.getbasetemp()
     shared = shared if worker_id == "master" else shared.parent
 
-    @functools.cache
-    def reports(target: str) -> dict[str, Report]:
-        names = [c.name for c in wanted if c.target == target]
-        found = shared / f"compiled-{target}.json"
-        with open(shared / f"compiled-{target}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    def compile_part(target: str, part: int, wait: bool) -> None:
+        """Compiles every PARTS-th configuration, unless somebody has, or is at it and we do not wait."""
+        names = [c.name for c in wanted if c.target == target][part::PARTS]
+        if not names and (part or target != "controls"):
+            return
+        with open(shared / f"compiled-{target}-{part}.lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return
+            found = shared / f"compiled-{target}-{part}.json"
             if not found.exists():
                 env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
                 env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(target))
@@ -77,7 +83,14 @@ def compiled(
                 done = run_within(START + EACH * len(many), run, env=env)
                 assert done.returncode == 0, done.stderr
                 found.write_text(done.stdout)
-        return json.loads(found.read_text())
+
+    @functools.cache
+    def reports(target: str) -> dict[str, Report]:
+        for wait in (False, True):
+            for part in range(PARTS):
+                compile_part(target, part, wait)
+        found = (shared / f"compiled-{target}-{part}.json" for part in range(PARTS))
+        return {name: report for file in found if file.exists() for name, report in json.loads(file.read_text()).items()}
 
     return reports
 
