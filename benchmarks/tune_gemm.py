@@ -1,4 +1,4 @@
-"""Chooses a tile for every shape and bucket of M by measurement, and writes it to the table that ops/gpu/tiles.py reads.
+"""Chooses a tile for every shape and bucket of M by measurement, and writes the table that ops/gpu/tiles.py reads.
 
     python benchmarks/tune_gemm.py
     python benchmarks/tune_gemm.py --shape 2112 7168 --tokens 16 32 --output benchmarks/results/tune.json

@@ -15,6 +15,7 @@ from core.run_config import PAGE_SIZE, RunConfig
 from engine.rank_memory import RankSpec, in_blocks
 from ops import reference
 from ops.cpu import kernels as kernel_cpu
+from ops.reference_backend import ROW_BLOCK
 
 SCORED_ROWS = 256  # rows of prompt logits that exist at one time
 DRAWN_ROWS, SAMPLER_BYTES = 32, 56  # distributions the sampler makes at one time, and what it takes a token of one
@@ -122,13 +123,16 @@ def _in_torch(rank: RankSpec, config: RunConfig, tokens: int, rows: int, n: int)
     context = config.pages_per_sequence * PAGE_SIZE
     w_uk, w_uv = (torch.empty(1, d, c, device="meta") for d in (width - r, dv))
     few = reference.absorbed_rows(w_uk, w_uv, r)
-    compiled = rank.compiled and not rank.num.fp8_latents and not rank.num.batch_invariant
-    together = sequences if not (rank.gpu or compiled) else min(sequences, 2) if rank.gpu or rows > few else 0
+    alike = rank.num.batch_invariant  # one sequence after another, absorbed, a block of rows at a time
+    written = rank.compiled and not rank.num.fp8_latents  # rotated and written by C
+    compiled = written and not alike
+    together = min(sequences, 2) if rank.gpu or alike or (compiled and rows > few) else 0 if compiled else sequences
     taken = context * latent * (b * together + (14 if rank.num.fp8_latents else 0))
-    if rank.num.batch_invariant:  # latents filled up to whole tiles of keys
-        taken += (context + reference.KEY_TILE) * latent * b
-    if not (rank.gpu or compiled):  # rotation in float32
+    if not (rank.gpu or written):  # rotation in float32
         taken += 16 * tokens * (n * r + latent)
+    if alike:
+        filled = (context + reference.KEY_TILE) * latent * b  # to whole tiles of keys
+        return taken + filled + _tiles(b, min(rows, ROW_BLOCK), n, latent, c, 1, context)
     forms = []
     if compiled:
         filled = n * min(tokens, few * sequences) + 16 * sequences

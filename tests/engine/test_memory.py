@@ -241,11 +241,14 @@ def test_a_step_never_takes_more_than_its_bound(step, side):
     bound = step_memory.step_bytes(rank, limits_of(context, sequences, new * sequences, drafts), decode=new == 1)
     if (step, side) == ("several absorbed", "CPU, no compiler"):
         return assert_between(peak, bound, 20)  # there one sequence with all the rows takes far more
-    assert_between(peak, bound, 7 if new == 1 else 2.5)  # of little, the parts of split keys weigh most
+    if (step, side) == ("batch-invariant", "CPU, no compiler"):
+        return assert_between(peak, bound, 3.2)  # what is counted for rotation and for attention is not there at once
+    constant = step_memory.SPLIT_K_BYTES if rank.gpu and numerics.gemm else 0  # which the bound has for any size
+    assert_between(peak, bound, 7 if new == 1 else 2.5, constant)  # of little, the parts of split keys weigh most
 
 
-def assert_between(peak: int, bound: int, loose: float) -> None:
-    assert peak <= bound <= loose * peak, f"{bound / peak:.3f} of what exists"
+def assert_between(peak: int, bound: int, loose: float, constant: int = 0) -> None:
+    assert peak <= bound <= loose * peak + constant, f"{bound / peak:.3f} of what exists"
 
 
 def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> int:

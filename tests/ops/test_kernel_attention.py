@@ -192,13 +192,13 @@ def test_prefill_in_slabs(keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(attention.mla(*inputs), p.expected()) < EXACT
 
 
-def test_extents_may_be_upper_bounds() -> None:
+def test_bounds_may_be_above_what_is() -> None:
     for new in ([1, 2, 1], [70, 80, 66]):
         p = Problem([100, 90, 66], new)
         batch = p.batch
-        name = "few" if batch.decode.n else "many"
-        extent = replace(batch.whole, longest_q=2 * max(new), longest_kv=2048, total_kv=3000)
-        assert error(attention.mla(*p.inputs(replace(batch, **{name: extent}))), p.expected()) < EXACT
+        name = "decode" if batch.decode.n else "prefill"
+        bounds = replace(batch.whole, longest_q=2 * max(new), longest_kv=2048, total_kv=3000)
+        assert error(attention.mla(*p.inputs(replace(batch, **{name: bounds}))), p.expected()) < EXACT
 
 
 # How decode shares its work
@@ -338,7 +338,7 @@ def test_the_backend_s_mla(invariant: bool) -> None:
     assert out.dtype == torch.bfloat16 and error(out, p.expected()) < 3e-2
 
 
-def test_batches_know_their_extents() -> None:
+def test_batches_know_their_bounds() -> None:
     sequences = [(1, 70), (DECODE_ROWS, 0), (3, 300), (DECODE_ROWS + 1, 5), (2, 9)]
     batch = Batch.pack([([0] * q, start, list(range(6))) for q, start in sequences])
     assert batch.decode == BatchBounds(3, DECODE_ROWS + 4, DECODE_ROWS, 303, 71 + DECODE_ROWS + 303)
