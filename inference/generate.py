@@ -15,10 +15,12 @@ from cli import main as cli
 from cli.batch_files import BatchItem, answer_file, check_output, read_items
 from cli.flags import Parser, add_checkpoint_flags, add_engine_flags
 from core.errors import UserError
+from core.sampling_params import SamplingParams, params_from_generation_config
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
-    from core.sampling_params import SamplingParams
     from parallel.group import Group
+
+DEFAULT = SamplingParams  # a field's default is an attribute of the class
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -29,16 +31,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--interactive", action="store_true", help="a conversation in the terminal")
     add("--input-file", metavar="FILE", help="one prompt a line, or .jsonl requests in the OpenAI batch format")
     add("--output-file", metavar="FILE", help="also write the answers here, one JSON object a line")
-    add("--max-new-tokens", type=int, default=200, metavar="N", help="most tokens of an answer (default: 200)")
-    add("--temperature", type=float, metavar="T", help="0 is greedy (default: generation_config.json's, else 0.2)")
+    add("--max-new-tokens", type=int, metavar="N", help=f"most tokens of an answer (default: {DEFAULT.max_new_tokens})")
+    add("--temperature", type=float, metavar="T",
+        help=f"0 is greedy (default: generation_config.json's, else {DEFAULT.temperature})")  # fmt: skip
     add("--top-p", type=float, metavar="P", help="nucleus sampling (default: generation_config.json's, else 1)")
     add("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens (default: all)")
     add("--min-p", type=float, metavar="P", help="drop tokens less likely than P times the likeliest")
     add("--repetition-penalty", type=float, metavar="X", help="divides logits of tokens already there")
-    add("--presence-penalty", type=float, default=0.0, metavar="X", help="off the logits of tokens already answered")
-    add("--frequency-penalty", type=float, default=0.0, metavar="X", help="the same, for each time they were")
+    add("--presence-penalty", type=float, metavar="X", help="off the logits of tokens already answered")
+    add("--frequency-penalty", type=float, metavar="X", help="the same, for each time they were")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given several times")
-    add("--seed", type=int, default=0, metavar="N", help="of the sampling noise (default: 0)")
+    add("--seed", type=int, metavar="N", help=f"of the random numbers in sampling (default: {DEFAULT.seed})")
     add("--system", metavar="TEXT", help="a system message before each conversation")
     add("--no-thinking", action="store_true", help="for chat templates that can leave thinking out (DeepSeek-V3.1)")
     add("--raw", action="store_true", help="no chat template: complete the text (base models)")
@@ -56,10 +59,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def default_params(options: argparse.Namespace) -> "SamplingParams":
+def default_params(options: argparse.Namespace) -> SamplingParams:
     """From the flags, else the checkpoint's generation_config.json, else 0.2 and the rest off. Raises UserError."""
-    from core.sampling_params import params_from_generation_config
-
     return params_from_generation_config(
         Path(options.ckpt_path),
         max_new_tokens=options.max_new_tokens,
@@ -78,7 +79,7 @@ def default_params(options: argparse.Namespace) -> "SamplingParams":
 def run(options: argparse.Namespace, tp: "Group") -> int:
     """Loads and answers; returns the exit status, the same on every rank. Raises UserError on all ranks alike."""
 
-    def prepare() -> tuple["SamplingParams", list[BatchItem]]:
+    def prepare() -> tuple[SamplingParams, list[BatchItem]]:
         params = default_params(options)
         items = [] if options.interactive else read_items(options, params)
         if options.output_file is not None:

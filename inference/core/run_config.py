@@ -18,7 +18,8 @@ AskedLayout = ExpertLayout | Literal["auto"]
 
 
 def flag(default: Any, help: str, metavar: str | None = None, agreed: bool = True) -> Any:
-    """A field that is a command-line flag too. `agreed`: all ranks must be started with the same value."""
+    """A field that is a command-line flag too; argparse puts the default where `help` has %(default)s. `agreed`: all
+    ranks must be started with the same value."""
     return field(default=default, metadata={"help": help, "metavar": metavar, "agreed": agreed})
 
 
@@ -35,8 +36,8 @@ class RunConfig:
     )
     device: Literal["auto", "cuda", "cpu"] = flag("auto", "default: a GPU if there is one")
     max_model_len: int | None = flag(None, "most tokens of prompt and answer (default: as fit)", "N")
-    max_num_seqs: int = flag(8, "prompts answered at a time (default: 8)", "N")
-    max_num_batched_tokens: int = flag(2048, "tokens one forward takes, prompts in chunks (default: 2048)", "N")
+    max_num_seqs: int = flag(8, "prompts answered at a time (default: %(default)s)", "N")
+    max_num_batched_tokens: int = flag(2048, "tokens one forward takes, prompts in chunks (default: %(default)s)", "N")
     max_num_mixed_tokens: int | None = flag(
         None,
         "prompt tokens a step takes while others are answered; fewer, and their answers stall less "
@@ -45,13 +46,17 @@ class RunConfig:
     )
     kv_cache_gib: float | None = flag(None, "memory a rank gives the latent cache (default: as fits)", "GIB")
     kv_cache_dtype: Literal["auto", "fp8"] = flag("auto", "fp8: latents in 0.57 of the bytes")
-    mtp: int = flag(0, "tokens the MTP module drafts a step, 0 to 4; greedy answers stay the same (default: 0)", "K")
+    mtp: int = flag(
+        0,
+        f"tokens the MTP module drafts a step, 0 to {MAX_DRAFTS}; greedy answers stay the same (default: %(default)s)",
+        "K",
+    )
     deterministic: bool = flag(False, "bitwise the same logits for a prompt in any batch; slower")
     eager: bool = flag(False, "no CUDA graphs: starts sooner, decodes slower")
     verify: bool = flag(False, "first compare the checkpoint with the hashes in its manifest")
     threads: int | None = flag(None, "CPU threads a rank (default: the cores over the host's ranks)", "N", agreed=False)
     timeout: float = flag(
-        300.0, "seconds a rank waits for another before it gives up (default: 300)", "S", agreed=False
+        300, "seconds a rank waits for another before it gives up (default: %(default)s)", "S", agreed=False
     )
     # no flags: for callers in Python
     n_pages: int | None = None  # of the cache, instead of kv_cache_gib
