@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("revisions", nargs=2, metavar="REV", help="before and after")
     parser.add_argument("--checkpoint", type=Path, help="bench_cpu.py's random one, for prefill and decoding")
     parser.add_argument("--requests", type=int, default=200, help="of the demo's load (default: 200)")
+    parser.add_argument("--longest", type=int, default=4096, help="leave longer random prompts out (default: 4096)")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", help="JSON file for the results")
@@ -160,7 +161,7 @@ def main() -> None:
             for path in DEMO.glob("tokenizer*.json"):
                 shutil.copy(path, whole)
             loaded = {revision: Side(root, whole, args.threads, 4200, stack) for revision, root in roots.items()}
-            for name, sequences, prompt, new in CASES:
+            for name, sequences, prompt, new in (case for case in CASES if case[2] <= args.longest):
                 seeds = {revision: iter(range(1000)) for revision in loaded}
 
                 def case(revision: str, n: int = sequences, length: int = prompt, new: int = new, seeds: Any = seeds,
