@@ -220,6 +220,7 @@ STEPS = {  # what differs from SIZES; numerics, sequences, new tokens of each, c
     "several absorbed": ({}, Numerics(), 8, 31, 2048, 0, 1),
     "decoding": ({}, FLOAT32, 8, 1, 4096, 0, 1),
     "decoding FP8 latents": ({}, PACKED, 8, 1, 4096, 0, 1),
+    "sampling": ({"vocab_size": 65536}, FLOAT32, 8, 1, 64, 0, 1),
     "batch-invariant": ({}, Numerics(batch_invariant=True), 2, 300, 2048, 0, 1),
     "W8A8": ({}, FP8, 1, 512, 1024, 0, 1),
 }

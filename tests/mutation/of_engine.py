@@ -270,7 +270,7 @@ MUTANTS = (
     ("bound-experts-of-one", "engine/step_memory.py", "tokens * top, b, b", "tokens, b, b",
      "engine/test_memory.py::test_a_step_never_takes_more_than_its_bound", "the bound has one expert's rows of each token"),
     ("bound-slab", "engine/step_memory.py", "    return decoded + slab + ", "    return decoded + ",
-     "engine/test_memory.py::test_a_step_never_takes_more_than_its_bound", "the bound forgets expanded keys and values"),
+     "engine/test_memory.py::test_a_step_of_deepseek_v3_never_takes_more", "the bound forgets expanded keys and values"),
     ("ranks-memory-of-all", "engine/setup.py",
      "    return min([host_memory.host_memory(), *host_memory.container_memory()]) // startup.environment()[3]",
      "    return min([host_memory.host_memory(), *host_memory.container_memory()])",
