@@ -37,7 +37,7 @@ def test_flags_are_the_fields_of_run_config(command, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     for f in fields(RunConfig):
         if f.name in names:
-            assert f"--{f.name.replace('_', '-')}" in shown and f.metadata["help"] in shown
+            assert f"--{f.name.replace('_', '-')}" in shown and f.metadata["help"].replace("%(default)s", str(f.default)) in shown
 
 
 def run(code: str, folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
