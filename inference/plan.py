@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.flags import Parser, add_run_flags, positive, run_config
 from cli.main import run_command
+from core.errors import warn
 from core.run_config import PAGE_SIZE, RunConfig
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
@@ -73,6 +74,8 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
         args = choose_args(checkpoint, options.config)
         checkpoint.on_disk(0, options.tp)
         has_mtp = args.n_mtp_layers > 0 and checkpoint.has_mtp
+    for text in args.warnings:
+        warn(text)
     num, says = setup.choose_numerics(args, device, options.dtype, options.gemm, has_fp8=device.type == "cuda")
     if checkpoint is None:
         partition = Partition.choose(args, options.tp, options.experts, fp8=num.gemm is not None)

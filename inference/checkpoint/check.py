@@ -65,6 +65,8 @@ def open_checkpoint(path: Path, config: Path | None, report: Report) -> tuple[Ch
     with report.checking("config"):
         if checkpoint.args is not None or not (path / "config.json").is_file():
             args = choose_args(checkpoint, config)
+    for text in args.warnings if args is not None else ():
+        report.add(CheckWarning(text, path / "config.json"))
     if args is not None:
         report.looked["config"] = f"{args.n_layers} layers, {args.n_routed_experts} experts, {args.dtype}"
     return checkpoint, args

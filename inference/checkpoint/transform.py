@@ -21,7 +21,7 @@ from checkpoint.directory import Checkpoint
 from checkpoint.manifest import CAST_MARK, FORMAT
 from checkpoint.reading import Entry, Reader
 from checkpoint.writing import Writer
-from core.errors import UserError
+from core.errors import UserError, warn
 from core.run_config import ExpertLayout
 
 
@@ -79,6 +79,8 @@ def open_source(source: Path, target: Path) -> tuple[Checkpoint, Source]:
         raise UserError(f"{source}: already converted for ranks; give the Hugging Face checkpoint")
     if checkpoint.args is None:
         raise UserError(f"{source / 'config.json'}: missing")
+    for text in checkpoint.args.warnings:
+        warn(text)
     if target.resolve() == source.resolve():
         raise UserError(f"{target}: the output cannot go where the checkpoint is")
     return checkpoint, Source(source, checkpoint.files)

@@ -5,25 +5,43 @@ not implement is refused by name: a silent default would be a silent loss of qua
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from core import hf_config
 from core.errors import CheckpointError, UserError
 from core.files import read_json
+from core.hf_config import hf_prefix as hf_prefix
 
 PROGRAM_VERSION = "0.1.0"
 BLOCK_SIZE = 128  # FP8 scales: one per 1x128 activations and per 128x128 weights (technical report, section 3.3.2)
-MODEL_TYPES = ("deepseek_v3", "deepseek_v2", "kimi_k2")
 SCORE_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
 MAX_LAYERS, MAX_EXPERTS = 1000, 1 << 17  # in all layers together; V3 has 15,104: more is a damaged number
+HF_NAMES = {  # ModelArgs' fields that Hugging Face names otherwise; those of the rotary embedding depend on the file
+    "dim": "hidden_size", "inter_dim": "intermediate_size", "moe_inter_dim": "moe_intermediate_size",
+    "n_layers": "num_hidden_layers", "n_dense_layers": "first_k_dense_replace", "n_heads": "num_attention_heads",
+    "n_activated_experts": "num_experts_per_tok", "n_expert_groups": "n_group", "n_limited_groups": "topk_group",
+    "score_func": "scoring_func", "route_scale": "routed_scaling_factor", "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps", "n_mtp_layers": "num_nextn_predict_layers", "dtype": "torch_dtype",
+    "scale_fmt": "quantization_config.scale_fmt",
+}  # fmt: skip
+
+
+class FieldError(UserError):
+    """A value that a field of ModelArgs cannot have."""
+
+    def __init__(self, name: str, says: str, names: dict[str, str] | None = None):
+        """`says` goes on from the field's name, which is what the file calls it if `names` is its spelling."""
+        super().__init__(f"config: {(names or {}).get(name, name)} {says}")
+        self.name, self.says = name, says
 
 
 @dataclass(frozen=True)
 class ModelArgs:
     """The architecture of one model. Names are the original repository's (upstream's); comments give Hugging Face's
-    where they differ. Raises UserError for a value out of range."""
+    where they differ. Raises FieldError for a value out of range."""
 
     vocab_size: int
     dim: int  # hidden_size
@@ -65,6 +83,8 @@ class ModelArgs:
     dtype: Literal["fp8", "bf16", "fp32"] = "bf16"  # how the weights are stored
     scale_fmt: Literal["ue8m0"] | None = None  # activation scales rounded up to powers of two (V3.1)
     block_size: int = BLOCK_SIZE
+    # what a user should know of the file that this was read from; a program prints them once
+    warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -90,9 +110,10 @@ class ModelArgs:
         self._require(self.n_mtp_layers in (0, 1), "n_mtp_layers", "0 or 1")
         self._require(self.block_size == BLOCK_SIZE, "block_size", str(BLOCK_SIZE))
         self._require(self.rope_factor >= 1, "rope_factor", "at least 1")
-        for name in ("rope_theta", "norm_eps", "route_scale", "beta_fast", "beta_slow", "mscale"):
+        for name in ("rope_theta", "norm_eps", "route_scale", "beta_fast", "beta_slow"):
             self._require(getattr(self, name) > 0, name, "a positive number")
-        self._require(self.mscale_all_dim >= 0, "mscale_all_dim", "0 or a positive number")
+        for name in ("mscale", "mscale_all_dim"):
+            self._require(getattr(self, name) >= 0, name, "0 or a positive number")
         if self.n_moe_layers:
             self._require(self.moe_inter_dim > 0, "moe_inter_dim", "a positive integer")
             self._require(self.n_routed_experts > 0, "n_routed_experts", "a positive integer")
@@ -113,11 +134,11 @@ class ModelArgs:
 
     def _choice(self, name: str, known: tuple) -> None:
         if getattr(self, name) not in known:
-            raise UserError(f"config: {name} {getattr(self, name)!r} is not supported (known: {_join(known)})")
+            raise FieldError(name, f"{getattr(self, name)!r} is not supported (known: {_join(known)})")
 
     def _require(self, ok: bool, name: str, wanted: str) -> None:
         if not ok:
-            raise UserError(f"config: {name} is {getattr(self, name)!r}, expected {wanted}")
+            raise FieldError(name, f"is {getattr(self, name)!r}, expected {wanted}")
 
     @property
     def qk_head_dim(self) -> int:
@@ -144,52 +165,60 @@ class ModelArgs:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> "ModelArgs":
-        """Reads a Hugging Face config.json, as released or as transformers 5 rewrites it (`rope_parameters`).
+        """Reads a Hugging Face config.json, as released or as transformers 5 rewrites it (`rope_parameters`); of a
+        multimodal model's the text model.
 
-        Raises UserError for an architecture, activation, rotary embedding, router or quantisation not implemented.
+        Raises UserError, by the file's own names, for an architecture, activation, rotary embedding, router or
+        quantisation not implemented, and where the file can be read in two ways.
         """
-        model_type = raw.get("model_type")
-        if model_type not in MODEL_TYPES:
-            raise UserError(f"config: model_type {model_type!r} is not supported (known: {_join(MODEL_TYPES)})")
-        v2 = model_type == "deepseek_v2"
-        for name, wanted, default in (("hidden_act", "silu", "silu"), ("attention_bias", False, False),
-                                      ("moe_layer_freq", 1, 1), ("rope_interleave", True, True)):  # fmt: skip
-            if raw.get(name, default) != wanted:
-                raise UserError(f"config: {name} {raw[name]!r} is not supported (known: {wanted!r})")
+        raw, prefix = hf_config.text_config(raw)
+        architecture, warnings = hf_config.family(raw)
+        v2 = hf_config.ARCHITECTURES[architecture] == "v2"
+        rope = hf_config.rope(raw)
+        names = {ours: prefix + theirs for ours, theirs in (hf_names() | rope.names).items()}
         topk_method: Any = raw.get("topk_method") or ("greedy" if v2 else "noaux_tc")
+        if v2 and raw.get("norm_topk_prob"):
+            # and we would do both, as V3 does
+            differ = "the released code leaves routed_scaling_factor out then, transformers does not normalise"
+            wanted = "set it to false, as every release of V2 has it, if the model was trained so"
+            raise FieldError("norm_topk_prob", f"true is not supported with a V2 model ({differ}); {wanted}", names)
         try:
             facts: dict[str, Any] = {
-                ours: raw[theirs]
-                for ours, theirs in {
-                    "vocab_size": "vocab_size", "dim": "hidden_size", "inter_dim": "intermediate_size",
-                    "moe_inter_dim": "moe_intermediate_size", "n_layers": "num_hidden_layers",
-                    "n_dense_layers": "first_k_dense_replace", "n_heads": "num_attention_heads",
-                    "n_activated_experts": "num_experts_per_tok", "route_scale": "routed_scaling_factor",
-                    "kv_lora_rank": "kv_lora_rank", "qk_nope_head_dim": "qk_nope_head_dim",
-                    "qk_rope_head_dim": "qk_rope_head_dim", "v_head_dim": "v_head_dim",
-                    "max_seq_len": "max_position_embeddings", "norm_eps": "rms_norm_eps",
-                }.items()
+                ours: raw[names[ours].removeprefix(prefix)]
+                for ours in (
+                    "vocab_size", "dim", "inter_dim", "moe_inter_dim", "n_layers", "n_heads", "n_activated_experts",
+                    "route_scale", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "max_seq_len",
+                    "norm_eps",
+                )
             }  # fmt: skip
             # transformers 5 writes the number of experts under a second name too
             facts["n_routed_experts"] = raw["n_routed_experts" if "n_routed_experts" in raw else "num_local_experts"]
+            facts["n_dense_layers"] = hf_config.dense_layers(raw, architecture)
+            if architecture == "DeepseekV3ForCausalLM" or topk_method == "group_limited_greedy":
+                # without these transformers takes 8 groups, of which 4 are kept, and vLLM takes one
+                _ = raw["n_group"], raw["topk_group"]
         except KeyError as e:
-            raise UserError(f"config: {e.args[0]} is missing") from None
-        return cls(
-            **facts,
-            **_hf_rope(raw),
-            **_hf_storage(raw),
-            n_shared_experts=raw.get("n_shared_experts") or 0,
-            n_expert_groups=1 if raw.get("n_group") is None else raw["n_group"],
-            n_limited_groups=1 if raw.get("topk_group") is None else raw["topk_group"],
-            score_func=raw.get("scoring_func") or ("softmax" if v2 else "sigmoid"),
-            topk_method=topk_method,
-            # the released V2 code neither normalises nor biases; transformers' V2 class has no such option either
-            norm_topk_prob=raw.get("norm_topk_prob", not v2),
-            gate_bias=topk_method == "noaux_tc",
-            q_lora_rank=raw.get("q_lora_rank") or 0,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            n_mtp_layers=raw.get("num_nextn_predict_layers") or 0,
-        )
+            raise UserError(f"config: {prefix}{e.args[0]} is missing") from None
+        try:
+            return cls(
+                **facts,
+                **rope.facts,
+                **_hf_storage(raw),
+                n_shared_experts=raw.get("n_shared_experts") or 0,
+                n_expert_groups=1 if raw.get("n_group") is None else raw["n_group"],
+                n_limited_groups=1 if raw.get("topk_group") is None else raw["topk_group"],
+                score_func=raw.get("scoring_func") or ("softmax" if v2 else "sigmoid"),
+                topk_method=topk_method,
+                # the released V2 code neither normalises nor biases; transformers' V2 class has no such option either
+                norm_topk_prob=raw.get("norm_topk_prob", not v2),
+                gate_bias=topk_method == "noaux_tc",
+                q_lora_rank=raw.get("q_lora_rank") or 0,
+                tie_word_embeddings=raw.get("tie_word_embeddings", False),
+                n_mtp_layers=hf_config.mtp_layers(raw),
+                warnings=(*warnings, *rope.warnings),
+            )
+        except FieldError as e:
+            raise FieldError(e.name, e.says, names) from None
 
     @classmethod
     def from_upstream(cls, raw: dict[str, Any]) -> "ModelArgs":
@@ -198,8 +227,10 @@ class ModelArgs:
 
         Raises UserError for an unknown field (a misspelt one would otherwise be ignored) or a missing one.
         """
-        known = {f.name for f in fields(cls)}
+        known = {f.name for f in fields(cls) if f.compare}
         unknown = sorted(set(raw) - known - {"max_batch_size"})
+        if "llama_4_scaling" in raw:
+            raise UserError(f"config: llama_4_scaling is not supported: {hf_config.SCALED}")
         if unknown:
             raise UserError(f"config: unknown field{'s' * (len(unknown) > 1)} {_join(unknown)}")
         facts = {k: v for k, v in raw.items() if k in known}
@@ -221,84 +252,53 @@ class ModelArgs:
             raise UserError(f"config: {_join(missing)} missing") from None
 
 
+def hf_names() -> dict[str, str]:
+    """Hugging Face's name of every field of ModelArgs."""
+    return {f.name: HF_NAMES.get(f.name, f.name) for f in fields(ModelArgs)}
+
+
 def parse(raw: dict[str, Any]) -> ModelArgs:
-    """Reads a config of either style: a Hugging Face config has a `model_type`. Raises UserError."""
+    """Reads a config of either style. Raises UserError."""
     try:
-        return ModelArgs.from_hf(raw) if "model_type" in raw or "architectures" in raw else ModelArgs.from_upstream(raw)
+        return ModelArgs.from_hf(raw) if hf_config.is_hugging_face(raw) else ModelArgs.from_upstream(raw)
     except (TypeError, ValueError, AttributeError, OverflowError) as e:  # a string where a number or an object belongs
         raise UserError(f"config: a field has the wrong type ({e})") from None
 
 
 def load_config(path: str | Path) -> ModelArgs:
-    """Reads a config file of either style. Raises CheckpointError that begins with the file's name."""
+    """Reads a config file of either style. Raises CheckpointError that begins with the file's name, as its `warnings`
+    do."""
     raw = read_json(Path(path))
     try:
-        return parse(raw)
+        args = parse(raw)
+        return replace(args, warnings=tuple(f"{path}: {warning}" for warning in args.warnings))
     except UserError as e:
         raise CheckpointError(f"{path}: {e}", path) from None
 
 
 def check_agreement(path: str | Path, checkpoint: ModelArgs) -> None:
-    """Raises UserError, which names the fields, if a `--config` file contradicts the checkpoint's own config.
+    """Raises UserError, which names the fields as the file does, if a `--config` file contradicts the checkpoint's own.
 
     Only what the file says explicitly is compared, so a short upstream-style JSON agrees with a full one. How the
     weights are stored, the MTP layer's presence and the context limit are the checkpoint's business.
     """
     raw, given = read_json(Path(path)), load_config(path)
-    explicit = {f.name for f in fields(ModelArgs)} if "model_type" in raw else set(raw)
+    hf = hf_config.is_hugging_face(raw)
+    explicit = {f.name for f in fields(ModelArgs) if f.compare} if hf else set(raw)
     free = {"dtype", "n_mtp_layers", "max_seq_len", "max_batch_size"}
     if "mscale" in explicit and "mscale_all_dim" not in explicit:
         explicit = (explicit - {"mscale"}) | {"mscale_all_dim"}
+    names: dict[str, str] = {}
+    if hf:
+        text, prefix = hf_config.text_config(raw)
+        names = {ours: prefix + theirs for ours, theirs in (hf_names() | hf_config.rope(text).names).items()}
     different = [
-        f"{name} is {getattr(given, name)!r} but the checkpoint says {getattr(checkpoint, name)!r}"
+        f"{names.get(name, name)} is {getattr(given, name)!r} but the checkpoint says {getattr(checkpoint, name)!r}"
         for name in sorted(explicit - free)
         if getattr(given, name) != getattr(checkpoint, name)
     ]
     if different:
         raise UserError(f"{path} does not describe this checkpoint: {'; '.join(different)}")
-
-
-def _hf_rope(raw: dict[str, Any]) -> dict[str, Any]:
-    """rope_theta and YaRN, from the released `rope_scaling` or from transformers 5's `rope_parameters`."""
-    where = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    rope = raw.get(where) or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"config: {where} is {rope!r}, expected an object")
-
-    def number(name: str, default: float) -> float:
-        return _number(f"{where}.{name}", default if rope.get(name) is None else rope[name])
-
-    outer, inner = raw.get("rope_theta"), rope.get("rope_theta")
-    if outer is None and inner is None:
-        raise UserError("config: rope_theta is missing")
-    if outer is not None and inner is not None and outer != inner:
-        raise UserError(f"config: rope_theta is {outer!r}, but {where}.rope_theta is {inner!r}")
-    theta = _number("rope_theta", outer) if inner is None else number("rope_theta", inner)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": theta}
-    if kind != "yarn":
-        raise UserError(f"config: rope type {kind!r} is not supported (known: yarn, default)")
-    for name in ("factor", "original_max_position_embeddings"):
-        if rope.get(name) is None:
-            raise UserError(f"config: {where}.{name} is missing")
-    if rope.get("attention_factor") is not None or rope.get("truncate") is False:
-        raise UserError(f"config: {where}.attention_factor and truncate=false are not supported")
-    return {
-        "rope_theta": theta,
-        "rope_factor": number("factor", 1.0),
-        "original_seq_len": rope["original_max_position_embeddings"],
-        "beta_fast": number("beta_fast", 32.0),
-        "beta_slow": number("beta_slow", 1.0),
-        "mscale": number("mscale", 1.0),
-        "mscale_all_dim": number("mscale_all_dim", 0.0),
-    }
-
-
-def _number(name: str, value: Any) -> float:
-    if type(value) not in (int, float):
-        raise UserError(f"config: {name} is {value!r}, expected a number")
-    return float(value)
 
 
 def _hf_storage(raw: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from checkpoint.directory import Checkpoint, choose_args
 from checkpoint.load import load_into
 from core.config import ModelArgs
-from core.errors import UserError
+from core.errors import UserError, warn
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, RunConfig
 from core.sampling_params import SamplingParams, params_from_generation_config
@@ -76,6 +76,8 @@ def _choose(
     partition = checkpoint.partition(args, tp.size, run.experts, num.gemm is not None)
     fp8_latents = run.kv_cache_dtype == "fp8"
     num = replace(num, fp8_latents=fp8_latents, experts=partition.experts, batch_invariant=run.deterministic)
+    for text in args.warnings if tp.rank == 0 else ():
+        warn(text)
     if progress and tp.rank == 0:
         print(says, file=sys.stderr)
         if device.type == "cpu" and num.dtype == torch.bfloat16 and (slower := kernel_cpu.why_not()):

@@ -203,9 +203,9 @@ def missing_directory(folder: Path) -> tuple[object, str]:
 
 
 def unknown_architecture(folder: Path) -> tuple[object, str]:
-    rewrite(folder / "config.json", json.dumps(launch.CONFIG | {"model_type": "llama"}))
-    known = "deepseek_v3, deepseek_v2, kimi_k2"
-    return folder, f"{folder}/config.json: config: model_type 'llama' is not supported (known: {known})"
+    rewrite(folder / "config.json", json.dumps(launch.CONFIG | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
+    known = "DeepseekV3ForCausalLM, DeepseekV2ForCausalLM, Glm4MoeLiteForCausalLM, KimiK25ForConditionalGeneration"
+    return folder, f"{folder}/config.json: config: architecture 'LlamaForCausalLM' is not supported (known: {known})"
 
 
 def missing_shard(folder: Path) -> tuple[object, str]:

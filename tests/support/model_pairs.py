@@ -37,8 +37,8 @@ def ours(
 def theirs(path: Path) -> Any:
     """transformers' model in float32, reading the same files."""
     raw = json.loads((path / "config.json").read_text())
-    family = "DeepseekV2" if raw.pop("model_type") == "deepseek_v2" else "DeepseekV3"  # kimi_k2 is V3's code
-    raw = {k: v for k, v in raw.items() if k not in ("torch_dtype", "dtype")}
+    family = raw["architectures"][0].removesuffix("ForCausalLM")  # kimi_k2 and joyai_llm_flash are V3's code
+    raw = {k: v for k, v in raw.items() if k not in ("model_type", "torch_dtype", "dtype")}
     config = getattr(transformers, family + "Config")(**raw)
     config._attn_implementation = "eager"
     cls = getattr(transformers, family + "ForCausalLM")
