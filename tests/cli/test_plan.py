@@ -60,6 +60,22 @@ def test_json(capsys):
     assert step["seconds"] == {tb: (step["weights"] + step["latents"]) / (float(tb) * 1e12) for tb in ("3.35", "4.8")}
 
 
+@pytest.mark.parametrize(
+    "name, billions, mtp, ranks",
+    [
+        ("16B", 15.7, 0, 16), ("moonlight", 16.0, 0, 16), ("gigachat3_10B", 10.7, 0.4, 32), ("joyai_flash", 48.9, 0, 32),
+        ("glm_4.7_flash", 29.9, 0.6, 4), ("kimi_k2", 1026.4, 0, 16), ("kimi_k2.6", 1026.4, 0, 64),
+    ],
+)  # fmt: skip
+def test_every_config(capsys, name, billions, mtp, ranks):
+    """As many parameters as are published, which no wrong size would give."""
+    status, out, err = command(capsys, "--config", CONFIG.with_name(f"config_{name}.json"), "--tp", 4, "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert [round(n / 1e9, 1) for n in found["model"].values()] == [billions, mtp]
+    assert max(other["ranks"] for other in found["ranks"] if "problem" not in other) == ranks
+
+
 @pytest.mark.parametrize("experts", ["whole", "split"])
 def test_experts_as_asked(capsys, experts):
     config = CONFIG.with_name("config_moonlight.json")
@@ -79,6 +95,14 @@ def test_text(capsys):
     assert "not 32, 64: ffn.w1 has 18432 rows" in out
     assert "a step verifies 1 drafted" in out
     assert max(map(len, out.splitlines())) <= 120
+
+
+def test_a_config_that_engines_read_differently_is_worth_one_line(capsys, tmp_path):
+    rope = {**FAMILIES["v3"]["rope_scaling"], "mscale": None}
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["v3"] | {"rope_scaling": rope}))
+    status, _, err = command(capsys, "--config", tmp_path / "config.json")
+    assert status == 0 and err.count("\n") == 1
+    assert err.startswith(f"warning: {tmp_path}/config.json: config: rope_scaling.mscale is missing and counts as 1")
 
 
 def test_a_checkpoint_on_a_cpu(capsys, tmp_path):
