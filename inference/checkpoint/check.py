@@ -68,7 +68,7 @@ def open_checkpoint(path: Path, config: Path | None, report: Report) -> tuple[Ch
     for text in args.warnings if args is not None else ():
         report.add(CheckWarning(text, path / "config.json"))
     if args is not None:
-        report.looked["config"] = f"{args.n_layers} layers, {args.n_routed_experts} experts, {args.dtype}"
+        report.cover("config", f"{args.n_layers} layers, {args.n_routed_experts} experts, {args.dtype}")
     return checkpoint, args
 
 
@@ -103,12 +103,11 @@ def read_headers(checkpoint: Checkpoint, args: ModelArgs | None, report: Report)
         if args is not None and args.n_mtp_layers and not checkpoint.has_mtp and checkpoint.kind != "upstream":
             raise CheckWarning(f"{checkpoint.path}: no MTP module, though its config names one", checkpoint.path)
     listed = {file for manifest in checkpoint.manifests.values() for file in manifest.files}
-    report.looked["files"] = f"{len(listed or checkpoint.files):,} files: index, names, headers"
-    if args is None:
-        del report.looked["tensors"]
-    else:
+    count = len(listed or checkpoint.files)
+    report.cover("files", f"{count:,} files: index, names, headers", count)
+    if args is not None:
         count = sum(map(len, parts.values()))
-        report.looked["tensors"] = f"{count:,} tensors: names, shapes and dtypes as the config has them"
+        report.cover("tensors", f"{count:,} tensors: names, shapes and dtypes as the config has them", count)
     return parts
 
 
@@ -135,4 +134,4 @@ def check_copies(
     for main, copy in pairs:
         with report.checking("copies"):
             require_equal(main, copy)
-    report.looked["copies"] = f"{len(pairs):,} pairs of equal tensors"
+    report.cover("copies", f"{len(pairs):,} pairs of equal tensors", len(pairs))

@@ -37,11 +37,12 @@ def check_text(path: Path, args: ModelArgs | None, report: Report) -> None:
             check_template(tokenizer, path, report)
     elif tokenizer is not None:
         with report.checking("chat template"):
-            report.looked["chat template"] = "none"
+            report.cover("chat template", "none", 0)
             raise CheckWarning(f"{path}: no chat template: a base model, for generate.py --raw", path)
     with report.checking("generation config"):
         params_from_generation_config(path)
-        report.looked["generation config"] = "readable" if (path / "generation_config.json").exists() else "none"
+        exists = (path / "generation_config.json").exists()
+        report.cover("generation config", "readable" if exists else "none", exists)
 
 
 def check_tokenizer(tokenizer: Tokenizer, file: Path, args: ModelArgs | None, report: Report) -> None:

@@ -61,8 +61,9 @@ def check_values(entries: list[Entry], args: ModelArgs | None, report: Report) -
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     scales = sum(is_scale(entry) for entry in entries)
-    report.looked["scales"] = f"{scales:,} tensors: finite, positive{', powers of two' * powers}"
-    report.looked["weights"] = f"{len(entries) - scales:,} tensors: finite, not zero"
+    weights = len(entries) - scales
+    report.cover("scales", f"{scales:,} tensors: finite, positive{', powers of two' * powers}", scales)
+    report.cover("weights", f"{weights:,} tensors: finite, not zero", weights)
 
 
 def is_scale(entry: Entry) -> bool:

@@ -35,7 +35,8 @@ class Report:
     def __init__(self, path: Path):
         self.path = path
         self.subject: dict[str, Any] = {}
-        self.looked: dict[str, str] = {}  # by check, in words; a check without an entry was not made
+        self.looked: dict[str, str] = {}  # by check: what it covered, in words
+        self.absent: dict[str, str] = {}  # by check: why there was nothing to look at, in words
         self.current = CHECKS[0]
         self._findings: dict[str, CheckResult] = {}  # by text, as several ranks meet the same
 
@@ -43,11 +44,14 @@ class Report:
     def checking(self, check: str) -> Iterator[None]:
         """Attributes results within the context to this check; a UserError that ends it is one of them."""
         self.current = check
-        self.looked.setdefault(check, "")
         try:
             yield
         except UserError as e:
             self.add(e)
+
+    def cover(self, check: str, covered: str, count: int = 1) -> None:
+        """Records what a check covered, in words; with a count of 0, that there was nothing to look at."""
+        (self.looked if count else self.absent)[check] = covered
 
     def add(self, problem: UserError) -> None:
         about_config = os.path.basename(str(getattr(problem, "file", ""))) == "config.json"
@@ -67,10 +71,11 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         found = self.findings
+        faulty = {finding.check for finding in found if finding.fault}
         checks = [
             {
                 "check": check,
-                "ok": not any(f.fault for f in found if f.check == check) if check in self.looked else None,
+                "ok": False if check in faulty else True if check in self.looked else None,
                 "looked_at": self.looked.get(check),
             }
             for check in CHECKS
@@ -84,9 +89,10 @@ class Report:
         yield f"{self.path}: {about['kind']}; {size}; {about['seconds']:.1f} s"
         for check in CHECKS:
             of_it = [finding for finding in found if finding.check == check]
-            mark = "–" if check not in self.looked else "✗" if any(f.fault for f in of_it) else "!" if of_it else "✓"
+            mark = "✗" if any(f.fault for f in of_it) else "!" if of_it else "✓" if check in self.looked else "–"
             count = f"{len(of_it)} finding{'s' * (len(of_it) > 1)}" if of_it else ""
-            yield f"{mark} {check:<19}{'; '.join(filter(None, (count, self.looked.get(check, 'not looked at'))))}"
+            covered = self.looked.get(check) or self.absent.get(check) or ("" if of_it else "not looked at")
+            yield f"{mark} {check:<19}{'; '.join(filter(None, (count, covered)))}"
         if found:
             yield ""
         yield from (str(f.problem) if f.fault else f"warning: {f.problem}" for f in found)

@@ -191,6 +191,23 @@ def test_command_line(good, copy, tmp_path):
     assert {c["check"]: c["ok"] for c in told["checks"]} == dict.fromkeys(CHECKS, True) | {"scales": False}
 
 
+def test_what_was_not_looked_at_has_no_tick(tmp_path):
+    """A BF16 model without an MTP module, a template or a generation config: nothing stands for what is not there."""
+    good_checkpoint(tmp_path / "a", "bf16")
+    damage.drop(tmp_path / "a", lambda name: ".layers.2." in name)
+    damage.configure({"num_nextn_predict_layers": 0}, tmp_path / "a")
+    damage.template(lambda _: None, tmp_path / "a")
+    (tmp_path / "a" / "generation_config.json").unlink()
+    report = check(tmp_path / "a")
+    marks = {line[2:21].strip(): (line[0], line[21:]) for line in list(report.lines())[1 : 1 + len(CHECKS)]}
+    assert marks["scales"] == ("–", "0 tensors: finite, positive") and marks["generation config"] == ("–", "none")
+    assert marks["copies"] == ("–", "0 pairs of equal tensors") and marks["chat template"] == ("!", "1 finding; none")
+    assert all(marks[check][0] == "✓" for check in ("config", "files", "tensors", "weights", "tokenizer"))
+    assert {c["check"] for c in report.as_json()["checks"] if c["ok"] is None} == {
+        "scales", "copies", "chat template", "generation config"
+    }  # fmt: skip
+
+
 def test_wrong_use(tmp_path, monkeypatch, capsys):
     def status(*flags: str) -> int:
         monkeypatch.setattr(sys, "argv", ["check_checkpoint.py", *flags])
@@ -203,7 +220,7 @@ def test_wrong_use(tmp_path, monkeypatch, capsys):
     assert "has no config.json; name its model with --config" in capsys.readouterr().err
     assert status(str(tmp_path / "upstream"), "--config", str(tmp_path / "upstream.json")) == 0
     out = capsys.readouterr().out.splitlines()
-    assert "converted by the V3 repository" in out[0] and out[-1].startswith("✓ generation config")
+    assert "converted by the V3 repository" in out[0] and out[-1] == "– generation config  none"
     config = json.loads((tmp_path / "upstream.json").read_text())
     (tmp_path / "upstream.json").write_text(json.dumps(config | {"hidden_size": 256}))
     assert status(str(tmp_path / "upstream"), "--config", str(tmp_path / "upstream.json")) == 1

@@ -131,7 +131,8 @@ def test_a_good_one_passes(name, good, targets, tmp_path):
     for quick in (False, True):
         report = check(folder, quick, config)
         assert report.ok and not report.findings, list(report.lines())
-        assert (report.looked.keys() == set(CHECKS)) != quick
+        assert ((report.looked | report.absent).keys() == set(CHECKS)) != quick
+        assert not report.looked.keys() & report.absent.keys()
     load(folder, config)
     if name in ("converted", "cast"):
         assert not list(verify(folder))
