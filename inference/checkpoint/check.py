@@ -15,9 +15,9 @@ from checkpoint.directory import Checkpoint, choose_args
 from checkpoint.reading import Entry, read_header, require_equal
 from checkpoint.report import Report
 from checkpoint.table import IGNORED, expected_tensors
+from checkpoint.unsupported import require_checkpoint
 from core.config import ModelArgs
-from core.errors import CheckpointError, CheckWarning, UserError
-from core.files import require_folder
+from core.errors import CheckWarning, UserError
 
 Rank = tuple[int, int]  # number, of how many
 
@@ -30,7 +30,7 @@ def check(path: Path, quick: bool = False, config: Path | None = None) -> Report
     Raises UserError for wrong use: no such directory, or a config that is missing or cannot be read.
     """
     start = time.perf_counter()
-    require_folder(path)
+    require_checkpoint(path)
     report = Report(path)
     checkpoint, args = open_checkpoint(path, config, report)
     parts = {} if checkpoint is None else read_headers(checkpoint, args, report)
@@ -52,7 +52,6 @@ def open_checkpoint(path: Path, config: Path | None, report: Report) -> tuple[Ch
     """The checkpoint, None if its kind cannot be told, and its config, None if it is damaged."""
     checkpoint: Checkpoint | None = None
     with report.checking("files"):
-        check_links(path, report)
         checkpoint = Checkpoint(path, report.add)
     if checkpoint is None:
         for file in sorted(path.glob("*.safetensors")):
@@ -63,7 +62,7 @@ def open_checkpoint(path: Path, config: Path | None, report: Report) -> tuple[Ch
         raise UserError(f"{path} has no config.json; name its model with --config configs/…")
     args: ModelArgs | None = None
     with report.checking("config"):
-        if checkpoint.args is not None or not (path / "config.json").is_file():
+        if checkpoint.args is not None or not os.path.lexists(path / "config.json"):
             args = choose_args(checkpoint, config)
     for text in args.warnings if args is not None else ():
         report.add(CheckWarning(text, path / "config.json"))
@@ -72,15 +71,12 @@ def open_checkpoint(path: Path, config: Path | None, report: Report) -> tuple[Ch
     return checkpoint, args
 
 
-def check_links(path: Path, report: Report) -> None:
-    """Reports links that leave the directory, except to Hugging Face's `blobs` beside its `snapshots`."""
-    here = os.path.realpath(path)
-    homes = {here, os.path.join(os.path.dirname(os.path.dirname(here)), "blobs")}
-    for file in sorted(path.iterdir()):
-        if file.is_symlink() and not os.path.isdir(file) and os.path.dirname(os.path.realpath(file)) not in homes:
-            target = os.readlink(file)
-            text = f"{file}: expected a file of this directory, found a link to {target!r}"
-            report.add(CheckpointError(text, file, "", "a file of this directory", f"a link to {target!r}"))
+def describe_links(path: Path) -> str:
+    """Where a directory's links lead, in words: a checkpoint may lie in a store that others share."""
+    homes = {os.path.dirname(os.path.realpath(file)) for file in path.iterdir() if file.is_symlink()}
+    shown = [home if home.isprintable() else repr(home) for home in sorted(homes)[:3]]
+    more = f" and {len(homes) - 3} more directories" if len(homes) > 3 else ""
+    return f"; links into {', '.join(shown)}{more}" if homes else ""
 
 
 def read_headers(checkpoint: Checkpoint, args: ModelArgs | None, report: Report) -> dict[Rank, dict[str, Entry]]:
@@ -104,7 +100,7 @@ def read_headers(checkpoint: Checkpoint, args: ModelArgs | None, report: Report)
             raise CheckWarning(f"{checkpoint.path}: no MTP module, though its config names one", checkpoint.path)
     listed = {file for manifest in checkpoint.manifests.values() for file in manifest.files}
     count = len(listed or checkpoint.files)
-    report.cover("files", f"{count:,} files: index, names, headers", count)
+    report.cover("files", f"{count:,} files: index, names, headers{describe_links(checkpoint.path)}", count)
     if args is not None:
         count = sum(map(len, parts.values()))
         report.cover("tensors", f"{count:,} tensors: names, shapes and dtypes as the config has them", count)

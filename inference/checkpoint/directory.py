@@ -19,10 +19,16 @@ from checkpoint.manifest import CAST_MANIFEST, CAST_MARK, FORMAT, HF_INDEX, chec
 from checkpoint.partition import Partition
 from checkpoint.reading import Entry, Reader, dtype_and_shape, read_header
 from checkpoint.table import IGNORED, Spec, expected_tensors
+from checkpoint.unsupported import require_checkpoint
 from core.config import ModelArgs, check_agreement, load_config
-from core.errors import CheckpointError, UserError, warn
-from core.files import read_json, require_folder
+from core.errors import CheckpointError, CheckWarning, UserError, warn
+from core.files import read_json, stand_in
 from core.run_config import AskedLayout, ExpertLayout
+
+SINGLE = "model.safetensors"
+OTHER_INDEX = re.compile(r"[^.].*\.safetensors\.index(\..+)?\.json")  # of a variant, or in other names than the model's
+# files that are a checkpoint of their own, or a part of one, beside those that an index names
+OTHER_WEIGHTS = re.compile(r"(model|consolidated.*|model\d+-mp\d+.*)\.safetensors")
 
 
 class Checkpoint:
@@ -41,11 +47,13 @@ class Checkpoint:
         self.path = Path(path)
         self.report = report or _raise
         self.unreadable: set[str] = set()  # names of files whose fault was reported
-        require_folder(self.path)
+        self._notes: dict[str, bool] = {}  # sentences worth a warning, and whether it was given
+        require_checkpoint(self.path)
+        self._report_stand_ins()
         config = self.path / "config.json"
         self.args: ModelArgs | None = None
         try:
-            self.args = load_config(config) if config.is_file() else None
+            self.args = load_config(config) if config.is_file() or config.is_symlink() else None
         except UserError as e:
             self.report(e)
         self.files = sorted(p.name for p in self.path.glob("*.safetensors") if not p.name.startswith("."))
@@ -54,6 +62,16 @@ class Checkpoint:
         self.manifests = read_manifests(self.path)
         self.kind, self.ranks, self._owner = self._detect()
         self._headers: dict[str, tuple[dict[str, str], dict[str, Entry]]] = {}
+
+    def _report_stand_ins(self) -> None:
+        for path in sorted(self.path.iterdir()):
+            weights = path.suffix == ".safetensors"
+            if path.name.startswith(".") or not (weights or path.suffix in (".json", ".jinja", ".model")):
+                continue
+            if problem := stand_in(path):
+                if weights:
+                    self.unreadable.add(path.name)
+                self.report(problem)
 
     def _detect(self) -> tuple[str, tuple[int, ...] | None, dict[str, str] | None]:
         """The kind, the numbers of ranks, and, where there is an index, the file of each tensor."""
@@ -88,14 +106,28 @@ class Checkpoint:
                     text = f"{self.path / m[0]}: not a file of {m[2]} ranks, which are model0-mp{m[2]} …; remove it"
                     self.report(CheckpointError(text, self.path / m[0]))
             return "upstream", tuple(sorted(counts)), None
-        if self.files == ["model.safetensors"]:
+        if self.files == [SINGLE]:
             return "hf", None, None
+        if SINGLE in self.files:
+            other = min(file for file in self.files if file != SINGLE)
+            raise UserError(f"{self.path}: two checkpoints, {SINGLE} and {other}; move away the one that is not meant")
+        if other := min(filter(OTHER_INDEX.fullmatch, names), default=""):
+            text = f"{self.path}: its index is {other}, not {HF_INDEX}"
+            raise UserError(f"{text}: a variant, or in other names than Hugging Face's; get the ordinary form")
+        if len(self.files) == 1:
+            one = f"one file of weights, {self.files[0]}, and no {HF_INDEX}"
+            raise UserError(f"{self.path}: {one}: a checkpoint in one file has the name {SINGLE}")
         raise UserError(f"{self.path}: {len(self.files)} .safetensors files but no {HF_INDEX} beside them")
 
-    def _hf_index(self, index: Any) -> dict[str, str]:
+    def _hf_index(self, index: Any) -> dict[str, str] | None:
+        """The file of each tensor; None where the index is a left-over of an earlier save, beside a single file."""
         at = self.path / HF_INDEX
         if not isinstance(index, dict) or not index:
             raise CheckpointError(f"{at}: expected a weight_map of tensor names to files", at, "", "a weight_map")
+        if self.files == [SINGLE] and SINGLE not in index.values():  # as transformers 5 leaves it
+            old = f"{at} names other files than {SINGLE}, and none of them is here"
+            self._notes[f"{old}: it was left by an earlier save, and {SINGLE} is loaded; remove the index"] = False
+            return None
         named: dict[str, str] = {}
         for name, file in index.items():
             try:
@@ -109,9 +141,23 @@ class Checkpoint:
             self.mark_unreadable(missing, CheckpointError(text, self.path / missing))
         for extra in sorted(set(self.files) - listed):
             text = f"{self.path / extra}: not named by {HF_INDEX}; remove it or repair the index"
+            if other := self._other_index(extra):
+                text = f"{self.path}: two indexes, {HF_INDEX} and {other}; move away the one that is not meant"
+            elif OTHER_WEIGHTS.fullmatch(extra):
+                both = f"{extra} and the files that {HF_INDEX} names"
+                text = f"{self.path}: two checkpoints, {both}; move away the one that is not meant"
             self.report(CheckpointError(text, self.path / extra))
         self.files = sorted(listed & set(self.files))
         return named
+
+    def _other_index(self, file: str) -> str | None:
+        """The name of an index, other than the model's ordinary one, that names a file of weights."""
+        for path in sorted(self.path.iterdir()):
+            if path.name != HF_INDEX and OTHER_INDEX.fullmatch(path.name):
+                weight_map = read_json(path).get("weight_map")
+                if isinstance(weight_map, dict) and file in weight_map.values():
+                    return path.name
+        return None
 
     def _header(self, file: str, path: Path | None = None) -> tuple[dict[str, str], dict[str, Entry]]:
         if file not in self._headers:
@@ -131,6 +177,12 @@ class Checkpoint:
 
         Raises UserError when files are missing, damaged, or not what the index says.
         """
+        for note in [note for note, said in self._notes.items() if not said and rank == 0]:
+            self._notes[note] = True
+            if self.report is _raise:
+                warn(note)
+            else:
+                self.report(CheckWarning(note, self.path))
         if self.ranks is not None and ranks not in self.ranks:
             counts = " or ".join(map(str, self.ranks))
             wanted = f"not {ranks}; start as many, or convert for {ranks}"

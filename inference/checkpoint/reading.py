@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from core.errors import CheckpointError
-from core.files import reject_duplicate_keys, without_waiting
+from core.files import missing, reject_duplicate_keys, stand_in, without_waiting
 
 WINDOW = 16 << 20  # bytes read at a time
 MAX_HEADER = 100 << 20  # bytes; the format's own limit
@@ -73,6 +73,8 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
     well-formed.
     """
     try:
+        if problem := stand_in(path):
+            raise problem
         with open(path, "rb", buffering=0, opener=without_waiting) as f:
             info = os.fstat(f.fileno())
             if not stat.S_ISREG(info.st_mode):
@@ -82,7 +84,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
                 raise CheckpointError(f"{path}: truncated, or not a safetensors file ({info.st_size} bytes)", path)
             text = f.read(length)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file", path) from None
+        raise missing(path) from None
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read ({e.strerror})", path) from None
     try:

@@ -1,5 +1,6 @@
 """JSON and text files of a checkpoint, read with errors that name the file."""
 
+import errno
 import json
 import os
 import stat
@@ -10,6 +11,8 @@ from typing import Any
 from core.errors import CheckpointError, UserError
 
 MAX_JSON = 1 << 30  # bytes; the manifest of V3 for 16 ranks, experts split, has 175 MB
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # its first line (git-lfs, docs/spec.md)
+MAX_POINTER = 1024  # bytes, by the same document
 
 
 def require_folder(folder: Path) -> None:
@@ -18,9 +21,35 @@ def require_folder(folder: Path) -> None:
         os.listdir(folder)
         os.stat(os.path.join(folder, os.curdir))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder}: no such directory") from None
+        if os.path.isfile(folder):
+            raise UserError(f"{folder}: a file; give the directory that holds it") from None
+        raise missing(folder, "no such directory") from None
     except OSError as e:
         raise UserError(f"{folder}: cannot be read ({e.strerror})") from None
+
+
+def missing(path: Path, otherwise: str = "no such file") -> CheckpointError:
+    """The error for a path that leads to nothing: a broken link, with its target, or `otherwise`."""
+    if os.path.islink(path):
+        target = repr(os.readlink(path))
+        text = f"{path}: a broken link: nothing is at {target}; download or copy that, or mend the link"
+        return CheckpointError(text, path, "", "a file", f"a broken link to {target}")
+    return CheckpointError(f"{path}: {otherwise}", path)
+
+
+def stand_in(path: Path) -> CheckpointError | None:
+    """What lies in a file's place: a link that leads nowhere, or a Git LFS pointer. None for anything else."""
+    try:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_POINTER:
+            return None
+        with open(path, "rb", opener=without_waiting) as f:
+            if f.read(len(LFS_POINTER)) != LFS_POINTER:
+                return None
+    except OSError as e:
+        return missing(path) if e.errno in (errno.ENOENT, errno.ELOOP) else None
+    text = f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its directory"
+    return CheckpointError(text, path, "", "the file", "a Git LFS pointer")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -28,9 +57,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(read_text(path), object_pairs_hook=reject_duplicate_keys)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file", path) from None
+        raise missing(path) from None
     except (OSError, ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not readable as JSON ({e})", path) from None
+        raise stand_in(path) or CheckpointError(f"{path}: not readable as JSON ({e})", path) from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     return raw

@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from core.errors import UserError
-from core.files import read_json, require_folder
+from core.files import missing, read_json, require_folder
 from text.chat_template import ChatTemplate, read_template, require_unicode
 from text.detokenizer import LETTER_BYTES, Detokenizer
 
@@ -188,7 +188,7 @@ class Tokenizer:
         if not self._path.exists():
             tiktoken = (folder / "tiktoken.model").exists()
             hint = "convert tiktoken.model to it" if tiktoken else "copy the tokenizer files beside the weights"
-            raise UserError(f"{self._path}: no such file; {hint}")
+            raise missing(self._path, f"no such file; {hint}")
         raw = read_json(self._path)
         decoder = raw.get("decoder") or {}
         chain = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]

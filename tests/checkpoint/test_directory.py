@@ -184,8 +184,11 @@ def test_damaged_headers(copy, change, message):
 def test_directories_that_are_none(tmp_path, source):
     with pytest.raises(UserError, match="no such directory"):
         Checkpoint(tmp_path / "nothing")
-    with pytest.raises(UserError, match="no such directory"):
-        Checkpoint(source / "config.json")
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match=r"config\.json: not readable as JSON"):
+        Checkpoint(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match=r"no checkpoint here \(no \.safetensors files\)"):
         Checkpoint(tmp_path)
     (tmp_path / ".tmp-model0-mp2.safetensors").touch()
