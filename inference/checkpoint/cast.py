@@ -60,13 +60,13 @@ def cast(source: Path, target: Path, device: str = "auto") -> None:
     if args.dtype != "fp8" and not checkpoint.quantised:
         raise UserError(f"{source}: holds no FP8 weights, so there is nothing to cast")
     checkpoint.check(Partition(args))
-    entries = checkpoint.on_disk()
+    entries = checkpoint.tensors(args)
     ops = choose_backend(where, Numerics(torch.float32))  # float32: weight_dequant alone needs no C compiler
     files: dict[str, list[Output]] = {}
     for name, entry in entries.items():
         outputs = files.setdefault(entry.file.name, [])
-        if entry.dtype == torch.float8_e4m3fn:
-            outputs.append(Dequantised(name, entry, torch.bfloat16, entry.shape, entries[name + SCALE], where, ops))
+        if entry.dtype == torch.float8_e4m3fn and (scale := entries.get(name + SCALE)):
+            outputs.append(Dequantised(name, entry, torch.bfloat16, entry.shape, scale, where, ops))
         elif not name.endswith(SCALE):
             outputs.append(Copied(name, entry, entry.dtype, entry.shape))
     new = [OutputFile(file, CAST_MARK, outputs) for file, outputs in sorted(files.items()) if outputs]

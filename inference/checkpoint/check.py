@@ -34,15 +34,15 @@ def check(path: Path, quick: bool = False, config: Path | None = None) -> Report
     report = Report(path)
     checkpoint, args = open_checkpoint(path, config, report)
     parts = {} if checkpoint is None else read_headers(checkpoint, args, report)
-    entries = {(e.file, e.name): e for part in parts.values() for e in part.values()}
+    entries = {(e.file, e.name, e.part): e for part in parts.values() for e in part.values()}
     if checkpoint is not None and not quick:
         check_values(list(entries.values()), args, report)
         check_copies(parts, checkpoint, args, report)
     check_text(path, args, report)
-    files = {file for file, _ in entries}
+    names = {(file, name) for file, name, _ in entries}
     report.subject = {
         "kind": KINDS[checkpoint.kind] if checkpoint is not None else "no checkpoint that can be told",
-        "quick": quick, "files": len(files), "tensors": len(entries),
+        "quick": quick, "files": len({file for file, _ in names}), "tensors": len(names),
         "bytes": sum(e.nbytes for e in entries.values()), "seconds": round(time.perf_counter() - start, 3),
     }  # fmt: skip
     return report

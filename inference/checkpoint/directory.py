@@ -18,6 +18,7 @@ from checkpoint.atomic import TEMPORARY
 from checkpoint.manifest import CAST_MANIFEST, CAST_MARK, FORMAT, HF_INDEX, check_file_name, read_manifests
 from checkpoint.partition import Partition
 from checkpoint.reading import Entry, Reader, dtype_and_shape, read_header
+from checkpoint.stacked import unstack
 from checkpoint.table import IGNORED, Spec, expected_tensors
 from checkpoint.unsupported import require_checkpoint
 from core.config import ModelArgs, check_agreement, load_config
@@ -218,6 +219,20 @@ class Checkpoint:
                 self.report(CheckpointError(text, self.path / file, name, "the tensor", "nothing"))
         return found
 
+    def tensors(self, args: ModelArgs, rank: int = 0, ranks: int = 1) -> dict[str, Entry]:
+        """The same with stacked experts as single ones, by the names that released files have for them."""
+        found: dict[str, Entry] = {}
+        for name, entry in self.on_disk(rank, ranks).items():
+            try:
+                for single, part in unstack(name, entry, args):
+                    if single in found:
+                        text = f"{part}: the same as {found[single]}; remove one"
+                        raise CheckpointError(text, entry.file, entry.name)
+                    found[single] = part
+            except CheckpointError as e:
+                self.mark_unreadable(str(entry), e)
+        return found
+
     def mark_unreadable(self, file: str, problem: UserError) -> None:
         """Reports a file that is missing or damaged. Its tensors are not reported as missing."""
         self.unreadable.add(file)
@@ -280,7 +295,7 @@ class Checkpoint:
             said, held = ("no", "") if self.quantised else ("a", "no ")
             text = f"{self.path}: config.json has {said} quantization_config, but the files hold {held}FP8 scales"
             self.report(CheckpointError(text, self.path / "config.json"))
-        on_disk = self.on_disk(rank, partition.ranks)
+        on_disk = self.tensors(partition.args, rank, partition.ranks)
         expected = expected_tensors(partition.args, self.quantised, self.has_mtp)
         hf = self.kind == "hf"
         found: dict[str, Entry] = {}

@@ -47,6 +47,7 @@ class Entry:
     start: int
     nbytes: int
     crc: str | None = None  # CRC-32 of its bytes in hex, where a manifest has it
+    part: str = ""  # of a stacked tensor: which part this is, as an index ("[5, :64]"); see stacked.py
 
     @property
     def rows(self) -> int:
@@ -58,7 +59,7 @@ class Entry:
         return self.nbytes // max(self.rows, 1)
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.name}"
+        return f"{self.file}: {self.name}{self.part}"
 
 
 def dtype_and_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
