@@ -64,6 +64,8 @@ def cast(source: Path, target: Path, device: str = "auto") -> None:
     ops = choose_backend(where, Numerics(torch.float32))  # float32: weight_dequant alone needs no C compiler
     files: dict[str, list[Output]] = {}
     for name, entry in entries.items():
+        if 0 in entry.shape:
+            continue
         outputs = files.setdefault(entry.file.name, [])
         if entry.dtype == torch.float8_e4m3fn and (scale := entries.get(name + SCALE)):
             outputs.append(Dequantised(name, entry, torch.bfloat16, entry.shape, scale, where, ops))

@@ -14,7 +14,7 @@ from checkpoint.check_values import check_values
 from checkpoint.directory import Checkpoint, choose_args
 from checkpoint.reading import Entry, read_header, require_equal
 from checkpoint.report import Report
-from checkpoint.table import IGNORED, expected_tensors
+from checkpoint.table import expected_tensors
 from checkpoint.unsupported import require_checkpoint
 from core.config import ModelArgs
 from core.errors import CheckWarning, UserError
@@ -87,7 +87,7 @@ def read_headers(checkpoint: Checkpoint, args: ModelArgs | None, report: Report)
         for rank in range(size if checkpoint.manifests else min(size, max(1, len(checkpoint.files)))):
             with report.checking("files"):
                 on_disk = checkpoint.on_disk(rank, size)
-                parts[rank, size] = {name: entry for name, entry in on_disk.items() if not name.endswith(IGNORED)}
+                parts[rank, size] = {name: entry for name, entry in on_disk.items() if not checkpoint.ignores(entry)}
             if args is None or (rank, size) not in parts:
                 continue
             with report.checking("tensors"):

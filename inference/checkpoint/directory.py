@@ -63,6 +63,25 @@ class Checkpoint:
         self.manifests = read_manifests(self.path)
         self.kind, self.ranks, self._owner = self._detect()
         self._headers: dict[str, tuple[dict[str, str], dict[str, Entry]]] = {}
+        self._skipped: tuple[str, ...] = ()  # beginnings of the names of tensors that are not the model's
+        if self.args is not None and not self.args.n_mtp_layers:
+            self.args = self._with_mtp_layer(self.args)
+
+    def _with_mtp_layer(self, args: ModelArgs) -> ModelArgs:
+        """`args` with the MTP module that the files hold after the main model's layers, where its config has none."""
+        names = self._names()
+        before, gate = "mtp.0.", "ffn.gate.weight"
+        if self.kind == "hf":
+            before, gate = f"model.layers.{args.n_layers}.", "mlp.gate.weight"
+        if not all(f"{before}{name}.weight" in names for name in ("eh_proj", "enorm", "hnorm")):
+            return args
+        if before + gate not in names:
+            self._skipped += (before,)
+            self._notes[f"{self.path}: its MTP module is left out: one with a dense MLP is not implemented"] = False
+            return args
+        text = "the files hold an MTP module that config.json does not mention (num_nextn_predict_layers): it is loaded"
+        self._notes[f"{self.path}: {text}"] = False
+        return replace(args, n_mtp_layers=1)
 
     def _report_stand_ins(self) -> None:
         for path in sorted(self.path.iterdir()):
@@ -303,7 +322,7 @@ class Checkpoint:
         for name, spec in expected.items():
             cut = partition.cut(spec, rank)
             entry = on_disk.get(spec.hf if hf else name)
-            if entry is None:
+            if entry is None or (0 in entry.shape and not spec.required):
                 if cut is not None and spec.required:
                     self._report_missing(spec.hf if hf else name, spec)
                 continue
@@ -325,10 +344,15 @@ class Checkpoint:
             warn(f"{self.path}: {rounded} and its like are BF16, not float32: they were rounded when they were saved")
         known = {spec.hf for spec in expected.values()} if hf else expected.keys()
         for name, entry in on_disk.items():
-            if name not in known and not name.endswith(IGNORED):
+            if name not in known and not self.ignores(entry):
                 text = f"{entry}: the config has no such tensor"
                 self.report(CheckpointError(text, entry.file, name, "nothing", str(entry)))
         return found
+
+    def ignores(self, entry: Entry) -> bool:
+        """Whether a tensor that the config has not does no harm: it has no elements, is a buffer that follows from the
+        config, or is of a part that is left out, of which a warning tells."""
+        return 0 in entry.shape or entry.name.endswith(IGNORED) or entry.name.startswith(self._skipped)
 
     def _report_missing(self, name: str, spec: Spec) -> None:
         if self.unreadable:

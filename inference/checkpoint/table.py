@@ -12,7 +12,8 @@ import torch
 
 from core.config import BLOCK_SIZE, ModelArgs
 
-IGNORED = "rotary_emb.inv_freq"  # a buffer that some releases saved; it follows from the config
+# buffers of the rotary embedding that some programs saved; they follow from the config
+IGNORED = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached"))
 
 
 class Row(NamedTuple):
