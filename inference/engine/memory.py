@@ -65,7 +65,8 @@ def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
     if not rank.packs:
         return head
     largest = max(head, 2 * plain * args.inter_dim // rank.ranks * args.dim)
-    in_place = all(n % kernel_cpu.panel_width() == 0 for n in (2 * rank.inner, args.dim))
+    shapes = (2 * rank.inner, args.dim), (args.dim, rank.inner)
+    in_place = all(kernel_cpu.is_packed_in_place(*shape) for shape in shapes)
     if args.n_moe_layers and not in_place:
         largest = max(largest, parts[False, ROUTED] // args.n_moe_layers * 2 // 3)  # w1 and w3 lie together
     return largest

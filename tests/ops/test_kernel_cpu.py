@@ -11,6 +11,7 @@ import torch
 from core.batch import Batch
 from ops import reference
 from ops.cpu import kernels
+from ops.cpu.backend import CompiledCpuBackend
 from ops.cpu.kernels import Packed
 from ops.formats import Routing
 from support.limits import LAST_RESORT, limited
@@ -65,6 +66,62 @@ def test_linear(n, k, rows):
     wider[:, 2 : k + 2] = x
     assert torch.equal(kernels.linear(wider[:, 2 : k + 2], packed, torch.float32), y)  # rows that lie apart
     assert torch.equal(kernels.linear(x.T.contiguous().T, packed, torch.float32), y)  # numbers that do
+
+
+needs_tiles = pytest.mark.skipif(not kernels.may_use_tiles(), reason="this processor has no matrix unit")
+
+
+@needs_tiles
+@pytest.mark.parametrize("n, k", [(96, 160), (67, 512), (1, 32), (300, 64)])
+@pytest.mark.parametrize("rows", [16, 17, 31, 32, 33, 47, 48, 100])
+def test_linear_in_tiles(n, k, rows, vectors, monkeypatch):
+    """Every way a last tile can be short, of rows that lie apart; the sums of fewer rows, or with shorter vectors, are
+    added up as without tiles."""
+    w, x = randn(n, k), randn(rows, k + 8, seed=1)[:, 3 : k + 3]
+    expected, magnitude = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    packed = kernels.pack(w)
+    y = kernels.linear(x, packed, torch.float32, tiles=True)
+    assert y.shape == (rows, n) and ((y - expected).abs() <= 1e-6 * magnitude).all()
+    assert torch.equal(kernels.linear(x, packed, torch.bfloat16, tiles=True), y.bfloat16())
+    assert torch.equal(kernels.linear(x.float(), packed, torch.float32, tiles=True), plain := kernels.linear(x, packed, torch.float32))
+    assert torch.equal(kernels.linear(x[:15], packed, torch.float32, tiles=True), plain[:15])
+    if vectors != "shorter vectors" and n > 1 and k > 100:
+        assert not torch.equal(y, plain)  # they were used
+    else:
+        assert ((plain - expected).abs() <= 1e-6 * magnitude).all()
+
+
+@needs_tiles
+def test_channels_that_fill_no_tile_go_another_way():
+    w, x = randn(64, 40), randn(50, 40, seed=1)
+    y = kernels.linear(x, kernels.pack(w), torch.float32)
+    assert torch.equal(kernels.linear(x, kernels.pack(w), torch.float32, tiles=True), y)
+
+
+@needs_tiles
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_in_its_row_of_a_tile(bad):
+    w, x = randn(70, 64), randn(40, 64, seed=1)
+    w[33, 4] = x[18, 7] = bad
+    y = kernels.linear(x, kernels.pack(w), torch.float32, tiles=True)
+    expected = x.float() @ w.float().T
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+
+
+def test_only_a_backend_that_need_not_be_batch_invariant_uses_tiles(monkeypatch):
+    monkeypatch.setattr(kernels, "may_use_tiles", lambda: True)
+    assert CompiledCpuBackend().tiles and not CompiledCpuBackend(batch_invariant=True).tiles
+
+
+def test_an_odd_number_of_channels_is_filled_up():
+    """What the memory held before may be NaN, which zeros do not take away."""
+    w, x = randn(40, 33), randn(5, 33, seed=1)
+    expected = kernels.linear(x, kernels.pack(w), torch.float32)
+    torch.use_deterministic_algorithms(True)  # has torch fill new memory with NaN
+    try:
+        assert torch.equal(kernels.linear(x, kernels.pack(w), torch.float32), expected) and expected.isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_row_does_not_depend_on_its_company(monkeypatch):
@@ -155,6 +212,27 @@ def test_experts(rows, first, n_local, h, inter, monkeypatch):
     last = slice(rows - 1, rows)
     few = kernels.experts(x[last], weights[last], ids[last], first, *packed, inter, shared[last])
     assert torch.equal(few, both[last])
+
+
+@needs_tiles
+@pytest.mark.parametrize("rows, first, n_local", [(16, 0, 8), (200, 0, 8), (100, 2, 3), (90, 0, 1)])
+@pytest.mark.parametrize("h, inter", [(96, 64), (72, 32), (64, 40)])
+def test_experts_in_tiles(rows, first, n_local, h, inter, monkeypatch):
+    """Beside experts with too few rows; as without tiles, but for a rounding of what SwiGLU makes."""
+    g = torch.Generator().manual_seed(rows)
+    w13 = torch.randn(n_local, 2 * inter, h, generator=g).bfloat16() / 8
+    w2 = torch.randn(n_local, h, inter, generator=g).bfloat16() / 8
+    x, shared = torch.randn(rows, h, generator=g).bfloat16(), torch.randn(rows, h, generator=g).bfloat16()
+    ids = torch.rand(rows, 8, generator=g).mul(torch.tensor([9.0, 9, 9, 9, 2, 2, 1, 1])).topk(3).indices
+    weights = torch.rand(rows, 3, generator=g)
+    inputs = x, weights, ids, first, kernels.pack(w13), kernels.pack(w2), inter, shared
+    plain, y = (kernels.experts(*inputs, tiles=tiles) for tiles in (False, True))
+    assert relative_error(y, plain.double()) < 4e-3
+    for bundle in (1, 40):
+        monkeypatch.setattr(kernels, "BUNDLE_ROWS", bundle)
+        assert torch.equal(kernels.experts(*inputs, tiles=True), y)
+    if h % 32 or inter % 32:
+        assert torch.equal(y, plain)
 
 
 RULES = [
@@ -348,4 +426,4 @@ def test_wrong_dtypes_are_noticed():
     with pytest.raises(AssertionError):
         kernels.linear(randn(2, 9), packed, torch.float32)
     with pytest.raises(AssertionError):
-        kernels.linear(randn(2, 8), Packed(packed.data[None], 32), torch.float32)
+        kernels.linear(randn(2, 8), Packed(packed.data[None], 32, 8), torch.float32)

@@ -1,11 +1,12 @@
-/* The functions that kernels.py wraps, in bfloat16 with float32 sums: as reference.py has them, but fused, and rounded only where
- * a result is. Compiled on the machine that runs them; GCC and Clang both know these vectors, and split them up where
- * the processor's are shorter.
+/* The functions that kernels.py wraps, in bfloat16 with float32 sums: as reference.py has them, but fused, and rounded
+ * only where a result is. Compiled on the machine that runs them; GCC and Clang both know these vectors, and split them
+ * up where the processor's are shorter.
  *
- * A weight (N, K) lies packed in panels of WIDTH rows: for each k the WIDTH values that x[k] multiplies, one cache line
- * with AVX-512, zeros behind the last row. Value 2i is row i, value 2i + 1 row LANES + i, so that a shift and a mask
- * make two float32 vectors of a line. A product's sum runs over k in order whatever the number of rows, so a row's
- * result does not depend on the other rows.
+ * A weight (N, K) lies packed in panels of WIDTH rows, zeros behind the last row and the last k. For two k at a time a
+ * panel has two lines, each a cache line with AVX-512: of the first LANES rows and of the others, each row's two values
+ * side by side, so that a shift and a mask make a float32 vector for either k. That is also how a processor's matrix
+ * tiles take it. A product's sum runs over k in order whatever the number of rows, so a row's result does not depend on
+ * the other rows, except where tiles multiply.
  *
  * Shapes as in model.py. `threads` are those of torch, whose OpenMP library this one shares.
  */
@@ -39,6 +40,7 @@ int64_t panel_width(void) { return WIDTH; }
 
 INLINE int64_t in_wholes(int64_t n, int64_t whole) { return (n + whole - 1) / whole; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t even(int64_t k) { return k + (k & 1); }
 
 /* ------------------------------------------------------------------------------------------------------- numbers */
 
@@ -108,34 +110,45 @@ INLINE float sum_v(vf x) { /* of halves, halves of these, ... */
 
 /* ------------------------------------------------------------------------------------------------ matrix products */
 
-/* w (n, k) to panels; in place where n is a multiple of WIDTH. scratch: (threads, k * WIDTH) bf16. */
+/* w (n, k) to panels; in place where n is a multiple of WIDTH and k even. scratch: (threads, even(k) * WIDTH) bf16. */
 void pack(const bf16 *w, int64_t n, int64_t k, bf16 *out, bf16 *scratch, int threads) {
+    const int64_t size = even(k) * WIDTH;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t p = 0; p < in_wholes(n, WIDTH); p++) {
-        bf16 *panel = scratch + omp_get_thread_num() * k * WIDTH;
+        bf16 *panel = scratch + omp_get_thread_num() * size;
         for (int i = 0; i < WIDTH; i++) {
-            int64_t row = p * WIDTH + i % 2 * LANES + i / 2;
-            for (int64_t j = 0; j < k; j++) panel[j * WIDTH + i] = row < n ? w[row * k + j] : 0;
+            const int64_t row = p * WIDTH + i;
+            bf16 *column = panel + i / LANES * WIDTH + i % LANES * 2;
+            for (int64_t j = 0; j < even(k); j++)
+                column[j / 2 * 2 * WIDTH + j % 2] = row < n && j < k ? w[row * k + j] : 0;
         }
-        memcpy(out + p * k * WIDTH, panel, k * WIDTH * sizeof(bf16));
+        memcpy(out + p * size, panel, size * sizeof(bf16));
     }
 }
 
-/* r rows of x, interleaved as (k, r), by p panels: sums (r, p * WIDTH). r and p are constants where it is used. */
+/* r rows of x, interleaved as (k, r), by p panels, k even: sums (r, p * WIDTH). r and p are constants where it is
+ * used. */
 INLINE void product_of(const float *x, const bf16 *w, int64_t k, int r, int p, float *out) {
     vf low[ROWS], high[ROWS];
     for (int i = 0; i < r * p; i++) low[i] = high[i] = (vf){0};
-    for (int64_t j = 0; j < k; j++)
+    for (int64_t j = 0; j < k; j += 2)
 #pragma GCC unroll 4
         for (int q = 0; q < p; q++) {
-            const bf16 *line = w + (q * k + j) * WIDTH;
-            __builtin_prefetch(line + AHEAD * WIDTH);
-            vu both = *(const vu *)line;
-            vf first = (vf)(both << 16), second = (vf)(both & 0xffff0000u);
+            const bf16 *lines = w + (q * k + j) * WIDTH;
+            __builtin_prefetch(lines + AHEAD * WIDTH);
+            __builtin_prefetch(lines + (AHEAD + 1) * WIDTH);
+            vu a = *(const vu *)lines, b = *(const vu *)(lines + WIDTH);
+            vf first = (vf)(a << 16), second = (vf)(b << 16);
 #pragma GCC unroll 12
             for (int i = 0; i < r; i++) {
                 low[i * p + q] += x[j * r + i] * first;
                 high[i * p + q] += x[j * r + i] * second;
+            }
+            first = (vf)(a & 0xffff0000u), second = (vf)(b & 0xffff0000u);
+#pragma GCC unroll 12
+            for (int i = 0; i < r; i++) {
+                low[i * p + q] += x[(j + 1) * r + i] * first;
+                high[i * p + q] += x[(j + 1) * r + i] * second;
             }
         }
     for (int i = 0; i < r * p; i++) {
@@ -171,6 +184,7 @@ static void product(const float *x, int r, const bf16 *w, int64_t k, int p, floa
 INLINE int64_t blocks_of(int64_t n) { return in_wholes(n, ROWS); }
 INLINE int64_t block_start(int64_t n, int64_t b) { return n * b / blocks_of(n); }
 
+/* Row `row` of x (·, k) to row i of r that lie interleaved, (even(k), r). */
 INLINE void interleave(const void *x, int is_float, int64_t row, int64_t stride, int64_t k, int i, int r, float *out) {
     if (is_float) {
         const float *from = (const float *)x + row * stride;
@@ -179,6 +193,7 @@ INLINE void interleave(const void *x, int is_float, int64_t row, int64_t stride,
         const bf16 *from = (const bf16 *)x + row * stride;
         for (int64_t j = 0; j < k; j++) out[j * r + i] = widen(from[j]);
     }
+    if (k & 1) out[k * r + i] = 0;
 }
 
 /* This thread's share [*begin, *end) of n things. */
@@ -203,10 +218,24 @@ typedef struct {
     int64_t top;
 } Target;
 
+/* The sums of a block of r rows, each `line` long, of which `width` count: to where rows `first` on and columns
+ * `column` on go. */
+static void deliver(const float *sums, int64_t first, int64_t r, int64_t width, int64_t line, int64_t column,
+                    Target to) {
+    for (int64_t i = 0; i < r; i++, sums += line) {
+        const int64_t place = to.assignments ? to.assignments[first + i] / to.top : first + i;
+        float *y = (float *)to.y + place * to.stride + column;
+        if (to.how == ROUNDED) narrow_row(sums, width, (bf16 *)to.y + place * to.stride + column);
+        else if (to.how == STORED) memcpy(y, sums, width * sizeof(float));
+        else for (int64_t j = 0; j < width; j++) y[j] += sums[j];
+    }
+}
+
 /* Rows of x, interleaved in blocks, by packed w (n, k): this thread's share of the columns. */
 static void multiply(const float *x, int64_t rows, const bf16 *w, int64_t n, int64_t k, Target to) {
     int64_t begin, end, p;
     my_share(in_wholes(n, WIDTH), &begin, &end);
+    k = even(k);
     for (; rows && begin < end; begin += p) {
         p = panels_at_once(in_wholes(rows, blocks_of(rows)), end - begin);
         const int64_t column = begin * WIDTH, width = least(p * WIDTH, n - column);
@@ -214,25 +243,103 @@ static void multiply(const float *x, int64_t rows, const bf16 *w, int64_t n, int
             float out[ROWS * WIDTH];
             const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
             product(x + first * k, r, w + begin * k * WIDTH, k, p, out);
-            for (int64_t i = 0; i < r; i++) {
-                const float *sums = out + i * p * WIDTH;
-                const int64_t place = to.assignments ? to.assignments[first + i] / to.top : first + i;
-                float *y = (float *)to.y + place * to.stride + column;
-                if (to.how == ROUNDED) narrow_row(sums, width, (bf16 *)to.y + place * to.stride + column);
-                else if (to.how == STORED) memcpy(y, sums, width * sizeof(float));
-                else for (int64_t j = 0; j < width; j++) y[j] += sums[j];
-            }
+            deliver(out, first, r, width, p * WIDTH, column, to);
         }
     }
 }
 
-/* x (t, k) by packed w (n, k) to y (t, n), either bf16 or float. scratch: (min(t, chunk), k) floats; chunk, a multiple
- * of ROWS, is how many rows are multiplied by all of w before the next ones come. */
+/* The matrix unit of Intel's servers (AMX) multiplies tiles of 16 rows of x and 16 of w, 32 k at a time. It adds up in
+ * float32, takes subnormal numbers for zeros, and gains where there are enough rows to fill its tiles. */
+enum { TILE = 16, TILE_K = 32, TILE_ROWS = 16 /* the least that gain */ };
+enum { TILE_NUMBERS = 1 << 19 /* of x, which stay in a core's cache */ };
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Whether this process may use tiles: it has to ask for the registers, once. */
+int64_t may_use_tiles(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+}
+
+/* Shapes for blocks of r rows, at most two tiles of them: 0 to 3 sums (r, WIDTH), 4 and 5 x, 6 and 7 w. */
+static void shape_tiles(int64_t r) {
+    struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shapes
+        __attribute__((aligned(64))) = {.palette = 1};
+    const uint8_t first = least(r, TILE), second = r > TILE ? r - TILE : TILE;
+    const uint8_t rows[8] = {first, first, second, second, first, second, TILE_K / 2, TILE_K / 2};
+    for (int i = 0; i < 8; i++) shapes.bytes[i] = 64, shapes.rows[i] = rows[i];
+    _tile_loadconfig(&shapes);
+}
+
+/* r rows of x (·, k) by a panel: sums (r, WIDTH). */
+static void product_in_tiles(const bf16 *x, int64_t stride, int64_t r, const bf16 *w, int64_t k, float *out) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t j = 0; j < k; j += TILE_K, x += TILE_K, w += TILE_K * WIDTH) {
+        _tile_loadd(6, w, 2 * WIDTH * sizeof(bf16));
+        _tile_loadd(7, w + WIDTH, 2 * WIDTH * sizeof(bf16));
+        _tile_loadd(4, x, stride * sizeof(bf16));
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (r > TILE) {
+            _tile_loadd(5, x + TILE * stride, stride * sizeof(bf16));
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, out, WIDTH * sizeof(float));
+    _tile_stored(1, out + LANES, WIDTH * sizeof(float));
+    if (r > TILE) {
+        _tile_stored(2, out + TILE * WIDTH, WIDTH * sizeof(float));
+        _tile_stored(3, out + TILE * WIDTH + LANES, WIDTH * sizeof(float));
+    }
+}
+
+/* As multiply, of rows as they are, k whole tiles. */
+static void multiply_in_tiles(const bf16 *x, int64_t stride, int64_t rows, const bf16 *w, int64_t n, int64_t k,
+                              Target to) {
+    int64_t begin, end, shaped = 0;
+    my_share(in_wholes(n, WIDTH), &begin, &end);
+    for (; begin < end; begin++)
+        for (int64_t first = 0; first < rows; first += 2 * TILE) {
+            float out[2 * TILE * WIDTH] __attribute__((aligned(64)));
+            const int64_t r = least(2 * TILE, rows - first), column = begin * WIDTH;
+            if (r != shaped) shape_tiles(shaped = r);
+            product_in_tiles(x + first * stride, stride, r, w + begin * k * WIDTH, k, out);
+            deliver(out, first, r, least(WIDTH, n - column), WIDTH, column, to);
+        }
+    if (shaped) _tile_release();
+}
+INLINE int fills_tiles(int64_t rows, int64_t k) { return rows >= TILE_ROWS && k % TILE_K == 0; }
+#else
+int64_t may_use_tiles(void) { return 0; }
+static void multiply_in_tiles(const bf16 *x, int64_t stride, int64_t rows, const bf16 *w, int64_t n, int64_t k,
+                              Target to) {
+    (void)x, (void)stride, (void)rows, (void)w, (void)n, (void)k, (void)to;
+}
+INLINE int fills_tiles(int64_t rows, int64_t k) { return 0 * rows * k; }
+#endif
+
+/* x (t, k) by packed w (n, k) to y (t, n), either bf16 or float; in tiles where asked to and there are rows for them.
+ * scratch: (min(t, chunk), even(k)) floats; chunk, a multiple of ROWS, is how many rows are multiplied by all of w
+ * before the next ones come. */
 void linear(const void *x, int x_float, int64_t t, int64_t stride, const bf16 *w, int64_t n, int64_t k, void *y,
-            int y_float, float *scratch, int64_t chunk, int threads) {
+            int y_float, float *scratch, int64_t chunk, int tiles, int threads) {
+    const int64_t size = even(k);
+    tiles = tiles && !x_float && fills_tiles(t, k);
+    if (tiles) chunk = in_wholes(TILE_NUMBERS, 2 * TILE * k) * 2 * TILE;
 #pragma omp parallel num_threads(threads)
     for (int64_t t0 = 0; t0 < t; t0 += chunk) {
         const int64_t rows = least(chunk, t - t0);
+        char *at = (char *)y + t0 * n * (y_float ? sizeof(float) : sizeof(bf16));
+        const Target to = {y_float ? STORED : ROUNDED, at, n, 0, 0};
+        if (tiles) {
+            multiply_in_tiles((const bf16 *)x + t0 * stride, stride, rows, w, n, k, to);
+            continue;
+        }
         if (t0) {
 #pragma omp barrier
         }
@@ -241,10 +348,9 @@ void linear(const void *x, int x_float, int64_t t, int64_t stride, const bf16 *w
             int64_t b = i * blocks_of(rows) / rows;
             while (block_start(rows, b + 1) <= i) b++;
             const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
-            interleave(x, x_float, t0 + i, stride, k, i - first, r, scratch + first * k);
+            interleave(x, x_float, t0 + i, stride, k, i - first, r, scratch + first * size);
         }
-        char *at = (char *)y + t0 * n * (y_float ? sizeof(float) : sizeof(bf16));
-        multiply(scratch, rows, w, n, k, (Target){y_float ? STORED : ROUNDED, at, n, 0, 0});
+        multiply(scratch, rows, w, n, k, to);
     }
 }
 
@@ -299,13 +405,16 @@ static void sort_by_expert(const int64_t *ids, int64_t n, int64_t first, int64_t
  *
  * Experts go in bundles of at most `bundle` rows, or one alone that has more: rows of x, interleaved, by w13; SwiGLU,
  * times the router's weight; by w2, added up. A thread has the same columns of every expert: nobody else adds to them.
- * scratch: (rows, h + 3 inter) floats, rows the most of a bundle, and sums (t, h) floats; numbers:
+ * An expert whose rows fill tiles, where those are asked for, has them as they are, and SwiGLU's result rounded.
+ * scratch: (rows, even(h) + 2 inter + even(inter)) floats, rows the most of a bundle, and sums (t, h) floats; numbers:
  * t * top + n_experts + 1. */
 void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t *ids, const float *weights, int64_t top,
              int64_t first, int64_t n_experts, const bf16 *w13, const bf16 *w2, int64_t inter, const bf16 *shared,
-             bf16 *y, int64_t bundle, float *sums, float *scratch, int64_t *numbers, int threads) {
+             bf16 *y, int64_t bundle, float *sums, float *scratch, int64_t *numbers, int tiles, int threads) {
     int64_t *starts = numbers, *order = numbers + n_experts + 1;
-    const int64_t size13 = in_wholes(2 * inter, WIDTH) * WIDTH * h, size2 = in_wholes(h, WIDTH) * WIDTH * inter;
+    const int64_t size_h = even(h), size_i = even(inter);
+    const int64_t size13 = in_wholes(2 * inter, WIDTH) * WIDTH * size_h, size2 = in_wholes(h, WIDTH) * WIDTH * size_i;
+    tiles = tiles && inter % TILE_K == 0;
     sort_by_expert(ids, t * top, first, n_experts, order, starts);
 #pragma omp parallel num_threads(threads)
     {
@@ -317,41 +426,55 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
             while (e1 < n_experts && starts[e1 + 1] - starts[e0] <= bundle) e1++;
             const int64_t n = starts[e1] - starts[e0];
             const int64_t *own = order + starts[e0]; /* assignments, whose rows are those of: */
-            float *rows = scratch, *gate_up = rows + n * h, *middle = gate_up + n * 2 * inter;
+            float *rows = scratch, *gate_up = rows + n * size_h, *middle = gate_up + n * 2 * inter;
             if (n == 0) continue;
 #pragma omp barrier
             for (int64_t e = e0; e < e1; e++) {
                 const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
+                const int as_tiles = tiles && fills_tiles(count, h);
 #pragma omp for schedule(static) nowait
                 for (int64_t b = 0; b < blocks_of(count); b++) {
                     const int64_t row = at + block_start(count, b), r = at + block_start(count, b + 1) - row;
-                    for (int64_t i = 0; i < r; i++)
-                        interleave(x, 0, own[row + i] / top, stride, h, i, r, rows + row * h);
-                }
-            }
-#pragma omp barrier
-            for (int64_t e = e0; e < e1; e++) {
-                const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
-                const Target to = {STORED, gate_up + at * 2 * inter, 2 * inter, 0, 0};
-                multiply(rows + at * h, count, w13 + e * size13, 2 * inter, h, to);
-            }
-#pragma omp barrier
-            for (int64_t e = e0; e < e1; e++) {
-                const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
-#pragma omp for schedule(static) nowait
-                for (int64_t b = 0; b < blocks_of(count); b++) {
-                    const int64_t row = at + block_start(count, b), r = at + block_start(count, b + 1) - row;
+                    bf16 *as_they_are = (bf16 *)(rows + at * size_h) + (row - at) * h;
                     for (int64_t i = 0; i < r; i++) {
-                        float *gate = gate_up + (row + i) * 2 * inter;
-                        swiglu(gate, gate + inter, inter, weights[own[row + i]], gate);
-                        interleave(gate, 1, 0, 0, inter, i, r, middle + row * inter);
+                        const int64_t token = own[row + i] / top;
+                        if (as_tiles) memcpy(as_they_are + i * h, x + token * stride, h * sizeof(bf16));
+                        else interleave(x, 0, token, stride, h, i, r, rows + row * size_h);
                     }
                 }
             }
 #pragma omp barrier
             for (int64_t e = e0; e < e1; e++) {
                 const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
-                multiply(middle + at * inter, count, w2 + e * size2, h, inter, (Target){ADDED, sums, h, own + at, top});
+                const Target to = {STORED, gate_up + at * 2 * inter, 2 * inter, 0, 0};
+                const float *from = rows + at * size_h;
+                if (tiles && fills_tiles(count, h))
+                    multiply_in_tiles((const bf16 *)from, h, count, w13 + e * size13, 2 * inter, h, to);
+                else multiply(from, count, w13 + e * size13, 2 * inter, h, to);
+            }
+#pragma omp barrier
+            for (int64_t e = e0; e < e1; e++) {
+                const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
+                const int as_tiles = tiles && fills_tiles(count, h);
+#pragma omp for schedule(static) nowait
+                for (int64_t b = 0; b < blocks_of(count); b++) {
+                    const int64_t row = at + block_start(count, b), r = at + block_start(count, b + 1) - row;
+                    for (int64_t i = 0; i < r; i++) {
+                        float *gate = gate_up + (row + i) * 2 * inter;
+                        swiglu(gate, gate + inter, inter, weights[own[row + i]], gate);
+                        if (as_tiles) narrow_row(gate, inter, (bf16 *)(middle + at * size_i) + (row + i - at) * inter);
+                        else interleave(gate, 1, 0, 0, inter, i, r, middle + row * size_i);
+                    }
+                }
+            }
+#pragma omp barrier
+            for (int64_t e = e0; e < e1; e++) {
+                const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
+                const Target to = {ADDED, sums, h, own + at, top};
+                const float *from = middle + at * size_i;
+                if (tiles && fills_tiles(count, h))
+                    multiply_in_tiles((const bf16 *)from, inter, count, w2 + e * size2, h, inter, to);
+                else multiply(from, count, w2 + e * size2, h, inter, to);
             }
         }
 #pragma omp barrier

@@ -176,20 +176,17 @@ def _threads(work: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A bfloat16 weight (N, K), or a stack of them (E, N, K), in panels of rows: (…, panels, K, panel width)."""
+    """A bfloat16 weight (N, K), or a stack of them (E, N, K), in panels of rows: (…, panels, even K, panel width)."""
 
     data: torch.Tensor
     n: int
+    k: int
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, e: int) -> "Packed":
-        return Packed(self.data[e], self.n)
-
-    @property
-    def k(self) -> int:
-        return self.data.shape[-2]
+        return Packed(self.data[e], self.n, self.k)
 
 
 def panel_width() -> int:
@@ -199,33 +196,49 @@ def panel_width() -> int:
 def packed_numbers(n: int, k: int) -> int:
     """How many numbers a packed (N, K) weight has, with its padding."""
     width = panel_width()
-    return -(-n // width) * width * k
+    return -(-n // width) * width * _even(k)
+
+
+def is_packed_in_place(n: int, k: int) -> bool:
+    """Whether a stack of weights (N, K) is packed where it lies: packed, it has as many numbers."""
+    return packed_numbers(n, k) == n * k
+
+
+def _even(k: int) -> int:
+    return k + k % 2
 
 
 def pack(w: torch.Tensor) -> Packed:
-    """Packs bfloat16 w (N, K) or (E, N, K). A stack whose N is whole panels is packed in place, which destroys w."""
+    """Packs bfloat16 w (N, K) or (E, N, K). A stack is packed in place where that is possible, which destroys w."""
     pack_one, width, (n, k) = _kernels().pack, panel_width(), w.shape[-2:]
     w = w.contiguous()
-    shape = (*w.shape[:-2], -(-n // width), k, width)
-    data = w.view(shape) if w.dim() == 3 and n % width == 0 else w.new_empty(shape)
+    shape = (*w.shape[:-2], -(-n // width), _even(k), width)
+    data = w.view(shape) if w.dim() == 3 and is_packed_in_place(n, k) else w.new_empty(shape)
     threads = torch.get_num_threads()
-    scratch = w.new_empty(threads, k * width)
+    scratch = w.new_empty(threads, _even(k) * width)
     for one, out in zip(w, data, strict=True) if w.dim() == 3 else [(w, data)]:
         pack_one(one, n, k, out, scratch, threads)
-    return Packed(data, n)
+    return Packed(data, n, k)
 
 
-def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype) -> torch.Tensor:
-    """x (T, K), bfloat16 or float32, by w (N, K), in one of these dtypes: (T, N)."""
+@functools.cache
+def may_use_tiles() -> bool:
+    """Whether this processor has a matrix unit (AMX) that the kernels were compiled for and this process may use."""
+    return bool(_kernels().may_use_tiles())
+
+
+def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, tiles: bool = False) -> torch.Tensor:
+    """x (T, K), bfloat16 or float32, by w (N, K), in one of these dtypes: (T, N). `tiles`: bfloat16 rows that are
+    enough for it go through the matrix unit, which adds up in another order."""
     x, (t, k) = _rows(x), x.shape
     assert k == w.k and w.data.dim() == 3, (x.shape, w.data.shape)
     assert {x.dtype, dtype} <= {torch.bfloat16, torch.float32}, (x.dtype, dtype)
     out = x.new_empty(t, w.n, dtype=dtype)
     chunk = chunk_rows(k)
-    scratch = x.new_empty(min(t, chunk) * k, dtype=torch.float32)
+    scratch = x.new_empty(min(t, chunk) * _even(k), dtype=torch.float32)
     flags = x.dtype == torch.float32, dtype == torch.float32
     threads = _threads(w.n * k)
-    _kernels().linear(x, flags[0], t, x.stride(0), w.data, w.n, k, out, flags[1], scratch, chunk, threads)
+    _kernels().linear(x, flags[0], t, x.stride(0), w.data, w.n, k, out, flags[1], scratch, chunk, tiles, threads)
     return out
 
 
@@ -273,17 +286,19 @@ def experts(
     w2: Packed,
     inter: int,
     shared: torch.Tensor | None = None,
+    tiles: bool = False,
 ) -> torch.Tensor:
-    """As reference.experts on packed weights, plus `shared` (T, H): (T, H) in x's dtype, rounded once, at the end."""
+    """As reference.experts on packed weights, plus `shared` (T, H): (T, H) in x's dtype, rounded once, at the end.
+    `tiles`: as in `linear`, of an expert's rows; what SwiGLU makes of those is rounded too."""
     x, (t, h), top = _rows(x), x.shape, ids.shape[1]
     assert w13.n == 2 * inter and w2.n == h, (w13.n, inter, w2.n, h)
     out, sums = torch.empty(t, h, dtype=x.dtype), torch.empty(t, h, dtype=torch.float32)
-    scratch = torch.empty(bundle_rows(t, top) * (h + 3 * inter), dtype=torch.float32)
+    scratch = torch.empty(bundle_rows(t, top) * (_even(h) + 2 * inter + _even(inter)), dtype=torch.float32)
     numbers = torch.empty(t * top + len(w13) + 1, dtype=torch.int64)
     shared = None if shared is None else shared.contiguous()
     _kernels().experts(
         x, t, x.stride(0), h, ids.contiguous(), weights.contiguous(), top, first, len(w13), w13.data, w2.data, inter,
-        shared, out, BUNDLE_ROWS, sums, scratch, numbers, torch.get_num_threads(),
+        shared, out, BUNDLE_ROWS, sums, scratch, numbers, tiles, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
