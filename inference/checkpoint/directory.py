@@ -21,8 +21,8 @@ from checkpoint.reading import Entry, Reader, dtype_and_shape, read_header
 from checkpoint.stacked import unstack
 from checkpoint.table import IGNORED, Spec, expected_tensors
 from checkpoint.unsupported import require_checkpoint
-from core.config import ModelArgs, check_agreement, load_config
-from core.errors import CheckpointError, CheckWarning, UserError, warn
+from core.config import ModelArgs, check_agreement, hf_prefix, load_config
+from core.errors import CheckpointError, UserError, warn
 from core.files import read_json, stand_in
 from core.run_config import AskedLayout, ExpertLayout
 
@@ -30,6 +30,9 @@ SINGLE = "model.safetensors"
 OTHER_INDEX = re.compile(r"[^.].*\.safetensors\.index(\..+)?\.json")  # of a variant, or in other names than the model's
 # files that are a checkpoint of their own, or a part of one, beside those that an index names
 OTHER_WEIGHTS = re.compile(r"(model|consolidated.*|model\d+-mp\d+.*)\.safetensors")
+# beginnings of names beside the text model's in a multimodal checkpoint (Kimi-K2.5), as released and as transformers
+# has them in memory
+VISION = tuple(f"{model}{part}." for model in ("", "model.") for part in ("vision_tower", "mm_projector"))
 
 
 class Checkpoint:
@@ -38,6 +41,7 @@ class Checkpoint:
     kind     "hf", "converted" (by convert.py) or "upstream" (by the original repository's converter)
     args     from its config.json; None if it has none (upstream's have none)
     ranks    the numbers of ranks that its files were made for; None: whole tensors, for any number
+    notes    sentences worth a warning, which `args.warnings` has too
     """
 
     def __init__(self, path: str | Path, report: Callable[[UserError], object] | None = None):
@@ -48,13 +52,16 @@ class Checkpoint:
         self.path = Path(path)
         self.report = report or _raise
         self.unreadable: set[str] = set()  # names of files whose fault was reported
-        self._notes: dict[str, bool] = {}  # sentences worth a warning, and whether it was given
+        self.notes: list[str] = []
         require_checkpoint(self.path)
         self._report_stand_ins()
         config = self.path / "config.json"
         self.args: ModelArgs | None = None
+        self._is_multimodal = False
         try:
-            self.args = load_config(config) if config.is_file() or config.is_symlink() else None
+            if config.is_file() or config.is_symlink():
+                self.args = load_config(config)
+                self._is_multimodal = bool(hf_prefix(read_json(config)))
         except UserError as e:
             self.report(e)
         self.files = sorted(p.name for p in self.path.glob("*.safetensors") if not p.name.startswith("."))
@@ -64,12 +71,22 @@ class Checkpoint:
         self.kind, self.ranks, self._owner = self._detect()
         self._headers: dict[str, tuple[dict[str, str], dict[str, Entry]]] = {}
         self._skipped: tuple[str, ...] = ()  # beginnings of the names of tensors that are not the model's
-        if self.args is not None and not self.args.n_mtp_layers:
-            self.args = self._with_mtp_layer(self.args)
+        if self.args is not None:
+            if self._is_multimodal and self.kind == "hf":
+                self._skip_vision()
+            if not self.args.n_mtp_layers:
+                self.args = self._with_mtp_layer(self.args)
+            self.args = replace(self.args, warnings=(*self.args.warnings, *self.notes))
+
+    def _skip_vision(self) -> None:
+        self._skipped += VISION
+        if count := sum(name.startswith(VISION) for name in self._names()):
+            text = f"{count} tensors of the vision model are left out: the text model alone is computed"
+            self.notes.append(f"{self.path}: {text}")
 
     def _with_mtp_layer(self, args: ModelArgs) -> ModelArgs:
         """`args` with the MTP module that the files hold after the main model's layers, where its config has none."""
-        names = self._names()
+        names = {self.table_name(name) for name in self._names()}
         before, gate = "mtp.0.", "ffn.gate.weight"
         if self.kind == "hf":
             before, gate = f"model.layers.{args.n_layers}.", "mlp.gate.weight"
@@ -77,10 +94,10 @@ class Checkpoint:
             return args
         if before + gate not in names:
             self._skipped += (before,)
-            self._notes[f"{self.path}: its MTP module is left out: one with a dense MLP is not implemented"] = False
+            self.notes.append(f"{self.path}: its MTP module is left out: one with a dense MLP is not implemented")
             return args
         text = "the files hold an MTP module that config.json does not mention (num_nextn_predict_layers): it is loaded"
-        self._notes[f"{self.path}: {text}"] = False
+        self.notes.append(f"{self.path}: {text}")
         return replace(args, n_mtp_layers=1)
 
     def _report_stand_ins(self) -> None:
@@ -146,7 +163,7 @@ class Checkpoint:
             raise CheckpointError(f"{at}: expected a weight_map of tensor names to files", at, "", "a weight_map")
         if self.files == [SINGLE] and SINGLE not in index.values():  # as transformers 5 leaves it
             old = f"{at} names other files than {SINGLE}, and none of them is here"
-            self._notes[f"{old}: it was left by an earlier save, and {SINGLE} is loaded; remove the index"] = False
+            self.notes.append(f"{old}: it was left by an earlier save, and {SINGLE} is loaded; remove the index")
             return None
         named: dict[str, str] = {}
         for name, file in index.items():
@@ -197,12 +214,6 @@ class Checkpoint:
 
         Raises UserError when files are missing, damaged, or not what the index says.
         """
-        for note in [note for note, said in self._notes.items() if not said and rank == 0]:
-            self._notes[note] = True
-            if self.report is _raise:
-                warn(note)
-            else:
-                self.report(CheckWarning(note, self.path))
         if self.ranks is not None and ranks not in self.ranks:
             counts = " or ".join(map(str, self.ranks))
             wanted = f"not {ranks}; start as many, or convert for {ranks}"
@@ -239,14 +250,14 @@ class Checkpoint:
         return found
 
     def tensors(self, args: ModelArgs, rank: int = 0, ranks: int = 1) -> dict[str, Entry]:
-        """The same with stacked experts as single ones, by the names that released files have for them."""
+        """The same with stacked experts as single ones, by the names that released files would have for them."""
         found: dict[str, Entry] = {}
+        seen: dict[str, Entry] = {}
         for name, entry in self.on_disk(rank, ranks).items():
             try:
                 for single, part in unstack(name, entry, args):
-                    if single in found:
-                        text = f"{part}: the same as {found[single]}; remove one"
-                        raise CheckpointError(text, entry.file, entry.name)
+                    if (other := seen.setdefault(self.table_name(single), part)) is not part:
+                        raise CheckpointError(f"{part}: the same as {other}; remove one", entry.file, entry.name)
                     found[single] = part
             except CheckpointError as e:
                 self.mark_unreadable(str(entry), e)
@@ -314,7 +325,8 @@ class Checkpoint:
             said, held = ("no", "") if self.quantised else ("a", "no ")
             text = f"{self.path}: config.json has {said} quantization_config, but the files hold {held}FP8 scales"
             self.report(CheckpointError(text, self.path / "config.json"))
-        on_disk = self.tensors(partition.args, rank, partition.ranks)
+        tensors = self.tensors(partition.args, rank, partition.ranks)
+        on_disk = {self.table_name(name): entry for name, entry in tensors.items()}
         expected = expected_tensors(partition.args, self.quantised, self.has_mtp)
         hf = self.kind == "hf"
         found: dict[str, Entry] = {}
@@ -346,17 +358,28 @@ class Checkpoint:
         for name, entry in on_disk.items():
             if name not in known and not self.ignores(entry):
                 text = f"{entry}: the config has no such tensor"
-                self.report(CheckpointError(text, entry.file, name, "nothing", str(entry)))
+                self.report(CheckpointError(text, entry.file, entry.name, "nothing", str(entry)))
         return found
+
+    def table_name(self, name: str) -> str:
+        """A tensor's name in the table (see table.py). A text model within a multimodal one has the prefix
+        `language_model.` in the files. transformers has it after `model.` in memory, and renames layers to blocks as it
+        saves the model (5.23, which takes them for the vision model's)."""
+        if not self._is_multimodal:
+            return name
+        name = re.sub(r"^(model\.)?language_model\.", r"\1", name)
+        return re.sub(r"^model\.blocks\.", "model.layers.", name)
 
     def ignores(self, entry: Entry) -> bool:
         """Whether a tensor that the config has not does no harm: it has no elements, is a buffer that follows from the
         config, or is of a part that is left out, of which a warning tells."""
-        return 0 in entry.shape or entry.name.endswith(IGNORED) or entry.name.startswith(self._skipped)
+        left_out = self.table_name(entry.name).startswith(self._skipped)
+        return 0 in entry.shape or entry.name.endswith(IGNORED) or left_out
 
     def _report_missing(self, name: str, spec: Spec) -> None:
         if self.unreadable:
             return  # it may be in one of those files
+        name = "language_model." * self._is_multimodal + name
         wanted = dtype_and_shape(spec.dtype, spec.shape)
         why = "missing: an FP8 weight without its scale" if name.endswith((".scale", "_scale_inv")) else "missing"
         self.report(CheckpointError(f"{self.path}: {name} is {why} ({wanted})", self.path, name, wanted, "nothing"))
@@ -382,6 +405,7 @@ def choose_args(checkpoint: Checkpoint, config: str | Path | None) -> ModelArgs:
     if config is None:
         raise UserError(f"{checkpoint.path} has no config.json; name its model with --config configs/…")
     args = load_config(config)
+    args = replace(args, warnings=(*args.warnings, *checkpoint.notes))
     stored = "fp8" if checkpoint.quantised else "bf16" if args.dtype == "fp8" else args.dtype
     return replace(args, dtype=stored)  # converted files may be a BF16 cast of the FP8 model that --config describes
 

@@ -316,6 +316,10 @@ def _hf_storage(raw: dict[str, Any]) -> dict[str, Any]:
     for name, value in wanted.items():
         if quant.get(name, value) != value or (name == "quant_method" and name not in quant):
             found = f"quantization_config.{name} {quant.get(name)!r}"
+            if name == "quant_method":
+                found += f" ({quant['format']})" if isinstance(quant.get("format"), str) else ""
+                known = f"{value!r}, or no quantization_config: weights in FP8, BF16 or float32"
+                raise UserError(f"config: {found} is not supported (known: {known})")
             raise UserError(f"config: {found} is not supported (known: {value!r})")
     return {"dtype": "fp8", "scale_fmt": quant.get("scale_fmt")}
 
