@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DeepseekV3ForCausalLM
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from checkpoint.cast import cast
 from checkpoint.check import check
@@ -22,6 +24,7 @@ from core.config import parse
 from core.errors import CheckpointError
 from core.numerics import Numerics
 from parallel.group import Group
+from support.checkpoints import fp8_sizes, make_checkpoint
 from support.damaged_checkpoints import add, edit, file_of, good_checkpoint, whole
 from support.families import V3
 from support.model_pairs import theirs
@@ -135,6 +138,18 @@ def test_as_transformers_saves_them(pairs, tmp_path):
     assert report.looked["tensors"] and not any(finding.check in ("files", "weights") for finding in report.findings)
 
 
+def test_as_transformers_saves_fp8_ones(tmp_path, monkeypatch):
+    """It asks for a GPU, which saving does not need."""
+    config = V3 | fp8_sizes(1) | {"num_hidden_layers": 2, "n_routed_experts": 16, "num_nextn_predict_layers": 0}
+    make_checkpoint(tmp_path / "single", config | {"hidden_size": 256}, fp8=True)
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    model = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "single")
+    model.save_pretrained(tmp_path / "saved", save_original_format=False)
+    assert_same(whole(tmp_path / "saved"), stack(whole(tmp_path / "single")))
+    shutil.copy(tmp_path / "single" / "config.json", tmp_path / "saved")
+    assert_same(loaded(tmp_path / "saved", FP8), loaded(tmp_path / "single", FP8))
+
+
 def damage_shape(tensors: dict[str, torch.Tensor]) -> None:
     tensors[GATE_UP] = tensors[GATE_UP][:3].clone()
 
@@ -161,14 +176,14 @@ def test_a_fault_is_told_by_the_files_own_name(name, damage, message, copy, tmp_
 
 
 @pytest.mark.parametrize(("change", "found"), [
-    (lambda t: t[3, 128 + 5, 7].fill_(0x7F), "finite values, found NaN or infinity at [5, 7], 1 such"),
-    (lambda t: t[3, 128:].zero_(), "weights, found nothing but zeros"),
+    (lambda t: t[1, 128 + 5, 7].fill_(0x7F), "finite values, found NaN or infinity at [5, 7], 1 such"),
+    (lambda t: t[1, 128:].zero_(), "weights, found nothing but zeros"),
 ])  # fmt: skip
 def test_values_of_every_expert_are_looked_at(change: Callable, found: str, copy):
     file = file_of(copy, GATE_UP)
     edit(file, lambda tensors: change(tensors[GATE_UP].view(torch.uint8)))
     said = [(str(f.problem), f.problem.tensor) for f in check(copy).findings]
-    assert said == [(f"{file}: {GATE_UP}[3, 128:256]: expected {found}", GATE_UP)]
+    assert said == [(f"{file}: {GATE_UP}[1, 128:256]: expected {found}", GATE_UP)]
 
 
 def test_both_forms_of_a_layer_are_refused(pairs, copy, tmp_path):
@@ -188,6 +203,13 @@ def test_scales_of_a_width_that_is_no_multiple_of_a_block():
                      for e in range(16) for kind in ("gate", "up")}  # fmt: skip
     with pytest.raises(CheckpointError, match="expected experts stacked as F32 16x4x2, found F32 16x3x2"):
         list(unstack(name, Entry(Path("x"), name, torch.float32, (16, 3, 2), 1000, 384), args))
+
+
+def test_a_stacks_checksum_is_not_an_experts():
+    args = parse(V3)
+    entry = Entry(Path("x"), DOWN, torch.bfloat16, (32, 128, 128), 0, 1 << 20, crc="01234567")
+    parts = [part for _, part in unstack(DOWN, entry, args)]
+    assert {part.crc for part in parts} == {None} and str(parts[3]) == f"x: {DOWN}[3]"
 
 
 def test_every_program_takes_them(pairs, tmp_path):
