@@ -6,19 +6,23 @@ token.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import nodes, pass_context
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Context
 
 from core.errors import UserError
 from core.files import read_text
-from text.sandbox import BUDGET, RenderBudget, Sandbox
+from text.sandbox import RenderBudget, Sandbox, budget, measured, require_short
 
 ROLES = ("system", "user", "assistant", "tool")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # templates read the first or the second
 # Methods and filters that look for their argument in a text instead of writing it.
 SEARCHES = frozenset(
     {"split", "rsplit", "partition", "rpartition", "startswith", "endswith", "find", "rfind", "index", "rindex",
@@ -31,6 +35,22 @@ STAND_IN = re.compile(f"([{chr(SURROGATES[0])}-{chr(SURROGATES[-1])}])")
 class Json(str):
     """Text that is JSON already, such as a tool call's arguments: the filter `tojson`, through which some templates
     pass them while others do not, leaves it as it is."""
+
+
+class Generation(Extension):
+    """`{% generation %}` … `{% endgeneration %}`: a template written for training marks the assistant's text with them,
+    which renders as it stands."""
+
+    tags = {"generation"}  # noqa: RUF012  # jinja's own name
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_as_it_stands"), [], [], body).set_lineno(line)
+
+    @staticmethod
+    def _as_it_stands(caller: Callable[[], str]) -> str:
+        return caller()
 
 
 class ChatTemplate:
@@ -48,7 +68,8 @@ class ChatTemplate:
 
         Raises UserError when the source does not compile.
         """
-        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        # as in transformers' utils/chat_template_utils.py
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
 
@@ -61,9 +82,9 @@ class ChatTemplate:
         self._expand = {stand_in: text for text, stand_in in stand_ins.items()}
         try:
             tree = environment.parse(source)
-            read = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
-            self.has_thinking_switch = bool(read & {"thinking", "enable_thinking"})
-            self.knows_tools = "tools" in read
+            self.reads = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "load"}
+            self.has_thinking_switch = bool(self.reads & {"thinking", "enable_thinking"})
+            self.knows_tools = "tools" in self.reads
             self._as_written = environment.compiled(environment.parse(source))
             self._marked = environment.compiled(_mark(tree, stand_ins))
         except jinja2.TemplateSyntaxError as e:
@@ -113,11 +134,11 @@ class ChatTemplate:
                 raise UserError("this checkpoint's chat template does not let thinking be switched on or off")
             variables |= {"thinking": thinking, "enable_thinking": thinking}
         try:
-            text, marked = (
-                budget.join(form.generate(variables | named | {BUDGET: budget}))
-                for form, named, budget in ((self._as_written, self._named, RenderBudget()),
-                                            (self._marked, self._marked_named, RenderBudget()))
-            )  # fmt: skip
+            texts = []
+            for form, named in ((self._as_written, self._named), (self._marked, self._marked_named)):
+                with RenderBudget() as limits:
+                    texts.append(limits.join(form.generate(variables | named)))
+            text, marked = texts
         except Exception as e:  # a template may fail as any program may
             raise UserError(f"the chat template cannot render these messages: {e}") from None
         runs = [run for run in STAND_IN.split(marked) if run]
@@ -201,6 +222,9 @@ def _checked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             require_unicode(json.dumps(message, ensure_ascii=False), f"message {i}")
         except (TypeError, ValueError) as e:
             raise UserError(f"message {i}: not plain JSON data ({e})") from None
+        reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
+        if reasoning is not None:
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         checked.append(_with_arguments(message))
     return checked
 
@@ -240,17 +264,24 @@ def read_template(folder: Path, settings: dict[str, Any]) -> str | None:
     return template
 
 
+@pass_context
 def _tojson(
+    context: Context,
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes HTML, which no model was trained on; transformers replaces it in the same way."""
     if isinstance(value, Json):
         return value
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    for width in (*(separators or ()), *([] if indent is None else [indent])):
+        require_short(width)
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if indent is None and sum(map(len, separators or ())) <= 8:
+        return budget().join([encoder.encode(measured(value))])
+    return budget().join(encoder.iterencode(measured(value)))
 
 
 def _raise_exception(message: str) -> None:
