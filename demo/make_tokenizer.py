@@ -79,7 +79,7 @@ def tokenizer_config() -> dict[str, Any]:
         return {"__type": "AddedToken", "content": token, **flags}
 
     return {
-        "add_bos_token": False,
+        "add_bos_token": True,
         "add_eos_token": False,
         "bos_token": entry(BOS),
         "clean_up_tokenization_spaces": False,

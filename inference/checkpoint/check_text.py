@@ -31,7 +31,7 @@ def check_text(path: Path, args: ModelArgs | None, report: Report) -> None:
     tokenizer: Tokenizer | None = None
     with report.checking("tokenizer"):
         tokenizer = Tokenizer(path, None if args is None else args.vocab_size)
-        check_tokenizer(tokenizer, path / "tokenizer.json", args, report)
+        check_tokenizer(tokenizer, args, report)
     if tokenizer is not None and tokenizer.has_chat_template:
         with report.checking("chat template"):
             check_template(tokenizer, path, report)
@@ -45,9 +45,12 @@ def check_text(path: Path, args: ModelArgs | None, report: Report) -> None:
         report.cover("generation config", "readable" if exists else "none", exists)
 
 
-def check_tokenizer(tokenizer: Tokenizer, file: Path, args: ModelArgs | None, report: Report) -> None:
+def check_tokenizer(tokenizer: Tokenizer, args: ModelArgs | None, report: Report) -> None:
+    file = tokenizer.path
+    for line in tokenizer.ignored:
+        report.add(CheckWarning(f"{file.parent}: {line}, and is ignored", file.parent / line.partition(":")[0]))
     rows = f" of {args.vocab_size:,} rows" if args is not None else ""
-    report.looked["tokenizer"] = f"{tokenizer.size:,} ids{rows}; {len(TEXTS)} texts there and back"
+    report.looked["tokenizer"] = f"{file.name}, {tokenizer.size:,} ids{rows}; {len(TEXTS)} texts there and back"
     if args is not None and tokenizer.size < args.vocab_size // 2:
         wanted, found = f"about {args.vocab_size} ids, the rows of the embedding", f"{tokenizer.size}"
         report.add(CheckpointError(f"{file}: expected {wanted}, found {found}", file, "", wanted, found))
@@ -71,7 +74,7 @@ def check_template(tokenizer: Tokenizer, path: Path, report: Report) -> None:
         said = "".join(content for _, content in turns)
         for token in set(CONTROL.findall(text)) - tokenizer.control_tokens:
             if token not in said:
-                file = path / "tokenizer.json"
+                file = tokenizer.path
                 wrong = f"{file}: expected the chat template's {token!r}, found no such token"
                 report.add(CheckpointError(wrong, file, "", token, "no such token"))
     report.looked["chat template"] = f"{len(CONVERSATIONS)} conversations rendered"

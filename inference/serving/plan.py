@@ -12,7 +12,8 @@ from core.errors import UserError
 from core.sampling_params import SamplingParams
 from serving.errors import ApiError
 from serving.schema import Body, ChatBody, CompletionBody, FieldError, Sampled, parse, shown
-from text.tokenizer import Tokenizer, TooLong
+from text.tokenizer import Tokenizer
+from text.vocabulary import TooLong
 
 MAX_VALUES = 1 << 20  # in one body: making Python objects of it holds all other threads up
 MAX_ITEMS = {"messages": 2048, "tools": 128, "stop": 16}

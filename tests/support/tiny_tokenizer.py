@@ -29,7 +29,18 @@ def write_tokenizer(folder: Path, template: str | None = TEMPLATE, more: tuple[s
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens[:3]])
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens[259:]])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": BOS, "eos_token": EOS, "add_bos_token": False}
+    settings = {"bos_token": BOS, "eos_token": EOS, "add_bos_token": True}  # as in the repositories of V3 and R1
     if template is not None:
         settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+
+
+def write_words(folder: Path, words: list[str], special: list[str]) -> Tokenizer:
+    """Writes a tokenizer.json alone whose first tokens are `words`, then the other bytes, then `special` ones."""
+    letters = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(words))
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*words, *letters])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer

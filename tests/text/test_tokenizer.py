@@ -80,8 +80,13 @@ def real_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def v3() -> Tokenizer:
-    return Tokenizer.from_pretrained(real_folder(), VOCAB_SIZE)
+def v3(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """With `add_bos_token: true`, as V3's and R1's repositories have it; the API's own tokenizer says false."""
+    folder = tmp_path_factory.mktemp("v3")
+    (folder / "tokenizer.json").symlink_to(real_folder() / "tokenizer.json")
+    settings = json.loads((real_folder() / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}), encoding="utf-8")
+    return Tokenizer.from_pretrained(folder, VOCAB_SIZE)
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +98,7 @@ def with_template(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], T
         if template not in made:
             folder = tmp_path_factory.mktemp("template")
             (folder / "tokenizer.json").symlink_to(real_folder() / "tokenizer.json")
-            config = {"bos_token": BOS, "eos_token": {"content": EOS}, "chat_template": template}
+            config = {"bos_token": BOS, "eos_token": {"content": EOS}, "add_bos_token": True, "chat_template": template}
             (folder / "tokenizer_config.json").write_text(json.dumps(config))
             made[template] = Tokenizer.from_pretrained(folder, VOCAB_SIZE)
         return made[template]
@@ -329,8 +334,8 @@ def test_templates_that_rework_messages(tmp_path: Path) -> None:
     )
     opening, closing, user = range(258, 261)
     ids = tokenizer.encode_chat(chat("<think>x</think>  é<｜User｜> "))
-    length = tokenizer.encode_text("21a")[1:]
-    spelled = tokenizer.encode_text("É<｜USER｜>")[1:]
+    length = tokenizer.encode_text("21a")
+    spelled = tokenizer.encode_text("É<｜USER｜>")
     assert ids == [0, user, *spelled, 1, *length, closing, opening]
 
 
@@ -542,15 +547,16 @@ def resave(folder: Path, change: Callable[[Library], Any]) -> None:
     library.save(str(folder / "tokenizer.json"))
 
 
-def test_special_ids_come_from_every_file(tmp_path: Path) -> None:
-    config = {"bos_token_id": 0, "eos_token_id": [1, 5]}
-    tokenizer = Tokenizer.from_pretrained(small(tmp_path, config=config, generation={"eos_token_id": 7}))
-    assert (tokenizer.bos_id, tokenizer.eos_ids) == (0, (7, 1, 5))
+def test_special_ids_without_tokenizer_config(tmp_path: Path) -> None:
+    """An old converted directory; what the files say together is in test_special_tokens.py."""
+    small(tmp_path, config={"bos_token_id": 0, "eos_token_id": [1, 260]}, chat_template=None)
     (tmp_path / "tokenizer_config.json").unlink()
     tokenizer = Tokenizer.from_pretrained(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.eos_ids) == (0, (7, 1, 5))
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (0, (1, 260))
     assert (tokenizer.think_open_id, tokenizer.think_close_id) == (258, 259)
     assert tokenizer.decode([0, 258, 259, 1]) == "<think></think>", "kept, though marked special"
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+    assert Tokenizer.from_pretrained(tmp_path).render_chat(chat("a")) == "<s>a</s>"
 
 
 def test_vocabulary_may_be_smaller_than_the_model_but_not_larger(tmp_path: Path) -> None:
