@@ -1,4 +1,4 @@
-"""Splits a model's output into reasoning, content and tool calls in DeepSeek's formats, while it is generated.
+"""Splits a model's output into reasoning, content and tool calls, while it is generated.
 
 An answer is `reasoning</think>content` and then, where tools were offered, calls. V3, V3-0324, R1 and R1-0528 write
 
@@ -8,7 +8,9 @@ An answer is `reasoning</think>content` and then, where tools were offered, call
     ```<｜tool▁call▁end｜>
     <｜tool▁call▁begin｜>…<｜tool▁call▁end｜><｜tool▁calls▁end｜>
 
-and V3.1 writes `<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{…}<｜tool▁call▁end｜>` with nothing between two calls.
+and V3.1 writes `<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{…}<｜tool▁call▁end｜>` with nothing between two calls. Kimi-K2
+writes `<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>{…}<|tool_call_end|>`, in which the call's id
+precedes its arguments: calls are numbered through the whole conversation.
 
 Only control tokens are markers; text spelled alike is text. How ordinary text is cut into pieces makes no difference.
 Whitespace around markers is layout and is dropped. Arguments come out as the model writes them, valid JSON or not: the
@@ -28,15 +30,36 @@ from text.tokenizer import THINK, THINK_END
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, CALL_END, SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 
-Style = Literal["v3", "v3.1"]
+Style = Literal["v3", "v3.1", "kimi"]
+LONGEST_HEAD = 512  # characters; anything longer is no call
+
+
+@dataclass(frozen=True)
+class Markers:
+    """The control tokens of a way to write calls."""
+
+    calls_begin: str = CALLS_BEGIN
+    calls_end: str = CALLS_END
+    call_begin: str = CALL_BEGIN
+    call_end: str = CALL_END
+    separator: str = SEPARATOR
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """These end a call; the last two where the model never closed it."""
+        return self.call_end, self.calls_end, self.call_begin
+
+
+KIMI = Markers("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_end|>",
+               "<|tool_call_argument_begin|>")  # fmt: skip
+MARKERS: dict[str, Markers] = {"v3": Markers(), "v3.1": Markers(), "kimi": KIMI}
 # A call's head: what precedes the separator, and what follows it up to the first character of the arguments, which may
 # be a control token's. The look-ahead makes the end certain. V3.1 at times puts its arguments into V3's fence.
 HEADS = {
     "v3": (re.compile(r"\s*(?:function\s*)?"), re.compile(r"(?P<name>[^<`]+)(?P<fence>```json)\s*(?=\S)")),
     "v3.1": (re.compile(r"(?P<name>[^<`]+)"), re.compile(r"\s*(?:(?P<fence>```json)\s*(?=\S)|(?=[^\s`]))")),
+    "kimi": (re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[^\s<:]+):\d+)\s*"), re.compile(r"\s*(?=\S)(?P<fence>)")),
 }
-LONGEST_HEAD = 512  # characters; anything longer is no call
-STOPS = (CALL_END, CALLS_END, CALL_BEGIN)  # end a call; the last two where the model never closed it
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,8 @@ Piece = Reasoning | Content | ToolCallStart | ToolCallArguments
 
 def tool_style(chat_template: str) -> Style | None:
     """How the model of this chat template writes tool calls; None if the template knows none."""
+    if KIMI.call_begin in chat_template:
+        return "kimi"
     if CALL_BEGIN not in chat_template:
         return None
     return "v3" if re.search(f"{SEPARATOR}[^<]*```json", chat_template) else "v3.1"
@@ -82,12 +107,14 @@ class ChatParser:
             raise ValueError(f"tool style {style!r}, expected one of {', '.join(HEADS)} or None")
         self.has_reasoning = thinking  # whether the answer begins with reasoning, even an empty one
         self._heads = HEADS[style] if style and tools else None
+        self._markers = MARKERS[style] if style else Markers()
         self._layout = ""  # characters dropped until others come
         self._withheld = ""  # trailing characters that are layout if a marker follows
         self._head: list[tuple[str, bool]] = []  # pieces of what may be a call's head
         self._in_calls = False  # between <｜tool▁calls▁begin｜> and <｜tool▁calls▁end｜>
         self._fenced = False
         self._n_calls = 0
+        self._ids: set[str] = set()
         self._state: Callable[[str, bool], list[Piece]] = self._beginning
 
     def push(self, text: str, is_control: bool) -> list[Piece]:
@@ -120,40 +147,46 @@ class ChatParser:
         return [Reasoning(said)] if said else []
 
     def _content(self, text: str, is_control: bool) -> list[Piece]:
-        if is_control and text in self._markers():
-            self._layout, self._in_calls = string.whitespace, text != CALLS_END
-            if text == CALL_BEGIN:
+        if is_control and text in self._expected():
+            self._layout, self._in_calls = string.whitespace, text != self._markers.calls_end
+            if text == self._markers.call_begin:
                 self._state, self._head = self._call, []
             return []
         text = text.lstrip(self._layout)
         self._layout = "" if text else self._layout
         return [Content(text)] if text else []
 
-    def _markers(self) -> tuple[str, ...]:
+    def _expected(self) -> tuple[str, ...]:
+        """The markers that are not content here."""
         if self._heads is None:
             return ()
-        return (CALLS_BEGIN, CALL_BEGIN, CALLS_END) if self._in_calls else (CALLS_BEGIN, CALL_BEGIN)
+        begin = (self._markers.calls_begin, self._markers.call_begin)
+        return (*begin, self._markers.calls_end) if self._in_calls else begin
 
     def _call(self, text: str, is_control: bool) -> list[Piece]:
-        """After <｜tool▁call▁begin｜>: waits for the whole head, or for the certainty that there is none."""
+        """After the token that begins a call: waits for the whole head, or for the certainty that there is none."""
         assert self._heads is not None
         if self._head and not is_control and not self._head[-1][1]:
             self._head[-1] = self._head[-1][0] + text, False
         else:
             self._head.append((text, is_control))
         texts = [piece for piece, _ in self._head]
-        at = self._head.index((SEPARATOR, True)) if (SEPARATOR, True) in self._head else len(texts)
+        separator = (self._markers.separator, True)
+        at = self._head.index(separator) if separator in self._head else len(texts)
         before, after = "".join(texts[:at]), "".join(texts[at + 1 :])
         first = self._heads[0].fullmatch(before)
-        second = self._heads[1].match(after, 0, max(LONGEST_HEAD - len(before) - len(SEPARATOR), 0))
+        second = self._heads[1].match(after, 0, max(LONGEST_HEAD - len(before) - len(separator[0]), 0))
         if first and second:
-            name = (first.groupdict() | second.groupdict())["name"].strip()
-            if name:
+            head = first.groupdict() | second.groupdict()
+            if name := head["name"].strip():
                 self._fenced, self._state = bool(second["fence"]), self._arguments
+                call_id = head.get("id") or f"call_{uuid.uuid4().hex}"
+                call_id = f"call_{uuid.uuid4().hex}" if call_id in self._ids else call_id
+                self._ids.add(call_id)
                 self._n_calls += 1
-                start = ToolCallStart(self._n_calls - 1, f"call_{uuid.uuid4().hex}", name)
+                start = ToolCallStart(self._n_calls - 1, call_id, name)
                 return [start, *self._arguments(after[second.end() :], is_control)]
-        is_stopped = is_control and text in STOPS
+        is_stopped = is_control and text in self._markers.stops
         if (first and second) or is_stopped or sum(map(len, texts)) >= LONGEST_HEAD:
             return self._no_call()
         return []
@@ -161,13 +194,13 @@ class ChatParser:
     def _no_call(self) -> list[Piece]:
         """The call's marker and what followed it as content."""
         self._state, self._layout = self._content, ""
-        return [Content(CALL_BEGIN), *(found for piece in self._head for found in self.push(*piece))]
+        return [Content(self._markers.call_begin), *(found for piece in self._head for found in self.push(*piece))]
 
     def _arguments(self, text: str, is_control: bool) -> list[Piece]:
-        if is_control and text in STOPS:
+        if is_control and text in self._markers.stops:
             pieces = self._end_arguments()
             self._state, self._layout = self._content, string.whitespace
-            return pieces if text == CALL_END else [*pieces, *self._content(text, is_control)]
+            return pieces if text == self._markers.call_end else [*pieces, *self._content(text, is_control)]
         text = self._withheld + text
         said = text.rstrip()
         if self._fenced:

@@ -19,6 +19,7 @@ from text.parser import (
     CALL_END,
     CALLS_BEGIN,
     CALLS_END,
+    KIMI,
     SEPARATOR,
     ChatParser,
     Content,
@@ -33,6 +34,7 @@ from text.tokenizer import Tokenizer
 FENCE = "```"
 V3_CALL = f"{CALL_BEGIN}function{SEPARATOR}%s\n```json\n%s\n```{CALL_END}"
 V31_CALL = f"{CALL_BEGIN}%s{SEPARATOR}%s{CALL_END}"
+KIMI_CALL = f"{KIMI.call_begin}functions.%s:0{KIMI.separator}%s{KIMI.call_end}"
 
 # Templates in the forms of R1-0528 and V3.1; V3's own comes with its tokenizer.
 R1_TEMPLATE = """
@@ -77,12 +79,13 @@ def v3_template() -> str:
     return json.loads((real_folder() / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
 
 
-MARKERS = (chat.THINK, chat.THINK_END, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR)
+MARKERS = (chat.THINK, chat.THINK_END, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR,
+           KIMI.calls_begin, KIMI.calls_end, KIMI.call_begin, KIMI.call_end, KIMI.separator)  # fmt: skip
 
 
 def tokens(text: str) -> list[tuple[str, bool]]:
     """(text, is_control): every marker a control token, and the text between two a piece."""
-    return [(part, part in MARKERS) for part in re.split("(" + "|".join(MARKERS) + ")", text) if part]
+    return [(part, part in MARKERS) for part in re.split("(" + "|".join(map(re.escape, MARKERS)) + ")", text) if part]
 
 
 def letters(text: str) -> list[tuple[str, bool]]:
@@ -115,7 +118,7 @@ def joined(pieces: list[Piece]) -> tuple[str, str, list[tuple[str, str]]]:
                 assert text
                 content += text
             case ToolCallStart(index, id, name):
-                assert index == len(calls) and id.startswith("call_")
+                assert index == len(calls) and id.startswith(("call_", f"functions.{name}:", f"{name}:"))
                 ids.append(id)
                 calls.append((name, ""))
             case ToolCallArguments(index, text):
@@ -135,7 +138,15 @@ CASES: list[tuple[str, bool, str, tuple[str, str, list[tuple[str, str]]]]] = [
     ("v3", False, f"<think>\nHm.\n</think>\nSo:{CALLS_BEGIN}{V3_CALL % TIME}", ("Hm.", "So:", [TIME])),
     ("v3.1", False, f"{CALLS_BEGIN}{V31_CALL % WEATHER}{V31_CALL % TIME}{CALLS_END}", ("", "", [WEATHER, TIME])),
     ("v3.1", True, f"Hm.</think>So:{CALLS_BEGIN}{V31_CALL % TIME}{CALLS_END}", ("Hm.", "So:", [TIME])),
+    ("kimi", False, f"Let me see.{KIMI.calls_begin}{KIMI_CALL % WEATHER}{KIMI_CALL % TIME}{KIMI.calls_end}", ("", "Let me see.", [WEATHER, TIME])),
+    ("kimi", True, f"Hm.</think>{KIMI.calls_begin}{KIMI_CALL % WEATHER}{KIMI.calls_end} So.", ("Hm.", "So.", [WEATHER])),
     # other layouts that are understood
+    ("kimi", False, f"{KIMI.calls_begin}\n{KIMI.call_begin} f:12 {KIMI.separator} {{}} {KIMI.call_end}\n{KIMI.calls_end}\n", ("", "", [("f", "{}")])),
+    ("kimi", False, KIMI_CALL % ("f", "```json\n{}\n```"), ("", "", [("f", "```json\n{}\n```")])),
+    ("kimi", False, f"{KIMI.call_begin}functions.f:0{KIMI.separator}{{}}{KIMI_CALL % TIME}{KIMI.calls_end}", ("", "", [("f", "{}"), TIME])),
+    ("kimi", False, f"{KIMI.call_begin}f{KIMI.separator}{{}}{KIMI.call_end}", ("", f"{KIMI.call_begin}f{KIMI.separator}{{}}{KIMI.call_end}", [])),
+    ("kimi", False, f"{V31_CALL % TIME}", ("", V31_CALL % TIME, [])),
+    ("v3.1", False, KIMI_CALL % TIME, ("", KIMI_CALL % TIME, [])),
     ("v3", False, f"{V3_CALL % WEATHER} and more", ("", "and more", [WEATHER])),
     ("v3", False, f"{CALLS_BEGIN}\n{CALL_BEGIN} {SEPARATOR} f ```json{{}}```\n{CALL_END}\n{CALLS_END}\n", ("", "", [("f", "{}")])),
     ("v3.1", False, f"{CALLS_BEGIN}\n{CALL_BEGIN}\nf\n{SEPARATOR}\n{{}}\n{CALL_END}\n\n{CALLS_END} x", ("", "x", [("f", "{}")])),
@@ -234,20 +245,20 @@ def test_without_tools_markers_are_content() -> None:
     text = f"x{CALLS_BEGIN}{V3_CALL % TIME}{CALLS_END}"
     for said in (parse(tokens(text), None, tools=True), parse(tokens(text), "v3", tools=False)):
         assert joined(said) == ("", text, [])
-    with pytest.raises(ValueError, match=r"tool style 'v4', expected one of v3, v3\.1 or None"):
+    with pytest.raises(ValueError, match=r"tool style 'v4', expected one of v3, v3\.1, kimi or None"):
         ChatParser("v4", thinking=False, tools=True)
 
 
 PARTS = [
     *(*MARKERS, FENCE, "```json", "function"),
     *("get_weather", "\n", " ", '{"a": 1}', "{", '"', "`", "<", "<｜", "é", "word", f"{CALL_BEGIN}function{SEPARATOR}f\n```json\n"),
-    *(V3_CALL % WEATHER, V31_CALL % TIME),
+    *(V3_CALL % WEATHER, V31_CALL % TIME, KIMI_CALL % TIME, "functions.f:3"),
 ]  # fmt: skip
 texts = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=14).map("".join)
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=300)
-@given(text=texts, style=st.sampled_from([None, "v3", "v3.1"]), thinking=st.booleans(), draw=st.randoms())
+@given(text=texts, style=st.sampled_from([None, "v3", "v3.1", "kimi"]), thinking=st.booleans(), draw=st.randoms())
 def test_every_split_says_the_same(text: str, style: str | None, thinking: bool, draw: random.Random) -> None:
     whole = joined(parse(tokens(text), style, thinking))
     pieces = letters(text)
@@ -300,6 +311,32 @@ def test_round_trip_through_templates(template: str, style: str, tmp_path: Path)
             pieces += parser.push(stream.push(token), tokenizer.is_control(token))
         pieces += parser.push(stream.finish(), False) + parser.finish()
         assert joined(pieces) == ("", content or "", [WEATHER, TIME][: len(calls)])
+
+
+def test_calls_keep_the_ids_that_kimi_gives_them(tmp_path: Path) -> None:
+    """They are numbered through a conversation, and a later turn has them again."""
+    from test_vocabulary import ALPHABET, KIMI_TEMPLATE, write_tiktoken
+
+    assert tool_style(KIMI_TEMPLATE) == "kimi"
+    tokenizer = Tokenizer(write_tiktoken(tmp_path, ALPHABET))
+    calls = [{"id": f"functions.{name}:{i}", "type": "function", "function": {"name": name, "arguments": text}}
+             for i, (name, text) in enumerate((WEATHER, TIME), 3)]  # fmt: skip
+    question = [{"role": "user", "content": "What is the weather?"}]
+    asked = tokenizer.encode_chat(question)
+    ids = tokenizer.encode_chat([*question, {"role": "assistant", "content": "So.", "tool_calls": calls}], add_generation_prompt=False)
+    assert ids[: len(asked)] == asked
+    stream, parser, pieces = tokenizer.stream(), ChatParser("kimi", thinking=False, tools=True), []
+    for token in ids[len(asked) : ids.index(tokenizer.eos_ids[0], len(asked))]:
+        pieces += parser.push(stream.push(token), tokenizer.is_control(token))
+    pieces += parser.finish()
+    assert joined(pieces) == ("", "So.", [WEATHER, TIME])
+    assert [piece.id for piece in pieces if isinstance(piece, ToolCallStart)] == [call["id"] for call in calls]
+
+
+def test_no_two_calls_have_one_id() -> None:
+    pieces = parse(tokens(KIMI_CALL % ("f", "{}") * 2), "kimi")
+    first, second = (piece.id for piece in pieces if isinstance(piece, ToolCallStart))
+    assert first == "functions.f:0" and second.startswith("call_")
 
 
 def test_templates_without_tools() -> None:
