@@ -50,7 +50,9 @@ def check_tokenizer(tokenizer: Tokenizer, args: ModelArgs | None, report: Report
     for line in tokenizer.ignored:
         report.add(CheckWarning(f"{file.parent}: {line}, and is ignored", file.parent / line.partition(":")[0]))
     rows = f" of {args.vocab_size:,} rows" if args is not None else ""
-    report.looked["tokenizer"] = f"{file.name}, {tokenizer.size:,} ids{rows}; {len(TEXTS)} texts there and back"
+    begins = f"raw text begins with {tokenizer.begins_with!r}" if tokenizer.begins_with else "nothing before raw text"
+    looked = f"{file.name}, {tokenizer.size:,} ids{rows}; {len(TEXTS)} texts there and back; {begins}"
+    report.looked["tokenizer"] = looked
     if args is not None and tokenizer.size < args.vocab_size // 2:
         wanted, found = f"about {args.vocab_size} ids, the rows of the embedding", f"{tokenizer.size}"
         report.add(CheckpointError(f"{file}: expected {wanted}, found {found}", file, "", wanted, found))

@@ -136,6 +136,11 @@ class Tokenizer:
         return self._template_source is not None
 
     @property
+    def begins_with(self) -> str:
+        """The names of the tokens that are put before a raw text."""
+        return b"".join(map(self.name, self._before)).decode("utf-8", "replace")
+
+    @property
     def size(self) -> int:
         """One more than its last id."""
         return self._last_id + 1

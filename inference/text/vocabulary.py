@@ -228,9 +228,9 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     ranks = {tokens[i]: i for i in range(len(tokens)) if i in tokens}
     if len(ranks) < len(tokens):
         raise UserError(f"{path}: {len(tokens)} tokens, expected all different, with the ids from 0 on")
-    missing = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
-    if missing is not None:
-        raise UserError(f"{path}: {len(ranks)} tokens, and none is the byte {missing:#04x} alone")
+    absent = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
+    if absent is not None:
+        raise UserError(f"{path}: {len(ranks)} tokens, and none is the byte {absent:#04x} alone")
     return ranks
 
 
