@@ -41,7 +41,6 @@ class Checkpoint:
     kind     "hf", "converted" (by convert.py) or "upstream" (by the original repository's converter)
     args     from its config.json; None if it has none (upstream's have none)
     ranks    the numbers of ranks that its files were made for; None: whole tensors, for any number
-    notes    sentences worth a warning, which `args.warnings` has too
     """
 
     def __init__(self, path: str | Path, report: Callable[[UserError], object] | None = None):
@@ -52,16 +51,13 @@ class Checkpoint:
         self.path = Path(path)
         self.report = report or _raise
         self.unreadable: set[str] = set()  # names of files whose fault was reported
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # sentences worth a warning
         require_checkpoint(self.path)
         self._report_stand_ins()
         config = self.path / "config.json"
         self.args: ModelArgs | None = None
-        self._is_multimodal = False
         try:
-            if config.is_file() or config.is_symlink():
-                self.args = load_config(config)
-                self._is_multimodal = bool(hf_prefix(read_json(config)))
+            self.args = load_config(config) if config.is_file() or config.is_symlink() else None
         except UserError as e:
             self.report(e)
         self.files = sorted(p.name for p in self.path.glob("*.safetensors") if not p.name.startswith("."))
@@ -70,19 +66,22 @@ class Checkpoint:
         self.manifests = read_manifests(self.path)
         self.kind, self.ranks, self._owner = self._detect()
         self._headers: dict[str, tuple[dict[str, str], dict[str, Entry]]] = {}
+        self._is_multimodal = False
         self._skipped: tuple[str, ...] = ()  # beginnings of the names of tensors that are not the model's
         if self.args is not None:
-            if self._is_multimodal and self.kind == "hf":
-                self._skip_vision()
-            if not self.args.n_mtp_layers:
-                self.args = self._with_mtp_layer(self.args)
-            self.args = replace(self.args, warnings=(*self.args.warnings, *self.notes))
+            self.args = self.describe(config, self.args)
 
-    def _skip_vision(self) -> None:
-        self._skipped += VISION
-        if count := sum(name.startswith(VISION) for name in self._names()):
-            text = f"{count} tensors of the vision model are left out: the text model alone is computed"
-            self.notes.append(f"{self.path}: {text}")
+    def describe(self, config: Path, args: ModelArgs) -> ModelArgs:
+        """`args`, read from `config`, with what the files alone say of the model, and all notes among its warnings."""
+        self._is_multimodal = bool(hf_prefix(read_json(config)))
+        if self._is_multimodal and self.kind == "hf":
+            self._skipped += VISION
+            if count := sum(name.startswith(VISION) for name in self._names()):
+                text = f"{count} tensors of the vision model are left out: the text model alone is computed"
+                self.notes.append(f"{self.path}: {text}")
+        if not args.n_mtp_layers:
+            args = self._with_mtp_layer(args)
+        return replace(args, warnings=(*args.warnings, *self.notes))
 
     def _with_mtp_layer(self, args: ModelArgs) -> ModelArgs:
         """`args` with the MTP module that the files hold after the main model's layers, where its config has none."""
@@ -96,19 +95,26 @@ class Checkpoint:
             self._skipped += (before,)
             self.notes.append(f"{self.path}: its MTP module is left out: one with a dense MLP is not implemented")
             return args
-        text = "the files hold an MTP module that config.json does not mention (num_nextn_predict_layers): it is loaded"
+        text = "the files hold an MTP module that the config does not mention (num_nextn_predict_layers): it is loaded"
         self.notes.append(f"{self.path}: {text}")
         return replace(args, n_mtp_layers=1)
 
     def _report_stand_ins(self) -> None:
+        """Reports Git LFS pointers and broken links; the first of several files of weights, and how many there are."""
+        weights: list[CheckpointError] = []
         for path in sorted(self.path.iterdir()):
-            weights = path.suffix == ".safetensors"
-            if path.name.startswith(".") or not (weights or path.suffix in (".json", ".jinja", ".model")):
+            if path.name.startswith(".") or path.suffix not in (".safetensors", ".json", ".jinja", ".model"):
                 continue
             if problem := stand_in(path):
-                if weights:
+                if path.suffix == ".safetensors":
                     self.unreadable.add(path.name)
-                self.report(problem)
+                    weights.append(problem)
+                else:
+                    self.report(problem)
+        if weights:
+            more = f" ({len(weights)} files of weights are such)" if len(weights) > 1 else ""
+            first = weights[0]
+            self.report(CheckpointError(f"{first}{more}", first.file, "", first.expected, first.found))
 
     def _detect(self) -> tuple[str, tuple[int, ...] | None, dict[str, str] | None]:
         """The kind, the numbers of ranks, and, where there is an index, the file of each tensor."""
@@ -404,8 +410,7 @@ def choose_args(checkpoint: Checkpoint, config: str | Path | None) -> ModelArgs:
         return checkpoint.args
     if config is None:
         raise UserError(f"{checkpoint.path} has no config.json; name its model with --config configs/…")
-    args = load_config(config)
-    args = replace(args, warnings=(*args.warnings, *checkpoint.notes))
+    args = checkpoint.describe(Path(config), load_config(config))
     stored = "fp8" if checkpoint.quantised else "bf16" if args.dtype == "fp8" else args.dtype
     return replace(args, dtype=stored)  # converted files may be a BF16 cast of the FP8 model that --config describes
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from checkpoint.atomic import PENDING, TEMPORARY
 from checkpoint.reading import Entry, hash_file
 from core.errors import CheckpointError, UserError
-from core.files import read_json, require_folder
+from core.files import missing, read_json, require_folder, stand_in
 from core.run_config import ExpertLayout
 
 FORMAT, VERSION = "deepseek-v3-ranks", 2  # in converted files' metadata; a reader refuses a version it does not know
@@ -210,10 +210,12 @@ def verify_file(
     path = manifest.where(file)
     wanted = manifest.files.get(file) or manifest.small[file]
     if not path.is_file():
-        yield Difference(path, None, f"expected {wanted['bytes']} bytes, found no such file")
+        text = str(missing(path, f"expected {wanted['bytes']} bytes, found no such file"))
+        yield Difference(path, None, text.removeprefix(f"{path}: "))
         return
     if (size := path.stat().st_size) != wanted["bytes"]:
-        yield Difference(path, None, f"expected {wanted['bytes']} bytes, found {size}")
+        text = str(stand_in(path) or f"expected {wanted['bytes']} bytes, found {size}")
+        yield Difference(path, None, text.removeprefix(f"{path}: "))
         return
     try:
         found: dict[str, Any] = hash_file(path, progress) if file in manifest.files else {"sha256": sha256_of(path)}

@@ -23,6 +23,8 @@ SHOWN = 3  # directories that a message names
 def require_checkpoint(folder: Path) -> None:
     """Raises UserError unless this is a directory, and where it holds something else than a checkpoint: the message
     says what it is and what to give. A checkpoint with something missing passes."""
+    if (format := FORMATS.get(folder.suffix)) and folder.is_file():
+        raise UserError(f"{folder}: {format}")
     require_folder(folder)
     names = sorted(os.listdir(folder))
     weights = [name for name in names if name.endswith(".safetensors") and name not in ADAPTER]

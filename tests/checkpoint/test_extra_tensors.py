@@ -82,7 +82,7 @@ def test_an_optional_tensor_without_elements_is_not_there(copy):
 # --- an MTP module that the config does not mention ---------------------------------------------------------------------
 
 
-NOTE = "the files hold an MTP module that config.json does not mention (num_nextn_predict_layers): it is loaded"
+NOTE = "the files hold an MTP module that the config does not mention (num_nextn_predict_layers): it is loaded"
 
 
 @pytest.fixture(params=[0, None, "absent"])
@@ -118,6 +118,12 @@ def test_it_can_be_used(unmentioned, tmp_path, capsys):
         assert capsys.readouterr().err.count(f"warning: {folder}: {NOTE}\n") == 1
         said = plan_command.plan(plan_command.parse(["--ckpt-path", str(folder), "--device", CPU, "--mtp", "1"]))
         assert said["model"]["mtp_parameters"] > 0
+
+
+def test_a_config_given_beside_it(unmentioned, good, tmp_path, capsys):
+    config = (unmentioned / "config.json").rename(tmp_path / "config.json")
+    Engine.from_pretrained(unmentioned, config=config, device=CPU, max_model_len=64, max_num_seqs=1, n_pages=4, mtp=1)
+    assert capsys.readouterr().err.count(f"warning: {unmentioned}: {NOTE}\n") == 1
 
 
 def test_in_a_single_file(good, tmp_path):

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint.check import check
-from checkpoint.manifest import HF_INDEX
+from checkpoint.convert import convert
+from checkpoint.manifest import HF_INDEX, verify
 from core.files import LFS_POINTER
 from support.checkpoints import make_checkpoint
 from support.damaged_checkpoints import files, good_checkpoint
@@ -110,6 +111,12 @@ def test_a_file(good, tmp_path):
         assert_refused(good / file, "DIR: a file; give the directory that holds it", tmp_path)
 
 
+def test_a_file_of_another_format(tmp_path):
+    (tmp_path / "V3.gguf").touch()
+    message = "DIR: GGUF, llama.cpp's format; get the safetensors files that it was made from"
+    assert_refused(tmp_path / "V3.gguf", message, tmp_path)
+
+
 def test_a_link_to_no_directory(tmp_path):
     (tmp_path / "it").symlink_to("/mnt/v3")
     broken = "DIR: a broken link: nothing is at '/mnt/v3'; download or copy that, or mend the link"
@@ -134,6 +141,29 @@ def test_a_stand_in(name, kind, copy, tmp_path):
     assert_refused(copy, message, tmp_path)
     told = [str(finding.problem) for finding in check(copy).findings if finding.fault]
     assert sum(name in text for text in told) == 1, told
+
+
+def test_many_stand_ins_have_one_line(copy, tmp_path):
+    """As a clone without Git LFS leaves them: V3 has 163."""
+    for file in files(copy):
+        file.write_text(POINTER)
+    message = "model-00001-of-00005.safetensors: a Git LFS pointer, not the file itself; run `git lfs pull` in its directory"
+    assert_refused(copy, f"{message} (5 files of weights are such)", tmp_path)
+    assert len([finding for finding in check(copy).findings if finding.fault]) == 1
+
+
+@pytest.mark.parametrize("kind", ["pointer", "broken link"])
+def test_verification_tells_them_too(kind, good, tmp_path):
+    convert(good, tmp_path, 1)
+    file = files(tmp_path)[0]
+    file.unlink()
+    if kind == "pointer":
+        file.write_text(POINTER)
+    else:
+        file.symlink_to("/mnt/v3")
+    said = [str(difference) for difference in verify(tmp_path)]
+    assert said == [f"{file}: " + {"pointer": "a Git LFS pointer, not the file itself; run `git lfs pull` in its directory",
+                    "broken link": "a broken link: nothing is at '/mnt/v3'; download or copy that, or mend the link"}[kind]]  # fmt: skip
 
 
 def test_links_into_a_shared_store(good, tmp_path, capsys):
