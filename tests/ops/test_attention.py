@@ -57,6 +57,16 @@ def test_against_float64(lengths, new, side):
     assert relative_error(side.mla(*inputs), expected) < 2e-6
 
 
+@pytest.mark.parametrize("sizes", [(128, 64, 192), (192, 64, 256), (24, 8, 40)])
+@pytest.mark.parametrize("side", [reference, CpuBackend()])
+def test_values_wider_than_keys(sizes, side, monkeypatch):
+    """GigaChat3's heads, GLM-4.7-Flash's, and values wider than keys with their rotary part: decode and prefill."""
+    for name, size in zip(("DN", "R", "DV"), sizes, strict=True):
+        monkeypatch.setitem(globals(), name, size)
+    inputs, expected = problem([513, 40, 700], [1, 40, 200])
+    assert relative_error(side.mla(*inputs), expected) < 2e-6
+
+
 @pytest.mark.parametrize("form", [reference.mla_absorbed, reference.mla_expanded, attention.mla_expanded])
 @pytest.mark.parametrize("lengths, new", [([600], [90]), ([1100], [1]), ([300], [300])])
 def test_every_form_at_every_row_count(form, lengths, new):

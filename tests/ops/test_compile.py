@@ -43,10 +43,11 @@ SELECTED = re.compile(
 
 def waits(c: Configuration) -> bool:
     """Whether it is compiled by `make trust` only, to save time: for Ada, which hardly differs from its neighbours,
-    attention for others than Hopper, and of the layer of experts what is like those selected."""
+    attention for others than Hopper or heads of which one kind is compiled, and of the layer of experts what is like
+    those selected."""
     module = c.kernel.fn.__module__  # the interpreter's kernels, which these are here, have its name themselves
     if module == attention.__name__:
-        return c.target != "sm_90"
+        return c.target != "sm_90" or " 20 heads" in c.name
     return c.target == "sm_89" or (module in (moe.__name__, router.__name__) and not SELECTED.fullmatch(c.name))
 
 

@@ -18,7 +18,7 @@ from ops import formats, reference
 pytest.importorskip("triton")
 from test_kernel import DEVICE, INTERPRETED, guarded, poisoned, same  # noqa: F401  (poisoned works by being here)
 
-from ops.gpu import attention, device
+from ops.gpu import attention, device, tiles
 from ops.gpu.backend import GpuBackend
 from ops.reference_backend import in_row_blocks
 from support.kernel_configurations import configurations
@@ -142,6 +142,23 @@ def test_every_prefill_tile(tile: attention.AttentionTile) -> None:
     inputs = p.inputs(prefilled(p.batch))
     attention.prefill(*inputs, out, tile)
     assert error(out, p.expected()) < EXACT
+
+
+@pytest.mark.parametrize(
+    "dims, wide",
+    [(TINY, False), ((2, 128, 64, 192, 64), True), ((1, 192, 64, 256, 64), True)],
+    ids=["tiny", "gigachat3", "glm-4.7-flash"],
+)
+def test_wide_heads_have_tiles_of_their_own(
+    dims: tuple[int, ...], wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values as wide as those of two released models, one row and many."""
+    tables: list[Any] = []
+    monkeypatch.setattr(attention, "tile_for", lambda table, rows: tables.append(table) or tiles.tile_for(table, rows))
+    monkeypatch.setitem(globals(), "SCALE", (dims[1] + dims[2]) ** -0.5)  # as in a model: scores of about 1
+    p = Problem([70, 130], [1, 66], dims)
+    assert error(attention.mla(*p.inputs()), p.expected()) < EXACT
+    assert tables[-1] is attention.PREFILL[device.architecture(torch.device(DEVICE)), wide]
 
 
 @pytest.mark.parametrize("n_heads", [16, 128])

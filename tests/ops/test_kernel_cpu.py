@@ -378,8 +378,12 @@ SHAPES = [
 
 @pytest.mark.parametrize("lengths, new", SHAPES)
 @pytest.mark.parametrize(
-    "sizes", [{}, {"n": 16, "c": 512, "r": 64}, {"n": 20, "c": 50}, {"n": 3, "c": 7, "r": 2, "dv": 5}]
-)
+    "sizes",
+    [
+        {}, {"n": 16, "c": 512, "r": 64}, {"n": 20, "c": 50}, {"n": 3, "c": 7, "r": 2, "dv": 5},
+        {"n": 2, "dn": 128, "r": 64, "dv": 192, "c": 64},  # GigaChat3's values
+    ],
+)  # fmt: skip
 def test_mla(lengths, new, sizes):
     if sizes.get("c") == 512 and max(lengths) > 4000:
         lengths = [n // 4 for n in lengths]

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
 from core.config import BLOCK_SIZE
@@ -181,11 +182,12 @@ RULES = {  # experts and rule of the released models
     "V3": (256, Routing(8, "sigmoid", "noaux_tc", 8, 4, True, 2.5)),
     "K2": (384, Routing(8, "sigmoid", "noaux_tc", 1, 1, True, 2.827)),
     "V2": (160, Routing(6, "softmax", "group_limited_greedy", 8, 3, False, 16.0)),
+    "GLM": (64, Routing(4, "sigmoid", "noaux_tc", 1, 1, True, 1.8)),
 }
 
 
 def of_router() -> Iterator[Configuration]:
-    """The router at the sizes of three released models on each architecture."""
+    """The router at the sizes of four released models on each architecture."""
     scale, plain, index = "*fp32", "*bf16", "*i32"
     for target in router.ROUTER:
         for rule_name, (n_experts, rule) in RULES.items():
@@ -242,9 +244,9 @@ def of_moe() -> Iterator[Configuration]:
 
 
 def of_attention() -> Iterator[Configuration]:
-    """Every kernel as it is compiled for V3's dimensions, with all heads and with those of one rank of eight."""
+    """Every kernel as it is compiled for V3's dimensions, with all heads and with those of one rank of eight; decode and
+    prefill for the heads of GLM-4.7-Flash and prefill for GigaChat3's too, whose values are wider."""
     dims = {"C": 512, "R": 64, "C_PAD": 512, "R_PAD": 64, "PAGE": 64}
-    heads = {"DN": 128, "R": 64, "DV": 128, "DN_PAD": 128, "R_PAD": 64, "DV_PAD": 128}
     queries = {"q_ptr": "*bf16", "q_pe_ptr": "*bf16", "positions_ptr": "*i64", "scale": "fp32"}
     slab = {"lengths_ptr": "*i32", "ends_ptr": "*i32", "slab": "i32", "n_slab": "i32"}
     for (target, packed), table in attention.DECODE.items():
@@ -253,7 +255,7 @@ def of_attention() -> Iterator[Configuration]:
         pool |= {"pages_ptr": "*i32", "P": "i32"}
         none = {} if packed else {"scales_ptr": None}
         kind = f"{target} {'fp8' if packed else 'bf16'}"
-        for n_heads, tile in itertools.product((16, 128), table):
+        for n_heads, tile in itertools.product((16, 20, 128), table):
             if tile.max_rows < n_heads:
                 continue
             yield Configuration(
@@ -275,10 +277,12 @@ def of_attention() -> Iterator[Configuration]:
             none | dims | {"KEYS": attention.GATHERED},
             {"num_warps": attention.GATHER_WARPS},
         )
-    for target, table in attention.PREFILL.items():
-        for n_heads, tile in itertools.product((16, 128), table):
+    for (target, wide), table in attention.PREFILL.items():
+        shapes = ((32, 128, 192), (20, 192, 256)) if wide else ((16, 128, 128), (128, 128, 128))
+        for (n_heads, dn, dv), tile in itertools.product(shapes, table):
+            padded = {"DN_PAD": triton.next_power_of_2(dn), "R_PAD": 64, "DV_PAD": triton.next_power_of_2(dv)}
             yield Configuration(
-                f"prefill {target} {n_heads} heads {tile.rows}x{tile.keys}",
+                f"prefill {target} {n_heads} heads {f'of {dv} ' * wide}{tile.rows}x{tile.keys}",
                 attention.prefill_kernel,
                 target,
                 queries
@@ -286,9 +290,12 @@ def of_attention() -> Iterator[Configuration]:
                 | {"bounds_ptr": "*i32"}
                 | dict.fromkeys(("k_ptr", "k_pe_ptr", "v_ptr", "out_ptr"), "*bf16")
                 | {"state_ptr": "*fp32", "lse_ptr": "*fp32"},
-                heads | {"N": n_heads, "Q_TOKEN": n_heads * 192, "Q_HEAD": 192} | tile.constexprs(),
+                {"DN": dn, "R": 64, "DV": dv, "N": n_heads, "Q_TOKEN": n_heads * (dn + 64), "Q_HEAD": dn + 64}
+                | padded
+                | tile.constexprs(),
                 tile.options(),
             )
+    for target in tiles.W8A16:
         numbers = ("n_programs", "first", "last", "fixed_pages", "PROGRAMS", "N", "ROWS", "PAGE")
         yield Configuration(
             f"plan_splits {target}",

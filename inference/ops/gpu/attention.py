@@ -402,12 +402,19 @@ DECODE = {  # by architecture and whether latents are packed
     ("gfx942", False): (AttentionTile(16, 16, 32, 4, 1), AttentionTile(math.inf, 32, 32, 4, 1)),
     ("gfx942", True): (AttentionTile(math.inf, 32, 16, 4, 1),),
 }
-PREFILL = {
-    "sm_80": (AttentionTile(math.inf, 64, 64, 4, 2),),
-    "sm_89": (AttentionTile(math.inf, 64, 32, 4, 2),),
-    "sm_90": (AttentionTile(math.inf, 128, 64, 8, 3),),
-    "sm_100": (AttentionTile(math.inf, 128, 64, 8, 2),),
-    "gfx942": (AttentionTile(math.inf, 64, 32, 4, 1),),
+# Heads wider than 128 (GigaChat3's values have 192, GLM-4.7-Flash's 256) fill tiles of 256, of which a thread's
+# registers hold half as many rows.
+PREFILL = {  # by architecture and whether a head's keys or values, without the rotary part, are wider than 128
+    ("sm_80", False): (AttentionTile(math.inf, 64, 64, 4, 2),),
+    ("sm_80", True): (AttentionTile(math.inf, 64, 32, 8, 2),),
+    ("sm_89", False): (AttentionTile(math.inf, 64, 32, 4, 2),),
+    ("sm_89", True): (AttentionTile(math.inf, 64, 32, 8, 2),),
+    ("sm_90", False): (AttentionTile(math.inf, 128, 64, 8, 3),),
+    ("sm_90", True): (AttentionTile(math.inf, 64, 64, 8, 2),),
+    ("sm_100", False): (AttentionTile(math.inf, 128, 64, 8, 2),),
+    ("sm_100", True): (AttentionTile(math.inf, 64, 64, 8, 2),),
+    ("gfx942", False): (AttentionTile(math.inf, 64, 32, 4, 1),),
+    ("gfx942", True): (AttentionTile(math.inf, 64, 32, 4, 1),),
 }
 PROGRAMS = 264  # of decode, which share its pages: two for each multiprocessor of an H200
 FIXED_SPLIT = 512  # keys of a split in batch-invariant mode
@@ -557,7 +564,7 @@ def prefill(
     (n_heads, dn, c), dv, r = w_uk.shape, w_uv.shape[1], q_pe.shape[-1]
     page = latents.shape[1]
     assert page % GATHERED == 0
-    tile = tile or tile_for(PREFILL[architecture(q_nope.device)], batch_bounds.longest_q)
+    tile = tile or tile_for(PREFILL[architecture(q_nope.device), max(dn, dv) > 128], batch_bounds.longest_q)
     per_key = (n_heads * (dn + dv) + c + r) * q_nope.itemsize
     n_slab = min(max(page, SLAB_BYTES // per_key), batch_bounds.total_kv)
     lengths, pages, bounds = batch.kv_lens[skip:], batch.pages[skip:], batch.cu_seqlens_q[skip:]
