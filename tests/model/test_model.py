@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 
 from core.batch import Batch
 from core.config import ModelArgs
@@ -106,8 +107,27 @@ def test_a_checkpoint_that_transformers_saved(tmp_path, capsys):
 
 
 @torch.no_grad()
-def test_mtp_logits_are_transformers(tmp_path):
-    path = random_checkpoint(tmp_path / "c", V3)
+def test_the_text_model_of_kimi_k25(tmp_path):
+    """What transformers' class of the multimodal model computes of text alone, from the files that it saves."""
+    text = theirs(random_checkpoint(tmp_path / "c", FAMILIES["kimi-k2"]))
+    config = transformers.Kimi_K25Config(
+        text_config={**text.config.to_dict(), "model_type": "deepseek_v3"}, projection_hidden_size=16,
+        vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    oracle = transformers.Kimi_K25ForConditionalGeneration(config).float().eval()
+    oracle.model.language_model.load_state_dict(text.model.state_dict())
+    oracle.lm_head.load_state_dict(text.lm_head.state_dict())
+    oracle.save_pretrained(tmp_path / "saved")
+    model, ids = ours(tmp_path / "saved"), tokens(200, 256)
+    expected = oracle(torch.tensor([ids])).logits[0]
+    assert relative_error(model.logits(hidden_states(model, ids)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["v3", "gigachat3"])
+@torch.no_grad()
+def test_mtp_logits_are_transformers(tmp_path, family):
+    path = random_checkpoint(tmp_path / "c", FAMILIES[family])
     model, oracle = ours(path), theirs(path)
     ids = tokens(300, model.args.vocab_size)
     hidden = hidden_states(model, ids[:-1])
