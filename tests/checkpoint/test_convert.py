@@ -25,7 +25,7 @@ from core.errors import UserError
 from support import crash_points as killing
 from support.checkpoints import fp8_sizes, make_checkpoint
 from support.damaged_checkpoints import drop, replace, whole
-from support.families import FAMILIES
+from support.families import FAMILIES, two_layers
 from support.rank_weights import CONFIG, WIDE, our_name, part, write_upstream
 
 SMALL = CONFIG | fp8_sizes(2) | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
@@ -115,10 +115,11 @@ def test_every_byte_comes_back(source, ranks, max_file, experts, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_comes_back(family, tmp_path):
-    config = FAMILIES[family] | {"num_hidden_layers": 2}
+    config = two_layers(family)
+    ranks = min(4, config["num_attention_heads"])
     make_checkpoint(tmp_path / "hf", config)
-    convert(tmp_path / "hf", tmp_path / "out", 4)
-    assert_round_trip(tmp_path / "hf", tmp_path / "out", 4, 2, config["n_routed_experts"], "split")
+    convert(tmp_path / "hf", tmp_path / "out", ranks)
+    assert_round_trip(tmp_path / "hf", tmp_path / "out", ranks, 2, config["n_routed_experts"], "split")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -12,7 +12,7 @@ from core.config import ModelArgs
 from core.errors import UserError
 from support.checkpoints import make_checkpoint
 from support.damaged_checkpoints import whole
-from support.families import FAMILIES
+from support.families import FAMILIES, two_layers
 from support.rank_weights import (
     our_name,
 )  # fmt: skip
@@ -42,8 +42,7 @@ def test_table_counts_the_released_v3():
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_table_names_every_tensor_of_every_family(family, fp8, tmp_path):
-    config = FAMILIES[family] | {"num_hidden_layers": 2}
-    make_checkpoint(tmp_path, config, fp8=fp8)
+    make_checkpoint(tmp_path, two_layers(family), fp8=fp8)
     args = Checkpoint(tmp_path).args
     specs = expected_tensors(args, quantised=fp8)
     assert {s.hf: (s.shape, s.dtype) for s in specs.values()} == {

@@ -86,6 +86,12 @@ FAMILIES: dict[str, dict] = {
 }  # fmt: skip
 
 
+def two_layers(family: str) -> dict:
+    """The family's config with one dense layer and one of experts."""
+    config = FAMILIES[family] | {"num_hidden_layers": 2}
+    return config | ({"mlp_layer_types": config["mlp_layer_types"][:2]} if "mlp_layer_types" in config else {})
+
+
 def multimodal(text: dict) -> dict:
     """The config of Kimi-K2.5 and 2.6 around that of their text model; the vision model's is not read."""
     return {
