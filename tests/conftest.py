@@ -1,5 +1,6 @@
 """Set before anything imports Triton: without a GPU its kernels run in Triton's interpreter. `--record`, `--table`."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -14,6 +15,8 @@ from lib.report import save
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):  # where there is no Triton, its tests skip
+        from support import quick_interpreter  # noqa: F401
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 

@@ -18,7 +18,8 @@ from support.kernel_configurations import Configuration, configurations
 from support.limits import LAST_RESORT, run_within
 
 pytestmark = pytest.mark.timeout(LAST_RESORT)  # what compiles has its own limit, of processor time
-PARTS = 4  # of a target's configurations: workers of pytest that ask at once share them
+PARTS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # of all configurations: a worker of pytest compiles one
+CONTROLS = ("spills", "not swapped", "computed twice", "not specialised", "attention not swapped")
 START, EACH = 120, 20  # seconds of processor time: to import Triton, and for a configuration (1 s is usual)
 
 Report = dict[str, Any]
@@ -57,49 +58,44 @@ CONFIGURATIONS = [pytest.param(c, id=c.name, marks=pytest.mark.trust if waits(c)
 @pytest.fixture(scope="module")
 def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str
-) -> Callable[[str], dict[str, Report]]:
-    """Reports by configuration name, for one target at a time: what this run tests of it is compiled once, by the
-    workers that ask for it, in processes of their own."""
+) -> Callable[[str], Report]:
+    """Reports by configuration name: what this run tests is compiled once, by the workers that ask for it, in a process
+    of each."""
     cases = (item.callspec.params.get("c") for item in request.session.items if hasattr(item, "callspec"))
-    wanted = [c for c in cases if isinstance(c, Configuration)]
+    wanted = [*CONTROLS, *(c.name for c in cases if isinstance(c, Configuration))]
     shared = tmp_path_factory.getbasetemp()
     shared = shared if worker_id == "master" else shared.parent
 
-    def compile_part(target: str, part: int, wait: bool) -> None:
+    def compile_part(part: int, wait: bool) -> None:
         """Compiles every PARTS-th configuration, unless somebody has, or is at it and we do not wait."""
-        names = [c.name for c in wanted if c.target == target][part::PARTS]
-        if not names and (part or target != "controls"):
-            return
-        with open(shared / f"compiled-{target}-{part}.lock", "w") as lock:
+        with open(shared / f"compiled-{part}.lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 return
-            found = shared / f"compiled-{target}-{part}.json"
+            found, names = shared / f"compiled-{part}.json", wanted[part::PARTS]
             if not found.exists():
                 env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-                env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(target))
+                env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
                 script = Path(__file__).parents[1] / "support" / "compile_kernels.py"
-                run = [sys.executable, str(script), target, *names]
-                many = names or ["controls"] * 5
-                done = run_within(START + EACH * len(many), run, env=env)
+                done = run_within(START + EACH * len(names), [sys.executable, str(script), *names], env=env)
                 assert done.returncode == 0, done.stderr
                 found.write_text(done.stdout)
 
     @functools.cache
-    def reports(target: str) -> dict[str, Report]:
+    def reports() -> dict[str, Report]:
         for wait in (False, True):
             for part in range(PARTS):
-                compile_part(target, part, wait)
-        found = (shared / f"compiled-{target}-{part}.json" for part in range(PARTS))
-        return {name: report for file in found if file.exists() for name, report in json.loads(file.read_text()).items()}
+                compile_part(part, wait)
+        found = (shared / f"compiled-{part}.json" for part in range(PARTS))
+        return {name: report for file in found for name, report in json.loads(file.read_text()).items()}
 
-    return reports
+    return lambda name: reports()[name]
 
 
 @pytest.mark.parametrize("c", CONFIGURATIONS)
-def test_fits_and_uses_the_tensor_core(c: Configuration, compiled: Callable[[str], dict[str, Report]]) -> None:
-    report = compiled(c.target)[c.name]
+def test_fits_and_uses_the_tensor_core(c: Configuration, compiled: Callable[[str], Report]) -> None:
+    report = compiled(c.name)
     assert report["stack"] == 0
     assert report["shared"] <= tiles.SHARED_LIMIT[c.target]
     assert not report["flushes"]  # widen_e4m3 counts on subnormals
@@ -136,8 +132,8 @@ def test_names_are_distinct() -> None:
     assert len(names) == len(set(names))
 
 
-def test_the_checks_above_can_fail(compiled: Callable[[str], dict[str, Report]]) -> None:
-    controls = compiled("controls")
+def test_the_checks_above_can_fail(compiled: Callable[[str], Report]) -> None:
+    controls = {name: compiled(name) for name in CONTROLS}
     assert controls["spills"]["stack"] > 0
     assert "HMMA" in controls["not swapped"]["instructions"]
     assert "QGMMA" not in controls["not swapped"]["instructions"]

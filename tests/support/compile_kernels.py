@@ -1,7 +1,7 @@
 """Compiles kernel configurations without a GPU and prints what came out, as one JSON object.
 
-    python compile_kernels.py sm_90 [NAME…]    what kernel_configurations.py lists for a target, or those of it named
-    python compile_kernels.py controls         some that must be found wanting
+    python compile_kernels.py [NAME…]    what kernel_configurations.py lists, and controls, which must be found wanting;
+                                         or those of them that are named
 
 A program of its own, because Triton's interpreter, in which the other tests run, takes the place of the compiler.
 """
@@ -93,9 +93,8 @@ def controls() -> Iterable[Configuration]:
     yield replace(few, name="attention not swapped", constexprs=few.constexprs | {"SWAP": False})
 
 
-def main(target: str, *names: str) -> None:
-    listed = controls() if target == "controls" else (c for c in configurations() if c.target == target)
-    chosen = (c for c in listed if not names or c.name in names)
+def main(*names: str) -> None:
+    chosen = (c for c in (*controls(), *configurations()) if not names or c.name in names)
     json.dump({c.name: report(compile_(c)) for c in chosen}, sys.stdout)
 
 
