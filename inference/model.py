@@ -27,18 +27,19 @@ from core.numerics import Numerics
 from core.run_config import PAGE_SIZE
 from ops.backend import ReferenceBackend, choose_backend
 from ops.formats import Quantised, Routing, Scales, Weight, packed_latent_bytes
+from ops.reference_backend import plain_tokens
 from parallel.group import SOLO, Group
 
 INNER_NORM_EPS = 1e-6  # of q_norm and kv_norm in the released code, whatever rms_norm_eps says
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension, computed in float32 and rounded once."""
+    """RMSNorm over the last dimension, computed in float32 and rounded once. Its weight is float32."""
 
-    def __init__(self, dim: int, eps: float, dtype: torch.dtype, ops: ReferenceBackend):
+    def __init__(self, dim: int, eps: float, ops: ReferenceBackend):
         super().__init__()
         self.eps, self.ops = eps, ops
-        self.weight = _parameter(dim, dtype=dtype)
+        self.weight = _parameter(dim, dtype=torch.float32)
 
     def forward(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
         """The norm of x (T, H), or of x + delta, in x's dtype."""
@@ -55,7 +56,8 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A projection without bias, or `experts` of them stacked; e4m3 with 128x128 block scales where `num` keeps FP8.
+    """A projection without bias, or `experts` of them stacked; e4m3 with 128x128 block scales where `num` keeps FP8,
+    unless `dtype` names that of a weight which is never FP8.
 
     Projections of the same input are one matrix product: `parts` gives their names on disk and their widths. Part i
     begins at row starts[i]. FP8 parts begin at whole blocks, so that each keeps its own scales; the rows between are
@@ -71,11 +73,11 @@ class Linear(nn.Module):
         num: Numerics,
         ops: ReferenceBackend,
         experts: int | None = None,
-        quantised: bool = True,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         stack = () if experts is None else (experts,)
-        fp8 = num.gemm is not None and quantised
+        fp8 = num.gemm is not None and dtype is None and not num.is_exception
         self.ops = ops
         self.gemm, self.scale_fmt = num.gemm or "bf16", num.scale_fmt
         self.parts = {} if isinstance(out, int) else out
@@ -89,7 +91,7 @@ class Linear(nn.Module):
             self.weight = _parameter(*stack, rows, in_dim, dtype=torch.float8_e4m3fn)
             self.scale = _parameter(*stack, *blocks, dtype=torch.float32)
         else:
-            self.weight = _parameter(*stack, rows, in_dim, dtype=num.dtype)
+            self.weight = _parameter(*stack, rows, in_dim, dtype=dtype or num.dtype)
             self.register_parameter("scale", None)
 
     @property
@@ -125,14 +127,15 @@ class Embedding(nn.Module):
 
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group):
         super().__init__()
-        self.tp = tp
+        self.tp, self.dtype = tp, num.dtype
         self.rows = tp.split(args.vocab_size, "vocab_size")
-        self.weight = _parameter(self.rows, args.dim, dtype=num.dtype)
+        held = num.inside("head").exact_dtype if args.tie_word_embeddings else num.dtype
+        self.weight = _parameter(self.rows, args.dim, dtype=held)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         local = tokens - self.tp.rank * self.rows
         mine = (local >= 0) & (local < self.rows)
-        x = F.embedding(local.where(mine, 0), self.weight)  # (T, H)
+        x = F.embedding(local.where(mine, 0), self.weight).to(self.dtype)  # (T, H)
         return self.tp.all_reduce(x * mine.unsqueeze(-1)) if self.tp.size > 1 else x
 
 
@@ -149,17 +152,19 @@ class MLA(nn.Module):
         super().__init__()
         self.args, self.tp, self.dtype, self.ops = args, tp, num.dtype, ops
         self.n_heads = tp.split(args.n_heads, "n_heads")
+        stacked = num.inside("wqkv_a")
         # W^DQ with W^DKV and W^KR (1, 3, 6); a model without a query latent has W^Q in the place of W^DQ
         if args.q_lora_rank:
-            self.wqkv_a = Linear(args.dim, {"wq_a": args.q_lora_rank, "wkv_a": args.latent_dim}, num, ops)
-            self.q_norm = RMSNorm(args.q_lora_rank, INNER_NORM_EPS, num.dtype, ops)
-            self.wq_b = Linear(args.q_lora_rank, self.n_heads * args.qk_head_dim, num, ops)
+            self.wqkv_a = Linear(args.dim, {"wq_a": args.q_lora_rank, "wkv_a": args.latent_dim}, stacked, ops)
+            self.q_norm = RMSNorm(args.q_lora_rank, INNER_NORM_EPS, ops)
+            self.wq_b = Linear(args.q_lora_rank, self.n_heads * args.qk_head_dim, num.inside("wq_b"), ops)
         else:
             queries = self.n_heads * args.qk_head_dim
-            self.wqkv_a = Linear(args.dim, {"wq": queries, "wkv_a": args.latent_dim}, num, ops)
-        self.kv_norm = RMSNorm(args.kv_lora_rank, INNER_NORM_EPS, num.dtype, ops)
-        self.wkv_b = Linear(args.kv_lora_rank, self.n_heads * (args.qk_nope_head_dim + args.v_head_dim), num, ops)
-        self.wo = Linear(self.n_heads * args.v_head_dim, args.dim, num, ops)
+            self.wqkv_a = Linear(args.dim, {"wq": queries, "wkv_a": args.latent_dim}, stacked, ops)
+        self.kv_norm = RMSNorm(args.kv_lora_rank, INNER_NORM_EPS, ops)
+        kv_width = self.n_heads * (args.qk_nope_head_dim + args.v_head_dim)
+        self.wkv_b = Linear(args.kv_lora_rank, kv_width, num.inside("wkv_b"), ops)
+        self.wo = Linear(self.n_heads * args.v_head_dim, args.dim, num.inside("wo"), ops)
 
     def prepare(self) -> None:
         """Splits wkv_b into W^UK and W^UV (2, 5), dequantised once."""
@@ -194,8 +199,9 @@ class MLP(nn.Module):
         super().__init__()
         self.ops = ops
         self.inner = tp.split(inter_dim, what)
-        self.w13 = Linear(dim, {"w1": self.inner, "w3": self.inner}, num, ops)  # gate and up, one product for two
-        self.w2 = Linear(self.inner, dim, num, ops)
+        # gate and up, one product for two
+        self.w13 = Linear(dim, {"w1": self.inner, "w3": self.inner}, num.inside("w13"), ops)
+        self.w2 = Linear(self.inner, dim, num.inside("w2"), ops)
 
     @property
     def fp8(self) -> Scales | None:
@@ -217,7 +223,7 @@ class Gate(nn.Module):
             args.n_activated_experts, args.score_func, args.topk_method, args.n_expert_groups, args.n_limited_groups,
             args.norm_topk_prob, args.route_scale,
         )  # fmt: skip
-        self.weight = _parameter(args.n_routed_experts, args.dim, dtype=num.dtype)
+        self.weight = _parameter(args.n_routed_experts, args.dim, dtype=num.exact_dtype)
         bias = _parameter(args.n_routed_experts, dtype=torch.float32) if args.gate_bias else None
         self.register_parameter("bias", bias)
 
@@ -260,12 +266,14 @@ class MoE(nn.Module):
 
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend):
         super().__init__()
-        self.gate = Gate(args, num, ops)
-        self.experts = Experts(args, num, tp, ops)
+        self.gate = Gate(args, num.inside("gate"), ops)
+        self.experts = Experts(args, num.inside("experts"), tp, ops)
         self.shared_experts = None
         if args.n_shared_experts:
             width = args.n_shared_experts * args.moe_inter_dim
-            self.shared_experts = MLP(args.dim, width, num, tp, ops, "the shared experts' width")
+            self.shared_experts = MLP(
+                args.dim, width, num.inside("shared_experts"), tp, ops, "the shared experts' width"
+            )
 
     @property
     def fp8(self) -> Scales | None:
@@ -273,8 +281,10 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
         """x (T, H) to (T, H). A Quantised x must have kept x itself, which the router takes."""
-        shared = None if self.shared_experts is None else partial(self.shared_experts, x)
-        return self.experts(x, *self.gate(x.x if isinstance(x, Quantised) else x), shared)
+        plain, shared = plain_tokens(x), None
+        if self.shared_experts is not None:
+            shared = partial(self.shared_experts, x if self.shared_experts.fp8 else plain)
+        return self.experts(x, *self.gate(plain), shared)
 
 
 class Block(nn.Module):
@@ -283,10 +293,11 @@ class Block(nn.Module):
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend, dense: bool):
         super().__init__()
         self.tp = tp
-        self.attn_norm = RMSNorm(args.dim, args.norm_eps, num.dtype, ops)
-        self.attn = MLA(args, num, tp, ops)
-        self.ffn_norm = RMSNorm(args.dim, args.norm_eps, num.dtype, ops)
-        self.ffn = MLP(args.dim, args.inter_dim, num, tp, ops, "inter_dim") if dense else MoE(args, num, tp, ops)
+        self.attn_norm = RMSNorm(args.dim, args.norm_eps, ops)
+        self.attn = MLA(args, num.inside("attn"), tp, ops)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps, ops)
+        inner = num.inside("ffn")
+        self.ffn = MLP(args.dim, args.inter_dim, inner, tp, ops, "inter_dim") if dense else MoE(args, inner, tp, ops)
 
     def forward(
         self,
@@ -311,10 +322,10 @@ class MTP(Block):
 
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend):
         super().__init__(args, num, tp, ops, dense=False)
-        self.enorm = RMSNorm(args.dim, args.norm_eps, num.dtype, ops)
-        self.hnorm = RMSNorm(args.dim, args.norm_eps, num.dtype, ops)
-        self.eh_proj = Linear(2 * args.dim, args.dim, num, ops, quantised=False)
-        self.norm = RMSNorm(args.dim, args.norm_eps, num.dtype, ops)
+        self.enorm = RMSNorm(args.dim, args.norm_eps, ops)
+        self.hnorm = RMSNorm(args.dim, args.norm_eps, ops)
+        self.eh_proj = Linear(2 * args.dim, args.dim, num, ops, dtype=num.dtype)
+        self.norm = RMSNorm(args.dim, args.norm_eps, ops)
 
     def combine(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """M_k of (21), (T, H). The embedding comes first, as in the released weights; (21) has the other order."""
@@ -347,12 +358,13 @@ class Transformer(nn.Module):
         with self.device:
             self.embed = Embedding(args, num, tp)
             self.layers = nn.ModuleList(
-                Block(args, num, tp, ops, i < args.n_dense_layers) for i in range(args.n_layers)
+                Block(args, num.inside(f"layers.{i}"), tp, ops, i < args.n_dense_layers) for i in range(args.n_layers)
             )
-            self.norm = RMSNorm(args.dim, args.norm_eps, num.dtype, ops)
-            self.head = Linear(args.dim, tp.split(args.vocab_size, "vocab_size"), num, ops, quantised=False)
+            self.norm = RMSNorm(args.dim, args.norm_eps, ops)
+            rows, held = tp.split(args.vocab_size, "vocab_size"), num.inside("head").exact_dtype
+            self.head = Linear(args.dim, rows, num, ops, dtype=held)
             n_mtp = args.n_mtp_layers if mtp is None else int(mtp)
-            self.mtp = nn.ModuleList(MTP(args, num, tp, ops) for _ in range(n_mtp))
+            self.mtp = nn.ModuleList(MTP(args, num.inside(f"mtp.{k}"), tp, ops) for k in range(n_mtp))
             self.register_buffer("inv_freq", yarn_frequencies(args), persistent=False)
         if args.tie_word_embeddings:
             self.head.weight = self.embed.weight

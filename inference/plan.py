@@ -62,11 +62,13 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
 
     from checkpoint.directory import Checkpoint, choose_args
     from checkpoint.partition import Partition
+    from checkpoint.table import fp8_rows
     from core.config import load_config
     from engine import rank_memory, setup
 
     device = torch.device(options.device)
     checkpoint = None if options.ckpt_path is None else Checkpoint(options.ckpt_path)
+    specs = None
     if checkpoint is None:
         args = load_config(options.config)
         has_mtp = args.n_mtp_layers > 0
@@ -74,13 +76,15 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
         args = choose_args(checkpoint, options.config)
         checkpoint.on_disk(0, options.tp)
         has_mtp = args.n_mtp_layers > 0 and checkpoint.has_mtp
+        specs = checkpoint.expected(args)
     for text in args.warnings:
         warn(text)
-    num, says = setup.choose_numerics(args, device, options.dtype, options.gemm, has_fp8=device.type == "cuda")
-    if checkpoint is None:
+    has_fp8 = device.type == "cuda"
+    num, says = setup.choose_numerics(args, device, options.dtype, options.gemm, has_fp8, specs)
+    if checkpoint is None or specs is None:
         partition = Partition.choose(args, options.tp, options.experts, fp8=num.gemm is not None)
     else:
-        partition = checkpoint.partition(args, options.tp, options.experts, num.gemm is not None)
+        partition = checkpoint.partition(args, options.tp, options.experts, fp8_rows(specs, num))
     num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8", experts=partition.experts)
     rank = rank_memory.RankSpec(args, num, options.tp, device.type == "cuda", has_mtp)
     config = setup.check_limits(run_config(options), args, has_mtp)

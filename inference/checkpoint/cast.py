@@ -31,7 +31,7 @@ class Copied(Output):
 
 @dataclass(slots=True)
 class Dequantised(Output):
-    """BF16 (R, C) of e4m3 (R, C) and its float32 scales (ceil(R/128), ceil(C/128))."""
+    """BF16 (R, C) of e4m3 (R, C) and its scales (ceil(R/128), ceil(C/128)), which are widened to float32."""
 
     scale: Entry
     device: torch.device
@@ -39,7 +39,7 @@ class Dequantised(Output):
     step = BLOCK_SIZE
 
     def begin(self, reader: Reader) -> Callable[[int, torch.Tensor], None]:
-        return functools.partial(self._write, reader.read(self.scale))
+        return functools.partial(self._write, reader.read(self.scale).float())
 
     def _write(self, scale: torch.Tensor, row: int, window: torch.Tensor) -> None:
         q = window.view(self.source.dtype).to(self.device)

@@ -14,7 +14,6 @@ from checkpoint.check_values import check_values
 from checkpoint.directory import Checkpoint, choose_args
 from checkpoint.reading import Entry, read_header, require_equal
 from checkpoint.report import Report
-from checkpoint.table import expected_tensors
 from checkpoint.unsupported import require_checkpoint
 from core.config import ModelArgs
 from core.errors import CheckWarning, UserError
@@ -53,6 +52,8 @@ def open_checkpoint(path: Path, config: Path | None, report: Report) -> tuple[Ch
     checkpoint: Checkpoint | None = None
     with report.checking("files"):
         checkpoint = Checkpoint(path, report.add)
+        if checkpoint.kind == "hf":
+            checkpoint.on_disk(1)  # what is wrong with files is said before the config is compared with them
     if checkpoint is None:
         for file in sorted(path.glob("*.safetensors")):
             with report.checking("files"):
@@ -114,8 +115,7 @@ def check_copies(
     has whole."""
     if args is None:
         return
-    specs = expected_tensors(args, checkpoint.quantised, checkpoint.has_mtp)
-    whole = {name for name, spec in specs.items() if spec.split is None}
+    whole = {name for name, spec in checkpoint.expected(args).items() if spec.split is None}
     pairs: list[tuple[Entry, Entry]] = []
     for (rank, size), part in parts.items():
         if args.tie_word_embeddings and "embed.weight" in part and "head.weight" in part:

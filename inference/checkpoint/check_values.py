@@ -14,6 +14,7 @@ from tqdm import tqdm
 from checkpoint.directory import scale_error
 from checkpoint.reading import Entry, Reader
 from checkpoint.report import Report
+from checkpoint.table import SCALES
 from core.config import ModelArgs
 from core.errors import CheckpointError, CheckWarning, UserError
 
@@ -27,7 +28,6 @@ BITS = {  # of a type: the integer as wide, the mask of all but the sign, and th
     torch.float16: (torch.int16, 0x7FFF, 0x7C00),
     torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
 }
-MANTISSA = 0x7FFFFF  # of a float32; a power of two has none
 
 
 def check_values(entries: list[Entry], args: ModelArgs | None, report: Report) -> None:
@@ -67,7 +67,7 @@ def check_values(entries: list[Entry], args: ModelArgs | None, report: Report) -
 
 
 def is_scale(entry: Entry) -> bool:
-    return entry.name.endswith((".scale", "_scale_inv")) and entry.dtype == torch.float32
+    return entry.name.endswith((".scale", "_scale_inv")) and entry.dtype in SCALES
 
 
 def tensor_problems(
@@ -91,10 +91,10 @@ def tensor_problems(
 
 
 def scale_problems(entry: Entry, reader: Reader, powers: bool) -> Iterator[CheckpointError]:
-    scale = reader.read(entry)
+    scale = reader.read(entry).float()
     if problem := scale_error(entry, scale):
         yield problem
-    elif powers and (odd := (scale.view(torch.int32) & MANTISSA).nonzero()).numel():
+    elif powers and (odd := (scale.frexp().mantissa != 0.5).nonzero()).numel():
         at = odd[0].tolist()
         wanted, found = "powers of two (scale_fmt ue8m0)", f"{scale[tuple(at)].item()} at {at}, {len(odd)} such"
         released = ".o_proj." in entry.name or ".wo." in entry.name  # V3.1-Terminus

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.directory import choose_args
 from checkpoint.manifest import file_mark
 from checkpoint.partition import Partition, Ranges
 from checkpoint.reading import Reader
-from checkpoint.table import expected_tensors
+from checkpoint.table import fp8_rows
 from checkpoint.transform import NewCheckpoint, Output, OutputFile, open_source, small_files, write_checkpoint
 from checkpoint.writing import Writer
 from core.errors import UserError, warn
@@ -56,16 +57,15 @@ def convert(
     that cannot be written to.
     """
     checkpoint, state = open_source(source, target)
-    args = checkpoint.args
-    assert args is not None
+    args = choose_args(checkpoint, None)
     if n_experts is not None and n_experts != args.n_routed_experts:
         raise UserError(f"--n-experts is {n_experts}, but config.json says {args.n_routed_experts}")
-    partition = checkpoint.partition(args, ranks, experts, keeps_fp8=args.dtype == "fp8")
+    specs = checkpoint.expected(args)
+    partition = checkpoint.partition(args, ranks, experts, fp8_rows(specs))
     entries = checkpoint.check(Partition(args))
     if args.n_mtp_layers and not checkpoint.has_mtp:
         warn(f"{source} has no MTP module, though its config names one")
     print(partition.reason, file=sys.stderr, flush=True)
-    specs = expected_tensors(args, checkpoint.quantised, checkpoint.has_mtp)
     in_order = sorted(entries.items(), key=lambda item: (item[1].file, item[1].start))
     files: list[OutputFile] = []
     for rank in range(ranks):

@@ -5,9 +5,10 @@ and those that the original DeepSeek-V3 repository's converter wrote (no mark, n
 fp8_cast_bf16.py writes is of Hugging Face's kind, with a mark and a manifest.
 """
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ import torch
 from checkpoint.atomic import TEMPORARY
 from checkpoint.manifest import CAST_MANIFEST, CAST_MARK, FORMAT, HF_INDEX, check_file_name, read_manifests
 from checkpoint.partition import Partition
-from checkpoint.reading import Entry, Reader, dtype_and_shape, read_header
+from checkpoint.reading import DTYPE_NAMES, Entry, Reader, dtype_and_shape, read_header
 from checkpoint.stacked import unstack
-from checkpoint.table import IGNORED, Spec, expected_tensors
+from checkpoint.table import FP8, IGNORED, PLAIN, Spec, expected_tensors, fp8_rows, stored_dtype
 from checkpoint.unsupported import require_checkpoint
 from core.config import ModelArgs, check_agreement, hf_prefix, load_config
 from core.errors import CheckpointError, UserError, warn
@@ -33,6 +34,7 @@ OTHER_WEIGHTS = re.compile(r"(model|consolidated.*|model\d+-mp\d+.*)\.safetensor
 # beginnings of names beside the text model's in a multimodal checkpoint (Kimi-K2.5), as released and as transformers
 # has them in memory
 VISION = tuple(f"{model}{part}." for model in ("", "model.") for part in ("vision_tower", "mm_projector"))
+SCALE_NAME = re.compile(r"(weight_scale_inv|scale)$")
 
 
 class Checkpoint:
@@ -66,6 +68,7 @@ class Checkpoint:
         self.manifests = read_manifests(self.path)
         self.kind, self.ranks, self._owner = self._detect()
         self._headers: dict[str, tuple[dict[str, str], dict[str, Entry]]] = {}
+        self._expected: dict[ModelArgs, dict[str, Spec]] = {}
         self._is_multimodal = False
         self._skipped: tuple[str, ...] = ()  # beginnings of the names of tensors that are not the model's
         if self.args is not None:
@@ -280,13 +283,43 @@ class Checkpoint:
             return self.manifests[ranks].experts
         return None if self.kind == "hf" else "whole"
 
-    def partition(self, args: ModelArgs, ranks: int, asked: AskedLayout = "auto", keeps_fp8: bool = False) -> Partition:
-        """How its weights are divided over ranks. `keeps_fp8`: FP8 weights stay FP8 when they are loaded or converted.
+    def partition(
+        self, args: ModelArgs, ranks: int, asked: AskedLayout = "auto", fp8: frozenset[str] = frozenset()
+    ) -> Partition:
+        """How its weights are divided over ranks. `fp8`: the rows of the table that stay FP8 when they are loaded or
+        converted.
 
         Raises UserError as Partition.choose does.
         """
-        fp8 = keeps_fp8 or (self.kind != "hf" and self.quantised)  # files made for ranks hold parts of the scales
+        if self.kind != "hf":  # files made for ranks hold parts of the scales
+            fp8 |= fp8_rows(self.expected(args))
         return Partition.choose(args, ranks, asked, self.experts(ranks), fp8)
+
+    def expected(self, args: ModelArgs) -> dict[str, Spec]:
+        """Every tensor that the config asks for, by our name, in the dtype that it is stored in, if it may be. The same
+        on all ranks. Raises UserError when files are missing or damaged."""
+        if args not in self._expected:
+            usual = expected_tensors(args, self.quantised, self.has_mtp)
+            found = self._dtypes(args)
+            stored = ((name, found.get(spec.hf if self.kind == "hf" else name)) for name, spec in usual.items())
+            unusual = ((n, d) for n, d in stored if d is not None and d != usual[n].dtype and d in usual[n].allowed)
+            self._expected[args] = expected_tensors(args, self.quantised, self.has_mtp, frozenset(unusual))
+        return self._expected[args]
+
+    def _dtypes(self, args: ModelArgs) -> dict[str, torch.dtype]:
+        """Every rank's tensors, by their names in the table."""
+        if self.kind == "hf":  # any rank: warnings are for rank 0 to give
+            return {self.table_name(name): entry.dtype for name, entry in self.tensors(args, rank=1).items()}
+        if not self.manifests:
+            return {name: entry.dtype for file in self.files for name, entry in self._tensors(file).items()}
+        found: dict[str, torch.dtype] = {}
+        manifest = next(iter(self.manifests.values()))
+        for file, record in manifest.files.items():
+            if manifest.experts == "whole" or record["rank"] == 0:  # with split experts all ranks have all tensors
+                with contextlib.suppress(UserError):  # which `on_disk` raises or reports
+                    tensors = self._header(file, manifest.where(file))[1]
+                    found |= {name: entry.dtype for name, entry in tensors.items()}
+        return found
 
     def _names(self) -> dict[str, torch.dtype | None]:
         """Every rank's tensor names, with dtypes where a header had to be read for them."""
@@ -305,8 +338,7 @@ class Checkpoint:
     @functools.cached_property
     def quantised(self) -> bool:
         """Whether the linear layers are stored as FP8 with block scales."""
-        fp8 = torch.float8_e4m3fn
-        return any(d == fp8 or n.endswith((".scale", ".weight_scale_inv")) for n, d in self._names().items())
+        return any(d == FP8 or n.endswith((".scale", ".weight_scale_inv")) for n, d in self._names().items())
 
     def check(self, partition: Partition, rank: int = 0) -> dict[str, Entry]:
         """Checks what can be known without reading the weights: what `match` checks, and the scales' values.
@@ -317,7 +349,7 @@ class Checkpoint:
         scales = [entry for name, entry in found.items() if name.endswith(".scale")]
         with Reader() as reader:
             for entry in sorted(scales, key=lambda e: (e.file, e.start)):
-                if problem := scale_error(entry, reader.read(entry)):
+                if problem := scale_error(entry, reader.read(entry).float()):
                     self.report(problem)
         return found
 
@@ -333,7 +365,9 @@ class Checkpoint:
             self.report(CheckpointError(text, self.path / "config.json"))
         tensors = self.tensors(partition.args, rank, partition.ranks)
         on_disk = {self.table_name(name): entry for name, entry in tensors.items()}
-        expected = expected_tensors(partition.args, self.quantised, self.has_mtp)
+        for problem in self._contradictions(tensors):
+            self.report(problem)
+        expected = self.expected(partition.args)
         hf = self.kind == "hf"
         found: dict[str, Entry] = {}
         rounded = ""
@@ -345,10 +379,9 @@ class Checkpoint:
                     self._report_missing(spec.hf if hf else name, spec)
                 continue
             shape = spec.shape if hf or cut is None else tuple(b - a for a, b in cut)
-            dtype = spec.dtype
-            if name.endswith("gate.bias") and entry.dtype == torch.bfloat16 and not self.quantised:
-                dtype, rounded = entry.dtype, entry.name  # as transformers saves it; widening it loses nothing more
-            if (entry.dtype, entry.shape) != (dtype, shape):
+            if name.endswith("gate.bias") and spec.dtype != torch.float32:
+                rounded = f"{entry.name} and its like are {DTYPE_NAMES[spec.dtype]}"
+            if (entry.dtype, entry.shape) != (spec.dtype, shape):
                 wanted, got = dtype_and_shape(spec.dtype, shape), dtype_and_shape(entry.dtype, entry.shape)
                 text = f"{entry}: expected {wanted}, found {got}"
                 self.report(CheckpointError(text, entry.file, entry.name, wanted, got))
@@ -359,11 +392,15 @@ class Checkpoint:
             if cut is not None:
                 found[name] = entry
         if rounded and rank == 0:
-            warn(f"{self.path}: {rounded} and its like are BF16, not float32: they were rounded when they were saved")
+            warn(f"{self.path}: {rounded}, not float32: they were rounded when they were saved")
         known = {spec.hf for spec in expected.values()} if hf else expected.keys()
         for name, entry in on_disk.items():
             if name not in known and not self.ignores(entry):
+                weight = on_disk.get(re.sub(SCALE_NAME, "weight", name))
                 text = f"{entry}: the config has no such tensor"
+                if weight is not None and weight.dtype in PLAIN and weight is not entry:
+                    held = DTYPE_NAMES[weight.dtype]
+                    text = f"{weight}: expected F8_E4M3, as {entry} is there for it, or no scale; found {held}"
                 self.report(CheckpointError(text, entry.file, entry.name, "nothing", str(entry)))
         return found
 
@@ -375,6 +412,17 @@ class Checkpoint:
             return name
         name = re.sub(r"^(model\.)?language_model\.", r"\1", name)
         return re.sub(r"^model\.blocks\.", "model.layers.", name)
+
+    def _contradictions(self, tensors: dict[str, Entry]) -> Iterator[CheckpointError]:
+        """FP8 weights of modules that config.json names among those that are not quantised. Only whole names count:
+        programs differ in how they read patterns and parts of names."""
+        raw = read_json(self.path / "config.json") if self.args else {}
+        quantisation = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config") or {}
+        for field in ("modules_to_not_convert", "ignored_layers"):
+            for module in quantisation.get(field) or ():
+                if (entry := tensors.get(f"{module}.weight")) is not None and entry.dtype == FP8:
+                    text = f"{entry}: FP8, but config.json's quantization_config.{field} names {module}"
+                    yield CheckpointError(text, entry.file, entry.name, "a weight that is not FP8", "F8_E4M3")
 
     def ignores(self, entry: Entry) -> bool:
         """Whether a tensor that the config has not does no harm: it has no elements, is a buffer that follows from the
@@ -407,12 +455,17 @@ def choose_args(checkpoint: Checkpoint, config: str | Path | None) -> ModelArgs:
     if checkpoint.args is not None:
         if config is not None:
             check_agreement(config, checkpoint.args)
-        return checkpoint.args
+        return as_stored(checkpoint, checkpoint.args)
     if config is None:
         raise UserError(f"{checkpoint.path} has no config.json; name its model with --config configs/…")
-    args = checkpoint.describe(Path(config), load_config(config))
-    stored = "fp8" if checkpoint.quantised else "bf16" if args.dtype == "fp8" else args.dtype
-    return replace(args, dtype=stored)  # converted files may be a BF16 cast of the FP8 model that --config describes
+    # which may describe the FP8 model that these are a cast of
+    return as_stored(checkpoint, checkpoint.describe(Path(config), load_config(config)))
+
+
+def as_stored(checkpoint: Checkpoint, args: ModelArgs) -> ModelArgs:
+    """The same model in the dtype in which the files hold it. A config may say another: transformers' `dtype` is what
+    somebody computed in."""
+    return replace(args, dtype=stored_dtype(checkpoint.expected(args)))
 
 
 def _raise(problem: UserError) -> None:

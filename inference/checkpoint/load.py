@@ -12,9 +12,10 @@ from tqdm import tqdm
 from checkpoint.directory import Checkpoint
 from checkpoint.partition import Ranges
 from checkpoint.reading import Entry, Reader, dtype_and_shape, require_equal
-from checkpoint.table import expected_tensors, scale_name
+from checkpoint.table import FP8, PLAIN, fp8_rows, scale_name
 from core.config import BLOCK_SIZE, ModelArgs
 from core.errors import UserError, warn
+from core.numerics import Numerics
 from parallel.group import SOLO, Group
 
 
@@ -32,15 +33,16 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, group: Group = SOLO, pro
     """Fills every parameter of one rank's model in place, and reads only that rank's part of the checkpoint.
 
     FP8 weights stay FP8 where the parameter is FP8; elsewhere they become float32(q) * scale, rounded once to the
-    parameter's dtype. Everything is checked before any weight is read. Raises UserError when the checkpoint is damaged
-    or does not fit the model.
+    parameter's dtype. Other tensors are widened exactly, or, except for those that the table calls exact, rounded to
+    the bfloat16 of their parameter. Everything is checked before any weight is read. Raises UserError when the
+    checkpoint is damaged or does not fit the model.
     """
     copies = plan_load(model, checkpoint, group)
     zero_padding(model)
     total = sum(c.entry.row_bytes * (c.cut[0][1] - c.cut[0][0]) for c in copies)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress or group.rank != 0)
     with bar, Reader() as reader, torch.no_grad():
-        scales = {id(c): reader.read(c.scale) for c in sorted(copies, key=_scale_position) if c.scale}
+        scales = {id(c): reader.read(c.scale).float() for c in sorted(copies, key=_scale_position) if c.scale}
         for copy in sorted(copies, key=lambda c: (c.entry.file, c.entry.start)):
             _fill(copy, scales.pop(id(copy), None), reader, bar)
 
@@ -54,8 +56,9 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint, group: Group) -> list[Te
     not match."""
     args: ModelArgs = model.args  # type: ignore[assignment]
     parameters = dict(model.named_parameters())
-    keeps_fp8 = any(p.dtype == torch.float8_e4m3fn for p in parameters.values())
-    partition = checkpoint.partition(args, group.size, model.num.experts, keeps_fp8)  # type: ignore[union-attr, arg-type]
+    num: Numerics = model.num  # type: ignore[assignment]
+    expected = checkpoint.expected(args)
+    partition = checkpoint.partition(args, group.size, num.experts, fp8_rows(expected, num))
     if checkpoint.kind == "upstream" and group.rank == 0:
         warn(f"{checkpoint.path} was converted by another program: no MTP module, no checksums, no config.json")
     elif args.n_mtp_layers and not checkpoint.has_mtp and group.rank == 0:
@@ -63,9 +66,8 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint, group: Group) -> list[Te
     entries = checkpoint.check(partition, group.rank)
     if args.tie_word_embeddings and "head.weight" in entries:  # then it must be the embedding
         require_equal(entries["embed.weight"], entries["head.weight"])
-    if keeps_fp8 and not checkpoint.quantised:
+    if num.gemm is not None and not checkpoint.quantised:
         raise UserError(f"{checkpoint.path}: the model wants FP8 weights, the checkpoint is not FP8")
-    expected = expected_tensors(args, checkpoint.quantised, checkpoint.has_mtp)
     copies: list[TensorCopy] = []
     used: set[str] = set()
     for parameter, target in parameters.items():
@@ -74,7 +76,7 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint, group: Group) -> list[Te
                 raise UserError(f"{checkpoint.path}: nothing there for the model's {parameter}")
             # a converted file holds the rank's part already
             cut = partition.cut(expected[name], group.rank) if checkpoint.kind == "hf" else None
-            copies.append(_tensor_copy(name, rows, entries, cut, args))
+            copies.append(_tensor_copy(name, rows, entries, cut, expected[name].exact))
             used |= {name} | ({scale_name(name)} if copies[-1].scale else set())
     optional = {name for name, spec in expected.items() if not spec.required or name.startswith("mtp.")}
     if unused := sorted(entries.keys() - used - optional):
@@ -118,21 +120,20 @@ def zero_padding(model: nn.Module) -> None:
 
 
 def _tensor_copy(
-    name: str, target: torch.Tensor, entries: dict[str, Entry], cut: Ranges | None, args: ModelArgs
+    name: str, target: torch.Tensor, entries: dict[str, Entry], cut: Ranges | None, exact: bool
 ) -> TensorCopy:
-    """The copy of a tensor's `cut` (None: all of it) to `target`. Raises UserError unless shape and dtype fit."""
+    """The copy of a tensor's `cut` (None: all of it) to `target`. `exact`: it may be widened and not rounded. Raises
+    UserError unless shape and dtype fit."""
     entry = entries[name]
     copy = TensorCopy(entry, cut or tuple((0, n) for n in entry.shape), target)
     shape = tuple(b - a for a, b in copy.cut)
     if shape != target.shape:
         raise UserError(f"{entry}: the model's {name} is {tuple(target.shape)}, the checkpoint's part for it {shape}")
-    if entry.dtype == torch.float8_e4m3fn and target.dtype != entry.dtype:
+    if entry.dtype == FP8 and target.dtype != FP8:
         copy.scale = entries[scale_name(name)]
-    # nothing may lose precision unnoticed: the router's bias and the scales are float32 in memory as they are on disk
-    exact = target.dtype == entry.dtype
-    widened = entry.dtype == torch.bfloat16 and target.dtype == torch.float32
-    asked = entry.dtype == torch.float32 and args.dtype == "fp32" and not name.endswith((".bias", ".scale"))
-    if not (exact or widened or asked or copy.scale):
+    widened = target.dtype in (entry.dtype, torch.float32)  # which holds all numbers of the others
+    rounded = not exact and entry.dtype in PLAIN and target.dtype == torch.bfloat16  # choose_numerics says so
+    if not (copy.scale or widened or rounded):
         wanted, got = dtype_and_shape(target.dtype, shape), dtype_and_shape(entry.dtype, shape)
         raise UserError(f"{entry}: the model's {name} is {wanted}, the checkpoint's is {got}")
     return copy
@@ -152,7 +153,10 @@ def _fill(copy: TensorCopy, scale: torch.Tensor | None, reader: Reader, bar: Any
         across = torch.arange(start, stop) // BLOCK_SIZE
     for row, window in reader.rows(entry, first, last):
         data = window if raw else window.view(entry.dtype)
-        data = data[:, start:stop].to(target.device)
+        data = data[:, start:stop]
+        if entry.dtype == torch.float8_e8m0fnu:
+            data = data.float()  # while it is on the CPU: other devices have no casts of this type
+        data = data.to(target.device)
         if scale is not None:
             down = torch.arange(row, row + len(data)) // BLOCK_SIZE
             data = data.float() * scale[down][:, across].to(target.device)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from checkpoint.table import BLOCK, DENSE, MOE, Spec, sizes
+from checkpoint.table import BLOCK, DENSE, EXPERT, MOE, Row, Spec, sizes
 from core.config import BLOCK_SIZE, ModelArgs
 from core.errors import UserError
 from core.run_config import AskedLayout, ExpertLayout
@@ -22,7 +22,7 @@ class Partition:
     args: ModelArgs
     ranks: int = 1
     experts: ExpertLayout = "whole"
-    fp8: bool = False  # weights stay FP8
+    fp8: frozenset[str] | bool = False  # the rows of the table that stay FP8; True: all that can be
     reason: str = field(default="", compare=False)  # one line for people: why the experts have this layout
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class Partition:
         ranks: int,
         asked: AskedLayout = "auto",
         converted: ExpertLayout | None = None,
-        fp8: bool = False,
+        fp8: frozenset[str] | bool = False,
     ) -> "Partition":
         """The partition that `choose_experts` decides on. Raises UserError as both do."""
         experts, reason = choose_experts(args, ranks, asked, converted)
@@ -95,7 +95,7 @@ def choose_experts(
     return "split", f"experts: split, a rank has {width // ranks} of each one's width of {width}"
 
 
-def _error(args: ModelArgs, ranks: int, experts: ExpertLayout, fp8: bool) -> str | None:
+def _error(args: ModelArgs, ranks: int, experts: ExpertLayout, fp8: frozenset[str] | bool) -> str | None:
     """Why the model does not divide over the ranks, without the ways out; None if it does."""
     size = sizes(args)
     counts = {"n_heads": args.n_heads, "vocab_size": args.vocab_size}
@@ -112,11 +112,15 @@ def _error(args: ModelArgs, ranks: int, experts: ExpertLayout, fp8: bool) -> str
             return f"{name} {count} does not divide by {ranks} ranks"
     if not fp8 or ranks == 1:
         return None
+
+    def stays_fp8(row: Row) -> bool:
+        return row.fp8 if fp8 is True else row.ours in fp8
+
     blocks = f"which {ranks} ranks cannot share in whole {BLOCK_SIZE}-wide FP8 blocks"
     for row in (*BLOCK, *(DENSE if args.n_dense_layers else ()), *MOE):
-        if row.fp8 and row.split is not None and size[row.shape[row.split]] // ranks % BLOCK_SIZE:
+        if stays_fp8(row) and row.split is not None and size[row.shape[row.split]] // ranks % BLOCK_SIZE:
             dimension = ("rows", "columns")[row.split]
             return f"{row.ours.removesuffix('.weight')} has {size[row.shape[row.split]]} {dimension}, {blocks}"
-    if counts.get("moe_inter_dim", 0) // ranks % BLOCK_SIZE:
+    if any(map(stays_fp8, EXPERT)) and counts.get("moe_inter_dim", 0) // ranks % BLOCK_SIZE:
         return f"moe_inter_dim is {args.moe_inter_dim}, {blocks}"
     return None

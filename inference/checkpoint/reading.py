@@ -29,9 +29,9 @@ MAX_HEADER = 100 << 20  # bytes; the format's own limit
 MAX_NAME = 500  # characters of a tensor's name
 
 DTYPES = {
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BF16": torch.bfloat16, "F16": torch.float16,
-    "F32": torch.float32, "F64": torch.float64, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I8": torch.int8,
+    "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -208,15 +208,20 @@ class Reader:
 
 
 def require_equal(main: Entry, copy: Entry) -> None:
-    """Raises CheckpointError unless two tensors of one dtype and shape have the same bytes. Others are not compared:
-    what is wrong with them is reported by Checkpoint.match."""
-    if (main.dtype, main.shape) != (copy.dtype, copy.shape):
+    """Raises CheckpointError unless two tensors of one shape have the same bytes, or, in two dtypes, the same values.
+    Others are not compared: what is wrong with them is reported by Checkpoint.match."""
+    if main.shape != copy.shape:
         return
-    with Reader(1 << 20) as a, Reader(1 << 20) as b:
-        for (row, left), (_, right) in zip(a.rows(main), b.rows(copy), strict=True):
+    alike = main.dtype == copy.dtype
+    step = (1 << 20) // max(main.row_bytes, copy.row_bytes, 1) or 1
+    with Reader(1) as a, Reader(1) as b:
+        for (row, left), (_, right) in zip(a.rows(main, step=step), b.rows(copy, step=step), strict=True):
+            if not alike:
+                left, right = left.view(main.dtype).float(), right.view(copy.dtype).float()
             if not torch.equal(left, right):
                 row += int((left != right).any(dim=1).nonzero()[0])
-                wanted, found = f"the bytes of {main}", f"others from row {row} on"
+                what = "bytes" if alike else "values"
+                wanted, found = f"the {what} of {main}", f"others from row {row} on"
                 raise CheckpointError(f"{copy}: expected {wanted}, found {found}", copy.file, copy.name, wanted, found)
 
 

@@ -1,17 +1,25 @@
 """The table of tensors: their names, shapes and dtypes in a checkpoint of any model of the family.
 
 "Our" names are those in memory and in converted files: the original repository's, with the MTP module added.
-A `scale` is Hugging Face's `weight_scale_inv`: float32, one per 128x128 block, weight = FP8 value * scale.
+A `scale` is Hugging Face's `weight_scale_inv`: one per 128x128 block, weight = FP8 value * scale.
+
+A row allows several dtypes, as files in circulation have them. Which one a checkpoint uses is read from its headers,
+tensor by tensor (`Checkpoint.expected`), and decides in what form a weight lies in memory (`exceptions`).
 """
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import torch
 
 from core.config import BLOCK_SIZE, ModelArgs
+from core.numerics import Numerics
 
+FP8 = torch.float8_e4m3fn
+PLAIN = (torch.bfloat16, torch.float32, torch.float16)
+SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 # buffers of the rotary embedding that some programs saved; they follow from the config
 IGNORED = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached"))
 
@@ -27,14 +35,15 @@ class Row(NamedTuple):
     hf: str
     shape: tuple[str, ...]
     split: int | None = None
-    fp8: bool = False  # in an FP8 checkpoint
+    fp8: bool = False  # in an FP8 checkpoint, unless that stores it plain
     required: bool = True
+    exact: bool = False  # in memory it loses nothing of what is stored; so does everything of one dimension
 
 
 TOP = (
     Row("embed.weight", "model.embed_tokens.weight", ("V", "H"), 0),
     Row("norm.weight", "model.norm.weight", ("H",)),
-    Row("head.weight", "lm_head.weight", ("V", "H"), 0),
+    Row("head.weight", "lm_head.weight", ("V", "H"), 0, exact=True),
 )
 BLOCK = (
     Row("attn_norm.weight", "input_layernorm.weight", ("H",)),
@@ -54,7 +63,7 @@ DENSE = (
     Row("ffn.w3.weight", "mlp.up_proj.weight", ("I", "H"), 0, True),
 )
 MOE = (
-    Row("ffn.gate.weight", "mlp.gate.weight", ("E", "H")),
+    Row("ffn.gate.weight", "mlp.gate.weight", ("E", "H"), exact=True),
     Row("ffn.gate.bias", "mlp.gate.e_score_correction_bias", ("E biased",)),
     Row("ffn.shared_experts.w1.weight", "mlp.shared_experts.gate_proj.weight", ("S", "H"), 0, True),
     Row("ffn.shared_experts.w2.weight", "mlp.shared_experts.down_proj.weight", ("H", "S"), 1, True),
@@ -91,19 +100,26 @@ class Spec(NamedTuple):
     """What the table says of one tensor of one model, whole."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: torch.dtype  # in which it is stored
     hf: str  # its name in a Hugging Face checkpoint
     split: int | None  # the dimension that ranks split
     expert: int | None  # the number of the routed expert that it belongs to
     required: bool  # False: a checkpoint may lack it
+    allowed: tuple[torch.dtype, ...]  # in which it may be stored
+    exact: bool  # see Row
 
 
-@functools.lru_cache(maxsize=2)
-def expected_tensors(args: ModelArgs, quantised: bool, mtp: bool = True) -> dict[str, Spec]:
+Stored = frozenset[tuple[str, torch.dtype]]  # tensors, by our names, and dtypes
+
+
+@functools.lru_cache(maxsize=4)
+def expected_tensors(
+    args: ModelArgs, quantised: bool, mtp: bool = True, stored: Stored = frozenset()
+) -> dict[str, Spec]:
     """Every tensor of a checkpoint by our name. `quantised`: linear layers are FP8 and have scales. `mtp` False leaves
-    the MTP module out."""
-    size = sizes(args)
-    plain = torch.float32 if args.dtype == "fp32" else torch.bfloat16
+    the MTP module out. `stored`: the tensors that are stored in another dtype than is usual then."""
+    size, unusual = sizes(args), dict(stored)
+    plain = {"fp32": torch.float32, "fp16": torch.float16}.get(args.dtype, torch.bfloat16)
     found: dict[str, Spec] = {}
 
     def add(row: Row, ours: str = "", hf: str = "", expert: int | None = None) -> None:
@@ -111,13 +127,17 @@ def expected_tensors(args: ModelArgs, quantised: bool, mtp: bool = True) -> dict
         if 0 in shape:
             return
         name, theirs = ours + row.ours, hf + row.hf
-        required = row.required and not (row.hf == "lm_head.weight" and args.tie_word_embeddings)
-        fp8 = row.fp8 and quantised
-        dtype = torch.float8_e4m3fn if fp8 else torch.float32 if name.endswith(".bias") else plain
-        found[name] = Spec(shape, dtype, theirs, row.split, expert, required)
-        if fp8:
-            blocks = tuple(math.ceil(n / BLOCK_SIZE) for n in shape)
-            found[scale_name(name)] = Spec(blocks, torch.float32, theirs + "_scale_inv", row.split, expert, required)
+        tied = args.tie_word_embeddings and row in TOP
+        required = row.required and not (row.hf == "lm_head.weight" and tied)
+        exact = row.exact or len(shape) == 1 or tied
+        usual = FP8 if row.fp8 and quantised else torch.float32 if name.endswith(".bias") else plain
+        dtype = unusual.get(name, usual)
+        allowed = (*PLAIN, FP8) if row.fp8 else PLAIN
+        found[name] = Spec(shape, dtype, theirs, row.split, expert, required, allowed, exact)
+        if dtype == FP8:
+            name, blocks = scale_name(name), tuple(math.ceil(n / BLOCK_SIZE) for n in shape)
+            dtype = unusual.get(name, torch.float32)
+            found[name] = Spec(blocks, dtype, theirs + "_scale_inv", row.split, expert, required, SCALES, True)
 
     for row in TOP:
         add(row)
@@ -135,3 +155,63 @@ def expected_tensors(args: ModelArgs, quantised: bool, mtp: bool = True) -> dict
 
 def scale_name(weight: str) -> str:
     return weight.removesuffix("weight") + "scale"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From what is stored to what lies in memory
+# --------------------------------------------------------------------------------------------------------------------
+
+STACKED = {"w1": "w13", "w3": "w13", "wq": "wqkv_a", "wq_a": "wqkv_a", "wkv_a": "wqkv_a"}  # see model.Linear
+
+
+def module_of(name: str) -> str:
+    """The module of model.py that holds a tensor; of routed experts all those of a layer."""
+    before, routed, _ = name.partition(".experts.")
+    if routed:
+        return f"{before}.experts"
+    *path, module, _ = name.split(".")
+    return ".".join((*path, STACKED.get(module, module)))
+
+
+def stored_dtype(specs: Mapping[str, Spec]) -> Literal["fp8", "bf16", "fp32", "fp16"]:
+    """ModelArgs.dtype of a checkpoint that stores its tensors so: FP8 if any is, else the widest of the weights that
+    are multiplied in the activations' dtype. Norms, routers, embedding and head have no say: in any run they lose
+    nothing that shows."""
+    dtypes = {spec.dtype for name, spec in specs.items() if is_rounded(name, spec)}
+    if any(spec.dtype == FP8 for spec in specs.values()):
+        return "fp8"
+    return "fp32" if torch.float32 in dtypes else "fp16" if torch.float16 in dtypes else "bf16"
+
+
+def is_rounded(name: str, spec: Spec) -> bool:
+    """Whether a run in a narrower dtype than a weight's own computes something else. Rounding an embedding's row when
+    it is looked up, as that run would, is no other than rounding it before."""
+    return not spec.exact and not name.endswith("embed.weight")
+
+
+def exceptions(specs: Mapping[str, Spec], num: Numerics) -> tuple[str, ...]:
+    """Numerics.exceptions of a checkpoint that stores its tensors so, in a run with these numerics.
+
+    A stack is FP8 only if all its parts are stored so. If some are, they are dequantised, each product rounded once:
+    one of the forms must give way, and this one loses less. w13 and w2 of routed experts count as one stack, as kernels
+    choose their tiles for both.
+    """
+
+    def is_exception(name: str, spec: Spec) -> bool:
+        if FP8 in spec.allowed:
+            return num.gemm is not None and spec.dtype != FP8
+        wide = num.dtype == torch.bfloat16 and spec.dtype != torch.bfloat16 and spec.exact
+        return wide and (name.endswith("ffn.gate.weight") or name in ("head.weight", "embed.weight"))
+
+    found = {module_of(name) for name, spec in specs.items() if is_exception(name, spec)}
+    return tuple(sorted("head" if module == "embed" else module for module in found))
+
+
+def fp8_rows(specs: Mapping[str, Spec], num: Numerics | None = None) -> frozenset[str]:
+    """The rows of which some tensor is FP8, by our names without the layer's or the expert's: in the files, or with
+    `num` in memory."""
+    if num is not None and num.gemm is None:
+        return frozenset()
+    plain = set() if num is None else set(num.exceptions)
+    found = (name for name, spec in specs.items() if spec.dtype == FP8 and module_of(name) not in plain)
+    return frozenset(name.split(".", 5 if ".experts." in name else 2)[-1] for name in found)

@@ -80,7 +80,7 @@ class ModelArgs:
     norm_eps: float = 1e-6  # rms_norm_eps; the two inner norms of MLA always use 1e-6
     tie_word_embeddings: bool = False
     n_mtp_layers: int = 0  # num_nextn_predict_layers
-    dtype: Literal["fp8", "bf16", "fp32"] = "bf16"  # how the weights are stored
+    dtype: Literal["fp8", "bf16", "fp32", "fp16"] = "bf16"  # how the weights are stored; the files know better
     scale_fmt: Literal["ue8m0"] | None = None  # activation scales rounded up to powers of two (V3.1)
     block_size: int = BLOCK_SIZE
     # what a user should know of the file that this was read from; a program prints them once
@@ -97,7 +97,7 @@ class ModelArgs:
                 self._require(type(value) is bool, f.name, "true or false")
         self._choice("score_func", SCORE_FUNCS)
         self._choice("topk_method", TOPK_METHODS)
-        self._choice("dtype", ("fp8", "bf16", "fp32"))
+        self._choice("dtype", ("fp8", "bf16", "fp32", "fp16"))
         self._choice("scale_fmt", (None, "ue8m0"))
         for name in ("vocab_size", "dim", "inter_dim", "n_layers", "n_heads", "kv_lora_rank", "qk_nope_head_dim",
                      "qk_rope_head_dim", "v_head_dim", "max_seq_len", "original_seq_len"):  # fmt: skip
@@ -308,9 +308,10 @@ def _hf_storage(raw: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"config: quantization_config is {quant!r}, expected an object")
     if not quant:
         name = raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"
-        if name not in ("bfloat16", "float32"):
-            raise UserError(f"config: weights in {name!r} are not supported (known: bfloat16, float32, or fp8 blocks)")
-        return {"dtype": "fp32" if name == "float32" else "bf16"}
+        dtypes = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
+        if name not in dtypes:
+            raise UserError(f"config: weights in {name!r} are not supported (known: {_join(dtypes)}, or fp8 blocks)")
+        return {"dtype": dtypes[name]}
     wanted = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
               "weight_block_size": [BLOCK_SIZE, BLOCK_SIZE]}  # fmt: skip
     for name, value in wanted.items():
@@ -321,7 +322,8 @@ def _hf_storage(raw: dict[str, Any]) -> dict[str, Any]:
                 known = f"{value!r}, or no quantization_config: weights in FP8, BF16 or float32"
                 raise UserError(f"config: {found} is not supported (known: {known})")
             raise UserError(f"config: {found} is not supported (known: {value!r})")
-    return {"dtype": "fp8", "scale_fmt": quant.get("scale_fmt")}
+    # transformers 5 writes "float" for scales that are no powers of two
+    return {"dtype": "fp8", "scale_fmt": None if quant.get("scale_fmt") == "float" else quant.get("scale_fmt")}
 
 
 def _mscale(factor: float, mscale: float) -> float:

@@ -62,12 +62,14 @@ def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
     if rank.gpu or plain == 4:
         return 0
     head = (plain if rank.compiled else 4) * args.vocab_size // rank.ranks * args.dim
-    if not rank.packs:
+    if "head" in rank.num.exceptions:
+        head = 0
+    if not rank.packs and not (rank.compiled and rank.num.exceptions):
         return head
     largest = max(head, 2 * plain * args.inter_dim // rank.ranks * args.dim)
     shapes = (2 * rank.inner, args.dim), (args.dim, rank.inner)
     in_place = all(kernel_cpu.is_packed_in_place(*shape) for shape in shapes)
-    if args.n_moe_layers and not in_place:
+    if args.n_moe_layers and not in_place and (rank.packs or rank.packs_experts):
         largest = max(largest, parts[False, ROUTED] // args.n_moe_layers * 2 // 3)  # w1 and w3 lie together
     return largest
 
@@ -161,7 +163,7 @@ def with_ranks(rank: RankSpec, ranks: int, asked: AskedLayout = "auto") -> RankS
 def partition_error(rank: RankSpec) -> str | None:
     """Why the model does not divide over its ranks, in Partition's words; None if it does."""
     try:
-        Partition(rank.args, rank.ranks, rank.experts, rank.num.gemm is not None)
+        Partition(rank.args, rank.ranks, rank.experts, rank.fp8_rows)
     except UserError as e:
         return re.sub(r" \(it works with [^)]*\)", "", str(e))
     return None

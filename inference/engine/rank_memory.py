@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from checkpoint.partition import Partition
-from checkpoint.table import Spec, expected_tensors
+from checkpoint.table import FP8, Spec, expected_tensors, fp8_rows, module_of
 from core.config import BLOCK_SIZE, ModelArgs
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, ExpertLayout
@@ -46,8 +46,22 @@ class RankSpec:
 
     @property
     def packs(self) -> bool:
-        """All weights are plain, and lie packed as ops/cpu/kernels.c has them."""
+        """All projections are plain, and lie packed as ops/cpu/kernels.c has them."""
         return self.compiled and self.num.gemm is None
+
+    @property
+    def packs_experts(self) -> bool:
+        """In some layer routed experts lie so."""
+        return self.packs or (self.compiled and any(name.endswith(".experts") for name in self.num.exceptions))
+
+    @property
+    def fp8_rows(self) -> frozenset[str]:
+        """The rows of the table that stay FP8 in memory."""
+        return _fp8_rows(self.args, self.num.gemm is not None, self.mtp, self.num.exceptions)
+
+    @property
+    def kinds(self) -> "Counter[_Kind]":
+        return _kinds(self.args, self.num.gemm is not None, self.mtp, self.num.exceptions)
 
     @property
     def compiled(self) -> bool:
@@ -67,16 +81,29 @@ class _Kind(NamedTuple):
     part: str
     leaf: str  # the last two words of the name
     spec: Spec
+    exception: bool  # see Numerics
 
 
 @functools.lru_cache(maxsize=4)
-def _kinds(args: ModelArgs, quantised: bool, mtp: bool) -> Counter[_Kind]:
-    """The table's tensors, counted by kind: thousands where V3 has 92 thousand names."""
+def _kinds(args: ModelArgs, quantised: bool, mtp: bool, exceptions: tuple[str, ...]) -> Counter[_Kind]:
+    """The table's tensors, counted by kind: thousands where V3 has 92 thousand names. An exception's are plain."""
     found: Counter[_Kind] = Counter()
+    others = set(exceptions)
     for name, spec in expected_tensors(args, quantised, mtp).items():
         leaf = ".".join(name.split(".")[-2:])
-        found[_Kind(name.startswith("mtp."), _part(name, leaf), leaf, spec._replace(hf=""))] += 1
+        exception = module_of(name) in others
+        if exception and name.endswith(".scale"):
+            continue
+        if exception and spec.dtype == FP8:
+            spec = spec._replace(dtype=torch.bfloat16)
+        found[_Kind(name.startswith("mtp."), _part(name, leaf), leaf, spec._replace(hf=""), exception)] += 1
     return found
+
+
+@functools.lru_cache(maxsize=4)
+def _fp8_rows(args: ModelArgs, quantised: bool, mtp: bool, exceptions: tuple[str, ...]) -> frozenset[str]:
+    num = Numerics(gemm="bf16" if quantised else None, exceptions=exceptions)
+    return fp8_rows(expected_tensors(args, quantised, mtp), num)
 
 
 def _part(name: str, leaf: str) -> str:
@@ -93,13 +120,13 @@ def weight_bytes(rank: RankSpec) -> dict[tuple[bool, str], int]:
     """Every rank's weights as they lie in memory after `prepare`, by (of the MTP module, part); scales are counted
     with what they scale, and the zeros between stacked FP8 projections with the first of them.
 
-    Unlike on disk, wkv_b is never FP8; a CPU packs plain weights, and keeps router and head for products in float32; a
-    tied head, and the MTP module's copies of embedding and head, do not exist. The
-    packed form is filled up to whole panels.
+    Unlike on disk, wkv_b is never FP8 and norms are float32; a CPU packs plain weights, and keeps router and head for
+    products in float32; a tied head, and the MTP module's copies of embedding and head, do not exist. The packed form
+    is filled up to whole panels.
     """
     found: Counter[tuple[bool, str]] = Counter()
-    partition = Partition(rank.args, rank.ranks, rank.experts, rank.num.gemm is not None)
-    for kind, n in _kinds(rank.args, rank.num.gemm is not None, rank.mtp).items():
+    partition = Partition(rank.args, rank.ranks, rank.experts, rank.fp8_rows)
+    for kind, n in rank.kinds.items():
         cut = partition.cut(kind.spec, 0)  # the ranks' parts are equal
         if cut is not None:
             found[kind.mtp, kind.part] += n * _held_bytes(kind, tuple(b - a for a, b in cut), rank)
@@ -113,15 +140,19 @@ def _held_bytes(kind: _Kind, shape: tuple[int, ...], rank: RankSpec) -> int:
         return size * plain
     if kind.leaf == "wkv_b.scale" or (kind.mtp and kind.part in (EMBEDDING, HEAD)):
         return 0
+    tied = rank.args.tie_word_embeddings and "head" in rank.num.exceptions
+    if kind.part == EMBEDDING and tied:
+        return size * 4
     if kind.part == HEAD or kind.leaf == "gate.weight":
-        if rank.args.tie_word_embeddings and kind.part == HEAD and (rank.gpu or plain == 4):
+        as_loaded = rank.gpu or plain == 4 or kind.exception
+        if rank.args.tie_word_embeddings and kind.part == HEAD and as_loaded:
             return 0
-        if rank.gpu or plain == 4:
-            return size * plain
+        if as_loaded:
+            return size * (4 if kind.exception else plain)
         return 2 * kernel_cpu.packed_numbers(*shape) if rank.compiled else size * 4
-    if kind.leaf.endswith((".scale", ".bias")):
-        return size * kind.spec.dtype.itemsize
-    if kind.spec.dtype == torch.float8_e4m3fn:
+    if kind.leaf.endswith((".scale", ".bias")) or len(shape) == 1:  # bias and norms
+        return size * 4
+    if kind.spec.dtype == FP8:
         stacked = kind.leaf in ("w1.weight", "w3.weight", "wq_a.weight", "wq.weight")
         return (in_blocks(shape[0]) if stacked else shape[0]) * shape[1]
     if rank.compiled and len(shape) == 2 and kind.part not in (EMBEDDING, SMALL):
@@ -147,8 +178,7 @@ def in_blocks(n: int) -> int:
 def parameters(rank: RankSpec, mtp: bool = False) -> int:
     """How many weights the main model has, all ranks' together, or the MTP module alone, whose embedding and head are
     the main model's."""
-    kinds = _kinds(rank.args, rank.num.gemm is not None, rank.mtp)
-    return sum(n * math.prod(kind.spec.shape) for kind, n in kinds.items()
+    return sum(n * math.prod(kind.spec.shape) for kind, n in rank.kinds.items()
                if kind.mtp == mtp and kind.spec.required and not kind.leaf.endswith(".scale"))  # fmt: skip
 
 

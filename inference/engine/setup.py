@@ -4,6 +4,7 @@ All ranks call these functions together; an error on one of them is raised on al
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import torch
 
 from checkpoint.directory import Checkpoint, choose_args
 from checkpoint.load import load_into
+from checkpoint.table import FP8, PLAIN, Spec, exceptions, expected_tensors, fp8_rows, is_rounded, module_of
 from core.config import ModelArgs
 from core.errors import UserError, warn
 from core.numerics import Numerics
@@ -72,8 +74,9 @@ def _choose(
 ) -> _Plan:
     checkpoint = Checkpoint(ckpt_path)
     args = choose_args(checkpoint, config)
-    num, says = choose_numerics(args, device, run.dtype, run.gemm)
-    partition = checkpoint.partition(args, tp.size, run.experts, num.gemm is not None)
+    specs = checkpoint.expected(args)
+    num, says = choose_numerics(args, device, run.dtype, run.gemm, specs=specs)
+    partition = checkpoint.partition(args, tp.size, run.experts, fp8_rows(specs, num))
     fp8_latents = run.kv_cache_dtype == "fp8"
     num = replace(num, fp8_latents=fp8_latents, experts=partition.experts, batch_invariant=run.deterministic)
     for text in args.warnings if tp.rank == 0 else ():
@@ -114,34 +117,63 @@ def resolve_device(device: torch.device | str | None, run: RunConfig) -> torch.d
 
 
 def choose_numerics(
-    args: ModelArgs, device: torch.device, dtype: str, gemm: str, has_fp8: bool | None = None
+    args: ModelArgs,
+    device: torch.device,
+    dtype: str,
+    gemm: str,
+    has_fp8: bool | None = None,
+    specs: Mapping[str, Spec] | None = None,
 ) -> tuple[Numerics, str]:
     """What to compute in, and a line that says so. `dtype` and `gemm` are RunConfig's; `has_fp8` answers for a GPU that
-    is not here. Raises UserError for what the device cannot compute."""
-    plain = torch.float32 if dtype == "float32" or (dtype == "auto" and args.dtype == "fp32") else torch.bfloat16
+    is not here; `specs` are a checkpoint's tensors as they are stored (None: as `args` says). Raises UserError for what
+    the device cannot compute."""
+    specs = expected_tensors(args, args.dtype == "fp8") if specs is None else specs
+    wide = args.dtype in ("fp32", "fp16")  # bfloat16 does not hold them
+    plain = torch.float32 if dtype == "float32" or (dtype == "auto" and wide) else torch.bfloat16
     name = str(plain).removeprefix("torch.")
     if gemm == "fp8" and args.dtype != "fp8":
         raise UserError(f"--gemm fp8 needs FP8 weights, and this checkpoint's are {args.dtype}")
     if gemm == "fp8" and plain == torch.float32:
         raise UserError("--gemm fp8 and --dtype float32 contradict each other; leave one out")
+    num = Numerics(plain)
     if args.dtype != "fp8":
-        return Numerics(plain), f"numerics: {name} weights and activations on {device.type}"
-    if plain == torch.float32:
-        return Numerics(plain), f"numerics: float32 throughout, FP8 weights dequantised exactly, on {device.type}"
-    if device.type == "cpu":
+        says = f"numerics: {name} weights and activations on {device.type}"
+    elif plain == torch.float32:
+        says = f"numerics: float32 throughout, FP8 weights dequantised exactly, on {device.type}"
+    elif device.type == "cpu":
+        says = f"numerics: {name}, FP8 weights dequantised once at load, on {device.type}"
         if gemm == "fp8":
             says = "numerics: W8A8, FP8 products emulated by the reference (slow, for comparison), on cpu"
-            return Numerics(plain, "fp8", args.scale_fmt), says
-        return Numerics(plain), f"numerics: {name}, FP8 weights dequantised once at load, on {device.type}"
-    if has_fp8 is None and gemm != "bf16":
-        has_fp8 = device_has_fp8(device)
-    if gemm == "auto":
-        gemm = "fp8" if has_fp8 else "bf16"
-    if gemm == "fp8" and not has_fp8:
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f"--gemm fp8 needs FP8 tensor cores, and {name} has none; use bf16")
-    says = {"fp8": "W8A8 (FP8 weights and activations)", "bf16": "W8A16 (FP8 weights widened in the product)"}[gemm]
-    return Numerics(plain, "fp8" if gemm == "fp8" else "bf16", args.scale_fmt), f"numerics: {says} on {device.type}"
+            num = Numerics(plain, "fp8", args.scale_fmt)
+    else:
+        if has_fp8 is None and gemm != "bf16":
+            has_fp8 = device_has_fp8(device)
+        if gemm == "auto":
+            gemm = "fp8" if has_fp8 else "bf16"
+        if gemm == "fp8" and not has_fp8:
+            name = torch.cuda.get_device_name(device)
+            raise UserError(f"--gemm fp8 needs FP8 tensor cores, and {name} has none; use bf16")
+        says = {"fp8": "W8A8 (FP8 weights and activations)", "bf16": "W8A16 (FP8 weights widened in the product)"}[gemm]
+        says = f"numerics: {says} on {device.type}"
+        num = Numerics(plain, "fp8" if gemm == "fp8" else "bf16", args.scale_fmt)
+    num = replace(num, exceptions=exceptions(specs, num))
+    return num, says + _losses(specs, num)
+
+
+def _losses(specs: Mapping[str, Spec], num: Numerics) -> str:
+    """What a line about the numerics says besides: projections that are not as the others, and what is rounded."""
+    said = ""
+    plain = [name for name in num.exceptions if not name.endswith((".gate", "head"))]
+    if plain:
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in plain}))
+        said = f"; {len(plain)} projections in bfloat16, as they are stored ({kinds})"
+        mixed = {module_of(name) for name, spec in specs.items() if spec.dtype == FP8}.intersection(plain)
+        said += f", the FP8 parts of {len(mixed)} of them dequantised" if mixed else ""
+    rounded = {spec.dtype for name, spec in specs.items() if spec.dtype in PLAIN[1:] and is_rounded(name, spec)}
+    if num.dtype == torch.bfloat16 and rounded:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in rounded))
+        said += f"; weights stored in {names} are rounded (--dtype float32 computes exactly)"
+    return said
 
 
 def rank_of(model: Transformer) -> rank_memory.RankSpec:

@@ -47,7 +47,7 @@ def test_all_faults_are_told(copy):
     """One of each kind of fault, in nine files of three sorts: none hides another."""
     for name in ("extra expert", "NaN for a scale", "zeroed norm", "NaN in a router's bias",
                  "MTP head of another model", "negative temperature", "template with two BOS", "extra file",
-                 "norm in float32"):  # fmt: skip
+                 "norm in float64"):  # fmt: skip
         KINDS[name].damage(copy)
     file = damage.files(copy)[3]
     file.write_bytes(file.read_bytes()[:-1])
@@ -55,7 +55,7 @@ def test_all_faults_are_told(copy):
     for text in (
         "truncated: expected", "experts.4.up_proj.weight: the config has no such tensor", "found NaN or infinity at [3], 1",
         "input_layernorm.weight: expected weights, found nothing but zeros", "temperature is -1.0", "found 2",
-        "model-00099-of-00099.safetensors: not named by", "expected BF16 192, found F32 192",
+        "model-00099-of-00099.safetensors: not named by", "expected BF16 192, found F64 192",
     ):  # fmt: skip
         assert sum(text in line for line in said) == 1, (text, said)
     assert not any("is missing" in line for line in said), "what an unreadable file may hold is not called missing"

@@ -17,7 +17,7 @@ from core.errors import UserError
 from core.numerics import Numerics
 from parallel.group import Group
 from support.checkpoints import make_checkpoint
-from support.damaged_checkpoints import add, drop, edit, file_of, header_of, reindex, replace, whole
+from support.damaged_checkpoints import add, drop, edit, edit_json, file_of, header_of, reindex, replace, whole
 from support.rank_weights import (
     CONFIG,
     FP8,
@@ -97,12 +97,13 @@ def test_scales_that_are_no_scales(copy, value):
     ("name", "change", "message"),
     [
         (WO, lambda t: t[:, :-1].contiguous(), "expected F8_E4M3 192x1024, found F8_E4M3 192x1023"),
-        (WO, lambda t: t.bfloat16(), "expected F8_E4M3 192x1024, found BF16 192x1024"),
-        (WO + "_scale_inv", lambda t: t.bfloat16(), "expected F32 2x8, found BF16 2x8"),
+        (WO, lambda t: t.char(), "expected F8_E4M3 192x1024, found I8 192x1024"),
+        (WO + "_scale_inv", lambda t: t.double(), "expected F32 2x8, found F64 2x8"),
         (WO + "_scale_inv", lambda t: t.T.contiguous(), "expected F32 2x8, found F32 8x2"),
-        (BIAS, lambda t: t.bfloat16(), "expected F32 16, found BF16 16"),
-        ("model.norm.weight", lambda t: t.float(), "expected BF16 192, found F32 192"),
-        ("lm_head.weight", lambda t: t.half(), "expected BF16 256x192, found F16 256x192"),
+        (BIAS, lambda t: t.double(), "expected F32 16, found F64 16"),
+        ("model.norm.weight", lambda t: t.to(torch.float8_e4m3fn), "expected BF16 192, found F8_E4M3 192"),
+        ("lm_head.weight", lambda t: t.to(torch.float8_e4m3fn), "expected BF16 256x192, found F8_E4M3 256x192"),
+        ("lm_head.weight", lambda t: t[:-1].float(), "expected F32 256x192, found F32 255x192"),
         ("model.layers.2.eh_proj.weight", lambda t: t[:, :192].clone(), "expected BF16 192x384, found BF16 192x192"),
     ],
 )
@@ -121,6 +122,27 @@ def test_missing_tensor(copy, name):
     drop(copy, lambda n: n == name)
     kind = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}[t.dtype]
     assert refusal(copy) == f"DIR: {name} is missing ({kind} {'x'.join(map(str, t.shape))})"
+
+
+def test_a_scale_whose_weight_is_not_fp8(copy):
+    file = replace(copy, WO, lambda t: t.bfloat16())
+    scale = file_of(copy, WO + "_scale_inv").name
+    message = f"{file}: {WO}: expected F8_E4M3, as {scale}: {WO}_scale_inv is there for it, or no scale; found BF16"
+    assert refusal(copy) == message
+    assert refusal(copy, Numerics()) == message
+
+
+def test_modules_not_to_convert_that_were_converted(copy):
+    """Only a module's whole name is taken at its word."""
+    for name in ("o_proj", "self_attn", "model.layers.0", "lm_head", "mlp.gate", WO.replace("layers.0", "layers.9")):
+        edit_json(copy / "config.json", lambda raw, name=name: raw["quantization_config"].update(ignored_layers=[name]))
+        loaded(copy, FP8)
+    module = WO.removesuffix(".weight")
+    for field in ("ignored_layers", "modules_to_not_convert"):
+        edit_json(copy / "config.json", lambda raw, field=field: raw["quantization_config"].update(
+            {"ignored_layers": None, field: ["lm_head", module]}))  # fmt: skip
+        message = f"{file_of(copy, WO).name}: {WO}: FP8, but config.json's quantization_config.{field} names {module}"
+        assert refusal(copy) == message
 
 
 def test_tensors_the_config_does_not_know(copy):

@@ -261,7 +261,7 @@ def test_the_released_code_decides_what_a_lone_mscale_means():
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method 'gptq' is not supported"),
         ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "quantization_config.fmt 'e5m2' is not supported"),
         ({"quantization_config": {"quant_method": "fp8", "scale_fmt": "e8"}}, "quantization_config.scale_fmt 'e8' is not supported"),
-        ({"torch_dtype": "float16"}, "weights in 'float16' are not supported"),
+        ({"torch_dtype": "float64"}, "weights in 'float64' are not supported"),
         ({"num_experts_per_tok": 13}, "num_experts_per_tok is 13, expected from 1 to 12"),
         ({"n_group": 5}, "n_group is 5, expected a divisor of 32 experts"),
         ({"topk_group": 9}, "topk_group is 9, expected from 1 to 8"),

@@ -104,9 +104,9 @@ def project_float32(ops: ReferenceBackend, device: torch.device) -> Results:
 
 @case
 def norm(ops: ReferenceBackend, device: torch.device) -> Results:
-    x, delta, weight = (normal(device, T, H, seed=seed) for seed in range(3))
-    y, total = ops.norm(x, weight[0], 1e-6, delta)
-    quantised, same = ops.norm(x, weight[0], 1e-6, delta, "float32")
+    x, delta, weight = normal(device, T, H), normal(device, T, H, seed=1), normal(device, H, seed=2).float()
+    y, total = ops.norm(x, weight, 1e-6, delta)
+    quantised, same = ops.norm(x, weight, 1e-6, delta, "float32")
     assert isinstance(quantised, Quantised) and quantised.x is not None
     return [*wide(y), total, *wide(quantised), quantised.x, same]
 
@@ -144,7 +144,7 @@ def experts(ops: ReferenceBackend, device: torch.device) -> Results:
 @case
 def latent_write(ops: ReferenceBackend, device: torch.device) -> Results:
     c_kv, k_pe, q_pe = normal(device, T, 128), normal(device, T, 16, seed=1), normal(device, T, 2, 16, seed=2)
-    weight, angles = normal(device, 128, seed=3), torch.linspace(0, 6, T * 8, device=device).view(T, 8)
+    weight, angles = normal(device, 128, seed=3).float(), torch.linspace(0, 6, T * 8, device=device).view(T, 8)
     latents = torch.zeros(2, 64, 144, dtype=torch.bfloat16, device=device)
     slots = torch.tensor([70, -1, 3, 0, 64], device=device)
     return [ops.latent_write(c_kv, k_pe, weight, 1e-6, angles.cos(), angles.sin(), q_pe, slots, latents), latents]

@@ -60,14 +60,14 @@ def test_norm_is_an_addition_a_norm_and_a_quantisation(dtype: torch.dtype, fp8: 
     if isinstance(backend, CompiledCpuBackend) and dtype == torch.float32:
         pytest.skip("compiled kernels take bfloat16")
     norm = backend.norm
-    x, delta, weight = (torch.randn(9, 200).to(dtype) for _ in range(3))
-    y, total = norm(x, weight[0], 1e-5, delta, fp8)
-    alone = F.rms_norm((x + delta).float(), (200,), weight[0].float(), 1e-5).to(dtype)
+    x, delta, weight = torch.randn(9, 200).to(dtype), torch.randn(9, 200).to(dtype), torch.randn(200)
+    y, total = norm(x, weight, 1e-5, delta, fp8)
+    alone = F.rms_norm((x + delta).float(), (200,), weight, 1e-5).to(dtype)
     q, s = reference.act_quant(alone, scale_fmt="ue8m0" if fp8 == "ue8m0" else None)
     assert torch.equal(total, x + delta) and torch.equal(y.x, alone) and y.dtype == dtype
     assert torch.equal(y.q.view(torch.uint8), q.view(torch.uint8)) and torch.equal(y.s, s)
-    assert norm(x, weight[0], 1e-5, delta, fp8, keep=False)[0].x is None
-    plain, same = norm(x, weight[0], 1e-5)
+    assert norm(x, weight, 1e-5, delta, fp8, keep=False)[0].x is None
+    plain, same = norm(x, weight, 1e-5)
     assert same is x and not torch.equal(plain, alone)
 
 
@@ -91,7 +91,7 @@ def test_silu_mul(side) -> None:
 def test_latent_write_is_a_norm_two_rotations_and_a_copy(packed: bool, ops: ReferenceBackend) -> None:
     c_kv, k_pe, q_pe = torch.randn(4, 100).bfloat16(), torch.randn(4, 8).bfloat16(), torch.randn(4, 3, 8).bfloat16()
     weight, cos, sin, slots = (
-        torch.randn(100).bfloat16(),
+        torch.randn(100),
         torch.randn(4, 4),
         torch.randn(4, 4),
         torch.tensor([70, -1, 3, 0]),

@@ -40,8 +40,8 @@ def slice_of_nan(x: torch.Tensor, before: int = 16, after: int = 16) -> torch.Te
     return guarded(wide)[..., before : before + x.shape[-1]]
 
 
-def norm_weight(h: int, dtype: torch.dtype) -> torch.Tensor:
-    return (1 + 0.2 * torch.randn(h)).to(dtype)
+def norm_weight(h: int) -> torch.Tensor:
+    return 1 + 0.2 * torch.randn(h)
 
 
 def integers(*shape: int) -> torch.Tensor:
@@ -72,7 +72,7 @@ def same_quantised(a: Quantised, y: torch.Tensor, fp8: str, dtype: torch.dtype =
 @pytest.mark.parametrize("t, h", [(1, 7168), (3, 576), (5, 100), (70, 64)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_is_the_reference(dtype: torch.dtype, t: int, h: int, add: bool, fp8: Any) -> None:
-    x, weight = integers(t, h).to(dtype), norm_weight(h, dtype)
+    x, weight = integers(t, h).to(dtype), norm_weight(h)
     delta = integers(t, h).to(dtype) if add else None
     arguments = slice_of_nan(x), guarded(weight), EPS, None if delta is None else guarded(delta), fp8
     y, total = fused.norm(*arguments, dtype=E4M3)
@@ -92,7 +92,7 @@ def test_norm_is_the_reference(dtype: torch.dtype, t: int, h: int, add: bool, fp
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_is_exact(dtype: torch.dtype, h: int, fp8: Any) -> None:
     """Any numbers: the sum is rounded first, the norm is off by its last bit at most, and FP8 is made of that norm."""
-    x, delta, weight = spread(5, h).to(dtype), spread(5, h).to(dtype), norm_weight(h, dtype)
+    x, delta, weight = spread(5, h).to(dtype), spread(5, h).to(dtype), norm_weight(h)
     y, total = fused.norm(guarded(x), guarded(weight), EPS, guarded(delta), fp8, dtype=E4M3)
     assert same(total, x + delta)
     wide = (x + delta).double()
@@ -103,14 +103,14 @@ def test_norm_is_exact(dtype: torch.dtype, h: int, fp8: Any) -> None:
 
 
 def test_norm_for_fnuz() -> None:
-    x, weight = guarded(spread(4, 300).bfloat16()), guarded(norm_weight(300, torch.bfloat16))
+    x, weight = guarded(spread(4, 300).bfloat16()), guarded(norm_weight(300))
     y, _ = fused.norm(x, weight, EPS, fp8="float32", dtype=FNUZ)
     assert same_quantised(y, y.x, "float32", FNUZ)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_nan_stays_in_its_row(bad: float) -> None:
-    x, weight = torch.randn(6, 200).bfloat16(), norm_weight(200, torch.bfloat16)
+    x, weight = torch.randn(6, 200).bfloat16(), norm_weight(200)
     y, _ = fused.norm(guarded(x), guarded(weight), EPS, fp8="ue8m0", dtype=E4M3)
     x[2, 150] = bad
     z, _ = fused.norm(guarded(x), guarded(weight), EPS, fp8="ue8m0", dtype=E4M3)
@@ -122,7 +122,7 @@ def test_nan_stays_in_its_row(bad: float) -> None:
 
 
 def test_a_norm_of_columns_that_lie_apart_and_of_no_tokens() -> None:
-    x, weight = guarded(integers(100, 6).bfloat16()).T, guarded(norm_weight(100, torch.bfloat16))
+    x, weight = guarded(integers(100, 6).bfloat16()).T, guarded(norm_weight(100))
     assert same(fused.norm(x, weight, EPS)[0], reference.norm(x.cpu(), weight.cpu(), EPS)[0].contiguous())
     y, total = fused.norm(x[:0], weight, EPS, x[:0], "ue8m0", dtype=E4M3)
     assert y.q.shape == total.shape == (0, 100) and y.s.shape == (0, 1)
@@ -202,7 +202,7 @@ def latent_inputs(t: int, c: int, rope: int, heads: int, dtype: torch.dtype) -> 
     return {
         "c_kv": integers(t, c).to(dtype),
         "k_pe": torch.randn(t, rope).to(dtype),
-        "weight": norm_weight(c, dtype),
+        "weight": norm_weight(c),
         "cos": angle.cos(),
         "sin": angle.sin(),
         "q_pe": torch.randn(t, heads, rope).to(dtype),
@@ -280,7 +280,7 @@ def test_mistaken_pools_are_refused() -> None:
 @pytest.mark.parametrize("invariant", [False, True])
 def test_the_backend_calls_the_kernels(invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the reference backend does not; its results are the same here."""
-    x, weight = guarded(integers(5, 200).bfloat16()), guarded(norm_weight(200, torch.bfloat16))
+    x, weight = guarded(integers(5, 200).bfloat16()), guarded(norm_weight(200))
     inputs, latents = latent_inputs(5, 64, 8, 3, torch.bfloat16), pool(64, 8, torch.bfloat16, False)
     called = []
     for name in ("norm", "silu_mul", "latent_write"):
@@ -307,7 +307,7 @@ def test_the_backend_calls_the_kernels(invariant: bool, monkeypatch: pytest.Monk
 def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
     with only_listed_launches(fused, monkeypatch):
         bf16 = {"dtype": torch.bfloat16}
-        x, weight = torch.zeros(3, 7168, **bf16), torch.zeros(7168, **bf16)
+        x, weight = torch.zeros(3, 7168, **bf16), torch.zeros(7168)
         fused.norm(x, weight, EPS, x)
         fused.norm(x, weight, EPS, x, "float32")
         fused.norm(x, weight, EPS, x, "ue8m0", keep=False)

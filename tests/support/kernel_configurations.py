@@ -127,7 +127,7 @@ def of_fused() -> Iterator[Configuration]:
             pointers = {
                 "x_ptr": bf16,
                 "delta_ptr": bf16 if add else None,
-                "weight_ptr": bf16,
+                "weight_ptr": f32,
                 "total_ptr": bf16 if add else None,
                 "y_ptr": bf16 if keep else None,
                 "q_ptr": native if fp8 else None,
@@ -164,7 +164,7 @@ def of_fused() -> Iterator[Configuration]:
             pointers = {
                 "c_kv_ptr": bf16,
                 "k_pe_ptr": bf16,
-                "weight_ptr": bf16,
+                "weight_ptr": f32,
                 "cos_ptr": f32,
                 "sin_ptr": f32,
                 "q_pe_ptr": bf16,

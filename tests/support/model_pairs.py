@@ -1,6 +1,7 @@
 """Two loads of one random checkpoint on disk: ours, and transformers' own classes, which share no code with it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers.modeling_layers import MtpModel
 
 from checkpoint.directory import Checkpoint
 from checkpoint.load import load_into
+from checkpoint.table import exceptions
 from core.batch import Batch
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE
@@ -29,6 +31,7 @@ def ours(
     """Our model, float32 unless told otherwise, with the checkpoint's weights."""
     checkpoint = Checkpoint(path)
     assert checkpoint.args is not None
+    num = replace(num, exceptions=exceptions(checkpoint.expected(checkpoint.args), num))
     model = Transformer(checkpoint.args, num, tp, device, mtp=checkpoint.has_mtp, backend=backend)
     load_into(model, checkpoint, tp, progress=False)
     return model.prepare()

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from checkpoint.directory import Checkpoint
 from checkpoint.load import load_into
+from checkpoint.table import exceptions
 from core.config import ModelArgs
 from core.errors import UserError
 from core.numerics import Numerics
@@ -71,6 +72,7 @@ def in_memory(
         name = our_name(hf, config["num_hidden_layers"])
         if (mine := part(name, tensor, rank, ranks, config["n_routed_experts"], experts)) is None:
             continue
+        mine = mine.float() if mine.dim() == 1 or name.endswith("scale") else mine
         before, expert, after = name.partition(".experts.")
         if expert:
             number, _, rest = after.partition(".")
@@ -115,6 +117,7 @@ def build(checkpoint: Checkpoint, num: Numerics, group: Group = SOLO, args: Mode
     """A model whose every value is wrong until it is loaded. Files made for ranks decide how the experts lie."""
     args = args or checkpoint.args
     num = dataclasses.replace(num, experts=checkpoint.experts(group.size) or num.experts)
+    num = dataclasses.replace(num, exceptions=exceptions(checkpoint.expected(args), num))
     model = Transformer(args, num, group, mtp=bool(args.n_mtp_layers) and checkpoint.has_mtp)
     for p in model.parameters():
         p.data.view(torch.uint8).fill_(0x55)
@@ -143,14 +146,22 @@ def refusal(folder: Path, num: Numerics = FP8, group: Group = SOLO) -> str:
     return str(e.value).replace(f"{folder}/", "").replace(str(folder), "DIR")
 
 
-def multiplied_out(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors with FP8 weights times their scales, rounded once; the router's bias stays float32."""
+def multiplied_out(
+    tensors: dict[str, torch.Tensor], dtype: torch.dtype, fp8: bool = False, cast: bool = False
+) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors with FP8 weights times their scales, rounded once, unless they stay `fp8`, and the others
+    in dtype. Norms, routers with their biases and the head are only ever widened. With `cast` what is not FP8 stays."""
     found = {}
     for name, tensor in tensors.items():
-        if tensor.dtype == torch.float8_e4m3fn:
-            found[name] = dequantise(tensor, tensors[name + "_scale_inv"]).to(dtype)
-        elif not name.endswith("_scale_inv"):
-            found[name] = tensor if name.endswith("bias") else tensor.to(dtype)
+        scale = name.endswith("_scale_inv")
+        if tensor.dtype == torch.float8_e4m3fn and not fp8:
+            found[name] = dequantise(tensor, tensors[name + "_scale_inv"].float()).to(dtype)
+        elif tensor.dtype == torch.float8_e4m3fn or (cast and not scale) or (fp8 and scale):
+            found[name] = tensor
+        elif not scale:
+            exact = tensor.dim() == 1 or name.endswith((".mlp.gate.weight", "lm_head.weight"))
+            keeps = exact and tensor.dtype != torch.bfloat16
+            found[name] = tensor.float() if keeps else tensor.to(dtype)
     return found
 
 

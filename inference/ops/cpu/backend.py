@@ -60,8 +60,8 @@ class CompiledCpuBackend(CpuBackend):
         return w if w.scale is not None else w._replace(data=kernels.pack(w.data))
 
     def pack_float32_weight(self, w: torch.Tensor) -> Any:
-        """Half the bytes of a widened weight."""
-        return kernels.pack(w)
+        """Half the bytes of a widened weight; one that is float32 stays so."""
+        return kernels.pack(w) if w.dtype == torch.bfloat16 else w
 
     def linear(self, x: torch.Tensor | Quantised, w: Weight) -> torch.Tensor:
         if isinstance(w.data, kernels.Packed):
@@ -70,7 +70,7 @@ class CompiledCpuBackend(CpuBackend):
         return super().linear(x, w)
 
     def project_float32(self, x: torch.Tensor, w: Any) -> torch.Tensor:
-        return kernels.linear(x, w, torch.float32)
+        return kernels.linear(x, w, torch.float32) if isinstance(w, kernels.Packed) else super().project_float32(x, w)
 
     def norm(
         self,

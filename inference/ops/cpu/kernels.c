@@ -551,11 +551,11 @@ INLINE float mean_square(const float *x, int64_t n) {
 }
 
 /* row (n) / rms(row) * weight, rounded. */
-INLINE void normed(const float *row, int64_t n, const bf16 *weight, float eps, bf16 *y) {
+INLINE void normed(const float *row, int64_t n, const float *weight, float eps, bf16 *y) {
     const float factor = 1 / sqrtf(mean_square(row, n) + eps);
     int64_t j = 0;
-    for (; j + LANES <= n; j += LANES) narrow_v(*(const vf *)(row + j) * factor * widen_v(weight + j), y + j);
-    for (; j < n; j++) y[j] = narrow(row[j] * factor * widen(weight[j]));
+    for (; j + LANES <= n; j += LANES) narrow_v(*(const vf *)(row + j) * factor * *(const vf *)(weight + j), y + j);
+    for (; j < n; j++) y[j] = narrow(row[j] * factor * weight[j]);
 }
 
 INLINE void widen_row(const bf16 *x, int64_t n, float *out) {
@@ -566,7 +566,7 @@ INLINE void widen_row(const bf16 *x, int64_t n, float *out) {
 
 /* x (t, h), rows `stride` apart, + delta (t, h), if there is one: the sum, rounded, to total (t, h), and its RMSNorm to
  * y (t, h). rows: (threads, h) floats. */
-void norm(const bf16 *x, int64_t t, int64_t stride, int64_t h, const bf16 *delta, const bf16 *weight, float eps,
+void norm(const bf16 *x, int64_t t, int64_t stride, int64_t h, const bf16 *delta, const float *weight, float eps,
           bf16 *y, bf16 *total, float *rows, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < t; i++) {
@@ -595,7 +595,7 @@ INLINE void rotate(const bf16 *x, const float *cos, const float *sin, int64_t pa
 /* As reference.latent_write: c_kv (t, c) and k_pe (t, r), rows kv_stride apart, to latents (slots, c + r); q_pe
  * (t, n, r), tokens q_stride and heads head_stride apart, rotated to q_out (t, n, r). rows: (threads, c) floats. */
 void latent_write(const bf16 *c_kv, const bf16 *k_pe, int64_t t, int64_t kv_stride, int64_t c, int64_t r,
-                  const bf16 *weight, float eps, const float *cos, const float *sin, const bf16 *q_pe, int64_t n,
+                  const float *weight, float eps, const float *cos, const float *sin, const bf16 *q_pe, int64_t n,
                   int64_t q_stride, int64_t head_stride, bf16 *q_out, const int64_t *slots, bf16 *latents, float *rows,
                   int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -66,6 +66,7 @@ class GpuBackend(ReferenceBackend):
     def router(
         self, x: torch.Tensor, w: Any, bias: torch.Tensor | None, rule: Routing
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.float() if w.dtype == torch.float32 else x
         return router.router(x, w, bias, rule, self.batch_invariant)
 
     def experts(
