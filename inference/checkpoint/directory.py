@@ -106,7 +106,8 @@ class Checkpoint:
         """Reports Git LFS pointers and broken links; the first of several files of weights, and how many there are."""
         weights: list[CheckpointError] = []
         for path in sorted(self.path.iterdir()):
-            if path.name.startswith(".") or path.suffix not in (".safetensors", ".json", ".jinja", ".model"):
+            known = path.suffix in (".safetensors", ".json", ".jinja", ".model")
+            if not known or path.name.startswith(".") or not path.name.isprintable():
                 continue
             if problem := stand_in(path):
                 if path.suffix == ".safetensors":

@@ -44,7 +44,8 @@ def require_checkpoint(folder: Path) -> None:
         raise UserError(f"{folder}: a cache of the Hugging Face Hub; give {where}{lack}")
     for name in names:
         if (format := FORMATS.get(os.path.splitext(name)[1])) and (folder / name).is_file():
-            raise UserError(f"{folder}: no .safetensors files; {name} is {format}")
+            shown = name if name.isprintable() else repr(name)
+            raise UserError(f"{folder}: no .safetensors files; {shown} is {format}")
     if below := list(_checkpoints_below(folder)):
         raise UserError(f"{folder}: no checkpoint itself; give {_listed(below)}")
 

@@ -38,7 +38,8 @@ def missing(path: Path, otherwise: str = "no such file") -> CheckpointError:
 
 
 def stand_in(path: Path) -> CheckpointError | None:
-    """What lies in a file's place: a link that leads nowhere, or a Git LFS pointer. None for anything else."""
+    """What lies in a file's place: a link that leads nowhere, or a Git LFS pointer. None for anything else, and where
+    nothing is (any more)."""
     try:
         info = os.stat(path)
         if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_POINTER:
@@ -47,7 +48,7 @@ def stand_in(path: Path) -> CheckpointError | None:
             if f.read(len(LFS_POINTER)) != LFS_POINTER:
                 return None
     except OSError as e:
-        return missing(path) if e.errno in (errno.ENOENT, errno.ELOOP) else None
+        return missing(path) if e.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path) else None
     text = f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its directory"
     return CheckpointError(text, path, "", "the file", "a Git LFS pointer")
 

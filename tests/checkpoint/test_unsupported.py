@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from checkpoint.check import check
 from checkpoint.convert import convert
 from checkpoint.manifest import HF_INDEX, verify
-from core.files import LFS_POINTER
+from core.files import LFS_POINTER, stand_in
 from support.checkpoints import make_checkpoint
 from support.damaged_checkpoints import files, good_checkpoint
 from support.families import V3
@@ -141,6 +141,12 @@ def test_a_stand_in(name, kind, copy, tmp_path):
     assert_refused(copy, message, tmp_path)
     told = [str(finding.problem) for finding in check(copy).findings if finding.fault]
     assert sum(name in text for text in told) == 1, told
+
+
+def test_nothing_stands_for_a_file_that_is_gone(copy):
+    """A file may go between two looks at a directory: a commit renames it."""
+    assert stand_in(copy / "gone.json") is None and stand_in(copy / "config.json") is None
+    assert stand_in(copy / "config.json" / "x") is None
 
 
 def test_many_stand_ins_have_one_line(copy, tmp_path):
