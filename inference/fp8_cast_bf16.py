@@ -16,6 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from cli.flags import device
 from cli.main import run_command
 
 
@@ -23,7 +24,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--input-fp8-hf-path", type=Path, help="directory of the FP8 checkpoint")
     parser.add_argument("--output-bf16-hf-path", type=Path, help="directory for the BF16 checkpoint")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to dequantise")
+    parser.add_argument("--device", type=device, default="auto", help="where to dequantise (default: a GPU if any)")
     parser.add_argument("--verify", type=Path, metavar="DIR", help="instead: compare a directory with its manifest")
     options = parser.parse_args(arguments)
     wanted = (options.input_fp8_hf_path, options.output_bf16_hf_path)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cli.flags import Parser, add_run_flags, positive, run_config
+from cli.flags import Parser, add_run_flags, device, positive, run_config
 from cli.main import run_command
 from core.errors import warn
 from core.run_config import PAGE_SIZE, RunConfig
@@ -35,7 +35,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--ckpt-path", metavar="DIR", help="a checkpoint; or only")
     add("--config", metavar="FILE", help="the model's config")
     add("--tp", type=positive, default=1, metavar="N", help="ranks (default: 1)")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="what the ranks run on (default: GPUs)")
+    add("--device", type=device, default="cuda", metavar="DEVICE", help="what the ranks run on (default: GPUs)")
     add("--max-model-len", type=positive, metavar="N", help="tokens of a sequence (default: as the model allows)")
     add_run_flags(parser, RUN_FLAGS)
     add("--context", type=positive, metavar="N", help="tokens of each sequence while decoding (default: 4096 at most)")
@@ -63,10 +63,11 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
     from checkpoint.directory import Checkpoint, choose_args
     from checkpoint.partition import Partition
     from checkpoint.table import fp8_rows
+    from core import devices
     from core.config import load_config
     from engine import rank_memory, setup
 
-    device = torch.device(options.device)
+    on = devices.parse(options.device) if options.device != "cuda" else torch.device("cuda")  # GPUs need not be here
     checkpoint = None if options.ckpt_path is None else Checkpoint(options.ckpt_path)
     specs = None
     if checkpoint is None:
@@ -79,14 +80,14 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
         specs = checkpoint.expected(args)
     for text in args.warnings:
         warn(text)
-    has_fp8 = device.type == "cuda"
-    num, says = setup.choose_numerics(args, device, options.dtype, options.gemm, has_fp8, specs)
+    gpu = on.type == "cuda"
+    num, says = setup.choose_numerics(args, on, options.dtype, options.gemm, True if gpu else None, specs)
     if checkpoint is None or specs is None:
         partition = Partition.choose(args, options.tp, options.experts, fp8=num.gemm is not None)
     else:
         partition = checkpoint.partition(args, options.tp, options.experts, fp8_rows(specs, num))
     num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8", experts=partition.experts)
-    rank = rank_memory.RankSpec(args, num, options.tp, device.type == "cuda", has_mtp)
+    rank = rank_memory.RankSpec(args, num, options.tp, gpu, has_mtp, not gpu and on.type != "cpu")
     config = setup.check_limits(run_config(options), args, has_mtp)
     return rank, config, says
 
@@ -94,6 +95,7 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
 def plan(options: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, as plain data: sizes in bytes, times in seconds. Raises UserError as `describe` does."""
     rank, config, says = describe(options)
+    from core import devices
     from engine import memory, rank_memory, setup
 
     pages = config.max_num_seqs * config.pages_per_sequence
@@ -103,10 +105,8 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
         name = rank_memory.MTP if mtp else part
         parts[name] = parts.get(name, 0) + n
     sizes = {f"{n} GB": n * 10**9 for n in GPUS}
-    if not rank.gpu:
-        import torch
-
-        sizes = {"free here": setup.free_memory(torch.device("cpu"))}
+    if not rank.gpu and (free := setup.free_memory(devices.parse(options.device))):
+        sizes = {"free here": free}
     context = min(options.context or 4096, config.max_model_len or rank.args.max_seq_len)
     return {
         "model": {
@@ -214,7 +214,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{'memory of a rank':<22}{'tokens of cache':>16}{'sequences of ' + format(run['max_model_len'], ','):>26}"
     for name, fit in found["fits"].items():
-        size = name if run["device"] == "cuda" else f"{fit['memory'] / 1e9:.1f} GB {name}"
+        size = f"{fit['memory'] / 1e9:.1f} GB {name}" if name == "free here" else name
         why = "" if fit["tokens"] else "no room for latents" if fit["weights_fit"] else "the weights do not fit"
         yield f"{size:<22}{fit['tokens']:>16,}{fit['sequences']:>26,}   {why}".rstrip()
     yield ""

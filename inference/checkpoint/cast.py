@@ -12,6 +12,7 @@ from checkpoint.partition import Partition
 from checkpoint.reading import Entry, Reader
 from checkpoint.transform import NewCheckpoint, Output, OutputFile, open_source, small_files, write_checkpoint
 from core.config import BLOCK_SIZE
+from core.devices import holds
 from core.errors import UserError
 from core.files import read_json
 from core.numerics import Numerics
@@ -48,12 +49,15 @@ class Dequantised(Output):
 
 
 def cast(source: Path, target: Path, device: str = "auto") -> None:
-    """Writes the BF16 form of `source` to `target`, dequantised on `device`: "cpu", "cuda", or "auto", a GPU if any.
+    """Writes the BF16 form of `source` to `target`, dequantised on `device`: one of torch's names, or "auto", a GPU
+    if any.
 
     Raises UserError, before anything is written to the target, for a damaged checkpoint, a weight without its scale, a
     checkpoint that is not FP8, a missing GPU, or a target that cannot be written to.
     """
     where = choose_device(device, 0, 1)
+    if not holds(where, torch.float8_e4m3fn):
+        raise UserError(f"--device {device}: {where.type} has no FP8 in torch; --device cpu has")
     checkpoint, state = open_source(source, target)
     args = checkpoint.args
     assert args is not None

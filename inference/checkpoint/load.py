@@ -13,6 +13,7 @@ from checkpoint.directory import Checkpoint
 from checkpoint.partition import Ranges
 from checkpoint.reading import Entry, Reader, dtype_and_shape, require_equal
 from checkpoint.table import FP8, PLAIN, fp8_rows, scale_name
+from core import devices
 from core.config import BLOCK_SIZE, ModelArgs
 from core.errors import UserError, warn
 from core.numerics import Numerics
@@ -154,7 +155,7 @@ def _fill(copy: TensorCopy, scale: torch.Tensor | None, reader: Reader, bar: Any
     for row, window in reader.rows(entry, first, last):
         data = window if raw else window.view(entry.dtype)
         data = data[:, start:stop]
-        if entry.dtype == torch.float8_e8m0fnu:
+        if entry.dtype == torch.float8_e8m0fnu or not devices.holds(target.device, data.dtype):
             data = data.float()  # while it is on the CPU: other devices have no casts of this type
         data = data.to(target.device)
         if scale is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any, NoReturn, get_args
@@ -62,7 +63,7 @@ def add_run_flags(parser: Parser, names: Iterable[str]) -> None:
         elif metavar is None:
             parser.add_argument(flag, choices=get_args(f.type), default=f.default, help=help)
         else:
-            parser.add_argument(flag, type=NUMBERS[metavar], default=f.default, metavar=metavar, help=help)
+            parser.add_argument(flag, type=TYPES[metavar], default=f.default, metavar=metavar, help=help)
 
 
 def run_config(options: argparse.Namespace) -> RunConfig:
@@ -88,4 +89,11 @@ def seconds(text: str) -> float:
     return value
 
 
-NUMBERS: dict[str, Callable[[str], float]] = {"N": positive, "K": int, "GIB": gib, "S": seconds}  # by metavar
+def device(text: str) -> str:
+    """As torch writes devices; whether there is one is asked once torch is imported."""
+    if not re.fullmatch(r"[a-z_]+(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like cpu, cuda or cuda:1")
+    return text
+
+
+TYPES: dict[str, Callable[[str], Any]] = {"N": positive, "K": int, "GIB": gib, "S": seconds, "DEVICE": device}

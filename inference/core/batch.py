@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from core.devices import CPU, send
 from core.run_config import PAGE_SIZE
 
 # New tokens of a sequence, how many of its tokens are cached before them, and its pages.
@@ -53,7 +54,7 @@ class Batch:
         return BatchBounds(a.n + b.n, a.tokens + b.tokens, *longest, a.total_kv + b.total_kv)
 
     @classmethod
-    def pack(cls, sequences: Sequence[SequenceSlice], device: torch.device | str = "cpu") -> "Batch":
+    def pack(cls, sequences: Sequence[SequenceSlice], device: torch.device | str = CPU) -> "Batch":
         """One batch of all sequences' new tokens; those that decode had better come first."""
         tokens: list[int] = []
         positions: list[int] = []
@@ -71,7 +72,7 @@ class Batch:
         n_decode = next((i for i, (q, _) in enumerate(lengths) if q > DECODE_ROWS), len(lengths))
 
         def tensor(values: list, dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+            return send(torch.tensor(values, dtype=dtype), device)
 
         return cls(
             tensor(tokens, torch.int64),

@@ -34,7 +34,7 @@ class RunConfig:
     experts: Literal["auto", "whole", "split"] = flag(
         "auto", "a rank has some whole, or a share of each (default: as converted, else split if that fits)"
     )
-    device: Literal["auto", "cuda", "cpu"] = flag("auto", "default: a GPU if there is one")
+    device: str = flag("auto", "cpu, cuda or another that torch has (default: a GPU if there is one)", "DEVICE")
     max_model_len: int | None = flag(None, "most tokens of prompt and answer (default: as fit)", "N")
     max_num_seqs: int = flag(8, "prompts answered at a time (default: %(default)s)", "N")
     max_num_batched_tokens: int = flag(2048, "tokens one forward takes, prompts in chunks (default: %(default)s)", "N")

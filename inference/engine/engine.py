@@ -59,7 +59,7 @@ class Engine:
         if run.deterministic and not model.num.batch_invariant:
             raise UserError("deterministic needs a model built with Numerics(batch_invariant=True)")
         self.model, self.tokenizer, self.tp = model, tokenizer, model.tp
-        if capture is None and not run.eager and records(model.device.type == "cuda", model.num.dtype):
+        if capture is None and not run.eager and records(setup.rank_of(model).gpu, model.num.dtype):
             capture = cuda_capture()
         self.run = run = setup.size_cache(run, model, recorded=capture is not None)
         assert run.n_pages is not None and run.max_model_len is not None

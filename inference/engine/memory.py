@@ -21,7 +21,7 @@ from engine.step_memory import step_bytes
 from ops.cpu import kernels as kernel_cpu
 
 GPU_SHARE = 0.9  # of what weights and a step leave, for latents: the rest is for the allocator's gaps and for libraries
-HOST_SHARE = 0.5  # the same of a host, which others need too
+HOST_SHARE = 0.5  # the same of a host, which others need too, and of a device on which nothing was measured
 
 
 class MemoryBudget(NamedTuple):
@@ -59,7 +59,7 @@ def need(rank: RankSpec, config: RunConfig, cache: int | None = None) -> MemoryB
 def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
     """What packing the largest weight takes beside all weights as they are before or, if that is more, after it."""
     args, plain = rank.args, rank.num.dtype.itemsize
-    if rank.gpu or plain == 4:
+    if rank.as_loaded:
         return 0
     head = (plain if rank.compiled else 4) * args.vocab_size // rank.ranks * args.dim
     if "head" in rank.num.exceptions:

@@ -34,6 +34,7 @@ class RankSpec:
     ranks: int = 1
     gpu: bool = True  # a GPU's forms of the ops and weights, else a CPU's
     mtp: bool = False  # the MTP module is loaded, whether or not it drafts
+    reference: bool = False  # neither: the reference's forms, on another device
 
     @property
     def experts(self) -> ExpertLayout:
@@ -66,7 +67,13 @@ class RankSpec:
     @property
     def compiled(self) -> bool:
         """The ops are ops/cpu/kernels.c's."""
-        return not self.gpu and self.num.dtype == torch.bfloat16 and kernel_cpu.library() is not None
+        cpu = not (self.gpu or self.reference)
+        return cpu and self.num.dtype == torch.bfloat16 and kernel_cpu.library() is not None
+
+    @property
+    def as_loaded(self) -> bool:
+        """Weights stay as they are loaded: only a CPU packs or widens them, and only bfloat16."""
+        return self.gpu or self.reference or self.num.dtype == torch.float32
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -144,7 +151,7 @@ def _held_bytes(kind: _Kind, shape: tuple[int, ...], rank: RankSpec) -> int:
     if kind.part == EMBEDDING and tied:
         return size * 4
     if kind.part == HEAD or kind.leaf == "gate.weight":
-        as_loaded = rank.gpu or plain == 4 or kind.exception
+        as_loaded = rank.as_loaded or kind.exception
         if rank.args.tie_word_embeddings and kind.part == HEAD and as_loaded:
             return 0
         if as_loaded:

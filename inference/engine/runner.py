@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from core import devices
 from core.batch import Batch, SequenceSlice
 from core.run_config import RunConfig
 from engine import memory
@@ -39,6 +40,11 @@ class ModelRunner:
             hidden = self.model(Batch.pack(slices, self.model.device), self.cache)
         return hidden
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (rows, V), float32, where they can be sampled from: that takes float64."""
+        logits = self.model.logits(hidden)
+        return logits if devices.holds(logits.device, torch.float64) else logits.cpu()
+
     def sample_logits(self, chunks: list[Chunk], hidden: torch.Tensor) -> torch.Tensor:
         """Logits (rows, V), float32, after the last token of each chunk that samples and after each of its drafts."""
         rows: list[int] = []
@@ -47,7 +53,7 @@ class ModelRunner:
             if chunk.samples:
                 rows += range(at + chunk.n - 1, at + chunk.n_rows)
             at += chunk.n_rows
-        return self.model.logits(hidden[rows])
+        return self.logits(hidden[rows])
 
     def prompt_logits(self, chunks: list[Chunk], hidden: torch.Tensor) -> Iterator[tuple[Sequence, int, torch.Tensor]]:
         """For prompt tokens that are to be scored, at most SCORED_ROWS at a time: the sequence, the position of the
@@ -61,7 +67,7 @@ class ModelRunner:
                 for lo in range(first, stop, memory.SCORED_ROWS):
                     hi = min(lo + memory.SCORED_ROWS, stop)
                     sequence.n_scored = hi
-                    yield sequence, lo + 1, self.model.logits(hidden[at + lo - chunk.start : at + hi - chunk.start])
+                    yield sequence, lo + 1, self.logits(hidden[at + lo - chunk.start : at + hi - chunk.start])
             at += chunk.n_rows
 
     def draft(self, chunks: list[Chunk], hidden: torch.Tensor, continuing: list[Sequence], propose: Propose) -> None:
@@ -92,7 +98,7 @@ class ModelRunner:
             if k:
                 step: list[SequenceSlice] = [([s.drafts[-1]], ends[s][1] + k - 1, s.pages) for s in continuing]
                 states = self._draft_states(step, states)
-            drafts = propose(continuing, self.model.logits(states))
+            drafts = propose(continuing, self.logits(states))
             for sequence, token in zip(continuing, drafts, strict=True):
                 sequence.drafts.append(token)
 

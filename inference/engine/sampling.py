@@ -63,7 +63,7 @@ def _cut(p: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     top_k, top_p, min_p = (
         _column(values, p.device) for values in (most, [row.top_p for row in params], [row.min_p for row in params])
     )
-    few = vocab > _LIKELIEST and not p.is_cuda  # on a GPU, to look whether they were enough would make the host wait
+    few = vocab > _LIKELIEST and p.is_cpu  # elsewhere, to look whether they were enough would make the host wait
     for n in (_LIKELIEST, vocab) if few and all(k == vocab or k <= _LIKELIEST for k in most) else (vocab,):
         ranked = p.topk(n, dim=-1).values
         place = torch.arange(n, device=p.device)

@@ -14,6 +14,7 @@ import torch
 from checkpoint.directory import Checkpoint, choose_args
 from checkpoint.load import load_into
 from checkpoint.table import FP8, PLAIN, Spec, exceptions, expected_tensors, fp8_rows, is_rounded, module_of
+from core import devices
 from core.config import ModelArgs
 from core.errors import UserError, warn
 from core.numerics import Numerics
@@ -22,6 +23,7 @@ from core.sampling_params import SamplingParams, params_from_generation_config
 from engine import host_memory, memory, rank_memory
 from model import Transformer
 from ops.backend import has_fp8 as device_has_fp8
+from ops.backend import why_reference
 from ops.cpu import kernels as kernel_cpu
 from parallel import startup
 from parallel.group import Group
@@ -78,17 +80,21 @@ def _choose(
     num, says = choose_numerics(args, device, run.dtype, run.gemm, specs=specs)
     partition = checkpoint.partition(args, tp.size, run.experts, fp8_rows(specs, num))
     fp8_latents = run.kv_cache_dtype == "fp8"
+    if fp8_latents and not devices.holds(device, torch.float8_e4m3fn):
+        raise UserError(f"--kv-cache-dtype fp8: {device.type} has no such type in torch; leave it out")
     num = replace(num, fp8_latents=fp8_latents, experts=partition.experts, batch_invariant=run.deterministic)
     for text in args.warnings if tp.rank == 0 else ():
         warn(text)
     if progress and tp.rank == 0:
         print(says, file=sys.stderr)
+        if why := why_reference(device):
+            print(f"note: the reference computes, in plain torch ({why})", file=sys.stderr)
         if device.type == "cpu" and num.dtype == torch.bfloat16 and (slower := kernel_cpu.why_not()):
             print(f"note: on this CPU bfloat16 is slower than it could be ({slower})", file=sys.stderr)
         if tp.size > 1:
             print(partition.reason, file=sys.stderr)
     has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
-    check_start(rank_memory.RankSpec(args, num, tp.size, device.type != "cpu", has_mtp), device, run)
+    check_start(_rank_on(device, args, num, tp.size, has_mtp), device, run)
     return _Plan(checkpoint, args, num, has_mtp, params_from_generation_config(Path(ckpt_path)))
 
 
@@ -106,13 +112,13 @@ def _check_agreement(model: Transformer) -> None:
 
 
 def resolve_device(device: torch.device | str | None, run: RunConfig) -> torch.device:
-    """The device to load on: the one given, else the one `run` names; a GPU with a number becomes the current one."""
+    """The device to load on: the one given, else the one `run` names, which becomes the current one. Raises
+    UserError."""
     if device is None:
         _, _, local_rank, local_size = startup.environment()
         return startup.choose_device(run.device, local_rank, local_size)
-    target = torch.device(device)
-    if target.index is not None:
-        torch.cuda.set_device(target)  # kernels are launched on the current device
+    target = devices.parse(str(device))
+    devices.make_current(target)
     return target
 
 
@@ -130,6 +136,11 @@ def choose_numerics(
     specs = expected_tensors(args, args.dtype == "fp8") if specs is None else specs
     wide = args.dtype in ("fp32", "fp16")  # bfloat16 does not hold them
     plain = torch.float32 if dtype == "float32" or (dtype == "auto" and wide) else torch.bfloat16
+    on = f"on {device.type}"
+    if plain == torch.bfloat16 and not devices.holds(device, plain):
+        if dtype == "bfloat16":
+            raise UserError(f"--dtype bfloat16: {device.type} has no such type in torch; --dtype float32 has")
+        plain, on = torch.float32, f"on {device.type}, which has no bfloat16"
     name = str(plain).removeprefix("torch.")
     if gemm == "fp8" and args.dtype != "fp8":
         raise UserError(f"--gemm fp8 needs FP8 weights, and this checkpoint's are {args.dtype}")
@@ -137,13 +148,15 @@ def choose_numerics(
         raise UserError("--gemm fp8 and --dtype float32 contradict each other; leave one out")
     num = Numerics(plain)
     if args.dtype != "fp8":
-        says = f"numerics: {name} weights and activations on {device.type}"
+        says = f"numerics: {name} weights and activations {on}"
     elif plain == torch.float32:
-        says = f"numerics: float32 throughout, FP8 weights dequantised exactly, on {device.type}"
-    elif device.type == "cpu":
-        says = f"numerics: {name}, FP8 weights dequantised once at load, on {device.type}"
+        says = f"numerics: float32 throughout, FP8 weights dequantised exactly, {on}"
+    elif device.type == "cpu" or (has_fp8 is None and why_reference(device)):  # no kernel multiplies FP8
+        says = f"numerics: {name}, FP8 weights dequantised once at load, {on}"
+        if gemm == "fp8" and not devices.holds(device, FP8):
+            raise UserError(f"--gemm fp8: {device.type} has no FP8 in torch; without it they are dequantised at load")
         if gemm == "fp8":
-            says = "numerics: W8A8, FP8 products emulated by the reference (slow, for comparison), on cpu"
+            says = f"numerics: W8A8, FP8 products emulated by the reference (slow, for comparison), {on}"
             num = Numerics(plain, "fp8", args.scale_fmt)
     else:
         if has_fp8 is None and gemm != "bf16":
@@ -154,7 +167,7 @@ def choose_numerics(
             name = torch.cuda.get_device_name(device)
             raise UserError(f"--gemm fp8 needs FP8 tensor cores, and {name} has none; use bf16")
         says = {"fp8": "W8A8 (FP8 weights and activations)", "bf16": "W8A16 (FP8 weights widened in the product)"}[gemm]
-        says = f"numerics: {says} on {device.type}"
+        says = f"numerics: {says} {on}"
         num = Numerics(plain, "fp8" if gemm == "fp8" else "bf16", args.scale_fmt)
     num = replace(num, exceptions=exceptions(specs, num))
     return num, says + _losses(specs, num)
@@ -176,8 +189,14 @@ def _losses(specs: Mapping[str, Spec], num: Numerics) -> str:
     return said
 
 
+def _rank_on(device: torch.device, args: ModelArgs, num: Numerics, ranks: int, mtp: bool) -> rank_memory.RankSpec:
+    """A rank with the forms of weights and ops that its device has."""
+    reference = bool(why_reference(device))
+    return rank_memory.RankSpec(args, num, ranks, device.type == "cuda" and not reference, mtp, reference)
+
+
 def rank_of(model: Transformer) -> rank_memory.RankSpec:
-    return rank_memory.RankSpec(model.args, model.num, model.tp.size, model.device.type != "cpu", len(model.mtp) > 0)
+    return _rank_on(model.device, model.args, model.num, model.tp.size, len(model.mtp) > 0)
 
 
 def check_limits(run: RunConfig, args: ModelArgs, has_mtp: bool) -> RunConfig:
@@ -216,7 +235,11 @@ def check_start(rank: rank_memory.RankSpec, device: torch.device, run: RunConfig
         cache = int(run.kv_cache_gib * 2**30)
     if cache is not None:
         length_that_fits(run, cache // rank_memory.page_bytes(rank), shrink)
-    memory.check_fits(rank, run, free_memory(device), cache, shrink)
+    free = free_memory(device)
+    if free is None and cache is None:
+        raise UserError(f"{device.type} does not say how much memory is free: give --kv-cache-gib")
+    if free is not None:
+        memory.check_fits(rank, run, free, cache, shrink)
 
 
 def size_cache(run: RunConfig, model: Transformer, recorded: bool) -> RunConfig:
@@ -228,6 +251,7 @@ def size_cache(run: RunConfig, model: Transformer, recorded: bool) -> RunConfig:
     if n_pages is None:
         if run.kv_cache_gib is None:
             free, as_run = free_memory(model.device), replace(run, eager=not recorded)
+            assert free is not None, "check_start refuses a device that does not say"
             fit = memory.pages_that_fit(rank_of(model), as_run, free, shrink=shrink)
             fit = min(fit, run.max_num_seqs * run.pages_per_sequence)
         else:
@@ -236,9 +260,9 @@ def size_cache(run: RunConfig, model: Transformer, recorded: bool) -> RunConfig:
     return replace(run, n_pages=n_pages, max_model_len=length_that_fits(run, n_pages, shrink))
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes this rank may take now: what its GPU has, or an equal part of what its host has, by the kernel's estimate
-    (4 GiB where the host does not say), or its container, if that is less."""
+def free_memory(device: torch.device) -> int | None:
+    """Bytes this rank may take now: what its device has (None: it does not say), or an equal part of what its host has,
+    by the kernel's estimate (4 GiB where the host does not say), or its container, if that is less."""
     if device.type != "cpu":
-        return torch.cuda.mem_get_info(device)[0]
+        return devices.free_memory(device)
     return min([host_memory.host_memory(), *host_memory.container_memory()]) // startup.environment()[3]

@@ -57,8 +57,8 @@ def _layer(rank: RankSpec, tokens: int, values: int, widest: int) -> int:
     elif rank.compiled:  # a product's input in float32, a chunk at a time, and a row of a norm for each thread
         beside = min(4 * tokens * widest, kernel_cpu.CHUNK_BYTES + 48 * widest)
         beside += 4 * torch.get_num_threads() * args.dim
-    else:  # float32 copies: three in a norm, one of gate and up
-        beside = 4 * tokens * max(3 * args.dim, widest)
+    else:  # float32 copies: three in a norm, one of gate and up, or as the reference has it four of halves of them
+        beside = 4 * tokens * max(3 * args.dim, (2 if rank.reference else 1) * widest)
     if rank.num.batch_invariant:  # a product's blocks of rows, before they are one
         beside += 2 * b * tokens * widest
         if rank.ranks > 2:  # all ranks' parts of a sum, which are added in order
@@ -126,10 +126,11 @@ def _in_torch(rank: RankSpec, config: RunConfig, tokens: int, rows: int, n: int)
     context = config.pages_per_sequence * PAGE_SIZE
     w_uk, w_uv = (torch.empty(1, d, c, device="meta") for d in (width - r, dv))
     few = reference.absorbed_rows(w_uk, w_uv, r)
+    plain = rank.gpu or rank.reference  # attention is the reference's
     alike = rank.num.batch_invariant  # one sequence after another, absorbed, a block of rows at a time
     written = rank.compiled and not rank.num.fp8_latents  # rotated and written by C
     compiled = written and not alike
-    together = min(sequences, 2) if rank.gpu or alike or (compiled and rows > few) else 0 if compiled else sequences
+    together = min(sequences, 2) if plain or alike or (compiled and rows > few) else 0 if compiled else sequences
     taken = context * latent * (b * together + (14 if rank.num.fp8_latents else 0))
     if not (rank.gpu or written):  # rotation in float32
         taken += 16 * tokens * (n * r + latent)
@@ -143,13 +144,13 @@ def _in_torch(rank: RankSpec, config: RunConfig, tokens: int, rows: int, n: int)
         forms.append(4 * (2 * filled * latent + parts * (c + 66) + torch.get_num_threads() * 80 * (latent + 64)))
     else:
         forms.append(_tiles(b, min(rows, few), n, latent, c, 1, context))
-    if not rank.gpu and not compiled:
+    if not plain and not compiled:
         some = min(rows, TORCH_DECODE_ROWS)
         mask = some * context * n * (1 + b) if some > 1 else 0
         forms.append(b * min(tokens, some * sequences) * n * (4 * c + 2 * r + max(r, dv)) + mask)
     if rows > few:
         keys = 4 * context * n * width
-        if not rank.gpu and dv <= width and 2 * keys <= EXPANDED_BYTES:  # at once
+        if not plain and dv <= width and 2 * keys <= EXPANDED_BYTES:  # at once
             forms.append(3 * keys + 4 * (context * latent + n * dv * c) + rows * (5 * context + 12 * n * width))
         else:
             forms.append(_tiles(b, rows, n, width, dv, n, context))

@@ -4,7 +4,7 @@ import contextlib
 import datetime
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -22,9 +22,9 @@ ONE_SHOT_BYTES = 384 << 10  # up to which one-shot sums are faster than NCCL's r
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that share the weights of one model. `pg` moves activations (NCCL or gloo), `control` moves integers of
-    the host (gloo). Every rank of the group must call the same collectives in the same order; all of them raise
-    RankFailure where another rank is lost."""
+    """Ranks that share the weights of one model. `pg` moves activations (NCCL, gloo or what else the device has),
+    `control` moves integers of the host (gloo). Every rank of the group must call the same collectives in the same
+    order; all of them raise RankFailure where another rank is lost."""
 
     rank: int = 0
     size: int = 1
@@ -32,6 +32,7 @@ class Group:
     control: Any = field(default=None, compare=False, repr=False)
     timeout: float = field(default=300.0, compare=False)  # seconds a rank waits for another
     ordered: bool = False  # sums are taken in rank order, whatever their size (batch-invariant mode)
+    through_host: bool = field(default=False, compare=False)  # activations go through the host's memory and `control`
     one_shot: Any = field(default=None, compare=False, repr=False)  # a OneShot, where the GPUs see each other's memory
     process: RankProcess = field(default_factory=RankProcess, compare=False, repr=False)
     # sums (float32) of what this rank put into the latest collectives of activations: see nonfinite_ranks
@@ -57,6 +58,8 @@ class Group:
         if self.size == 1:
             return x
         self._record_partial_sum(x)
+        if self.through_host:
+            return x.copy_(replace(self, through_host=False).all_reduce(x.cpu()))
         with self.process.translate_collective_errors():
             if self.one_shot is not None and not self.ordered and self.one_shot.accepts(x):
                 return self.one_shot(x)
@@ -74,18 +77,20 @@ class Group:
         if self.size == 1:
             return x
         self._record_partial_sum(x)
+        if self.through_host:
+            return replace(self, through_host=False).all_gather(x.cpu()).to(x.device)
         parts = [torch.empty_like(x) for _ in range(self.size)]
         with self.process.translate_collective_errors():
             dist.all_gather(parts, x.contiguous(), group=self.pg)
         return torch.cat(parts, dim=-1)
 
     def _record_partial_sum(self, x: torch.Tensor) -> None:
-        if not x.is_cuda:  # a kernel more for each collective would slow decoding down
+        if x.is_cpu:  # elsewhere a kernel more for each collective would slow decoding down
             self.partial_sums.append(x.sum(dtype=torch.float32))
 
     def nonfinite_ranks(self) -> list[int]:
         """The ranks that put NaN or infinity into the first of the recorded collectives that had any, after which
-        every rank has them. Empty if all ranks did, and on GPUs. Clears the record."""
+        every rank has them. Empty if all ranks did, and on GPUs and their like. Clears the record."""
         first = next((i for i, part in enumerate(self.partial_sums) if not part.isfinite()), MAX_PARTIAL_SUMS)
         self.partial_sums.clear()
         firsts = self.gather_ints(torch.tensor(first)).tolist()

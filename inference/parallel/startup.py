@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from core import devices
 from core.errors import UserError
 from parallel.failure import RankProcess
 from parallel.group import SOLO, Group, OneShot
@@ -32,7 +33,7 @@ def environment() -> tuple[int, int, int, int]:
 
 
 def join(timeout: float) -> Group:
-    """Joins the ranks that torchrun started, with gloo, for tensors on CPUs; `on` follows for GPUs.
+    """Joins the ranks that torchrun started, with gloo, for tensors on CPUs; `on` follows for other devices.
 
     A rank that waits `timeout` seconds for another gives the run up. Ranks of one host keep to its loopback interface
     unless GLOO_SOCKET_IFNAME names another. Raises UserError and RankFailure.
@@ -83,16 +84,30 @@ def _host() -> str:
 
 
 def on(device: torch.device, group: Group) -> Group:
-    """The same ranks with tensors on `device`: over NCCL where it is a GPU. Every rank calls it with its own."""
-    if group.size == 1 or device.type != "cuda":
+    """The same ranks with tensors on `device`: over the collectives that torch has for it (NCCL for GPUs), or through
+    the host's where it has none. Every rank calls it with its own."""
+    if group.size == 1 or device.type == "cpu":
         return group
+    backend = collectives_of(device)
+    if backend is None:
+        return replace(group, through_host=True)
     with group.process.translate_collective_errors():
         wait = datetime.timedelta(seconds=group.timeout)
-        group = replace(group, pg=dist.new_group(backend="nccl", timeout=wait, device_id=device))
-    if len(group.process.neighbours) < group.size:
+        group = replace(group, pg=dist.new_group(backend=backend, timeout=wait, device_id=device))
+    if device.type != "cuda" or len(group.process.neighbours) < group.size:
         return group
     one_shot = OneShot.create(group, device)
     return replace(group, one_shot=one_shot) if group.min_int(int(one_shot is not None)) else group
+
+
+def collectives_of(device: torch.device) -> str | None:
+    """The library whose collectives torch has for a device: "nccl", "xccl", "hccl", …; None where it has gloo's or none
+    at all, as for MPS."""
+    try:
+        backend = dist.get_default_backend_for_device(device)
+    except ValueError:
+        return None
+    return backend if backend not in ("gloo", "fake") and dist.is_backend_available(backend) else None
 
 
 def choose_threads(asked: int | None, local_size: int) -> int:
@@ -110,16 +125,18 @@ def choose_threads(asked: int | None, local_size: int) -> int:
 
 
 def choose_device(name: str, local_rank: int, local_size: int) -> torch.device:
-    """This rank's device, for the name "auto", "cuda" or "cpu". Raises UserError when a GPU is asked for and missing,
-    or there are more ranks than GPUs."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU that this build of torch can use")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_size > (gpus := torch.cuda.device_count()):
-        raise UserError(
-            f"{local_size} ranks on a host with {gpus} GPU{'s' * (gpus > 1)}: start as many, or --device cpu"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
+    """This rank's device: of the kind named, the one with its number on this host; "auto" is a GPU if there is one,
+    else the CPU. Raises UserError for what is not here, and where there are more ranks than devices."""
+    if name == "auto":
+        name = "cuda" if devices.count("cuda") else "cpu"
+    device = devices.parse(name)
+    if device.type == "cpu":
+        return devices.CPU
+    if device.index is not None and local_size > 1:
+        raise UserError(f"--device {name} is one device, and there are {local_size} ranks: --device {device.type}")
+    if local_size > (n := devices.count(device.type)):
+        what = "GPU" if device.type == "cuda" else f"{device.type} device"
+        raise UserError(f"{local_size} ranks on a host with {n} {what}{'s' * (n > 1)}: start as many, or --device cpu")
+    device = torch.device(device.type, local_rank if device.index is None else device.index)
+    devices.make_current(device)
     return device
