@@ -37,7 +37,7 @@ def test_every_mutant_is_one():
         if mutant.file.endswith(".py"):
             compile(broken, mutant.file, "exec")
         elif kernel_cpu.library() is not None:
-            command = [*kernel_cpu.compiler(), *kernel_cpu.FLAGS, "-fsyntax-only", "-x", "c", "-"]
+            command = [*kernel_cpu.compilers()[0], *kernel_cpu.FLAGS, "-fsyntax-only", "-x", "c", "-"]
             done = run_within(60, command, input=broken)
             assert done.returncode == 0, (mutant.name, done.stderr)
         found[mutant.file, broken] += 1

@@ -67,7 +67,7 @@ def test_another_command_makes_another_library(tmp_path):
 
 @pytest.mark.parametrize("command", ["/nowhere/cc", "false", "cat", '"cc'])
 def test_without_a_compiler(tmp_path, command):
-    """The ops that torch has, and a reason."""
+    """The ops that torch has, a reason, and what to install."""
     code = f"{WHERE}\nimport torch\nfrom core.numerics import Numerics\nfrom ops.backend import choose_backend\nfrom ops.formats import Weight\n"
     code += "ops = choose_backend(torch.device('cpu'), Numerics())\nw = ops.pack_weight(Weight(torch.eye(8).bfloat16()))\n"
     code += "print(ops.linear(torch.ones(1, 8).bfloat16(), w).tolist())"
@@ -77,6 +77,62 @@ def test_without_a_compiler(tmp_path, command):
     found, product, why = done.stdout.splitlines()
     assert (found, product) == ("None", str([[1.0] * 8])) and why.startswith("no C compiler that works: ")
     assert not [*tmp_path.rglob("*.so")]
+
+
+def test_what_to_install(tmp_path):
+    """Where there is none at all."""
+    code = "import importlib.util, shutil\nimportlib.util.find_spec = shutil.which = lambda name: None\nprint(kernels.library(), kernels.why_not())"
+    done = run(code, XDG_CACHE_HOME=str(tmp_path), CC="")
+    assert done.stdout == f"None there is no C compiler; {kernels.INSTALL}\n" and not done.stderr
+
+
+def test_a_compiler_that_hangs(tmp_path):
+    """It is given up, with all that it has started."""
+    script = tmp_path / "cc"
+    script.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\n[ $1 = --version ] && echo cc && exit\nsleep 100 & wait\n")
+    script.chmod(0o700)
+    code = "import time\nbegan = time.monotonic()\nkernels.COMPILER_SECONDS = 0.5\nprint(kernels.library(), kernels.why_not())\nprint(time.monotonic() - began < 20)"
+    done = run(code, XDG_CACHE_HOME=str(tmp_path / "cache"), CC=str(script))
+    said, soon = done.stdout.splitlines()
+    assert said.startswith("None no C compiler that works: ") and "timed out after 0.5 seconds" in said and soon == "True"
+    left = [path for path in Path("/proc").glob("[0-9]*/stat") if f" {(tmp_path / 'pid').read_text().strip()} " in read(path)]
+    assert not left, "a process of the compiler's group is still there"
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def test_a_compiler_that_does_not_know_the_processor(tmp_path):
+    """As some of ARM's do not: it is asked in their words, and then for no processor in particular."""
+    script = tmp_path / "cc"
+    script.write_text('#!/bin/sh\ncase "$*" in *native*) echo "bad value native" >&2; exit 1;; esac\nexec cc "$@"\n')
+    script.chmod(0o700)
+    done = run(f"{WHERE}\nprint(kernels.panel_width())", XDG_CACHE_HOME=str(tmp_path / "cache"), CC=str(script))
+    made, width = done.stdout.split()
+    assert Path(made).is_relative_to(tmp_path) and width == "16", done.stderr
+
+
+@pytest.mark.trust
+def test_clang_without_a_home(tmp_path):
+    """The compiler that pip installs, with no folder to write to but a temporary one, has the threads of torch."""
+    pytest.importorskip("ziglang")
+    code = "import importlib.util, shutil, torch\nshutil.which = lambda name: None\n" + WHERE
+    code += "\ntorch.set_num_threads(3)\nx, w = torch.randn(5, 300).bfloat16(), torch.randn(700, 300).bfloat16()"
+    code += "\ny = kernels.linear(x, kernels.pack(w), torch.float32)\nprint(float((y - x.float() @ w.float().T).abs().max()) < 1e-3)"
+    code += "\nprint('libomp' in kernels._mapped())"
+    done = run(code, XDG_CACHE_HOME="/proc/nowhere", HOME="/proc/nowhere", CC="")
+    made, right, second = done.stdout.split()
+    assert made.startswith("/tmp/") and (right, second) == ("True", "False"), done.stderr
+
+
+def test_no_folder_at_all(tmp_path):
+    code = "import tempfile\ntempfile.tempdir = '/proc/nowhere'\nprint(kernels.library(), kernels.why_not())"
+    done = run(code, XDG_CACHE_HOME="/proc/nowhere", HOME="/proc/nowhere")
+    assert done.stdout.startswith("None there is no folder to compile C kernels in: [Errno 2] ") and not done.stderr
 
 
 def test_the_engine_says_why_it_is_slower(tmp_path):

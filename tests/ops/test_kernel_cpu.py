@@ -1,6 +1,7 @@
 """The C kernels against float64 and their references, with this processor's vectors and with shorter ones."""
 
 import functools
+import importlib.util
 import math
 import platform
 from dataclasses import replace
@@ -26,11 +27,14 @@ SHORTER = tuple("-march=x86-64-v3" if flag == "-march=native" else flag for flag
 
 
 @functools.cache
-def compiled(flags: tuple[str, ...]):
-    return kernels.load(kernels.build(limited(120, kernels.compiler()), flags))
+def compiled(flags: tuple[str, ...], compiler: int = 0):
+    return kernels.load(kernels.build(limited(120, kernels.compilers()[compiler]), flags))
 
 
-@pytest.fixture(params=["native", "shorter vectors", "three threads"], autouse=True)
+CLANG = pytest.param("Clang", marks=pytest.mark.trust)
+
+
+@pytest.fixture(params=["native", "shorter vectors", "three threads", CLANG], autouse=True)
 def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With which the kernels are compiled, and whether several threads share even the smallest work."""
     if request.param == "shorter vectors":
@@ -38,7 +42,11 @@ def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             pytest.skip("x86's")
         monkeypatch.setattr(kernels, "library", lambda: compiled(SHORTER))
         assert kernels.panel_width() == 16
-    if request.param == "three threads":
+    if request.param == "Clang":
+        if importlib.util.find_spec("ziglang") is None:
+            pytest.skip("the package ziglang is not installed")
+        monkeypatch.setattr(kernels, "library", lambda: compiled(kernels.FLAGS, -1))
+    if request.param in ("three threads", "Clang"):
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
         monkeypatch.setattr(kernels, "_threads", lambda work: 3)
     return request.param

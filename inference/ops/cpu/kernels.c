@@ -14,8 +14,11 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef _OPENMP
-#include <omp.h>
+#if defined(_OPENMP) && defined(__clang__)
+#include "clang_openmp.h"
+#elif defined(_OPENMP)
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
 #else
 static int omp_get_thread_num(void) { return 0; }
 static int omp_get_num_threads(void) { return 1; }
@@ -836,7 +839,7 @@ void mla(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, const bf16 *
     const Sizes sizes = sizes_of(list + n_sequences, c, r);
     const int64_t wide = sizes.wide, row = sizes.row;
     Row *rows = (Row *)(list + batch + 1);
-    int64_t n_tasks = 0, n_rows = 0;
+    int64_t n_tasks = 0, n_rows = 0, next_task = 0;
     for (const Sequence *s = list; s < list + n_sequences; s++) {
         n_tasks += s->splits * s->blocks;
         for (int64_t i = 0; i < s->n; i++) rows[n_rows++] = (Row){s, i};
@@ -875,8 +878,7 @@ void mla(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, const bf16 *
                 }
         }
         for (int64_t i = 0; i < KEYS * row; i++) tile[i] = 0; /* so that what fills it up is no NaN */
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < n_tasks; task++) {
+        for (int64_t task; (task = __atomic_fetch_add(&next_task, 1, __ATOMIC_RELAXED)) < n_tasks;) {
             const Sequence *s = list;
             int64_t left = task;
             for (; left >= s->splits * s->blocks; s++) left -= s->splits * s->blocks;
@@ -905,6 +907,7 @@ void mla(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, const bf16 *
                 }
             }
         }
+#pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t h = 0; h < heads; h++)
             for (int64_t at = 0; at < n_rows; at += QUERIES) {

@@ -11,10 +11,13 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
+import itertools
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,8 +32,12 @@ from ops.formats import Routing
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+NATIVE = ("-march=native", "-mcpu=native", "")  # some compilers for ARM know the second, some neither
 CHUNK_BYTES = 3 << 18  # of a product's float32 input, which stays in a core's cache with a panel of weights
 BUNDLE_ROWS = 256  # rows of the experts that are computed together
+UNDEFINED = ("-Wl,-z,undefs",)  # OpenMP's functions, which torch has brought into the process
+COMPILER_SECONDS = 120.0  # after which a compiler, which takes two, is given up
+INSTALL = "pip install ziglang==0.17.1, apt install gcc libc6-dev, dnf install gcc or apk add gcc musl-dev brings one"
 
 # --------------------------------------------------------------------------------------------------------------------
 # The library
@@ -56,17 +63,41 @@ def why_not() -> str:
 
 @functools.cache
 def _attempt() -> tuple[Any | None, str]:
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or "libgomp" not in maps.read_text() or sys.byteorder != "little":
-        return None, "it is written for little-endian Linux and GNU OpenMP"
+    if sys.byteorder != "little" or "libgomp" not in _mapped():
+        return None, "the C kernels need Linux on a little-endian processor, and GNU OpenMP in torch"
     try:
-        found = load(build(compiler(), FLAGS))
-        if "libomp" in maps.read_text():
+        _cache()
+        commands = compilers()
+    except OSError as error:
+        return None, f"there is no folder to compile C kernels in: {error}"
+    except ValueError as error:
+        return None, f"no C compiler that works: CC is {os.environ['CC']!r} ({error})"
+    if not commands:
+        return None, f"there is no C compiler; {INSTALL}"
+    reason = ""
+    for command, native in itertools.product(commands, NATIVE):
+        flags = tuple(native if flag == NATIVE[0] else flag for flag in FLAGS if native or flag != NATIVE[0])
+        try:
+            found = load(build(command, flags))
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            said = getattr(error, "stderr", None) or str(error)
+            if isinstance(error, subprocess.TimeoutExpired):
+                said = f"{shlex.join(command)} timed out after {COMPILER_SECONDS:g} seconds"
+            said = " ".join(said.split())
+            reason = reason or f"no C compiler that works: {said[-200:]}; {INSTALL}"
+            if isinstance(error, subprocess.TimeoutExpired):
+                break  # another try might take as long
+            continue
+        if "libomp" in _mapped():
             return None, "the compiler's threads are not those of GNU OpenMP"
         return found, ""
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        said = " ".join((getattr(error, "stderr", None) or str(error)).split())
-        return None, f"no C compiler that works: {said[-200:]}"
+    return None, reason
+
+
+def _mapped() -> str:
+    """The files that this process has in its memory, as Linux lists them; empty elsewhere."""
+    maps = Path("/proc/self/maps")
+    return maps.read_text(errors="replace") if maps.exists() else ""
 
 
 def load(made: Path) -> Any:
@@ -83,9 +114,13 @@ def _source() -> str:
     return SOURCE.read_text(encoding="utf-8")
 
 
-def compiler() -> list[str]:
-    """The C compiler's command: $CC, or the first of cc, gcc and clang that exists."""
-    return shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
+def compilers() -> list[list[str]]:
+    """Commands to try: $CC if that is set, else those of cc, gcc and clang that exist, and Clang as the Python package
+    ziglang has it."""
+    if asked := shlex.split(os.environ.get("CC", "")):
+        return [asked]
+    found = [[path] for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
+    return [*found, [sys.executable, "-m", "ziglang", "cc"]] if importlib.util.find_spec("ziglang") else found
 
 
 def build(command: list[str], flags: tuple[str, ...]) -> Path:
@@ -95,25 +130,42 @@ def build(command: list[str], flags: tuple[str, ...]) -> Path:
     """
     first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     kind = [line for line in first if line.split("\t")[0].strip() in ("flags", "Features", "model name")]
-    version = _run([*command, "--version"])
-    key = hashlib.sha256("\n".join([_source(), version, *command, *flags, *kind]).encode()).hexdigest()[:16]
     folder = _cache()
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        return _build(command, flags, folder, scratch, kind)
+
+
+def _build(command: list[str], flags: tuple[str, ...], folder: Path, scratch: str, kind: list[str]) -> Path:
+    version = _run([*command, "--version"], scratch)
+    if "clang" in version:  # left alone it would bring LLVM's threads beside GNU's: see clang_openmp.h
+        flags = tuple(flag for given in flags for flag in (["-Xclang"] if given == "-fopenmp" else []) + [given])
+    texts = [_source(), SOURCE.with_name("clang_openmp.h").read_text(encoding="utf-8"), version]
+    key = hashlib.sha256("\n".join([*texts, *command, *flags, *kind]).encode()).hexdigest()[:16]
     made = folder / f"kernel_cpu-{key}.so"
     if not made.exists():
-        descriptor, fresh = tempfile.mkstemp(dir=folder, suffix=".so")
-        os.close(descriptor)
-        try:
-            _run([*command, *flags, str(SOURCE), "-o", fresh, "-lm"])
-            os.replace(fresh, made)  # atomic: other ranks may compile it too
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(fresh)
+        fresh = Path(scratch) / made.name
+        _run([*command, *flags, str(SOURCE), "-o", str(fresh), "-lm", *UNDEFINED], scratch)
+        os.replace(fresh, made)  # atomic: other ranks may compile it too
     return made
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=True)
-    return done.stdout
+def _run(command: list[str], scratch: str) -> str:
+    """What a command prints; `scratch` is where Zig may keep files. Raises OSError, or subprocess.SubprocessError where
+    it fails or takes too long."""
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    variables = os.environ | {"ZIG_GLOBAL_CACHE_DIR": scratch, "ZIG_LOCAL_CACHE_DIR": scratch}
+    with subprocess.Popen(
+        command, encoding="utf-8", errors="replace", env=variables, start_new_session=True, **pipes
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=COMPILER_SECONDS)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it started holds the pipes too
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, out, err)
+    return out
 
 
 def _cache() -> Path:
