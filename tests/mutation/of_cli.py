@@ -13,4 +13,8 @@ MUTANTS = (
      'if f.metadata.get("agreed")}',
      'if f.metadata.get("compared")}',
      "cli/test_generate.py::test_one_rank_s_mistake_is_everyone_s", "ranks may be started with other flags"),
+    ("device-of-any-spelling", "cli/flags.py",
+     'if not re.fullmatch(r"[a-z_]+(:\\d+)?", text):',
+     "if False:",
+     "project/test_devices.py::test_a_mistyped_device_is_answered_without_torch", "torch is imported to answer a mistyped device"),
 )  # fmt: skip

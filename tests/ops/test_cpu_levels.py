@@ -34,11 +34,11 @@ NEEDS = {  # of what is forced, the feature that tells whether the processor has
     "default": "sse2", "avx2": "avx2", "avx512": "avx512bw",
     "SSE41": "sse4_1", "AVX": "avx", "AVX2": "avx2", "AVX2_VNNI": "avx_vnni", "AVX512_CORE": "avx512bw",
     "AVX512_CORE_BF16": "avx512_bf16", "AVX512_CORE_AMX": "amx_bf16",
-    "x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512bw", "cooperlake": "avx512_bf16",
+    "x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512bw", "cooperlake": "avx512_bf16", "sapphirerapids": "amx_bf16",
 }  # fmt: skip
 TORCH = ("default", "avx2", "avx512")
 ONEDNN = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_BF16", "AVX512_CORE_AMX")
-MARCHES = ("x86-64", "x86-64-v3", "x86-64-v4", "cooperlake")
+MARCHES = ("x86-64", "x86-64-v3", "x86-64-v4", "cooperlake", "sapphirerapids")
 
 
 def has(level: str) -> bool:
@@ -87,7 +87,7 @@ def check(found: dict[str, Any], capability: str, onednn: str, marches: list[str
     [
         pytest.param("default", "SSE41", ["x86-64"], True, False, id="no vectors of AVX, no compiler"),
         pytest.param("avx2", "AVX2", ["x86-64-v3"], True, True, id="AVX2"),
-        pytest.param("avx512", "AVX512_CORE", ["x86-64-v4", "cooperlake"], False, True, id="AVX-512", marks=pytest.mark.trust),
+        pytest.param("avx512", "AVX512_CORE", ["x86-64-v4", "cooperlake", "sapphirerapids"], False, True, id="AVX-512", marks=pytest.mark.trust),
         *(
             pytest.param(capability, onednn, MARCHES, True, compiled, id=f"{capability}-{onednn}-{compiled}", marks=pytest.mark.trust)
             for capability in TORCH for onednn in ONEDNN for compiled in (True, False)

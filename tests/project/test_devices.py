@@ -20,7 +20,7 @@ from core.errors import UserError
 from core.numerics import Numerics
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
-from engine import setup
+from engine import rank_memory, setup
 from engine.engine import Engine
 from ops import backend
 from ops.reference_backend import ReferenceBackend
@@ -161,6 +161,8 @@ def test_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert setup.free_memory(xpu) is None
     rank = setup._rank_on(xpu, parse(V3), Numerics(), 1, False)
     assert rank.reference and not rank.gpu and not rank.compiled
+    on_gpu = replace(rank, gpu=True, reference=False)
+    assert rank_memory.weight_bytes(rank) == rank_memory.weight_bytes(on_gpu)  # as they are loaded
     with pytest.raises(UserError, match=r"^xpu does not say how much memory is free: give --kv-cache-gib$"):
         setup.check_start(rank, xpu, RunConfig())
     setup.check_start(rank, xpu, RunConfig(kv_cache_gib=1))
