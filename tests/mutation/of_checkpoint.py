@@ -8,7 +8,7 @@ MUTANTS = (
      'f"mtp.{k}."), f"model.layers.{i if k < 0 else 61}."',
      MTP, "the module is looked for in layer 61 of any model"),
     ("fp8-inverse-scale", "checkpoint/load.py",
-     "data = data.float() * scale[down][:, across].to(data.device)",
+     "data = data.float() * scale[down][:, across].to(target.device)",
      "data = data.float() / scale[down][:, across].to(target.device)",
      "checkpoint/test_load.py::test_dequantised_while_loading", "weight_scale_inv taken for a reciprocal"),
     ("ranks-expert-files", "checkpoint/partition.py",
