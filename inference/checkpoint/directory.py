@@ -1,9 +1,4 @@
-"""A directory of weights as it lies on disk: what kind it is, and whether its files are what its config asks for.
-
-Three kinds are read: Hugging Face's, those that convert.py writes (marked in each file's metadata, with a manifest),
-and those that the original DeepSeek-V3 repository's converter wrote (no mark, no manifest, no MTP module). What
-fp8_cast_bf16.py writes is of Hugging Face's kind, with a mark and a manifest.
-"""
+"""A directory of weights as it lies on disk, and whether its files are what its config asks for."""
 
 import contextlib
 import functools
@@ -11,12 +6,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from checkpoint.atomic import TEMPORARY
-from checkpoint.manifest import CAST_MANIFEST, CAST_MARK, FORMAT, HF_INDEX, check_file_name, read_manifests
+from checkpoint.detect import Detected
+from checkpoint.manifest import CAST_MANIFEST, CAST_MARK, HF_INDEX
 from checkpoint.partition import Partition
 from checkpoint.reading import DTYPE_NAMES, Entry, Reader, dtype_and_shape, read_header
 from checkpoint.stacked import unstack
@@ -24,13 +18,9 @@ from checkpoint.table import FP8, IGNORED, PLAIN, Spec, expected_tensors, fp8_ro
 from checkpoint.unsupported import require_checkpoint
 from core.config import ModelArgs, check_agreement, hf_prefix, load_config
 from core.errors import CheckpointError, UserError, warn
-from core.files import read_json, stand_in
+from core.files import read_json
 from core.run_config import AskedLayout, ExpertLayout
 
-SINGLE = "model.safetensors"
-OTHER_INDEX = re.compile(r"[^.].*\.safetensors\.index(\..+)?\.json")  # of a variant, or in other names than the model's
-# files that are a checkpoint of their own, or a part of one, beside those that an index names
-OTHER_WEIGHTS = re.compile(r"(model|consolidated.*|model\d+-mp\d+.*)\.safetensors")
 # beginnings of names beside the text model's in a multimodal checkpoint (Kimi-K2.5), as released and as transformers
 # has them in memory
 VISION = tuple(f"{model}{part}." for model in ("", "model.") for part in ("vision_tower", "mm_projector"))
@@ -52,21 +42,18 @@ class Checkpoint:
         """
         self.path = Path(path)
         self.report = report or _raise
-        self.unreadable: set[str] = set()  # names of files whose fault was reported
-        self.notes: list[str] = []  # sentences worth a warning
         require_checkpoint(self.path)
-        self._report_stand_ins()
         config = self.path / "config.json"
         self.args: ModelArgs | None = None
         try:
             self.args = load_config(config) if config.is_file() or config.is_symlink() else None
         except UserError as e:
             self.report(e)
-        self.files = sorted(p.name for p in self.path.glob("*.safetensors") if not p.name.startswith("."))
-        if odd := [file for file in self.files if not file.isprintable()]:
-            raise CheckpointError(f"{self.path}: {odd[0]!r} is not the name of a file of weights", repr(odd[0]))
-        self.manifests = read_manifests(self.path)
-        self.kind, self.ranks, self._owner = self._detect()
+        found = Detected(self.path, self.report)
+        self.kind, self.ranks, self._owner = found.kind, found.ranks, found.owner
+        self.files, self.manifests = found.files, found.manifests
+        self.unreadable = found.unreadable  # names of files whose fault was reported
+        self.notes = found.notes  # sentences worth a warning
         self._headers: dict[str, tuple[dict[str, str], dict[str, Entry]]] = {}
         self._expected: dict[ModelArgs, dict[str, Spec]] = {}
         self._is_multimodal = False
@@ -101,110 +88,6 @@ class Checkpoint:
         text = "the files hold an MTP module that the config does not mention (num_nextn_predict_layers): it is loaded"
         self.notes.append(f"{self.path}: {text}")
         return replace(args, n_mtp_layers=1)
-
-    def _report_stand_ins(self) -> None:
-        """Reports Git LFS pointers and broken links; the first of several files of weights, and how many there are."""
-        weights: list[CheckpointError] = []
-        for path in sorted(self.path.iterdir()):
-            known = path.suffix in (".safetensors", ".json", ".jinja", ".model")
-            if not known or path.name.startswith(".") or not path.name.isprintable():
-                continue
-            if problem := stand_in(path):
-                if path.suffix == ".safetensors":
-                    self.unreadable.add(path.name)
-                    weights.append(problem)
-                else:
-                    self.report(problem)
-        if weights:
-            more = f" ({len(weights)} files of weights are such)" if len(weights) > 1 else ""
-            first = weights[0]
-            self.report(CheckpointError(f"{first}{more}", first.file, "", first.expected, first.found))
-
-    def _detect(self) -> tuple[str, tuple[int, ...] | None, dict[str, str] | None]:
-        """The kind, the numbers of ranks, and, where there is an index, the file of each tensor."""
-        names = {p.name for p in self.path.iterdir()}
-        if manifests := self.manifests.values():
-            for extra in (f for f in self.files if not any(f in m.files or m.replaces(f) for m in manifests)):
-                text = f"{self.path}: {extra} belongs to no index here; remove it or convert again"
-                self.report(CheckpointError(text, self.path / extra))
-            if cast := self.manifests.get(None):
-                owner = {name: file for file, record in cast.files.items() for name in record["tensors"]}
-                at = self.path / HF_INDEX
-                if at.exists() and not cast.pending and read_json(at).get("weight_map") != owner:
-                    text = f"{at}: places tensors elsewhere than {cast.path.name}; cast again"
-                    self.report(CheckpointError(text, at))
-                return "hf", None, owner
-            return "converted", tuple(n for n in self.manifests if n is not None), None
-        if HF_INDEX in names:
-            return "hf", None, self._hf_index(read_json(self.path / HF_INDEX).get("weight_map"))
-        if not self.files:
-            if any(name.startswith(TEMPORARY) for name in names):
-                raise UserError(f"{self.path}: an unfinished conversion and nothing else; run the conversion again")
-            raise UserError(f"{self.path}: no checkpoint here (no .safetensors files)")
-        ranked = [re.fullmatch(r"model(\d+)-mp([1-9]\d*)(-\d+-of-\d+)?\.safetensors", file) for file in self.files]
-        if all(ranked):
-            for file in self.files:
-                if read_header(self.path / file)[0].get("format") == FORMAT:
-                    text = f"{self.path / file}: its manifest is missing; copy the directory or convert again"
-                    raise CheckpointError(text, self.path / file)
-            counts = {int(m[2]) for m in ranked if m}
-            for m in filter(None, ranked):
-                if m[3] or int(m[1]) >= int(m[2]):
-                    text = f"{self.path / m[0]}: not a file of {m[2]} ranks, which are model0-mp{m[2]} …; remove it"
-                    self.report(CheckpointError(text, self.path / m[0]))
-            return "upstream", tuple(sorted(counts)), None
-        if self.files == [SINGLE]:
-            return "hf", None, None
-        if SINGLE in self.files:
-            other = min(file for file in self.files if file != SINGLE)
-            raise UserError(f"{self.path}: two checkpoints, {SINGLE} and {other}; move away the one that is not meant")
-        if other := min(filter(OTHER_INDEX.fullmatch, names), default=""):
-            text = f"{self.path}: its index is {other}, not {HF_INDEX}"
-            raise UserError(f"{text}: a variant, or in other names than Hugging Face's; get the ordinary form")
-        if len(self.files) == 1:
-            one = f"one file of weights, {self.files[0]}, and no {HF_INDEX}"
-            raise UserError(f"{self.path}: {one}: a checkpoint in one file has the name {SINGLE}")
-        raise UserError(f"{self.path}: {len(self.files)} .safetensors files but no {HF_INDEX} beside them")
-
-    def _hf_index(self, index: Any) -> dict[str, str] | None:
-        """The file of each tensor; None where the index is a left-over of an earlier save, beside a single file."""
-        at = self.path / HF_INDEX
-        if not isinstance(index, dict) or not index:
-            raise CheckpointError(f"{at}: expected a weight_map of tensor names to files", at, "", "a weight_map")
-        if self.files == [SINGLE] and SINGLE not in index.values():  # as transformers 5 leaves it
-            old = f"{at} names other files than {SINGLE}, and none of them is here"
-            self.notes.append(f"{old}: it was left by an earlier save, and {SINGLE} is loaded; remove the index")
-            return None
-        named: dict[str, str] = {}
-        for name, file in index.items():
-            try:
-                check_file_name(at, name, file)
-                named[name] = file
-            except UserError as e:
-                self.report(e)
-        listed = set(named.values())
-        for missing in sorted(listed - set(self.files)):
-            text = f"{self.path / missing}: missing, but {HF_INDEX} names it"
-            self.mark_unreadable(missing, CheckpointError(text, self.path / missing))
-        for extra in sorted(set(self.files) - listed):
-            text = f"{self.path / extra}: not named by {HF_INDEX}; remove it or repair the index"
-            if other := self._other_index(extra):
-                text = f"{self.path}: two indexes, {HF_INDEX} and {other}; move away the one that is not meant"
-            elif OTHER_WEIGHTS.fullmatch(extra):
-                both = f"{extra} and the files that {HF_INDEX} names"
-                text = f"{self.path}: two checkpoints, {both}; move away the one that is not meant"
-            self.report(CheckpointError(text, self.path / extra))
-        self.files = sorted(listed & set(self.files))
-        return named
-
-    def _other_index(self, file: str) -> str | None:
-        """The name of an index, other than the model's ordinary one, that names a file of weights."""
-        for path in sorted(self.path.iterdir()):
-            if path.name != HF_INDEX and OTHER_INDEX.fullmatch(path.name):
-                weight_map = read_json(path).get("weight_map")
-                if isinstance(weight_map, dict) and file in weight_map.values():
-                    return path.name
-        return None
 
     def _header(self, file: str, path: Path | None = None) -> tuple[dict[str, str], dict[str, Entry]]:
         if file not in self._headers:
