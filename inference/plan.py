@@ -75,7 +75,6 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
         has_mtp = args.n_mtp_layers > 0
     else:
         args = choose_args(checkpoint, options.config)
-        checkpoint.on_disk(0, options.tp)
         has_mtp = args.n_mtp_layers > 0 and checkpoint.has_mtp
         specs = checkpoint.expected(args)
     for text in args.warnings:
@@ -86,6 +85,7 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
         partition = Partition.choose(args, options.tp, options.experts, fp8=num.gemm is not None)
     else:
         partition = checkpoint.partition(args, options.tp, options.experts, fp8_rows(specs, num))
+        checkpoint.match(partition)
     num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8", experts=partition.experts)
     rank = rank_memory.RankSpec(args, num, options.tp, gpu, has_mtp, not gpu and on.type != "cpu")
     config = setup.check_limits(run_config(options), args, has_mtp)

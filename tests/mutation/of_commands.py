@@ -5,4 +5,8 @@ MUTANTS = (
      "if not is_loopback(options.host) and options.api_key is None:",
      "if False:",
      "serving/test_server.py::test_wrong_flags", "other machines are let in without a key"),
+    ("plan-without-headers", "plan.py",
+     "checkpoint.match(partition)",
+     "checkpoint.on_disk(0, options.tp)",
+     "checkpoint/test_catalogue.py::test_refused", "plan takes weights of another shape or dtype than the config's, which do not load"),
 )  # fmt: skip
