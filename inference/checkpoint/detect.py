@@ -136,12 +136,18 @@ class Detected:
             text = f"{self.folder / extra}: not named by {HF_INDEX}; remove it or repair the index"
             if other := self._other_index(extra):
                 text = f"{self.folder}: two indexes, {HF_INDEX} and {other}; move away the one that is not meant"
-            elif OTHER_WEIGHTS.fullmatch(extra):
+            elif OTHER_WEIGHTS.fullmatch(extra) or self._in_whole_set(extra):
                 both = f"{extra} and the files that {HF_INDEX} names"
                 text = f"{self.folder}: two checkpoints, {both}; move away the one that is not meant"
             self.report(CheckpointError(text, self.folder / extra))
         self.files = sorted(listed & set(self.files))
         return named
+
+    def _in_whole_set(self, file: str) -> bool:
+        """Whether a shard's name counts a number of shards that are all here, as those of another download are."""
+        if (m := re.fullmatch(r"(.+-)\d{5}(-of-(\d{5})\.safetensors)", file)) is None:
+            return False
+        return {f"{m[1]}{i + 1:05}{m[2]}" for i in range(int(m[3]))} <= set(self.files)
 
     def _other_index(self, file: str) -> str | None:
         """The name of an index, other than the model's ordinary one, that names a file of weights."""

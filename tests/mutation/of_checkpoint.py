@@ -23,6 +23,10 @@ MUTANTS = (
      "(rank * (n // p), (rank + 1) * (n // p)) if p > 1 else (0, n)",
      "(0, n // p) if p > 1 else (0, n)",
      f"{SHARDS}[2-v3-whole]", "every rank loads the first slice"),
+    ("weights-two-sets-of-shards", "checkpoint/detect.py",
+     "elif OTHER_WEIGHTS.fullmatch(extra) or self._in_whole_set(extra):",
+     "elif OTHER_WEIGHTS.fullmatch(extra):",
+     "checkpoint/test_catalogue.py::test_refused", "a second download is called a file too many"),
     # --- loading ------------------------------------------------------------------------------------------------------
     ("weights-scale-of-shard-columns", "checkpoint/load.py",
      "across = torch.arange(start, stop) // BLOCK_SIZE",
