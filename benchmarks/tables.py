@@ -1,15 +1,18 @@
-"""Puts measured figures into the documents, out of benchmarks/results/*.json and nowhere else.
+"""Puts measured figures into the documents, out of benchmarks/results/*.json and nowhere else, and the table of
+checkpoints out of the tests' catalogue.
 
     python benchmarks/tables.py            # rewrites every table and every fact between its markers
     python benchmarks/tables.py --check    # exits with 1, naming those that differ
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, with a line below it that says how its figures came to
 be. NAME is a function below, with the file it reads, or `kernel-BENCH`, `rank-step` and `model-NAME` for what
-kernel_gpu.py, rank_step.py and model_gpu.py wrote to the file of that name with underscores. One without figures
-(a smoke run's) is refused. A fact is a number in a sentence, between `<!-- fact: NAME -->` and `<!-- end -->`.
+kernel_gpu.py, rank_step.py and model_gpu.py wrote to the file of that name with underscores, or `checkpoints`, the
+catalogue. One without figures (a smoke run's) is refused. A fact is a number in a sentence, between
+`<!-- fact: NAME -->` and `<!-- end -->`.
 """
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -325,6 +328,9 @@ def source(name: str, record: dict[str, Any], folder: Path) -> str:
 
 def made(name: str, folder: Path = ROOT) -> str:
     """The table of a marker and the line below it, for a document in a folder. Raises NoTable."""
+    if name == "checkpoints":
+        sys.path.append(str(ROOT / "tests"))
+        return importlib.import_module("support.catalogue").table()  # type: ignore[no-any-return]
     if name in BY_NAME:
         function, file = BY_NAME[name]
         record = read(file)
