@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint.atomic import TEMPORARY
-from checkpoint.manifest import FORMAT, HF_INDEX, check_file_name, read_manifests
+from checkpoint.manifest import FORMAT, HF_INDEX, changed_files, check_file_name, read_manifests
 from checkpoint.reading import read_header
 from core.errors import CheckpointError, UserError
 from core.files import read_json, stand_in
@@ -44,6 +44,7 @@ class Detected:
         if odd := [file for file in self.files if not file.isprintable()]:
             raise CheckpointError(f"{folder}: {odd[0]!r} is not the name of a file of weights", repr(odd[0]))
         self.manifests = read_manifests(folder)
+        self.notes += changed_files(self.manifests.values())
         self.kind, self.ranks, self.owner = self._detect()
 
     def _report_stand_ins(self) -> None:

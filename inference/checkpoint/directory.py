@@ -112,8 +112,6 @@ class Checkpoint:
             wanted = f"not {ranks}; start as many, or convert for {ranks}"
             raise UserError(f"{self.path}: converted for {counts} ranks, {wanted}")
         if manifest := self.manifests.get(ranks) or self.manifests.get(None):
-            for sentence in manifest.changed() if rank == 0 else ():
-                warn(sentence)
             try:
                 return manifest.entries(rank if manifest.ranks else None, self._header)
             except UserError as e:

@@ -19,7 +19,7 @@ not have their own yet, and files of the checkpoint that it replaces may still b
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -112,13 +112,6 @@ class Manifest:
                 text = f"{path}: expected {record['bytes']} bytes, found {size}"
                 raise CheckpointError(text, path, "", f"{record['bytes']} bytes", f"{size} bytes")
 
-    def changed(self) -> list[str]:
-        """A sentence for each other file whose size has changed; a user may have edited it."""
-        found = ((self.where(name), record["bytes"]) for name, record in self.small.items())
-        sizes = [(path, wanted, path.stat().st_size) for path, wanted in found if path.is_file()]
-        return [f"{path} was changed: {wanted} bytes were written, now it has {size}"
-                for path, wanted, size in sizes if size != wanted]  # fmt: skip
-
     def entries(
         self, rank: int | None, header: Callable[[str, Path], tuple[dict[str, str], dict[str, Entry]]]
     ) -> dict[str, Entry]:
@@ -150,6 +143,18 @@ def read_manifests(folder: Path) -> dict[int | None, Manifest]:
         return {ranks: Manifest(folder, ranks) for ranks in manifests_in(folder)}
     except UserError:  # a pending one may have taken its final name between two looks at the directory
         return {ranks: Manifest(folder, ranks) for ranks in manifests_in(folder)}
+
+
+def changed_files(manifests: Iterable[Manifest]) -> list[str]:
+    """A sentence for each file, other than weights, whose size is none that a directory's manifests have: a user may
+    have edited it."""
+    written: dict[Path, list[int]] = {}
+    for manifest in manifests:
+        for name, record in manifest.small.items():
+            written.setdefault(manifest.where(name), []).append(record["bytes"])
+    now = {path: path.stat().st_size for path in written if path.is_file()}
+    return [f"{path} was changed: {written[path][-1]} bytes were written, now it has {size}"
+            for path, size in now.items() if size not in written[path]]  # fmt: skip
 
 
 def manifests_in(folder: Path) -> list[int | None]:

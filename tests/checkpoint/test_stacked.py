@@ -138,16 +138,23 @@ def test_as_transformers_saves_them(pairs, tmp_path):
     assert report.looked["tensors"] and not any(finding.check in ("files", "weights") for finding in report.findings)
 
 
-def test_as_transformers_saves_fp8_ones(tmp_path, monkeypatch):
-    """It asks for a GPU, which saving does not need."""
+@pytest.mark.parametrize("scale_fmt", [None, "ue8m0"])
+def test_as_transformers_saves_fp8_ones(scale_fmt, tmp_path, monkeypatch):
+    """It asks for a GPU, which saving does not need. V3.1's scales it saves in bytes, as exponents."""
     config = V3 | fp8_sizes(1) | {"num_hidden_layers": 2, "n_routed_experts": 16, "num_nextn_predict_layers": 0}
-    make_checkpoint(tmp_path / "single", config | {"hidden_size": 256}, fp8=True)
+    config |= {"hidden_size": 256, "quantization_config": {"scale_fmt": scale_fmt} if scale_fmt else {}}
+    make_checkpoint(tmp_path / "single", config, fp8=True)
     monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
     model = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "single")
     model.save_pretrained(tmp_path / "saved", save_original_format=False)
-    assert_same(whole(tmp_path / "saved"), stack(whole(tmp_path / "single")))
-    shutil.copy(tmp_path / "single" / "config.json", tmp_path / "saved")
-    assert_same(loaded(tmp_path / "saved", FP8), loaded(tmp_path / "single", FP8))
+    scales = torch.float8_e8m0fnu if scale_fmt else torch.float32
+    wanted = stack(whole(tmp_path / "single"))
+    wanted |= {name: tensor.to(scales) for name, tensor in wanted.items() if name.endswith("_scale_inv")}
+    assert_same(whole(tmp_path / "saved"), wanted)
+    assert_same(loaded(tmp_path / "saved", Numerics()), loaded(tmp_path / "single", Numerics()))
+    for which in ("saved", "single"):
+        cast(tmp_path / which, tmp_path / f"{which}-cast", CPU)
+    assert_same(whole(tmp_path / "saved-cast"), whole(tmp_path / "single-cast"))
 
 
 def damage_shape(tensors: dict[str, torch.Tensor]) -> None:
