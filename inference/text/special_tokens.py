@@ -14,7 +14,9 @@ from text.vocabulary import Vocabulary
 
 NAMES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 SPELLING = re.compile(r"<[|｜].+[|｜]>")  # of control tokens
-DEFAULTS = frozenset({0, 1, 100_000, 100_001})  # bos and eos of transformers' DeepseekV3Config and DeepseekV2Config
+# BOS and EOS by default: 0 and 1 in transformers' DeepseekV3Config and Glm4MoeLiteConfig, 1 and 2 in DeepseekV2Config,
+# 100000 and 100001 in configuration_deepseek.py of DeepSeek-V2's repositories.
+DEFAULTS = frozenset({0, 1, 2, 100_000, 100_001})
 
 
 @dataclass

@@ -65,12 +65,15 @@ def test_stale_defaults_in_generation_config(tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (peer(tmp_path).bos_token_id, (peer(tmp_path).eos_token_id,))
 
 
-@pytest.mark.parametrize("made", [DeepseekV2Config, DeepseekV3Config])
-def test_defaults_beyond_the_vocabulary(tmp_path: Path, made: Any) -> None:
+@pytest.mark.parametrize("made", [
+    DeepseekV3Config(vocab_size=300), DeepseekV2Config(vocab_size=300),
+    DeepseekV2Config(vocab_size=300, bos_token_id=100_000, eos_token_id=100_001),  # as V2's repositories have it
+])  # fmt: skip
+def test_defaults_of_any_class(tmp_path: Path, made: Any) -> None:
+    """Words of this vocabulary, and ids beyond it."""
     save(tmp_path, bos_token=BOS, eos_token=EOS)
-    config = made(vocab_size=300)
-    config.save_pretrained(tmp_path)
-    GenerationConfig.from_model_config(config).save_pretrained(tmp_path)
+    made.save_pretrained(tmp_path)
+    GenerationConfig.from_model_config(made).save_pretrained(tmp_path)
     assert Tokenizer(tmp_path, 300).eos_ids == (peer(tmp_path).eos_token_id,)
 
 

@@ -455,6 +455,29 @@ def test_hostile_templates(tmp_path: Path, template: str, message: str) -> None:
     assert time.monotonic() - began < 60
 
 
+DOUBLE = "{% macro d(t) %}{{ t }}{{ t }}{% endmacro %}{% set n = namespace(t='a', l=[1]) %}{% for a in range(14) %}"
+
+
+@pytest.mark.parametrize("template", [
+    DOUBLE + "{% set n.t = d(n.t) %}{% endfor %}{{ n.t | length }}",
+    DOUBLE + "{% set b %}{{ n.t }}{{ n.t }}{% endset %}{% set n.t = b %}{% endfor %}{{ n.t | length }}",
+    DOUBLE + "{% set b %}{% generation %}{{ n.t }}{{ n.t }}{% endgeneration %}{% endset %}{% set n.t = b %}{% endfor %}{{ n.t | length }}",
+    DOUBLE + "{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l | upper | length }}",
+    DOUBLE + "{% set n.l = [n.l, n.l] %}{% endfor %}{{ [n.l] | map('string') | list | length }}",
+    DOUBLE + "{% set n.l = [n.l, n.l] %}{% endfor %}{{ '{}'.format(n.l)[:9] }}",
+    DOUBLE + "{% set n.l = [n.l, n.l] %}{% endfor %}{{ ('%s' % (n.l,))[:9] }}",
+    DOUBLE + "{% set n.l = [n.l, n.l] %}{% endfor %}{{ (n.l ~ '')[:9] }}",
+    DOUBLE + "{% set n.l = [n.l, n.l] %}{% endfor %}{{ (n.l | tojson)[:9] }}",
+])  # fmt: skip
+def test_what_grows_is_counted_on_the_way(template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not only once it is written."""
+    tokenizer = small_with(tmp_path, template)
+    assert tokenizer.render_chat(chat("Hi"))
+    monkeypatch.setattr("text.sandbox.CHARACTERS", 10_000)
+    with pytest.raises(UserError, match="more than 10000 characters of text"):
+        tokenizer.render_chat(chat("Hi"))
+
+
 def test_a_template_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("text.sandbox.SECONDS", 0.1)
     slow = "{% for a in range(9999) %}{% set b = range(99999) | list %}{% endfor %}"

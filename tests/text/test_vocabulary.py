@@ -111,6 +111,8 @@ def write_tiktoken(folder: Path, tokens: list[bytes], **settings: Any) -> Path:
     return folder
 
 
+BORDERS = [f"{a}{b}{c}" for a in (" ", "\n", "a", "A", "1", ".", "好", "カ") for b in ("好", "カ", "ab", "Ab", "'s", "'Ll", "12345", "\r\n", "  ", "\u0301", "ǅ", "ʰ")
+           for c in ("", "b", "B", "1", " ", "\n", "好", "か")]  # fmt: skip
 ALPHABET = [bytes([byte]) for byte in range(256)]
 
 
@@ -125,10 +127,14 @@ def kimi(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def package(kimi: Tokenizer) -> tiktoken.Encoding:
-    """What Kimi's own class makes of the same file."""
+    return encoding(kimi.path)
+
+
+def encoding(path: Path) -> tiktoken.Encoding:
+    """What Kimi's own class makes of a file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", "")
-        ranks = load_tiktoken_bpe(str(kimi.path))
+        ranks = load_tiktoken_bpe(str(path))
     special = {SPECIAL.get(i, f"<|reserved_token_{len(ranks) + i}|>"): len(ranks) + i for i in range(256)}
     return tiktoken.Encoding("kimi", pat_str=KIMI_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
@@ -144,6 +150,13 @@ def check_texts(kimi: Tokenizer, package: tiktoken.Encoding, pool: list[str]) ->
 
 def test_texts_have_the_packages_ids(kimi: Tokenizer, package: tiktoken.Encoding) -> None:
     check_texts(kimi, package, texts(2000, seed=11))
+
+
+def test_words_are_split_as_the_package_splits_them(tmp_path: Path) -> None:
+    """With a token for every two bytes, so that any two characters join that stand in one word."""
+    pairs = [bytes([first, second]) for first in range(256) for second in range(256)]
+    tokenizer = Tokenizer(write_tiktoken(tmp_path, [*ALPHABET, *pairs]))
+    check_texts(tokenizer, encoding(tokenizer.path), [*texts(1000, seed=15), *BORDERS])
 
 
 @pytest.mark.trust
