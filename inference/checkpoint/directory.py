@@ -17,7 +17,7 @@ from checkpoint.stacked import unstack
 from checkpoint.table import FP8, IGNORED, PLAIN, Spec, expected_tensors, fp8_rows, stored_dtype
 from checkpoint.unsupported import require_checkpoint
 from core.config import ModelArgs, check_agreement, hf_prefix, load_config
-from core.errors import CheckpointError, UserError, warn
+from core.errors import CheckpointError, CheckWarning, UserError, warn
 from core.files import read_json
 from core.run_config import AskedLayout, ExpertLayout
 
@@ -274,7 +274,11 @@ class Checkpoint:
             if cut is not None:
                 found[name] = entry
         if rounded and rank == 0:
-            warn(f"{self.path}: {rounded}, not float32: they were rounded when they were saved")
+            text = f"{self.path}: {rounded}, not float32: they were rounded when they were saved"
+            if self.report is _raise:
+                warn(text)
+            else:
+                self.report(CheckWarning(text, self.path))
         known = {spec.hf for spec in expected.values()} if hf else expected.keys()
         for name, entry in on_disk.items():
             if name not in known and not self.ignores(entry):

@@ -151,6 +151,16 @@ def test_a_vocabulary_far_too_small(copy):
     assert found(copy) == ["tokenizer.json: expected about 640 ids, the rows of the embedding, found 261"]
 
 
+def test_a_rounded_bias_is_a_warning_of_the_report(tmp_path, capsys):
+    good_checkpoint(tmp_path / "a", "bf16")
+    for file in damage.files(tmp_path / "a"):
+        edit(file, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items()}))
+    report = check(tmp_path / "a")
+    (finding,) = report.findings
+    assert report.ok and "BF16, not float32: they were rounded when they were saved" in str(finding.problem)
+    assert "rounded" not in capsys.readouterr().err
+
+
 def test_base_models_and_missing_modules_are_warnings(copy):
     damage.drop(copy, lambda name: ".layers.2." in name)
     damage.template(lambda _: None, copy)
