@@ -71,11 +71,11 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         found = self.findings
-        faulty = {finding.check for finding in found if finding.fault}
+        failed = {finding.check for finding in found if finding.fault}
         checks = [
             {
                 "check": check,
-                "ok": False if check in faulty else True if check in self.looked else None,
+                "ok": False if check in failed else True if check in self.looked else None,
                 "looked_at": self.looked.get(check),
             }
             for check in CHECKS

@@ -22,7 +22,7 @@ from checkpoint.partition import Partition
 from checkpoint.reading import Reader
 from core.errors import UserError
 from core.numerics import Numerics
-from support import crash_points as killing
+from support import crash_points
 from support.checkpoints import fp8_sizes, make_checkpoint
 from support.damaged_checkpoints import drop, replace, whole
 from support.families import FAMILIES
@@ -129,10 +129,10 @@ def test_a_shard_of_nothing_but_scales(source, tmp_path):
 
 
 def refusal(source: Path, target: Path) -> str:
-    before = killing.hashes(target) if target.is_dir() else None
+    before = crash_points.hashes(target) if target.is_dir() else None
     with pytest.raises(UserError) as e:
         cast(source, target, CPU)
-    assert (killing.hashes(target) if target.is_dir() else None) == before
+    assert (crash_points.hashes(target) if target.is_dir() else None) == before
     return str(e.value).replace(str(target), "TARGET").replace(str(source), "SOURCE")
 
 
@@ -186,15 +186,15 @@ def content_for_others(folder: Path) -> dict[str, str] | None:
         files = set(json.loads((folder / HF_INDEX).read_text())["weight_map"].values())
     else:
         return None
-    return {file: digest for file, digest in killing.hashes(folder).items() if file in files}
+    return {file: digest for file, digest in crash_points.hashes(folder).items() if file in files}
 
 
-@killing.HOW_MANY
+@crash_points.HOW_MANY
 def test_killed_at_any_moment(n, small, tmp_path):
     out, before = tmp_path / "out", tmp_path / "before"
     cast(small[0], before, CPU)
     cast(small[1], out, CPU)
-    old, new, hashes = content(before), content(out), killing.hashes(out)
+    old, new, hashes = content(before), content(out), crash_points.hashes(out)
     others = content_for_others(before), content_for_others(out)
     assert None not in (old, new, *others) and old != new and others[0] != others[1]
 
@@ -205,34 +205,34 @@ def test_killed_at_any_moment(n, small, tmp_path):
 
     for fresh in (True, False):
         start(fresh)
-        log = killing.events(lambda: cast(small[1], out, CPU), tmp_path / f"log{fresh}")
+        log = crash_points.events(lambda: cast(small[1], out, CPU), tmp_path / f"log{fresh}")
         seen = []
-        for at in killing.moments(log, n):
+        for at in crash_points.moments(log, n):
             start(fresh)
-            killing.kill(lambda: cast(small[1], out, CPU), at)
+            crash_points.kill(lambda: cast(small[1], out, CPU), at)
             found = content(out)
             assert found in (None if fresh else old, new), f"event {at} ({log[at]})"
             before_commit = None if fresh else others[0]
             assert content_for_others(out) in ((before_commit, None, others[1]) if found == new else (before_commit,))
             seen.append(found == new)
             cast(small[1], out, CPU)
-            assert killing.hashes(out) == hashes
+            assert crash_points.hashes(out) == hashes
         assert seen == sorted(seen) and {True, False} == set(seen)  # the new one from one moment on
 
 
 def test_a_full_disk_keeps_what_was_there(small, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    log = killing.events(lambda: cast(small[1], out, CPU), tmp_path / "log")
+    log = crash_points.events(lambda: cast(small[1], out, CPU), tmp_path / "log")
     shutil.rmtree(out)
     cast(small[0], out, CPU)
-    before = killing.hashes(out)
+    before = crash_points.hashes(out)
     writes = sum(name in ("pwrite", "ftruncate") for name in log)
     for at in range(0, writes, writes // 8):
         with monkeypatch.context() as m:
-            killing.fill_disk(m, at)
+            crash_points.fill_disk(m, at)
             with pytest.raises(UserError, match=f"^{out}: cannot be written: No space left on device"):
                 cast(small[1], out, CPU)
-        assert killing.hashes(out) == before
+        assert crash_points.hashes(out) == before
 
 
 def test_command_line(source, tmp_path):

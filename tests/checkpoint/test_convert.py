@@ -22,7 +22,7 @@ from checkpoint.directory import Checkpoint
 from checkpoint.manifest import HF_INDEX, read_manifests, verify
 from checkpoint.reading import Reader
 from core.errors import UserError
-from support import crash_points as killing
+from support import crash_points
 from support.checkpoints import fp8_sizes, make_checkpoint
 from support.damaged_checkpoints import drop, replace, whole
 from support.families import FAMILIES, two_layers
@@ -169,10 +169,10 @@ def test_without_the_mtp_module(small, tmp_path, capsys):
 
 def refusal(source: Path, target: Path, ranks: int = 2, **options) -> str:
     """What convert says; it must not have left anything in a target that was not there before."""
-    before = killing.hashes(target) if target.is_dir() else {}
+    before = crash_points.hashes(target) if target.is_dir() else {}
     with pytest.raises(UserError) as e:
         convert(source, target, ranks, **options)
-    assert (killing.hashes(target) if target.is_dir() else {}) == before
+    assert (crash_points.hashes(target) if target.is_dir() else {}) == before
     assert "\n" not in str(e.value)
     return str(e.value).replace(str(target), "TARGET").replace(str(source), "SOURCE")
 
@@ -270,28 +270,28 @@ def outcome(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("outcome")
     convert(small[0], folder / "old", 2, max_file=200_000)
     convert(small[1], folder / "new", 2)
-    log = killing.events(lambda: convert(small[1], folder / "logged", 2), folder / "log")
-    return content(folder / "old", 2), content(folder / "new", 2), killing.hashes(folder / "new"), log
+    log = crash_points.events(lambda: convert(small[1], folder / "logged", 2), folder / "log")
+    return content(folder / "old", 2), content(folder / "new", 2), crash_points.hashes(folder / "new"), log
 
 
-@killing.HOW_MANY
+@crash_points.HOW_MANY
 def test_killed_at_any_moment_leaves_nothing_that_loads(n, small, outcome, tmp_path):
     _, new, hashes, log = outcome
     action = functools.partial(convert, small[1], tmp_path / "out", 2)
     seen = set()
-    for at in killing.moments(log, n):
+    for at in crash_points.moments(log, n):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        killing.kill(action, at)
+        crash_points.kill(action, at)
         found = content(tmp_path / "out", 2)
         assert found in (None, new), f"half a conversion loads after event {at} ({log[at]})"
         assert (found is not None) == any((tmp_path / "out" / (prefix + "model-mp2.index.json")).exists() for prefix in ("", PENDING))
         seen.add(found is None)
         action()
-        assert killing.hashes(tmp_path / "out") == hashes
+        assert crash_points.hashes(tmp_path / "out") == hashes
     assert seen == {True, False}
 
 
-@killing.HOW_MANY
+@crash_points.HOW_MANY
 def test_killed_at_any_moment_keeps_what_was_there(n, small, outcome, tmp_path):
     """The earlier conversion had more files; at every moment it loads whole, or the new one does."""
     old, new, hashes, log = outcome
@@ -299,17 +299,17 @@ def test_killed_at_any_moment_keeps_what_was_there(n, small, outcome, tmp_path):
     out = tmp_path / "out"
     convert(small[0], tmp_path / "before", 2, max_file=200_000)
     shutil.copytree(tmp_path / "before", out)
-    log = killing.events(lambda: convert(small[1], out, 2), tmp_path / "log")
+    log = crash_points.events(lambda: convert(small[1], out, 2), tmp_path / "log")
     seen = []
-    for at in killing.moments(log, n):
+    for at in crash_points.moments(log, n):
         shutil.rmtree(out)
         shutil.copytree(tmp_path / "before", out)
-        killing.kill(functools.partial(convert, small[1], out, 2), at)
+        crash_points.kill(functools.partial(convert, small[1], out, 2), at)
         found = content(out, 2)
         assert found in (old, new), f"neither conversion loads after event {at} ({log[at]})"
         seen.append(found == new)
         convert(small[1], out, 2)
-        assert killing.hashes(out) == hashes
+        assert crash_points.hashes(out) == hashes
     assert seen == sorted(seen) and {True, False} == set(seen)  # old up to one moment, new from then on
 
 
@@ -317,15 +317,15 @@ def test_a_full_disk_keeps_what_was_there(small, outcome, tmp_path, monkeypatch)
     old, new, _, log = outcome
     out = tmp_path / "out"
     convert(small[0], out, 2)
-    before = killing.hashes(out)
+    before = crash_points.hashes(out)
     writes = sum(name in ("pwrite", "ftruncate", "fsync") for name in log)
     for at in [*range(0, writes, writes // 8), *range(writes - 8, writes)]:
         with monkeypatch.context() as m:
-            killing.fill_disk(m, at)
+            crash_points.fill_disk(m, at)
             with pytest.raises(UserError, match=f"^{out}: cannot be written: No space left on device"):
                 convert(small[1], out, 2)
         if content(out, 2) == old:
-            assert killing.hashes(out) == before, "a failed conversion left something behind"
+            assert crash_points.hashes(out) == before, "a failed conversion left something behind"
         else:
             assert content(out, 2) == new  # it failed while tidying up, after the new files had become the checkpoint
             shutil.rmtree(out)

@@ -21,7 +21,7 @@ from core.numerics import Numerics
 from engine.engine import Engine
 from model import Transformer
 from parallel.group import Group
-from support import crash_points as killing
+from support import crash_points
 from support import damaged_checkpoints as damage
 from support.damaged_checkpoints import KINDS, good_checkpoint
 from text.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def targets(good, tmp_path_factory) -> dict[str, Path]:
 
 def visible(folder: Path) -> dict[str, str]:
     """The files that count, by hash: finished parts of a run that was cut short may wait under temporary names."""
-    return {name: digest for name, digest in killing.hashes(folder).items() if not name.startswith(TEMPORARY)}
+    return {name: digest for name, digest in crash_points.hashes(folder).items() if not name.startswith(TEMPORARY)}
 
 
 def config_of(folder: Path, good: dict[str, Path]) -> Path | None:

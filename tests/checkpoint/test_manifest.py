@@ -31,7 +31,7 @@ from checkpoint.manifest import CAST_MANIFEST, HF_INDEX, read_manifests, require
 from checkpoint.reading import Digest, hash_both, hash_file, read_header
 from checkpoint.writing import Writer
 from core.errors import UserError
-from support import crash_points as killing
+from support import crash_points
 from support.checkpoints import make_checkpoint
 
 CPU = "cpu"
@@ -135,14 +135,14 @@ def test_a_manifest_names_every_byte(write, sources, written):
     (manifest,) = read_manifests(folder).values()
     names = {path.name for path in folder.iterdir()}
     assert names == {manifest.path.name, *manifest.files, *manifest.small} and "tokenizer.json" in manifest.small
-    for name, facts in (manifest.files | manifest.small).items():
+    for name, record in (manifest.files | manifest.small).items():
         data = (folder / name).read_bytes()
-        assert (facts["bytes"], facts["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
-    for name, facts in manifest.files.items():
+        assert (record["bytes"], record["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    for name, record in manifest.files.items():
         with safe_open(folder / name, "pt") as f:
             held = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not a dict)
         digests = {key: hashlib.sha256(t.view(-1).view(torch.uint8).numpy()).hexdigest() for key, t in held.items()}
-        assert {key: text[9:] for key, text in facts["tensors"].items()} == digests
+        assert {key: text[9:] for key, text in record["tensors"].items()} == digests
     assert manifest.raw["written_by"].keys() == {"program", "torch", "safetensors"}
     source = manifest.raw["source"]
     config = (sources[1] / "config.json").read_bytes()
@@ -401,9 +401,9 @@ def bytes_moved(action: Callable[[], object]) -> tuple[Counter[str], Counter[str
 
 def cut_short(write: Callable, source: Path, out: Path, log: Path, share: float) -> set[str]:
     """Kills a run after that share of its events; returns the weight files it had finished."""
-    events = killing.events(lambda: write(source, out), log)
+    events = crash_points.events(lambda: write(source, out), log)
     shutil.rmtree(out)
-    killing.kill(lambda: write(source, out), int(len(events) * share))
+    crash_points.kill(lambda: write(source, out), int(len(events) * share))
     return finished_in(out)
 
 
@@ -416,9 +416,9 @@ def test_finished_files_are_not_written_again(write, sources, written, tmp_path)
     (manifest,) = read_manifests(written[write]).values()
     assert 2 <= len(finished) < len(manifest.files)
     wrote, read = bytes_moved(lambda: write(sources[1], out))
-    assert killing.hashes(out) == killing.hashes(written[write])
-    for name, facts in manifest.files.items():
-        assert wrote[name] == (0 if name in finished else facts["bytes"]), name
+    assert crash_points.hashes(out) == crash_points.hashes(written[write])
+    for name, record in manifest.files.items():
+        assert wrote[name] == (0 if name in finished else record["bytes"]), name
     shards = {path.name for path in sources[1].glob("*.safetensors")}
     again = sum(read[name] for name in shards) - (sum(read[name] for name in finished) if write is cast_small else 0)
     assert again < sum(whole_run[1][name] for name in shards) - sum(manifest.files[n]["bytes"] for n in finished) / 4
@@ -427,7 +427,7 @@ def test_finished_files_are_not_written_again(write, sources, written, tmp_path)
 @BOTH
 def test_the_manifest_is_ready_before_anything_changes(write, sources, tmp_path):
     """An earlier checkpoint's tokenizer is not replaced minutes before its weights are."""
-    events = killing.events(lambda: write(sources[1], tmp_path / "out"), tmp_path / "log")
+    events = crash_points.events(lambda: write(sources[1], tmp_path / "out"), tmp_path / "log")
     config, tokenizer, manifest, *_ = (at for at, name in enumerate(events) if name == "replace")
     assert "pwrite" not in events[config:manifest] and config < tokenizer < manifest
 
@@ -435,14 +435,14 @@ def test_the_manifest_is_ready_before_anything_changes(write, sources, tmp_path)
 @BOTH
 def test_nothing_is_left_to_do_but_the_commit(write, sources, written, tmp_path):
     out = tmp_path / "out"
-    events = killing.events(lambda: write(sources[1], out), tmp_path / "log")
+    events = crash_points.events(lambda: write(sources[1], out), tmp_path / "log")
     (manifest,) = read_manifests(written[write]).values()
     renames = [at for at, name in enumerate(events) if name == "replace"]
     for at in (renames[0], renames[len(renames) // 2], renames[-1]):
         shutil.rmtree(out)
-        killing.kill(lambda: write(sources[1], out), at)
+        crash_points.kill(lambda: write(sources[1], out), at)
         wrote, _ = bytes_moved(lambda: write(sources[1], out))
-        assert killing.hashes(out) == killing.hashes(written[write])
+        assert crash_points.hashes(out) == crash_points.hashes(written[write])
         assert not any(wrote[name] for name in manifest.files)
 
 
@@ -467,7 +467,7 @@ def test_another_job_starts_afresh(write, sources, written, tmp_path):
         assert {name: wrote[name] for name in sizes} == sizes
         assert [p.name for p in out.iterdir() if p.name.startswith(".")] == [] == list(verify(out))
         if first != sources[1] and "copy" not in str(first):
-            assert killing.hashes(out) == killing.hashes(written[write])
+            assert crash_points.hashes(out) == crash_points.hashes(written[write])
 
 
 @BOTH
@@ -495,7 +495,7 @@ def test_what_is_kept_is_checked(write, sources, written, tmp_path):
         shutil.copytree(start, out)
         damage()
         wrote, _ = bytes_moved(lambda: write(sources[1], out))
-        assert killing.hashes(out) == killing.hashes(written[write])
+        assert crash_points.hashes(out) == crash_points.hashes(written[write])
         assert sum(wrote[name] > 0 for name in finished) == lost
         shutil.rmtree(out)
 
@@ -504,13 +504,13 @@ def test_what_is_kept_is_checked(write, sources, written, tmp_path):
 def test_a_damaged_temporary_beside_the_whole_file(write, sources, written, tmp_path):
     """A second run of the same job was cut short: what it leaves never takes the place of what the first wrote."""
     out = tmp_path / "out"
-    events = killing.events(lambda: write(sources[1], out), tmp_path / "log")
-    killing.kill(lambda: write(sources[1], out), int(len(events) * 0.6))
+    events = crash_points.events(lambda: write(sources[1], out), tmp_path / "log")
+    crash_points.kill(lambda: write(sources[1], out), int(len(events) * 0.6))
     finished = finished_in(out)
     for name in finished:
         flip(out / (TEMPORARY + name), 5000)
     wrote, _ = bytes_moved(lambda: write(sources[1], out))
-    assert killing.hashes(out) == killing.hashes(written[write])
+    assert crash_points.hashes(out) == crash_points.hashes(written[write])
     assert finished and not any(wrote[name] for name in finished)
 
 
@@ -538,7 +538,7 @@ def test_interrupted_by_hand(write, sources, written, tmp_path, monkeypatch, cap
         write(tmp_path, out)
     assert finished_in(out) == finished
     wrote, _ = bytes_moved(lambda: write(sources[1], out))
-    assert killing.hashes(out) == killing.hashes(written[write])
+    assert crash_points.hashes(out) == crash_points.hashes(written[write])
     assert not any(wrote[name] for name in finished)
 
 
@@ -579,7 +579,7 @@ def test_errors_of_the_source(write, sources, written, tmp_path, monkeypatch):
                 write(sources[1], out)
         assert content(out, ranks_of(write)) == content(earlier, ranks_of(write))
         write(sources[1], out)
-        assert killing.hashes(out) == killing.hashes(written[write])
+        assert crash_points.hashes(out) == crash_points.hashes(written[write])
 
 
 @BOTH
@@ -595,7 +595,7 @@ def test_a_small_file_that_cannot_be_read(write, sources, tmp_path):
 
 
 @BOTH
-@killing.HOW_MANY
+@crash_points.HOW_MANY
 def test_killed_again_and_again(write, n, sources, written, tmp_path):
     """Runs that are killed and taken up until one comes through, with an earlier checkpoint there and without: at every
     moment that one loads or the new one does, and in the end the bytes are those of an uninterrupted run."""
@@ -603,7 +603,7 @@ def test_killed_again_and_again(write, n, sources, written, tmp_path):
     write(sources[0], earlier)
     old, new = content(earlier, ranks_of(write)), content(written[write], ranks_of(write))
     assert None not in (old, new) and old != new
-    total = len(killing.events(lambda: write(sources[1], out), tmp_path / "log"))
+    total = len(crash_points.events(lambda: write(sources[1], out), tmp_path / "log"))
     draw = random.Random(n)
     kills = 0
     while kills < n:
@@ -611,15 +611,15 @@ def test_killed_again_and_again(write, n, sources, written, tmp_path):
         if there := draw.random() < 0.5:
             shutil.copytree(earlier, out)
         patience = draw.uniform(0.1, 0.6)
-        while not killing.ends_before(lambda: write(sources[1], out), draw.randrange(int(total * patience))):
+        while not crash_points.ends_before(lambda: write(sources[1], out), draw.randrange(int(total * patience))):
             assert content(out, ranks_of(write)) in (old if there else None, new)
             patience = min(1.2, patience + 0.05)
             kills += 1
-        assert killing.hashes(out) == killing.hashes(written[write])
+        assert crash_points.hashes(out) == crash_points.hashes(written[write])
 
 
 @BOTH
-@killing.HOW_MANY
+@crash_points.HOW_MANY
 def test_killed_at_random_times(write, n, sources, written, tmp_path):
     """A real SIGKILL from outside, after a random time, over an earlier checkpoint and without one."""
     earlier, out = tmp_path / "earlier", tmp_path / "out"
@@ -633,10 +633,10 @@ def test_killed_at_random_times(write, n, sources, written, tmp_path):
         shutil.rmtree(out)
         if i % 2:
             shutil.copytree(earlier, out)
-        killing.kill_after(lambda: write(sources[1], out), draw.uniform(0, 1.3 * length))
+        crash_points.kill_after(lambda: write(sources[1], out), draw.uniform(0, 1.3 * length))
         assert content(out, ranks_of(write)) in (old if i % 2 else None, new)
         write(sources[1], out)
-        assert killing.hashes(out) == killing.hashes(written[write])
+        assert crash_points.hashes(out) == crash_points.hashes(written[write])
 
 
 @pytest.fixture
@@ -661,7 +661,7 @@ def test_a_disk_that_is_really_full(write, n, sources, written, small_disk, tmp_
     statvfs = os.statvfs
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1 << 20, f_frsize=1 << 20))
     write(sources[0], out)
-    before, new = killing.hashes(out), content(written[write], ranks_of(write))
+    before, new = crash_points.hashes(out), content(written[write], ranks_of(write))
     need = sum(-(-path.stat().st_size // 4096) * 4096 for path in written[write].iterdir())
     free = statvfs(small_disk).f_bavail * statvfs(small_disk).f_frsize
     outcomes = []
@@ -677,9 +677,9 @@ def test_a_disk_that_is_really_full(write, n, sources, written, small_disk, tmp_
         outcomes.append(content(out, ranks_of(write)) == new)
         if outcomes[-1]:  # it was full when the new one had already become the checkpoint, or not at all
             write(sources[1], out)
-            assert killing.hashes(out) == killing.hashes(written[write])
+            assert crash_points.hashes(out) == crash_points.hashes(written[write])
             shutil.rmtree(out)
             write(sources[0], out)
         else:
-            assert killing.hashes(out) == before
+            assert crash_points.hashes(out) == before
     assert outcomes == sorted(outcomes) and {True, False} == set(outcomes)

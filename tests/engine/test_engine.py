@@ -1,4 +1,4 @@
-"""The engine on random checkpoints: what a request gets does not depend on its company."""
+"""The engine on random checkpoints: what a request gets is independent of batch composition."""
 
 import contextlib
 import dataclasses
@@ -57,7 +57,7 @@ def test_greedy_is_transformers_greedy(path, model):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("max_num_seqs, budget", [(1, 2048), (3, 7), (8, 64)])
-def test_same_answers_in_any_company(model, temperature, max_num_seqs, budget):
+def test_answers_are_independent_of_batch_composition(model, temperature, max_num_seqs, budget):
     """Chunked prompts, mixed with decodes, more requests than fit: tokens equal those of each request alone."""
     params = SamplingParams(temperature=temperature, max_new_tokens=12, seed=5)
     alone = []
@@ -142,10 +142,10 @@ def test_nan_fails_its_request_alone(path, mtp, before):
     model.embed.weight[77] = float("nan")
     engine = Engine(model, None, RunConfig(n_pages=8, max_model_len=256, mtp=mtp))
     poisoned = [*tokens(before, 70), 77]
-    for company in ([], [[3, 4]]):
-        bad, *good = engine.generate([poisoned, *company], GREEDY)
+    for others in ([], [[3, 4]]):
+        bad, *good = engine.generate([poisoned, *others], GREEDY)
         assert bad.finish_reason == "error" and bad.error == "the model's output holds NaN or infinity"
-        assert [r.tokens for r in good] == [clean[0].tokens] * len(company)
+        assert [r.tokens for r in good] == [clean[0].tokens] * len(others)
         engine.scheduler.check_integrity()
     [again] = engine.generate([[*poisoned, 5]], GREEDY)
     assert again.n_reused == 0 and again.finish_reason == "error"
@@ -536,17 +536,17 @@ def test_recorded_steps_change_no_answer(model, mtp, temperature):
 
 def test_what_is_recorded_fits_every_batch(model):
     """The attention kernels go by what the host says of a batch: a recorded one says the most that may come."""
-    extents = []
+    bounds = []
 
     def forward(batch, hidden):
-        extents.append((batch.decode, batch.prefill.n, batch.kv_lens.tolist(), batch.pages.shape))
+        bounds.append((batch.decode, batch.prefill.n, batch.kv_lens.tolist(), batch.pages.shape))
         return hidden
 
     graphs = Graphs(forward, max_num_seqs=3, width=2, hidden=torch.zeros(6, 4), n_pages=5, padding_page=9, capture=Recorder())
-    assert [e[0] for e in extents] == [BatchBounds(n, 2 * n, 2, 320, 320 * n) for n in (3, 2, 1)]
+    assert [e[0] for e in bounds] == [BatchBounds(n, 2 * n, 2, 320, 320 * n) for n in (3, 2, 1)]
     states = torch.arange(12.0).view(3, 4)
     out = graphs.run([([7, 8], 66, [3, 4]), ([9], 0, [2])], states)
-    assert torch.equal(out, states) and extents[-1] == (extents[1][0], 0, [68, 1], (2, 5))
+    assert torch.equal(out, states) and bounds[-1] == (bounds[1][0], 0, [68, 1], (2, 5))
     assert graphs.run([([1, 2, 3], 0, [0])]) is None and graphs.run([([1], 0, [0])] * 4) is None
 
 
@@ -653,7 +653,7 @@ MIXES = [10, pytest.param(100, marks=pytest.mark.trust)]
 @pytest.mark.parametrize("mixes", MIXES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batch_invariant_mode_is_bitwise(path, dtype, mixes):
-    """Whatever the company, chunking, reuse, preemption or speculation: one set of bits for each position."""
+    """Whatever the batch composition, chunking, reuse, preemption or speculation: one set of bits for each position."""
     seen = logits_of_mixes(ours(path, Numerics(dtype, batch_invariant=True)), mixes, seed=1)
     assert sum(len(places) for places in seen.values()) > 50
     assert all(len(bits) == 1 for places in seen.values() for bits in places if bits)
@@ -671,14 +671,14 @@ def test_one_set_of_bits_in_a_router_of_any_width():
 
 
 def test_one_set_of_bits_over_many_key_tiles(path):
-    """A context of several tiles of keys: in one piece, in chunks, and with company."""
+    """A context of several tiles of keys: in one piece, in chunks, and with other requests."""
     model = ours(path, Numerics(torch.float32, batch_invariant=True))
     prompt = tokens(1300, V3["vocab_size"])
     bits = set()
-    for budget, company in ((4096, []), (100, []), (333, prompts(3))):
+    for budget, others in ((4096, []), (100, []), (333, prompts(3))):
         engine = Engine(model, None, RunConfig(n_pages=40, max_model_len=1400, max_num_batched_tokens=budget, deterministic=True))
         params = SamplingParams(temperature=0, max_new_tokens=3, logprobs=5)
-        bits.add(repr(engine.generate([prompt, *company], params)[0].logprobs))
+        bits.add(repr(engine.generate([prompt, *others], params)[0].logprobs))
     assert len(bits) == 1
 
 

@@ -345,7 +345,7 @@ def test_constants_are_the_ops():
 
 
 def test_graphs_keep_a_step_and_a_page(side):
-    """What an engine that records takes before it answers: the cache's page, the hidden states, results, facts."""
+    """What an engine that records takes before it answers: the cache's page, the hidden states, results, static inputs."""
     args = parse(FAMILIES["v3"])
     gpu = side == "GPU"
     rank, limits = RankSpec(args, Numerics(), gpu=gpu, mtp=True), limits_of(512, 6, 64, 2)
@@ -363,11 +363,11 @@ def test_graphs_keep_a_step_and_a_page(side):
 
     run = RunConfig(max_model_len=512, max_num_seqs=6, max_num_batched_tokens=64, n_pages=9, mtp=2)
     engine = Engine(model, None, run, capture=capture)
-    facts = sum(t.nbytes for g in (engine.runner.step_graphs, *engine.runner.draft_graphs) for t in g._static_inputs.values())
+    static_inputs = sum(t.nbytes for g in (engine.runner.step_graphs, *engine.runner.draft_graphs) for t in g._static_inputs.values())
     rows = sum((1, 2, 3, 4, 6)) * (3 + 3 + 1)
     said = memory.need(rank, limits).graphs - step_memory.step_bytes(rank, limits, decode=True)
     assert len(kept) == 3 * 5 and engine.runner.cache.shape[1] == 10
-    assert said == model.page_bytes + engine.runner.step_graphs.hidden.nbytes + rows * args.dim * 2 + facts
+    assert said == model.page_bytes + engine.runner.step_graphs.hidden.nbytes + rows * args.dim * 2 + static_inputs
 
 
 # ---------------------------------------------------------------- a process that runs

@@ -162,7 +162,7 @@ def test_a_broken_draft_head_costs_only_time():
     assert verify(torch.randn(2, 5), [ask])[0] is not None
 
 
-def test_company_changes_nothing():
+def test_other_requests_change_nothing():
     """Greedy and sampled requests with and without drafts, penalties and cuts, one unsound: each gets in one batch what
     it gets alone."""
     g = torch.Generator().manual_seed(3)

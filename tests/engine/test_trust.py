@@ -23,7 +23,7 @@ def path(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_thousand_mixes_bitwise(path, dtype):
-    """Batch-invariant mode: one set of bits for each position over 1,000 random mixes of company, chunks, reuse,
+    """Batch-invariant mode: one set of bits for each position over 1,000 random mixes of requests, chunks, reuse,
     preemption and speculation."""
     seen = logits_of_mixes(ours(path, Numerics(dtype, batch_invariant=True)), 1000, seed=2)
     assert all(len(bits) == 1 for places in seen.values() for bits in places if bits)

@@ -25,9 +25,9 @@ def checkpoint(request, tmp_path_factory):
 @torch.no_grad()
 def test_logits_are_transformers(checkpoint):
     """1,000 tokens, far past YaRN's original length, whole and in chunks; the greedy token at every position."""
-    model, oracle = ours(checkpoint), theirs(checkpoint)
+    model, hf_model = ours(checkpoint), theirs(checkpoint)
     ids = tokens(1000, model.args.vocab_size)
-    expected = oracle(torch.tensor([ids])).logits[0]
+    expected = hf_model(torch.tensor([ids])).logits[0]
     whole = model.logits(hidden_states(model, ids))
     chunked = model.logits(hidden_states(model, ids, [1, 1, 7, 64, 200, 1, 300, 426]))
     assert relative_error(whole, expected) < 1e-5
@@ -48,10 +48,10 @@ def test_a_gpu_computes_what_a_cpu_computes(checkpoint):
 @torch.no_grad()
 def test_router_chooses_what_transformers_chooses(checkpoint):
     """The same experts for every token of a layer's input, not only logits near enough."""
-    model, oracle = ours(checkpoint), theirs(checkpoint)
+    model, hf_model = ours(checkpoint), theirs(checkpoint)
     x = torch.randn(500, model.args.dim, generator=torch.Generator().manual_seed(3))
     i = model.args.n_dense_layers
-    _, their_weights, their_ids = oracle.model.layers[i].mlp.gate(x)
+    _, their_weights, their_ids = hf_model.model.layers[i].mlp.gate(x)
     dense = torch.zeros(500, model.args.n_routed_experts)
     gate = model.layers[i].ffn.gate
     for gate.ops in (model.ops, ReferenceBackend()):
@@ -64,22 +64,22 @@ def test_two_mscales(tmp_path):
     """No release has two that differ; then the softmax takes one of them, and the angles their ratio."""
     rope = {**V3["rope_scaling"], "mscale": 1.0, "mscale_all_dim": 0.5}
     path = random_checkpoint(tmp_path / "c", V3 | {"rope_scaling": rope, "num_nextn_predict_layers": 0})
-    model, oracle = ours(path), theirs(path)
+    model, hf_model = ours(path), theirs(path)
     ids = tokens(100, model.args.vocab_size)
-    assert relative_error(model.logits(hidden_states(model, ids)), oracle(torch.tensor([ids])).logits[0]) < 1e-5
+    assert relative_error(model.logits(hidden_states(model, ids)), hf_model(torch.tensor([ids])).logits[0]) < 1e-5
 
 
 @torch.no_grad()
 def test_inner_norms_have_an_eps_of_their_own(tmp_path):
     """Shown by inputs so small that it matters."""
     path = random_checkpoint(tmp_path / "c", V3 | {"rms_norm_eps": 1e-5, "num_nextn_predict_layers": 0})
-    model, oracle = ours(path), theirs(path)
-    for layer, other in zip(model.layers, oracle.model.layers, strict=True):
+    model, hf_model = ours(path), theirs(path)
+    for layer, other in zip(model.layers, hf_model.model.layers, strict=True):
         layer.attn.wqkv_a.weight.mul_(0.01)
         other.self_attn.q_a_proj.weight.mul_(0.01)
         other.self_attn.kv_a_proj_with_mqa.weight.mul_(0.01)
     ids = tokens(100, model.args.vocab_size)
-    assert relative_error(model.logits(hidden_states(model, ids)), oracle(torch.tensor([ids])).logits[0]) < 1e-5
+    assert relative_error(model.logits(hidden_states(model, ids)), hf_model(torch.tensor([ids])).logits[0]) < 1e-5
 
 
 def test_yarn_applies_whatever_the_context_limit():
@@ -100,9 +100,9 @@ def test_a_checkpoint_that_transformers_saved(tmp_path, capsys):
     """As transformers 5 writes it, in bfloat16: rope_parameters, one file, and the routers' biases rounded to BF16."""
     saved = tmp_path / "saved"
     theirs(random_checkpoint(tmp_path / "c", V3)).bfloat16().save_pretrained(saved)
-    model, oracle = ours(saved), theirs(saved)
+    model, hf_model = ours(saved), theirs(saved)
     ids = tokens(100, model.args.vocab_size)
-    assert relative_error(model.logits(hidden_states(model, ids)), oracle(torch.tensor([ids])).logits[0]) < 1e-5
+    assert relative_error(model.logits(hidden_states(model, ids)), hf_model(torch.tensor([ids])).logits[0]) < 1e-5
     assert "BF16, not float32: they were rounded when they were saved" in capsys.readouterr().err
 
 
@@ -115,12 +115,12 @@ def test_the_text_model_of_kimi_k25(tmp_path):
         vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
         tie_word_embeddings=False,
     )  # fmt: skip
-    oracle = transformers.Kimi_K25ForConditionalGeneration(config).float().eval()
-    oracle.model.language_model.load_state_dict(text.model.state_dict())
-    oracle.lm_head.load_state_dict(text.lm_head.state_dict())
-    oracle.save_pretrained(tmp_path / "saved")
+    hf_model = transformers.Kimi_K25ForConditionalGeneration(config).float().eval()
+    hf_model.model.language_model.load_state_dict(text.model.state_dict())
+    hf_model.lm_head.load_state_dict(text.lm_head.state_dict())
+    hf_model.save_pretrained(tmp_path / "saved")
     model, ids = ours(tmp_path / "saved"), tokens(200, 256)
-    expected = oracle(torch.tensor([ids])).logits[0]
+    expected = hf_model(torch.tensor([ids])).logits[0]
     assert relative_error(model.logits(hidden_states(model, ids)), expected) < 1e-5
 
 
@@ -128,16 +128,16 @@ def test_the_text_model_of_kimi_k25(tmp_path):
 @torch.no_grad()
 def test_mtp_logits_are_transformers(tmp_path, family):
     path = random_checkpoint(tmp_path / "c", FAMILIES[family])
-    model, oracle = ours(path), theirs(path)
+    model, hf_model = ours(path), theirs(path)
     ids = tokens(300, model.args.vocab_size)
     hidden = hidden_states(model, ids[:-1])
     inputs = torch.tensor([ids])
-    their_hidden = oracle.model(inputs[:, :-1]).last_hidden_state
-    module = their_mtp(oracle, path)
+    their_hidden = hf_model.model(inputs[:, :-1]).last_hidden_state
+    module = their_mtp(hf_model, path)
     if not hasattr(module, "forward_layer"):
         pytest.skip("before 5.20 transformers' MTP module has no forward of one layer")
     positions = torch.arange(len(ids) - 1)[None]
-    expected = oracle.lm_head(module.forward_layer(0, their_hidden, positions, None, input_ids=inputs[:, 1:]))[0]
+    expected = hf_model.lm_head(module.forward_layer(0, their_hidden, positions, None, input_ids=inputs[:, 1:]))[0]
 
     n_pages = -(-len(ids) // PAGE_SIZE)
     cache = model.new_cache(n_pages)

@@ -245,8 +245,8 @@ def test_the_shares_are_as_the_rule_says(fixed: int) -> None:
     expected = [
         [i, begins[i], stops[i], tile, 64 * page, 64 * own] for i, tile, page, own in shared_out(pages, tiles, fixed)
     ]
-    extent = BatchBounds(150, int(bounds[-1]), 4, 40_000, int(lengths.sum()))
-    programs = attention.split_programs(extent, last - first, 6, 16, 64, 64 * fixed)
+    bounds_of_batch = BatchBounds(150, int(bounds[-1]), 4, 40_000, int(lengths.sum()))
+    programs = attention.split_programs(bounds_of_batch, last - first, 6, 16, 64, 64 * fixed)
     assert len(expected) <= programs
     shares = torch.empty(programs, 6, dtype=torch.int32, device=DEVICE)
     attention.plan_splits_kernel[(150,)](
@@ -315,7 +315,7 @@ def part(p: Problem, i: int, lo: int, hi: int) -> torch.Tensor:
     return in_mode(alone, batch)
 
 
-def test_the_same_bits_in_any_company(own_sums: None) -> None:
+def test_bits_are_independent_of_batch_composition(own_sums: None) -> None:
     p = Problem([600, 1, 100], [3, 1, 70], TINY)
     together = in_mode(p, p.batch)
     assert error(together, p.expected()) < EXACT

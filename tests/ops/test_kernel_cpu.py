@@ -132,7 +132,7 @@ def test_an_odd_number_of_channels_is_filled_up():
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_row_does_not_depend_on_its_company(monkeypatch):
+def test_a_row_does_not_depend_on_other_rows(monkeypatch):
     """To the bit: whatever the number of rows, and so the block's and the chunk's."""
     x, packed = randn(90, 200), kernels.pack(randn(150, 200, seed=1))
     whole = kernels.linear(x, packed, torch.float32)
@@ -412,7 +412,7 @@ def test_scores_far_apart():
     assert relative_error(attend(inputs), expected) < 1e-2
 
 
-def test_a_sequence_does_not_depend_on_its_company():
+def test_a_sequence_does_not_depend_on_others():
     """To the bit, and NaN in one stays there."""
     lengths, new = [300, 700, 250], [3, 1, 5]
     inputs, _ = problem(lengths, new)

@@ -150,7 +150,7 @@ def test_router_of_nan_stays_in_its_token() -> None:
     assert weights[2].isnan().all() and len({*ids[2].tolist()}) == 6 and ids[2].min() >= 0 and ids[2].max() < 32
 
 
-def test_router_leaves_no_trace_of_company() -> None:
+def test_router_is_independent_of_batch_composition() -> None:
     x, w, bias = torch.randn(20, 320).bfloat16(), torch.randn(32, 320).bfloat16() / 8, torch.randn(32)
     weights, ids = launch_router(x, w, bias, TEST_RULE, invariant=True)
     for rows in (torch.tensor([13]), torch.randperm(20)):
@@ -436,7 +436,7 @@ def test_scale_format_reaches_both_products() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_company_leaves_no_trace(kind: str, own_sums: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_are_independent_of_batch_composition(kind: str, own_sums: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the tile fixed, a token's bits are its own: alone, in another order, or among others. (The interpreter adds
     up alike in every tile, so that the tile itself is looked at too.)"""
     heights = []

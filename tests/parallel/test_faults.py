@@ -89,14 +89,14 @@ def run(checkpoint: Path, folder: Path, kind: str, rank: int, at: int, ranks: in
 def check(ended: Ended, kind: str, rank: int, ranks: int = 2) -> None:
     """One line, that names the rank and what became of it; soon; and no answer that is not one."""
     assert ended.status == 1, ended.stderr
-    faulty = [r for r in range(ranks) if rank in (r, -1)]
-    others = [f"rank {r}" for r in range(ranks) if r not in faulty]
+    failing = [r for r in range(ranks) if rank in (r, -1)]
+    others = [f"rank {r}" for r in range(ranks) if r not in failing]
     expected = {
         "kill": [f"error: {other} lost contact with rank {rank}, which has died" for other in others],
         "stop": [f"error: {other} lost contact with rank {rank}, which is stopped" for other in others],
-        "exception": [f"error: rank {r} failed: RuntimeError: planted" for r in faulty],
+        "exception": [f"error: rank {r} failed: RuntimeError: planted" for r in failing],
         "oom": [f"error: rank {r} is out of memory: CUDA out of memory. Tried to allocate 2.00 GiB (a smaller "
-                "--max-num-batched-tokens, --max-num-seqs or --kv-cache-gib needs less)" for r in faulty],
+                "--max-num-batched-tokens, --max-num-seqs or --kv-cache-gib needs less)" for r in failing],
     }[kind]  # fmt: skip
     assert len(ended.errors) == 1 and ended.errors[0].partition(f" ({FAULTY.name}")[0] in expected, ended.stderr
     assert ended.took < (TIMEOUT + 2 if kind == "stop" else 5), ended.took
@@ -152,7 +152,7 @@ def test_one_line_whoever_fails(tiny: Path, tmp_path: Path, kind: str, ranks: in
 
 # --- one request -----------------------------------------------------------------------------------------------------
 
-BAD = 7  # likeliest tokens that the faulty request asks for, which tells its work from the others'
+BAD = 7  # likeliest tokens that the failing request asks for, which tells its work from the others'
 COMPANY = ["What is 2+2?", "hello " * 30, "z"]
 
 
@@ -161,8 +161,8 @@ def loaded(tiny: Path) -> Engine:
     return Engine.from_pretrained(tiny, dtype="float32", deterministic=True)
 
 
-def answers(loaded: Engine, faulty: str | None, mtp: int = 0) -> tuple[dict[str, Any], dict[str, set[bytes]]]:
-    """Requests by prompt, and the bits of the logits that each sampled from: the company, and a faulty one among it."""
+def answers(loaded: Engine, failing: str | None, mtp: int = 0) -> tuple[dict[str, Any], dict[str, set[bytes]]]:
+    """Requests by prompt, and the bits of the logits that each sampled from: the others, and a failing one among them."""
     run = RunConfig(n_pages=20, max_model_len=300, max_num_batched_tokens=40, mtp=mtp, deterministic=True)
     engine = Engine(loaded.model, loaded.tokenizer, run)
     bits: dict[str, set[bytes]] = {}
@@ -176,11 +176,11 @@ def answers(loaded: Engine, faulty: str | None, mtp: int = 0) -> tuple[dict[str,
     engine.sampler._decide = record  # type: ignore[method-assign]
     params = SamplingParams(temperature=0.7, max_new_tokens=25, repetition_penalty=1.1, logprobs=3, prompt_logprobs=3)
     wanted = {str(i): engine.add(text, params, id=i) for i, text in enumerate(COMPANY)}
-    if faulty is not None:
+    if failing is not None:
         bad = SamplingParams(
             temperature=0.7, max_new_tokens=25, repetition_penalty=1.1, logprobs=BAD, prompt_logprobs=BAD
         )
-        wanted["bad"] = engine.add(faulty, bad, id=BAD)
+        wanted["bad"] = engine.add(failing, bad, id=BAD)
         if wanted["bad"].detokenizer:
             wanted["bad"].detokenizer.bad = True
     while engine.busy:
@@ -193,7 +193,7 @@ def answers(loaded: Engine, faulty: str | None, mtp: int = 0) -> tuple[dict[str,
 def trap(
     monkeypatch: pytest.MonkeyPatch, where: Any, name: str, error: Exception, at: int, whose: Callable[..., bool]
 ) -> None:
-    """Calls of a function that are the faulty request's raise from the one number `at` on."""
+    """Calls of a function that are the failing request's raise from the one number `at` on."""
     plain, calls = getattr(where, name), 0
 
     def trapped(*args: Any) -> Any:
@@ -208,7 +208,7 @@ def trap(
 
 
 PLACES: dict[str, tuple[Any, str, int, Callable[..., bool]]] = {
-    "prompt": (Tokenizer, "encode_text", 0, lambda tokenizer, text: text == "faulty"),
+    "prompt": (Tokenizer, "encode_text", 0, lambda tokenizer, text: text == "failing"),
     "judged, its penalties": (SamplingState, "penalised", 5, lambda ask, *_: ask.rng_key == BAD),
     "judged, its noise": (SamplingState, "uniform", 5, lambda ask, *_: ask.rng_key == BAD),
     "log-probabilities": (sampler, "logprob", 12, lambda logits, token, top: top == BAD),
@@ -233,7 +233,7 @@ def test_a_fault_in_one_request(loaded: Engine, monkeypatch: pytest.MonkeyPatch,
     expected, clean = answers(loaded, None, mtp)
     where, name, at, whose = PLACES[place]
     trap(monkeypatch, where, name, error, at, whose)
-    found, bits = answers(loaded, "faulty", mtp)
+    found, bits = answers(loaded, "failing", mtp)
     bad = found.pop("bad")
     assert bad.finish_reason == "error"
     assert re.fullmatch(rf"{type(error).__name__}: planted \(test_faults.py, line \d+\)", bad.error), bad.error

@@ -636,7 +636,7 @@ def watched(running: RunningServer) -> Iterator[list[float]]:
 
 
 @pytest.mark.parametrize(("clients", "each"), [(8, 1), pytest.param(64, 4, marks=pytest.mark.trust)])
-def test_answers_do_not_depend_on_company(clients: int, each: int) -> None:
+def test_answers_do_not_depend_on_other_clients(clients: int, each: int) -> None:
     """Batch-invariant mode: sampled answers and their log-probabilities are those of each request alone."""
     engine = Engine.from_pretrained(DEMO, max_model_len=512, n_pages=PAGES, deterministic=True)
     bodies = [

@@ -24,7 +24,7 @@ fault = json.loads(sys.argv.pop(1))
 all_reduce, calls = Group.all_reduce, 0
 
 
-def faulty(self: Group, x: torch.Tensor) -> torch.Tensor:
+def failing_all_reduce(self: Group, x: torch.Tensor) -> torch.Tensor:
     global calls
     calls += 1
     if fault["rank"] not in (self.rank, -1) or calls != fault["at"]:
@@ -44,5 +44,5 @@ def faulty(self: Group, x: torch.Tensor) -> torch.Tensor:
     return all_reduce(self, x)
 
 
-Group.all_reduce = faulty  # type: ignore[method-assign]
+Group.all_reduce = failing_all_reduce  # type: ignore[method-assign]
 sys.exit(generate.main())

@@ -452,7 +452,7 @@ def mla(
     `by_rows(product, x)` multiplies rows in blocks of one size. Given, every sequence goes through the absorbed form,
     with splits and tiles of one size, so that a token's result does not depend on the rest of its batch.
     """
-    assert batch.whole.n == len(batch.kv_lens), "the host does not know the batch's extents"
+    assert batch.whole.n == len(batch.kv_lens), "the host does not know the batch's bounds"
     few = batch.decode if by_rows is None else batch.whole
     n_heads, dv, c = w_uv.shape
     out = torch.empty(len(q_nope), n_heads, dv, dtype=q_nope.dtype, device=q_nope.device)
