@@ -185,7 +185,8 @@ class Checkpoint:
             found = self._dtypes(args)
             stored = ((name, found.get(spec.hf if self.kind == "hf" else name)) for name, spec in usual.items())
             unusual = ((n, d) for n, d in stored if d is not None and d != usual[n].dtype and d in usual[n].allowed)
-            self._expected[args] = expected_tensors(args, self.quantised, self.has_mtp, frozenset(unusual))
+            others = frozenset(unusual)
+            self._expected[args] = expected_tensors(args, self.quantised, self.has_mtp, others) if others else usual
         return self._expected[args]
 
     def _dtypes(self, args: ModelArgs) -> dict[str, torch.dtype]:
