@@ -625,10 +625,14 @@ def test_records_are_whole_lines(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- ranks
 
 
-def test_two_ranks_answer_as_one(engine: Engine, tiny: Path, tmp_path: Path) -> None:
+def test_two_ranks_answer_as_one(engine: Engine, copy: Path, tmp_path: Path) -> None:
+    """From a config that is worth a warning, though it means the same."""
+    rope = {name: value for name, value in launch.CONFIG["rope_scaling"].items() if name != "mscale"}
+    config = json.loads((copy / "config.json").read_text())
+    rewrite(copy / "config.json", json.dumps(config | {"rope_scaling": rope}))
     prompts = prompts_file(tmp_path, "hello\nWhat is 2+2?\n" + "z" * 200 + "\nlast\n")
     output = tmp_path / "answers.jsonl"
-    flags = ("--ckpt-path", tiny, "--input-file", prompts, "--output-file", output, "--temperature", 0,
+    flags = ("--ckpt-path", copy, "--input-file", prompts, "--output-file", output, "--temperature", 0,
              "--max-new-tokens", 12, "--max-num-seqs", 3, "--experts", "split", *EXACT)  # fmt: skip
     done = subprocess.run(
         launch.torchrun(*flags), env=launch.environment(), capture_output=True, text=True, timeout=120
@@ -642,6 +646,7 @@ def test_two_ranks_answer_as_one(engine: Engine, tiny: Path, tmp_path: Path) -> 
     )
     assert done.stderr.count("numerics: ") == 1, "only rank 0 speaks"
     assert done.stderr.count("experts: split, as asked\n") == 1
+    assert done.stderr.count("config: rope_scaling.mscale is missing and counts as 1") == 1
 
 
 def test_torchrun_wrong_use(tmp_path: Path) -> None:

@@ -3,6 +3,14 @@
 from mutation.tests_named import CUTS, NOISE, RANDOM_USE, VERIFIED
 
 MUTANTS = (
+    ("config-warning-of-every-rank", "engine/setup.py",
+     "for text in args.warnings if tp.rank == 0 else ():",
+     "for text in args.warnings:",
+     "cli/test_generate.py::test_two_ranks_answer_as_one", "each rank prints the config's warnings"),
+    ("config-warning-of-no-rank", "engine/setup.py",
+     "for text in args.warnings if tp.rank == 0 else ():",
+     "for text in ():",
+     "cli/test_generate.py::test_two_ranks_answer_as_one", "no rank prints the config's warnings"),
     ("mtp-lookahead-left-out", "engine/engine.py",
      "pool = PagePool(run.n_pages, PAGE_SIZE, lookahead=int(run.mtp > 0))",
      "pool = PagePool(run.n_pages, PAGE_SIZE, lookahead=0)",
