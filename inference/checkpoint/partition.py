@@ -96,7 +96,7 @@ def choose_experts(
 
 
 def _error(args: ModelArgs, ranks: int, experts: ExpertLayout, fp8: frozenset[str] | bool) -> str | None:
-    """Why the model does not divide over the ranks, without the ways out; None if it does."""
+    """Why the model does not divide over the ranks, by its config's names and without the ways out; None if it does."""
     size = sizes(args)
     counts = {"n_heads": args.n_heads, "vocab_size": args.vocab_size}
     if args.n_dense_layers:
@@ -109,7 +109,7 @@ def _error(args: ModelArgs, ranks: int, experts: ExpertLayout, fp8: frozenset[st
             counts["moe_inter_dim"] = args.moe_inter_dim
     for name, count in counts.items():
         if count % ranks:
-            return f"{name} {count} does not divide by {ranks} ranks"
+            return f"{args.names.get(name, name)} {count} does not divide by {ranks} ranks"
     if not fp8 or ranks == 1:
         return None
 
@@ -120,7 +120,8 @@ def _error(args: ModelArgs, ranks: int, experts: ExpertLayout, fp8: frozenset[st
     for row in (*BLOCK, *(DENSE if args.n_dense_layers else ()), *MOE):
         if stays_fp8(row) and row.split is not None and size[row.shape[row.split]] // ranks % BLOCK_SIZE:
             dimension = ("rows", "columns")[row.split]
-            return f"{row.ours.removesuffix('.weight')} has {size[row.shape[row.split]]} {dimension}, {blocks}"
+            name = (row.hf if args.names else row.ours).removesuffix(".weight")
+            return f"{name} has {size[row.shape[row.split]]} {dimension}, {blocks}"
     if any(map(stays_fp8, EXPERT)) and counts.get("moe_inter_dim", 0) // ranks % BLOCK_SIZE:
-        return f"moe_inter_dim is {args.moe_inter_dim}, {blocks}"
+        return f"{args.names.get('moe_inter_dim', 'moe_inter_dim')} is {args.moe_inter_dim}, {blocks}"
     return None

@@ -85,6 +85,8 @@ class ModelArgs:
     block_size: int = BLOCK_SIZE
     # what a user should know of the file that this was read from; a program prints them once
     warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    # what that file calls each field; empty: as here
+    names: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -216,6 +218,7 @@ class ModelArgs:
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
                 n_mtp_layers=hf_config.mtp_layers(raw),
                 warnings=(*warnings, *rope.warnings),
+                names=names,
             )
         except FieldError as e:
             raise FieldError(e.name, e.says, names) from None
@@ -283,19 +286,15 @@ def check_agreement(path: str | Path, checkpoint: ModelArgs) -> None:
     weights are stored, the MTP layer's presence and the context limit are the checkpoint's business.
     """
     raw, given = read_json(Path(path)), load_config(path)
-    hf = hf_config.is_hugging_face(raw)
-    explicit = {f.name for f in fields(ModelArgs) if f.compare} if hf else set(raw)
+    explicit = {f.name for f in fields(ModelArgs) if f.compare} if given.names else set(raw)
     free = {"dtype", "n_mtp_layers", "max_seq_len", "max_batch_size"}
     if "mscale" in explicit and "mscale_all_dim" not in explicit:
         explicit = (explicit - {"mscale"}) | {"mscale_all_dim"}
-    names: dict[str, str] = {}
-    if hf:
-        text, prefix = hf_config.text_config(raw)
-        names = {ours: prefix + theirs for ours, theirs in (hf_names() | hf_config.rope(text).names).items()}
+    both = {name: (getattr(given, name), getattr(checkpoint, name)) for name in sorted(explicit - free)}
     different = [
-        f"{names.get(name, name)} is {getattr(given, name)!r} but the checkpoint says {getattr(checkpoint, name)!r}"
-        for name in sorted(explicit - free)
-        if getattr(given, name) != getattr(checkpoint, name)
+        f"{given.names.get(name, name)} is {said!r} but the checkpoint says {held!r}"
+        for name, (said, held) in both.items()
+        if said != held
     ]
     if different:
         raise UserError(f"{path} does not describe this checkpoint: {'; '.join(different)}")

@@ -180,12 +180,12 @@ def refusal(source: Path, target: Path, ranks: int = 2, **options) -> str:
 def test_wrong_numbers(small, tmp_path):
     out = tmp_path / "out"
     assert refusal(small[0], out, n_experts=256) == "--n-experts is 256, but config.json says 4"
-    assert refusal(small[0], out, 3) == "n_heads 4 does not divide by 3 ranks (it works with 1, 2)"
+    assert refusal(small[0], out, 3) == "num_attention_heads 4 does not divide by 3 ranks (it works with 1, 2)"
     assert refusal(small[0], out, 4) == (
-        "attn.wo has 256 columns, which 4 ranks cannot share in whole 128-wide FP8 blocks (it works with 1, 2)"
+        "self_attn.o_proj has 256 columns, which 4 ranks cannot share in whole 128-wide FP8 blocks (it works with 1, 2)"
     )
     assert refusal(small[0], out, 2, experts="split") == (
-        "moe_inter_dim is 128, which 2 ranks cannot share in whole 128-wide FP8 blocks (it works with 1); "
+        "moe_intermediate_size is 128, which 2 ranks cannot share in whole 128-wide FP8 blocks (it works with 1); "
         "--experts whole works"
     )
     assert refusal(small[0], out, 0) == "the number of ranks is 0, expected at least 1"

@@ -162,7 +162,7 @@ def test_dequantised_slices_need_no_whole_blocks(tmp_path, scale_fmt):
             found = loaded(tmp_path, Numerics(torch.float32), Group(rank, ranks))
             assert_same(found, in_memory(tensors, rank, ranks, config))
     assert refusal(tmp_path, FP8, Group(0, 4)) == (
-        "attn.wq_b has 192 rows, which 4 ranks cannot share in whole 128-wide FP8 blocks (it works with 1)"
+        "self_attn.q_b_proj has 192 rows, which 4 ranks cannot share in whole 128-wide FP8 blocks (it works with 1)"
     )
 
 

@@ -54,16 +54,16 @@ def test_table_names_every_tensor_of_every_family(family, fp8, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "ranks", "message"),
     [
-        ({}, 3, "n_heads 128 does not divide by 3 ranks (it works with 1, 2, 4, 8, 16)"),
+        ({}, 3, "num_attention_heads 128 does not divide by 3 ranks (it works with 1, 2, 4, 8, 16)"),
         ({"vocab_size": 129281}, 2, "vocab_size 129281 does not divide by 2 ranks (it works with 1)"),
-        ({"intermediate_size": 18436}, 8, "inter_dim 18436 does not divide by 8 ranks (it works with 1)"),
+        ({"intermediate_size": 18436}, 8, "intermediate_size 18436 does not divide by 8 ranks (it works with 1)"),
         ({"n_routed_experts": 264}, 16, "n_routed_experts 264 does not divide by 16 ranks (it works with 1, 2, 4, 8)"
                                      "; --experts split works"),
         ({"moe_intermediate_size": 2052}, 8,
          "the shared experts' width 2052 does not divide by 8 ranks (it works with 1)"),
-        ({}, 32, "ffn.w1 has 18432 rows, which 32 ranks cannot share in whole 128-wide FP8 blocks "
+        ({}, 32, "mlp.gate_proj has 18432 rows, which 32 ranks cannot share in whole 128-wide FP8 blocks "
                  "(it works with 1, 2, 4, 8, 16)"),
-        ({"num_attention_heads": 132}, 4, "attn.wq_b has 25344 rows, which 4 ranks cannot share in whole 128-wide "
+        ({"num_attention_heads": 132}, 4, "self_attn.q_b_proj has 25344 rows, which 4 ranks cannot share in whole 128-wide "
                                           "FP8 blocks (it works with 1, 2)"),
         ({}, 0, "the number of ranks is 0, expected at least 1"),
     ],
@@ -87,13 +87,13 @@ def test_rank_counts_that_work():
     ("changes", "ranks", "fp8", "message"),
     [
         ({"moe_intermediate_size": 1024, "n_shared_experts": 2}, 16, True,
-         "moe_inter_dim is 1024, which 16 ranks cannot share in whole 128-wide FP8 blocks (it works with 1, 2, 4, 8); "
+         "moe_intermediate_size is 1024, which 16 ranks cannot share in whole 128-wide FP8 blocks (it works with 1, 2, 4, 8); "
          "--experts whole works"),
         ({"moe_intermediate_size": 1028, "n_shared_experts": 2}, 8, False,
-         "moe_inter_dim 1028 does not divide by 8 ranks (it works with 1, 2, 4); --experts whole works"),
+         "moe_intermediate_size 1028 does not divide by 8 ranks (it works with 1, 2, 4); --experts whole works"),
         ({"moe_intermediate_size": 1024, "n_shared_experts": 2, "n_routed_experts": 264}, 16, True,
-         "moe_inter_dim is 1024, which 16 ranks cannot share in whole 128-wide FP8 blocks (it works with 1, 2, 4, 8)"),
-        ({}, 32, True, "ffn.w1 has 18432 rows, which 32 ranks cannot share in whole 128-wide FP8 blocks "
+         "moe_intermediate_size is 1024, which 16 ranks cannot share in whole 128-wide FP8 blocks (it works with 1, 2, 4, 8)"),
+        ({}, 32, True, "mlp.gate_proj has 18432 rows, which 32 ranks cannot share in whole 128-wide FP8 blocks "
                        "(it works with 1, 2, 4, 8, 16)"),
     ],
 )  # fmt: skip

@@ -309,7 +309,7 @@ def test_layout_of_the_experts(path, tmp_path, made):
 
 def test_layout_that_does_not_fit(tmp_path):
     path = random_checkpoint(tmp_path, V3 | {"moe_intermediate_size": 33})
-    says = r"^moe_inter_dim 33 does not divide by 2 ranks \(it works with 1\); --experts whole works$"
+    says = r"^moe_intermediate_size 33 does not divide by 2 ranks \(it works with 1\); --experts whole works$"
     with pytest.raises(UserError, match=says):
         Engine.from_pretrained(path, experts="split", tp=Lonely(1, 2), n_pages=8)
     assert Engine.from_pretrained(path, tp=Lonely(1, 2), n_pages=8).model.num.experts == "whole"

@@ -75,14 +75,14 @@ FAMILIES: dict[str, dict] = {
                      rope_scaling={**V3["rope_scaling"], "factor": 32, "beta_fast": 1.0, "beta_slow": 1.0}),
     # head sizes as released: the values' is neither the keys' nor a power of two
     "gigachat3": _with(V3, n_group=1, topk_group=1, routed_scaling_factor=1.0, n_shared_experts=1, q_lora_rank=None,
-                       qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=192, num_attention_heads=2,
-                       num_key_value_heads=2, rope_theta=100000.0, rope_scaling={**V3["rope_scaling"], "factor": 64}),
+                       qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=192, rope_theta=100000.0,
+                       rope_scaling={**V3["rope_scaling"], "factor": 64}),
     "joyai-llm-flash": _with(V3, model_type="joyai_llm_flash", n_group=1, topk_group=1, n_shared_experts=1,
                              rope_theta=32000000.0, rope_scaling=None, num_nextn_predict_layers=0),
     "glm-4.7-flash": _with(V3, architectures=["Glm4MoeLiteForCausalLM"], model_type="glm4_moe_lite", n_group=1,
                            topk_group=1, routed_scaling_factor=1.8, n_shared_experts=1, scoring_func="absent",
-                           mlp_layer_types=["dense", "sparse", "sparse"], partial_rotary_factor=1.0, rms_norm_eps=1e-5,
-                           rope_theta=1000000.0, rope_scaling=None, qk_nope_head_dim=48, v_head_dim=64),
+                           partial_rotary_factor=1.0, rms_norm_eps=1e-5, rope_theta=1000000.0, rope_scaling=None,
+                           qk_nope_head_dim=48, v_head_dim=64),
 }  # fmt: skip
 
 
