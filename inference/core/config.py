@@ -318,7 +318,7 @@ def _hf_storage(raw: dict[str, Any]) -> dict[str, Any]:
             found = f"quantization_config.{name} {quant.get(name)!r}"
             if name == "quant_method":
                 found += f" ({quant['format']})" if isinstance(quant.get("format"), str) else ""
-                known = f"{value!r}, or no quantization_config: weights in FP8, BF16 or float32"
+                known = f"{value!r}, or no quantization_config: weights in FP8, bfloat16, float16 or float32"
                 raise UserError(f"config: {found} is not supported (known: {known})")
             raise UserError(f"config: {found} is not supported (known: {value!r})")
     # transformers 5 writes "float" for scales that are no powers of two

@@ -109,6 +109,7 @@ def test_an_unmentioned_mtp_module_is_loaded(unmentioned, good, tmp_path, capsys
     assert_same(whole(tmp_path / "convert"), whole(tmp_path / "of the good one"))
 
 
+@pytest.mark.parametrize("unmentioned", [0], indirect=True)
 def test_it_can_be_used(unmentioned, tmp_path, capsys):
     convert(unmentioned, tmp_path / "converted", 1)
     cast(unmentioned, tmp_path / "cast", CPU)
@@ -120,6 +121,7 @@ def test_it_can_be_used(unmentioned, tmp_path, capsys):
         assert said["model"]["mtp_parameters"] > 0
 
 
+@pytest.mark.parametrize("unmentioned", [0], indirect=True)
 def test_a_config_given_beside_it(unmentioned, good, tmp_path, capsys):
     config = (unmentioned / "config.json").rename(tmp_path / "config.json")
     Engine.from_pretrained(unmentioned, config=config, device=CPU, max_model_len=64, max_num_seqs=1, n_pages=4, mtp=1)

@@ -131,7 +131,7 @@ def test_int4_is_refused_by_name(pairs, tmp_path):
              "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}  # fmt: skip
     configure({"text_config": text | {"quantization_config": quant}}, copy)
     message = ("config.json: config: quantization_config.quant_method 'compressed-tensors' (pack-quantized) is not supported "
-               "(known: 'fp8', or no quantization_config: weights in FP8, BF16 or float32)")  # fmt: skip
+               "(known: 'fp8', or no quantization_config: weights in FP8, bfloat16, float16 or float32)")  # fmt: skip
     for program, lines in refusals(copy, tmp_path).items():
         assert message in lines, (program, lines)
 
