@@ -243,8 +243,10 @@ class Checkpoint:
         a part of each. Raises CheckpointError, which names the file, the tensor, what was expected and what was found.
         """
         if self.args is not None and (self.args.dtype == "fp8") != self.quantised:
-            said, held = ("no", "") if self.quantised else ("a", "no ")
-            text = f"{self.path}: config.json has {said} quantization_config, but the files hold {held}FP8 scales"
+            said, held = "a", "no FP8 scales (weight_scale_inv); remove it, if they are a BF16 cast"
+            if self.quantised:
+                said, held = "no", "FP8 scales; get the config.json that belongs to them"
+            text = f"{self.path}: config.json has {said} quantization_config, but the files hold {held}"
             self.report(CheckpointError(text, self.path / "config.json"))
         tensors = self.tensors(partition.args, rank, partition.ranks)
         on_disk = {self.table_name(name): entry for name, entry in tensors.items()}

@@ -155,11 +155,11 @@ def test_config_and_files_disagree_about_fp8(copy):
     config = json.loads((copy / "config.json").read_text())
     quantisation = config.pop("quantization_config")
     (copy / "config.json").write_text(json.dumps(config))
-    assert refusal(copy) == "DIR: config.json has no quantization_config, but the files hold FP8 scales"
+    assert refusal(copy) == "DIR: config.json has no quantization_config, but the files hold FP8 scales; get the config.json that belongs to them"
     folder = copy.with_name("bf16")
     make_checkpoint(folder, CONFIG)
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
-    assert refusal(folder) == "DIR: config.json has a quantization_config, but the files hold no FP8 scales"
+    assert refusal(folder) == "DIR: config.json has a quantization_config, but the files hold no FP8 scales (weight_scale_inv); remove it, if they are a BF16 cast"
 
 
 def test_truncated_and_padded_files(copy):
