@@ -285,6 +285,24 @@ def saved_fp8(name: str, *changes: Callable[[Path], Any], **options: Any) -> Mak
     return make
 
 
+def scratch(folder: Path, bases: Bases, kind: str) -> None:
+    """A model of transformers' config class that was given sizes and nothing else."""
+    import transformers
+
+    sizes = {name: value for name, value in CONFIGS["moonlight"].items()
+             if name.endswith(("_size", "_layers", "_heads", "_rank", "_dim", "_experts", "_tok")) and value is not None}  # fmt: skip
+    made = transformers.CONFIG_MAPPING[kind](**sizes | {"q_lora_rank": 64, "num_mtp_layers": 0})
+    if kind == "deepseek_v3":
+        made.n_group, made.topk_group, made.first_k_dense_replace = 4, 2, 1
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+    for name, tensor in model.state_dict().items():
+        tensor.copy_(1 + 0.2 * torch.randn_like(tensor) if is_norm(name) else torch.randn_like(tensor) * 0.1)
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bases["v3"] / file, folder)
+
+
 NO_MTP = "no MTP module, though its config names one"
 ROUNDED = "rounded when they were saved"
 
@@ -314,6 +332,12 @@ entry("experts stacked, in shards", "the same with `max_shard_size`",
       saved("v2-lite", F32, save_original_format=False, max_shard_size="300KB"), equals="")  # fmt: skip
 entry("tied embeddings", "`tie_word_embeddings: true`: the head is not saved",
       saved("v3-tied", BF16), equals="")  # fmt: skip
+entry("V3 from its config class", "a model made by `DeepseekV3Config(…)` and trained: no `scoring_func`, no `topk_method`, ids 0 and 1",
+      partial(scratch, kind="deepseek_v3"), equals="")  # fmt: skip
+entry("V2 from its config class", "the same with `DeepseekV2Config`: no groups, `mlp_bias: false`",
+      partial(scratch, kind="deepseek_v2"), equals="")  # fmt: skip
+entry("GLM-4.7-Flash from its config class", "the same with `Glm4MoeLiteConfig`: `mlp_layer_types`, no `first_k_dense_replace`",
+      partial(scratch, kind="glm4_moe_lite"), equals="")  # fmt: skip
 entry("FP8 V3", "`save_pretrained` of the FP8 model: `scale_fmt: \"float\"`", saved_fp8("v3-fp8"),
       equals="v3-fp8 float32", warns=(NO_MTP,),
       source="https://huggingface.co/docs/transformers/quantization/finegrained_fp8")  # fmt: skip
@@ -346,6 +370,11 @@ entry("all in F16", "casts for GPUs without bfloat16, with `torch_dtype: float16
       warns=(ROUNDED,))  # fmt: skip
 entry("BF16 scales", "FP8 casts by trainers that hold everything but the weights in bfloat16",
       base("v3-fp8", tensors(ending("_scale_inv"), torch.Tensor.bfloat16)), equals="plain", mtp=True)  # fmt: skip
+
+
+entry("scales that are no powers of two", "reported of V3.1-Terminus, whose config promises UE8M0: its `o_proj` scales are not",
+      base("v3.1-fp8", tensors(ending("o_proj.weight_scale_inv"), lambda t: t * 1.375)), equals="plain", mtp=True,
+      noted=("power",))  # fmt: skip
 
 
 def to_bf16(where: Callable[[str], bool]) -> Callable[[Path], None]:
@@ -390,10 +419,10 @@ entry("MTP layer in BF16", "casts that quantise what transformers loads and copy
       base("v3-fp8", to_bf16(lambda name: ".layers.2." in name)), equals="plain", mtp=True)  # fmt: skip
 entry("BF16 weights, FP8 config", "a BF16 cast whose config still has `quantization_config`",
       base("v3", quant(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128])),
-      refused=("config.json has a quantization_config, but the files hold no FP8 scales",),
+      refused=("config.json has a quantization_config, but the files hold no FP8 scales (weight_scale_inv); remove it, if they are a BF16 cast",),
       source="https://github.com/sgl-project/sglang/issues/6054")  # fmt: skip
 entry("FP8 weights, no FP8 config", "an FP8 download beside the config of a BF16 cast", base("v3-fp8", config(quantization_config=None)),
-      refused=("config.json has no quantization_config, but the files hold FP8 scales",))  # fmt: skip
+      refused=("config.json has no quantization_config, but the files hold FP8 scales; get the config.json that belongs to them",))  # fmt: skip
 entry("`torch_dtype` says float32", "BF16 files whose config says float32: trainers write what they computed in",
       base("v3", config(torch_dtype="float32")), equals="", mtp=True)  # fmt: skip
 entry("`torch_dtype` says bfloat16", "float32 files whose config says bfloat16",
@@ -502,6 +531,10 @@ entry("`mscale_all_dim` alone", "the same, the other one", base("v3", config(rop
       mtp=True, warns=("mscale",))  # fmt: skip
 entry("V2 with `norm_topk_prob`", "V2's released code normalises only in another branch, transformers never: a config that asks for it "
       "means nothing certain", base("v2", config(norm_topk_prob=True)), refused=("norm_topk_prob true is not supported with a V2 model", "set it to false"))  # fmt: skip
+entry("`quantization_config: null`", "configs that name every field", base("v3", lambda folder: edit_json(
+    folder / "config.json", lambda raw: raw.update(quantization_config=None, rope_parameters=None))), equals="v3", mtp=True)  # fmt: skip
+entry("a byte order mark", "a config edited on Windows", base("v3", lambda folder: (folder / "config.json").write_text(
+    (folder / "config.json").read_text(), encoding="utf-8-sig") and None), refused=("config.json: not readable as JSON", "BOM"))  # fmt: skip
 entry("MTP layer not in the config", "a config without `num_nextn_predict_layers` beside all of V3's files",
       base("v3", config(num_nextn_predict_layers=None)), equals="v3", warns=("MTP",),
       source="https://github.com/huggingface/transformers/issues/35688")  # fmt: skip
@@ -624,6 +657,11 @@ entry("root of the hub's cache", "the folder `models--org--name` instead of the 
       refused=("a cache of the Hugging Face Hub; give one of its snapshots,",))  # fmt: skip
 entry("links into a shared store", "clusters that keep one copy of each file", base("v3-fp8", partial(linked, "store")),
       equals="v3-fp8 float32", mtp=True)  # fmt: skip
+entry("a link to the folder", "`models/current`, which leads to a version", base("v3", lambda folder: link_to(folder)), equals="v3", mtp=True)
+entry("spaces and Chinese in the path", "a download folder in any language", base("v3", lambda folder: moved(folder, "模型 (1) #2")), equals="v3",
+      mtp=True)  # fmt: skip
+entry("an index with another total_size", "merged and edited checkpoints", equals="v3", mtp=True,
+      make=base("v3", lambda folder: edit_json(folder / HF_INDEX, lambda raw: raw.update(metadata={"total_size": 7}))))  # fmt: skip
 entry("broken link to weights", "a snapshot whose blobs were not copied or mounted along", base("v3-fp8", partial(broken, None)),
       refused=("model-00001-of-", "a broken link: nothing is at", "download or copy that, or mend the link"), source="https://github.com/huggingface/huggingface_hub/pull/4550")  # fmt: skip
 entry("broken link to the config", "the same", base("v3-fp8", partial(broken, "config.json")), refused=("config.json: a broken link",))  # fmt: skip
@@ -647,10 +685,27 @@ entry("interrupted download", "`hf download` into a folder, cut short: one shard
       refused=("model-00002-of-", "missing, but"))  # fmt: skip
 entry("two checkpoints in one folder", "a second download into the same folder", base("v3-fp8", two_in_one),
       refused=("two checkpoints, model-00001-of-00003.safetensors and the files that", "move away the one that is not meant"))  # fmt: skip
+entry("the maker's own format beside it", "repositories that hold `consolidated` files too", base("v3", lambda folder: both_formats(folder)),
+      refused=("two checkpoints, consolidated.safetensors and the files that",))  # fmt: skip
 entry("old index beside a new file", "`save_pretrained` into a folder that held shards leaves their index", base("v3", old_index), mtp=True,
       equals="v3", warns=("left by an earlier save",), source="https://github.com/huggingface/diffusers/issues/14719")  # fmt: skip
 entry("one shard with an index", "exports that number a single shard", base("v3", one_file, lambda folder: number_one(folder)), equals="v3",
       mtp=True, source="https://github.com/unslothai/unsloth-zoo/pull/346")  # fmt: skip
+
+
+def link_to(folder: Path) -> Path:
+    link = folder.parent / "current"
+    link.symlink_to(folder.name)
+    return link
+
+
+def moved(folder: Path, name: str) -> Path:
+    return folder.rename(folder.parent / name)
+
+
+def both_formats(folder: Path) -> None:
+    save_file(whole(folder), folder / "consolidated.safetensors")
+    (folder / "params.json").write_text("{}")
 
 
 def inside(folder: Path, bases: Bases) -> Path:
@@ -719,6 +774,9 @@ entry("tokenizer saved by transformers 5", "`tokenizer.save_pretrained`: chat_te
 entry("template with `{% generation %}`", "templates for training, which mark what the model said",
       base("v3", lambda folder: write_tokenizer(folder, GENERATION)), equals="v3", mtp=True,
       source="https://github.com/oobabooga/textgen/issues/6985")  # fmt: skip
+entry("several templates by name", "tokenizer_config.json with `default` and `tool_use`", equals="v3", mtp=True, make=base("v3",
+      lambda folder: edit_json(folder / "tokenizer_config.json", lambda raw: raw.update(
+          chat_template=[{"name": "default", "template": raw["chat_template"]}, {"name": "tool_use", "template": ""}]))))  # fmt: skip
 entry("no chat template", "a base model", base("v3", lambda folder: write_tokenizer(folder, None)), refused=("no chat template in this checkpoint; use --raw",),
       by=CHAT)  # fmt: skip
 entry("no tokenizer", "a folder of weights alone", base("v3", lambda folder: (folder / "tokenizer.json").unlink()), refused=("tokenizer.json: no such file; copy the tokenizer files beside the weights",),
@@ -778,6 +836,16 @@ CHANNEL = {
 }  # fmt: skip
 
 
+def renamed(folder: Path, old: str, new: str) -> None:
+    def put(found: dict[str, Any]) -> None:
+        for name in [name for name in found if name.endswith(old)]:
+            found[name.removesuffix(old) + new] = found.pop(name)
+
+    for file in files(folder):
+        edit(file, put)
+    reindex(folder, put)
+
+
 def method(name: str) -> tuple[str, ...]:
     return (f"quantization_config.quant_method '{name}'", "is not supported (known: 'fp8', or no quantization_config")
 
@@ -807,6 +875,11 @@ entry("FP8 by channel, fbgemm", "transformers' FbgemmFp8Config", base("v3-fp8", 
 entry("NVFP4", "NVIDIA's casts", base("v3", quant(quant_method="modelopt", quant_algo="NVFP4")), refused=method("modelopt"),
       source="https://huggingface.co/nvidia/DeepSeek-R1-FP4")  # fmt: skip
 entry("bitsandbytes", "`load_in_4bit`, saved", base("v3", quant(quant_method="bitsandbytes", load_in_4bit=True)), refused=method("bitsandbytes"))  # fmt: skip
+entry("scales called `weight_scale`", "casts that use compressed-tensors' names under `quant_method: fp8`",
+      base("v3-fp8", partial(renamed, old="_scale_inv", new="_scale")), refused=("the files hold no FP8 scales (weight_scale_inv)",))  # fmt: skip
+entry("packed weights, no quantization_config", "INT4 tensors beside the config of the BF16 model",
+      base("v3", partial(renamed, old=".mlp.experts.0.up_proj.weight", new=".mlp.experts.0.up_proj.weight_packed")),
+      refused=("mlp.experts.0.up_proj.weight is missing",))  # fmt: skip
 entry("FP8 blocks of another size", "casts with `weight_block_size: [64, 64]`", base("v3-fp8", add_quant(weight_block_size=[64, 64])),
       refused=("quantization_config.weight_block_size [64, 64] is not supported (known: [128, 128])",))  # fmt: skip
 entry("FP8 by tensor", "casts with `weight_block_size: null`: one scale a weight", base("v3-fp8", add_quant(weight_block_size=None)),
