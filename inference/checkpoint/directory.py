@@ -14,7 +14,7 @@ from checkpoint.manifest import CAST_MANIFEST, CAST_MARK, HF_INDEX
 from checkpoint.partition import Partition
 from checkpoint.reading import DTYPE_NAMES, Entry, Reader, dtype_and_shape, read_header
 from checkpoint.stacked import unstack
-from checkpoint.table import FP8, IGNORED, PLAIN, Spec, expected_tensors, fp8_rows, stored_dtype
+from checkpoint.table import FP8, IGNORED, PLAIN, Spec, expected_tensors, fp8_rows, has_experts, stored_dtype
 from checkpoint.unsupported import require_checkpoint
 from core.config import ModelArgs, check_agreement, hf_prefix, load_config
 from core.errors import CheckpointError, CheckWarning, UserError, warn
@@ -173,9 +173,10 @@ class Checkpoint:
 
         Raises UserError as Partition.choose does.
         """
+        stored = fp8_rows(self.expected(args))
         if self.kind != "hf":  # files made for ranks hold parts of the scales
-            fp8 |= fp8_rows(self.expected(args))
-        return Partition.choose(args, ranks, asked, self.experts(ranks), fp8)
+            fp8 |= stored
+        return Partition.choose(args, ranks, asked, self.experts(ranks), fp8, has_experts(stored))
 
     def expected(self, args: ModelArgs) -> dict[str, Spec]:
         """Every tensor that the config asks for, by our name, in the dtype that it is stored in, if it may be. The same

@@ -42,9 +42,10 @@ class Partition:
         asked: AskedLayout = "auto",
         converted: ExpertLayout | None = None,
         fp8: frozenset[str] | bool = False,
+        fp8_experts: bool | None = None,
     ) -> "Partition":
         """The partition that `choose_experts` decides on. Raises UserError as both do."""
-        experts, reason = choose_experts(args, ranks, asked, converted)
+        experts, reason = choose_experts(args, ranks, asked, converted, fp8_experts)
         return cls(args, ranks, experts, fp8, reason)
 
     def held_experts(self, rank: int) -> range:
@@ -67,12 +68,17 @@ class Partition:
 
 
 def choose_experts(
-    args: ModelArgs, ranks: int, asked: AskedLayout = "auto", converted: ExpertLayout | None = None
+    args: ModelArgs,
+    ranks: int,
+    asked: AskedLayout = "auto",
+    converted: ExpertLayout | None = None,
+    fp8: bool | None = None,
 ) -> tuple[ExpertLayout, str]:
     """The layout of the routed experts, and one line that gives the reason.
 
     Files that were converted for ranks decide it: `converted` is their layout. Otherwise "auto" splits the experts
-    where their inner width divides by the ranks, into whole 128-wide blocks if the checkpoint is FP8. One token reads
+    where their inner width divides by the ranks, into whole 128-wide blocks if they are stored as `fp8` (None: if the
+    checkpoint is FP8). One token reads
     8 experts, 352 MB of FP8 in a layer of V3. Split over 8 ranks, that is 44 MB on each. Whole, the experts lie on at
     most 4 ranks, and all ranks wait for the busiest, which reads at least two of them, 88 MB. With many tokens every
     rank reads all it holds in either layout.
@@ -86,7 +92,7 @@ def choose_experts(
         return converted, f"experts: {converted}, as the files were converted"
     if asked != "auto":
         return asked, f"experts: {asked}, as asked"
-    width, fp8 = args.moe_inter_dim, args.dtype == "fp8"
+    width, fp8 = args.moe_inter_dim, args.dtype == "fp8" if fp8 is None else fp8
     if ranks <= 1:
         return "whole", "experts: whole, on one rank"
     if width % (ranks * (BLOCK_SIZE if fp8 else 1)):

@@ -215,3 +215,8 @@ def fp8_rows(specs: Mapping[str, Spec], num: Numerics | None = None) -> frozense
     plain = set() if num is None else set(num.exceptions)
     found = (name for name, spec in specs.items() if spec.dtype == FP8 and module_of(name) not in plain)
     return frozenset(name.split(".", 5 if ".experts." in name else 2)[-1] for name in found)
+
+
+def has_experts(rows: frozenset[str]) -> bool:
+    """Whether these rows, as fp8_rows names them, have some of the routed experts'."""
+    return not rows.isdisjoint(row.ours for row in EXPERT)

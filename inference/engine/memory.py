@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from checkpoint.partition import Partition, choose_experts
+from checkpoint.table import has_experts
 from core.errors import UserError
 from core.run_config import PAGE_SIZE, AskedLayout, RunConfig
 from engine import graphs
@@ -156,7 +157,8 @@ def check_fits(rank: RankSpec, config: RunConfig, free: int, cache: int | None =
 
 def with_ranks(rank: RankSpec, ranks: int, asked: AskedLayout = "auto") -> RankSpec:
     """The same run on another number of ranks."""
-    experts, _ = choose_experts(rank.args, ranks, asked)
+    fp8 = has_experts(rank.fp8_rows) if rank.num.gemm else None
+    experts, _ = choose_experts(rank.args, ranks, asked, fp8=fp8)
     return replace(rank, ranks=ranks, num=replace(rank.num, experts=experts))
 
 

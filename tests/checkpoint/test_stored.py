@@ -18,7 +18,7 @@ from checkpoint.directory import Checkpoint, choose_args
 from checkpoint.table import exceptions
 from core.errors import UserError
 from core.numerics import Numerics
-from engine import rank_memory, setup
+from engine import memory, rank_memory, setup
 from engine.engine import Engine
 from ops.cpu.backend import CpuBackend
 from ops.reference_backend import ReferenceBackend
@@ -138,7 +138,7 @@ def test_in_float32_as_if_widened_beforehand(bf16, tmp_path):
         assert torch.equal(rounded, stored) == (kind == "biases"), kind  # they only choose
 
 
-BACKENDS = {"compiled": None, "torch": CpuBackend(), "reference": ReferenceBackend(), "invariant": ReferenceBackend(True)}
+BACKENDS = {"compiled": None, "torch": CpuBackend(), "reference": ReferenceBackend(), "invariant": None}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,7 +147,8 @@ def test_norm_router_and_head_are_exact_in_a_bfloat16_run(bf16, dtype, backend, 
     """In each backend, from bfloat16 activations: what float64 makes of the stored values, to float32's rounding."""
     shutil.copytree(bf16, tmp_path / "c")
     store(tmp_path / "c", {"norms": dtype, "routers": dtype, "head": dtype})
-    model, stored = ours(tmp_path / "c", Numerics(), backend=BACKENDS[backend]), whole(tmp_path / "c")
+    num = Numerics(batch_invariant=backend == "invariant")
+    model, stored = ours(tmp_path / "c", num, backend=BACKENDS[backend]), whole(tmp_path / "c")
     x = torch.randn(50, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
     rms = (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     exact = (x.double() * rms * stored["model.norm.weight"].double()).bfloat16()
@@ -159,6 +160,8 @@ def test_norm_router_and_head_are_exact_in_a_bfloat16_run(bf16, dtype, backend, 
     weights, ids = model.ops.route(logits.float(), stored[router + "e_score_correction_bias"], gate.rule)
     found = gate(x)
     assert torch.equal(found[1], ids) and relative_error(found[0], weights) < 1e-6
+    if model.ops.batch_invariant:
+        assert torch.equal(model.logits(x[7:8]), model.logits(x)[7:8]) and torch.equal(gate(x[7:8])[0], found[0][7:8])
 
 
 def test_a_float32_embedding_in_a_bfloat16_run(bf16, tmp_path):
@@ -452,6 +455,19 @@ def test_ranks_need_whole_blocks_only_of_fp8(tmp_path):
         convert(tmp_path / "c", tmp_path / experts, 4, experts=experts)
         num = dataclasses.replace(FP8, experts=experts)
         assert_same(loaded(tmp_path / "c", num, Group(3, 4)), loaded(tmp_path / experts, num, Group(3, 4)))
+
+
+def test_plain_experts_are_split_in_any_width(copy):
+    """By default, in a checkpoint whose other weights are FP8."""
+    checkpoint = Checkpoint(copy)
+    args = dataclasses.replace(checkpoint.args, n_heads=8)
+    assert checkpoint.partition(args, 4).reason.endswith("share their width of 256 in whole 128-wide FP8 blocks")
+    unquantise(copy, MIXED["routed experts"][0])
+    checkpoint = Checkpoint(copy)
+    assert checkpoint.partition(args, 4).reason == "experts: split, a rank has 64 of each one's width of 256"
+    num = dataclasses.replace(FP8, exceptions=exceptions(checkpoint.expected(args), FP8))
+    other = memory.with_ranks(rank_memory.RankSpec(args, num, 2, mtp=True), 4)
+    assert other.experts == "split" and "moe" not in str(memory.partition_error(other))
 
 
 def test_which_experts_are_plain_is_the_same_on_all_ranks(copy, tmp_path):

@@ -1,8 +1,16 @@
 """Mutants of ops/: name, file, text, what takes its place, the tests that must fail, the bug."""
 
-from mutation.tests_named import LOGITS, ROUTER, SHARDS
+from mutation.tests_named import LOGITS, ROUTER, SHARDS, STORED
 
 MUTANTS = (
+    ("stored-head-packed", "ops/cpu/backend.py",
+     "return kernels.pack(w) if w.dtype == torch.bfloat16 else w",
+     "return kernels.pack(w.bfloat16())",
+     f"{STORED}test_norm_router_and_head_are_exact_in_a_bfloat16_run", "a float32 head or router is packed as bfloat16"),
+    ("stored-router-on-a-gpu", "ops/gpu/backend.py",
+     "x = x.float() if w.dtype == torch.float32 else x",
+     "w = w.to(x.dtype)",
+     "ops/test_backends.py::test_a_float32_router_is_not_rounded", "a float32 router is rounded on a GPU"),
     # --- the router ---------------------------------------------------------------------------------------------------
     ("routing-group-max", "ops/reference.py",
      "worth = grouped.topk(2, dim=-1).values.sum(dim=-1)",

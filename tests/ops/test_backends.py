@@ -12,6 +12,7 @@ import torch
 from core.batch import Batch
 from core.numerics import Numerics
 from ops import backend as backends
+from ops import reference
 from ops.backend import choose_backend
 from ops.cpu import kernels
 from ops.cpu.backend import CompiledCpuBackend, CpuBackend
@@ -99,7 +100,9 @@ def w8a16_gemm(ops: ReferenceBackend, device: torch.device) -> Results:
 
 @case
 def project_float32(ops: ReferenceBackend, device: torch.device) -> Results:
-    return [ops.project_float32(normal(device, T, H), ops.pack_float32_weight(normal(device, 70, H, seed=1)))]
+    """By a weight in the tokens' dtype, and by one in float32."""
+    weights = normal(device, 70, H, seed=1), normal(device, 70, H, seed=1).float() * 1.003
+    return [ops.project_float32(normal(device, T, H), ops.pack_float32_weight(w)) for w in weights]
 
 
 @case
@@ -126,8 +129,9 @@ def route(ops: ReferenceBackend, device: torch.device) -> Results:
 @case
 def router(ops: ReferenceBackend, device: torch.device) -> Results:
     bias = torch.linspace(-1, 0, EXPERTS * 2, device=device)
-    w = ops.pack_float32_weight(normal(device, EXPERTS * 2, H, seed=1) / 8)
-    return [*ops.router(normal(device, T, H), w, bias, RULE)]
+    w = normal(device, EXPERTS * 2, H, seed=1) / 8
+    packed = [ops.pack_float32_weight(w) for w in (w, w.float() * 1.003)]
+    return [result for w in packed for result in ops.router(normal(device, T, H), w, bias, RULE)]
 
 
 @case
@@ -189,6 +193,19 @@ def test_an_op_is_the_reference_s(op: str, name: str, invariant: bool) -> None:
     for y, z in zip(found, expected, strict=True):
         assert y.shape == z.shape and y.dtype == z.dtype and z.double().norm() > 0
         assert (y.double() - z.double()).norm() <= 1e-2 * z.double().norm()
+
+
+@pytest.mark.parametrize("name", FASTER)
+def test_a_float32_router_is_not_rounded(name: str) -> None:
+    """Logits of bfloat16 tokens are what float64 makes of them, which they were not with bfloat16 weights."""
+    if name == "compiled" and kernels.library() is None:
+        pytest.skip("there is no C compiler")
+    device, ops = DEVICE if name == "GPU" else torch.device("cpu"), FASTER[name]()()
+    x, w = normal(device, T, H), normal(device, EXPERTS * 2, H, seed=1).float() * 1.003 / 8
+    weights, ids = ops.router(x, ops.pack_float32_weight(w), None, RULE)
+    for held, near in ((w, True), (w.bfloat16(), False)):
+        expected, best = reference.route((x.double() @ held.double().T).float(), None, RULE)
+        assert (torch.equal(ids, best) and bool(((weights - expected).abs() < 1e-6).all())) == near
 
 
 def test_every_op_has_a_case_and_a_faster_side() -> None:
