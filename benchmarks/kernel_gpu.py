@@ -398,7 +398,7 @@ class Residual:
     def __init__(self, m: int, h: int, sets: int, device: torch.device):
         draw = random(device, m)
         self.xs, self.deltas = ([normal(draw, m, h) for _ in range(sets)] for _ in range(2))
-        self.weight = (1 + 0.2 * normal(draw, h, dtype=torch.float32)).bfloat16()
+        self.weight = 1 + 0.2 * normal(draw, h, dtype=torch.float32)
 
     def exact(self) -> torch.Tensor:
         total = (self.xs[0] + self.deltas[0]).double()
@@ -452,7 +452,7 @@ def latent_case(m: int, heads: int, clock: Clock, c: int = 512, rope: int = 64) 
     draw, device = random(clock.device, m), clock.device
     sets = cold_sets(2 * m * (2 * (c + rope) + 2 * heads * rope), clock)
     kvs, queries = [normal(draw, m, c + rope) for _ in range(sets)], [normal(draw, m, heads, rope) for _ in range(sets)]
-    weight = (1 + 0.2 * normal(draw, c, dtype=torch.float32)).bfloat16()
+    weight = 1 + 0.2 * normal(draw, c, dtype=torch.float32)
     angles = torch.rand(m, rope // 2, generator=draw, device=device) * 6
     pages = math.ceil(m / PAGE) + 1
     slots = [torch.randperm(pages * PAGE, generator=draw, device=device)[:m] for _ in range(sets)]

@@ -22,6 +22,7 @@ from parallel.startup import environment
 from support.checkpoints import fp8_sizes
 from support.families import FAMILIES, V3
 from support.model_pairs import hidden_states, ours, random_checkpoint, relative_error, tokens
+from support.rank_weights import unquantise
 
 
 class Ranks:
@@ -90,15 +91,17 @@ def test_shards_together_are_the_whole(tmp_path, name, size, experts):
         assert relative_error(logits, expected) < 1e-5
 
 
+IN_FP8 = V3 | fp8_sizes(4) | {
+    "moe_intermediate_size": 512, "n_shared_experts": 1, "num_hidden_layers": 2, "num_nextn_predict_layers": 0,
+    "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def fp8_folders(tmp_path_factory) -> dict[tuple[str, int], list[Path]]:
     """An FP8 checkpoint that four ranks may share in either layout: the original and a conversion, for each."""
-    config = V3 | fp8_sizes(4) | {
-        "moe_intermediate_size": 512, "n_shared_experts": 1, "num_hidden_layers": 2, "num_nextn_predict_layers": 0,
-        "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3,
-    }  # fmt: skip
     folder = tmp_path_factory.mktemp("fp8")
-    path = random_checkpoint(folder / "c", config, fp8=True)
+    path = random_checkpoint(folder / "c", IN_FP8, fp8=True)
     found = {}
     for experts in ("whole", "split"):
         for size in (1, 2, 4):
@@ -123,6 +126,25 @@ def test_layouts_of_the_experts_in_fp8(fp8_folders, gemm):
         for folder in folders:
             for logits in on_every_rank(size, partial(work, folder=folder, experts=experts)):
                 assert relative_error(logits, expected) < (2e-3 if gemm == "fp8" else 1e-5)
+
+
+@pytest.mark.parametrize("plain", ["self_attn", "mlp.experts", "kv_a_proj", "shared_experts"])
+def test_fp8_beside_plain_weights(plain, tmp_path):
+    """What is stored in BF16 stays so on every rank, and all ranks agree on what is."""
+    path = random_checkpoint(tmp_path / "c", IN_FP8, fp8=True)
+    unquantise(path, lambda name: plain in name)
+    ids = tokens(20, V3["vocab_size"])
+
+    def work(group, folder, experts, gemm):
+        model = ours(folder, Numerics(torch.float32, gemm, experts=experts), group)
+        return model.logits(hidden_states(model, ids, [12, 7, 1]))
+
+    expected = work(SOLO, path, "whole", None)
+    for size, experts in ((1, "whole"), (2, "whole"), (2, "split"), (4, "split")):
+        convert(path, tmp_path / f"{experts}{size}", size, experts=experts)
+        for folder in (path, tmp_path / f"{experts}{size}"):
+            for logits in on_every_rank(size, partial(work, folder=folder, experts=experts, gemm="bf16")):
+                assert relative_error(logits, expected) < 1e-5
 
 
 def test_every_rank_works_on_every_split_expert():

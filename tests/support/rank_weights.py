@@ -1,6 +1,7 @@
 """What a rank's weights must be, worked out from a Hugging Face directory by other code than checkpoint/ has."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from core.numerics import Numerics
 from model import Transformer
 from parallel.group import SOLO, Group
 from support.checkpoints import dequantise, fp8_sizes, make_checkpoint
-from support.damaged_checkpoints import whole
+from support.damaged_checkpoints import drop, edit, files, whole
 from support.families import FAMILIES
 
 FP8 = Numerics(torch.bfloat16, gemm="fp8")
@@ -163,6 +164,17 @@ def multiplied_out(
             keeps = exact and tensor.dtype != torch.bfloat16
             found[name] = tensor.float() if keeps else tensor.to(dtype)
     return found
+
+
+def unquantise(folder: Path, where: Callable[[str], bool], dtype: torch.dtype = torch.bfloat16) -> None:
+    """Stores weights plain, and takes their scales away."""
+    tensors = whole(folder)
+    plain = {n: dequantise(t, tensors[n + "_scale_inv"]).to(dtype) for n, t in tensors.items()
+             if t.dtype == torch.float8_e4m3fn and where(n)}  # fmt: skip
+    assert plain
+    for file in files(folder):
+        edit(file, lambda held: held.update({n: plain[n] for n in held if n in plain}))
+    drop(folder, lambda n: n.removesuffix("_scale_inv") in plain and n not in plain)
 
 
 def fp8_checkpoint(folder: Path) -> Path:
