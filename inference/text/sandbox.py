@@ -4,9 +4,10 @@ jinja's own sandbox keeps them from Python, and each rendering's budget keeps th
 its memory. A template that needs more is refused.
 """
 
+import itertools
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -30,7 +31,7 @@ OF_TEXT = frozenset(  # filters that make a text of whatever they are given
     "string upper lower title capitalize trim striptags truncate wordcount escape e forceescape safe pprint urlencode "
     "int float".split()
 )
-PERCENT = re.compile(r"%(?:\(.*?\))?[ #0+-]*(\*|\d*)(?:\.(\*|\d*))?")  # a printf field's width and precision
+FIELD = re.compile(r"[ #0+-]*(\*|\d*)(?:\.(\*|\d*))?[hlL]?.?", re.DOTALL)  # of printf: width and precision
 
 
 class RenderBudget:
@@ -125,6 +126,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 return _replace(__context, text, *args, **options)
             if name in WIDE:
                 _require_narrow(text, *args, **options)
+            if name in ("split", "rsplit", "splitlines"):
+                between = args[0] if args and isinstance(args[0], str) and args[0] else None
+                _require_few(len(text) // 2 if between is None else text.count(between))
         return super().call(__context, __obj, *args, **options)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -141,8 +145,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             size += len(right) if operator == "+" and isinstance(right, str | list | tuple) else 0
             if isinstance(left, str):
                 budget().spend(size)
-            elif size > ELEMENTS:
-                raise SecurityError(f"a list of more than {ELEMENTS} elements")
+            else:
+                _require_few(size)
         return super().call_binop(context, operator, left, right)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -160,12 +164,21 @@ class Sandbox(ImmutableSandboxedEnvironment):
 class _Formatter(SandboxedFormatter):
     """Fields of a bounded width."""
 
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        return super().convert_field(measured(value), conversion)
+
     def format_field(self, value: Any, format_spec: str) -> str:
         for number in re.findall(r"\d+", format_spec):
             require_short(int(number[:9]))
         text: str = super().format_field(measured(value), format_spec)
         budget().spend(len(text))
         return text
+
+
+def _require_few(n: int) -> None:
+    """Raises SecurityError for the length of a list beyond ELEMENTS."""
+    if n > ELEMENTS:
+        raise SecurityError(f"a list of more than {ELEMENTS} elements")
 
 
 def _require_narrow(text: str, *args: Any, **options: Any) -> None:
@@ -178,7 +191,7 @@ def _require_narrow(text: str, *args: Any, **options: Any) -> None:
 
 def _percent(text: str, values: Any) -> str:
     """`text % values`, where no field is wider than WIDTH."""
-    fields = PERCENT.findall(text)
+    fields = list(_printf_fields(text))
     for number in (number for field in fields for number in field):
         if number == "*":
             raise SecurityError("a field whose width is an argument")
@@ -188,6 +201,22 @@ def _percent(text: str, values: Any) -> str:
     longest = max((len(str(measured(value))) for value in given), default=0)
     budget().spend(len(text) + len(fields) * longest)
     return text % values
+
+
+def _printf_fields(text: str) -> Iterator[tuple[str, str]]:
+    """Width and precision of every field of a format string, as they stand there."""
+    at = text.find("%")
+    while at >= 0:
+        at, depth = at + 1, 0
+        while text[at : at + 1] == "(" or depth:  # the name of an argument, which may contain parentheses
+            depth += {"(": 1, ")": -1}.get(text[at : at + 1], 0)
+            at += 1
+            if at > len(text):
+                return
+        field = FIELD.match(text, at)
+        assert field is not None
+        yield field[1], field[2] or ""
+        at = text.find("%", field.end())
 
 
 def measured(value: Any) -> Any:
@@ -261,9 +290,16 @@ def _slice(context: Context, value: Any, slices: int, fill_with: Any = None) -> 
     return filters.sync_do_slice(value, slices, fill_with)
 
 
+@pass_context
+def _list(context: Context, value: Iterable[Any]) -> list[Any]:
+    values = list(itertools.islice(value, ELEMENTS + 1))
+    _require_few(len(values))
+    return values
+
+
 FILTERS: dict[str, Callable[..., Any]] = {
     "join": _join, "replace": _replace, "format": _format, "center": _center, "indent": _indent, "wordwrap": _wordwrap,
-    "batch": _batch, "slice": _slice,
+    "batch": _batch, "slice": _slice, "list": _list,
 }  # fmt: skip
 
 

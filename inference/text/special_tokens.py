@@ -113,8 +113,8 @@ def _declare(
             found.named[name], own[name] = text, token_id
             found.declared[text] = token_id
     for key in ("additional_special_tokens", "extra_special_tokens"):
-        more = settings.get(key) or []
-        for entry in more.values() if isinstance(more, dict) else more:
+        more = settings.get(key)
+        for entry in more.values() if isinstance(more, dict) else more if isinstance(more, list) else []:
             text, token_id = look_up(entry)
             if text is not None and token_id is not None:
                 found.declared[text] = token_id

@@ -201,7 +201,7 @@ def _require_known_class(path: Path, settings: dict[str, Any]) -> None:
     found = settings.get("tokenizer_class")
     mapped = settings.get("auto_map")
     mapped = mapped.get("AutoTokenizer") if isinstance(mapped, dict) else mapped
-    code = [name.rpartition("--")[2] for name in (mapped if isinstance(mapped, list) else [mapped]) if name]
+    code = [str(name).rpartition("--")[2] for name in (mapped if isinstance(mapped, list) else [mapped]) if name]
     if found != "TikTokenTokenizer" or not set(code) <= set(CLASSES):
         name = ", ".join([repr(found), *code])
         raise UserError(f"{path}: tokenizer_config.json's tokenizer_class {name} is not known (known: those of "
@@ -237,7 +237,10 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 def _named_special_tokens(path: Path, settings: dict[str, Any], reserved: range) -> dict[int, AddedToken]:
     """The special tokens that tokenizer_config.json, at `path`, names, by id."""
     named: dict[int, AddedToken] = {}
-    for key, entry in (settings.get("added_tokens_decoder") or {}).items():
+    given = settings.get("added_tokens_decoder") or {}
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: added_tokens_decoder is {type(given).__name__}, expected an object of tokens by id")
+    for key, entry in given.items():
         token_id = int(key) if key.isdecimal() else -1
         text = entry.get("content") if isinstance(entry, dict) else None
         if not isinstance(text, str) or token_id not in reserved:

@@ -314,6 +314,8 @@ def line(number: int, text: str) -> Callable[[Path], None]:
     (lambda f: small(f, auto_map={"AutoTokenizer": ["my_code.TikTokenTokenizer", None]}), r"'TikTokenTokenizer', my_code.TikTokenTokenizer is not known"),
     (lambda f: small(f, added_tokens_decoder={"5": {"content": "x"}}), r"added_tokens_decoder has '5': 'x', expected an id from 256 to 511"),
     (lambda f: small(f, added_tokens_decoder={"x": {"content": "x"}}), r"added_tokens_decoder has 'x': 'x'"),
+    (lambda f: small(f, added_tokens_decoder=["x"]), r"added_tokens_decoder is list, expected an object of tokens by id"),
+    (lambda f: small(f, auto_map={"AutoTokenizer": [3]}), r"'TikTokenTokenizer', 3 is not known"),
     (lambda f: small(f, added_tokens_decoder={"256": "x"}), r"added_tokens_decoder has '256': None"),
     (lambda f: small(f, added_tokens_decoder={i: {"content": "x"} for i in ("256", "257")}), r"names a token twice"),
 ])  # fmt: skip
