@@ -262,6 +262,8 @@ def hf_names() -> dict[str, str]:
 
 def parse(raw: dict[str, Any]) -> ModelArgs:
     """Reads a config of either style. Raises UserError."""
+    if "_class_name" in raw:
+        raise UserError(f"config: of {raw['_class_name']!r}, a part of a diffusers pipeline, not of a language model")
     try:
         return ModelArgs.from_hf(raw) if hf_config.is_hugging_face(raw) else ModelArgs.from_upstream(raw)
     except (TypeError, ValueError, AttributeError, OverflowError) as e:  # a string where a number or an object belongs

@@ -98,6 +98,12 @@ def test_something_else(name, tmp_path):
     assert_refused(tmp_path / "it", message, tmp_path)
 
 
+def test_the_config_of_a_part_of_a_pipeline(copy, tmp_path):
+    (copy / "config.json").write_text('{"_class_name": "SD3Transformer2DModel", "_diffusers_version": "0.35.0"}')
+    of = "config.json: config: of 'SD3Transformer2DModel', a part of a diffusers pipeline, not of a language model"
+    assert_refused(copy, of, tmp_path)
+
+
 def test_the_cache_of_the_hub_names_the_snapshot_of_main_first(tmp_path):
     cache = tmp_path / "models--deepseek-ai--DeepSeek-V3"
     touch("blobs/0", f"snapshots/1/{SINGLE}", f"snapshots/2/{SINGLE}", "snapshots/3/config.json")(cache)
