@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,13 +23,15 @@ import serving.serve
 from checkpoint.check import check
 from checkpoint.directory import Checkpoint
 from cli import main as cli
+from core.batch import Batch
 from core.errors import UserError
 from core.numerics import Numerics
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
+from model import Transformer
 from parallel.group import SOLO, Group
 from support.catalogue import ALL, CATALOGUE, FP8, Bases, Entry, plain, table, theirs
-from support.model_pairs import hidden_states, relative_error, tokens
+from support.model_pairs import hidden_states, relative_error, their_mtp, tokens
 from support.rank_weights import assert_same, loaded
 
 ROOT = Path(__file__).parents[2]
@@ -44,14 +47,16 @@ def bases(tmp_path_factory) -> Bases:
 
 
 @pytest.fixture(scope="session")
-def oracle(bases) -> Callable[[str], torch.nn.Module]:
-    """transformers' float32 model of a base, each made once."""
-    models: dict[str, torch.nn.Module] = {}
+def oracle(bases) -> Callable[[Path], Any]:
+    """transformers' float32 model of a folder; that of a base is made once."""
+    models: dict[Path, Any] = {}
 
-    def model(name: str) -> torch.nn.Module:
-        if name not in models:
-            models[name] = theirs(bases[name])
-        return models[name]
+    def model(folder: Path) -> Any:
+        if folder.parent != bases.root:
+            return theirs(folder)
+        if folder not in models:
+            models[folder] = theirs(folder)
+        return models[folder]
 
     return model
 
@@ -104,16 +109,28 @@ def made(entry: Entry, folder: Path, bases: Bases) -> Path:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def model_of(entry: Entry, path: Path, bases: Bases, oracle: Callable, folder: Path) -> torch.nn.Module:
-    """transformers' model that it must be equal to."""
+def form_of(entry: Entry, path: Path, bases: Bases, folder: Path) -> Path:
+    """The form of it that transformers loads; `folder` is for one that has to be made."""
     if entry.equals == "plain":
         plain(path, folder)
-        return theirs(folder)
+        return folder
     if callable(entry.equals):
         shutil.copytree(path, folder)
         entry.equals(folder)
-        return theirs(folder)
-    return oracle(entry.equals) if entry.equals else theirs(path)
+        return folder
+    return bases[entry.equals] if entry.equals else path
+
+
+def expect_drafts(model: Transformer, oracle: Any, form: Path) -> None:
+    """The MTP module's logits are those of transformers'."""
+    module = their_mtp(oracle, form)
+    if not hasattr(module, "forward_layer"):
+        return  # before transformers 5.20
+    inputs = torch.tensor([IDS])
+    hidden = oracle.model(inputs[:, :-1]).last_hidden_state
+    drafted = module.forward_layer(0, hidden, torch.arange(len(IDS) - 1)[None], None, input_ids=inputs[:, 1:])
+    ours = model.draft(Batch.pack([(IDS[1:], 0, [0])]), hidden_states(model, IDS[:-1]), model.new_cache(1))
+    assert relative_error(model.logits(ours), oracle.lm_head(drafted)[0]) < 1e-5
 
 
 def warnings(said: str) -> Iterator[str]:
@@ -132,31 +149,39 @@ def expect_warnings(expected: tuple[str, ...], said: str) -> None:
 def test_loads(name, bases, oracle, tmp_path, capsys):
     entry = CATALOGUE[name]
     path = made(entry, tmp_path / "c", bases)
-    theirs = model_of(entry, path, bases, oracle, tmp_path / "other form")
+    form = form_of(entry, path, bases, tmp_path / "other form")
+    reference = oracle(form)
     capsys.readouterr()
 
     engine = start_generate(path, "--dtype", "float32", *(("--mtp", "1") if entry.mtp else ()))
     expect_warnings(entry.warns, capsys.readouterr().err)
-    assert relative_error(engine.model.logits(hidden_states(engine.model, IDS)), theirs(torch.tensor([IDS])).logits[0]) < 1e-5
+    assert relative_error(engine.model.logits(hidden_states(engine.model, IDS)), reference(torch.tensor([IDS])).logits[0]) < 1e-5
+    if entry.mtp:
+        expect_drafts(engine.model, reference, form)
     [request] = engine.generate([IDS], SamplingParams(temperature=0, max_new_tokens=6, ignore_eos=True))
-    greedy = theirs(torch.tensor([IDS + request.tokens])).logits[0].argmax(-1)[len(IDS) - 1 : -1]
+    greedy = reference(torch.tensor([IDS + request.tokens])).logits[0].argmax(-1)[len(IDS) - 1 : -1]
     assert request.tokens == greedy.tolist() and len(request.tokens) == 6
     if entry.text:
         found = engine.tokenizer
         assert (found.bos_id, tuple(sorted(found.eos_ids)), found.encode_text("Hi")) == entry.text
 
     fp8 = Checkpoint(path).quantised
-    quick = start_server(path).model
-    quick = start_generate(path, "--gemm", "fp8").model if fp8 else quick  # as a GPU holds the weights
-    assert quick.logits(hidden_states(quick, IDS[:8])).isfinite().all()
+    few = reference(torch.tensor([IDS[:8]])).logits[0]
+    model = start_server(path).model  # bfloat16, where nothing is wider
+    assert relative_error(model.logits(hidden_states(model, IDS[:8])), few) < 0.05
+    if fp8:
+        model = start_generate(path, "--gemm", "fp8").model  # W8A8, with weights in memory as a GPU has them
+        assert relative_error(model.logits(hidden_states(model, IDS[:8])), few) < 0.25
 
     run_convert(path, tmp_path / "converted")
+    assert check(tmp_path / "converted", quick=True).ok
     experts = Checkpoint(tmp_path / "converted").experts(2)
     for rank in range(2):
         group, numerics = Group(rank, 2), Numerics(torch.float32, experts=experts)
         assert_same(loaded(tmp_path / "converted", numerics, group), loaded(path, numerics, group))
     if fp8:
         run_cast(path, tmp_path / "cast")
+        assert check(tmp_path / "cast", quick=True).ok
         assert_same(loaded(tmp_path / "cast", Numerics()), loaded(path, Numerics()))
     else:
         with pytest.raises(UserError, match="holds no FP8 weights, so there is nothing to cast"):
@@ -167,7 +192,7 @@ def test_loads(name, bases, oracle, tmp_path, capsys):
     findings = [f"warning: {finding.problem}" for finding in report.findings]
     assert report.ok, findings
     expect_warnings((*entry.warns, *entry.noted), "\n".join([*findings, capsys.readouterr().err]))
-    weights = {t.data_ptr(): t.numel() for t in theirs.state_dict().values()}  # a tied head is the embedding
+    weights = {t.data_ptr(): t.numel() for t in reference.state_dict().values()}  # a tied head is the embedding
     assert run_plan(path)["model"]["parameters"] == sum(weights.values())
 
 
