@@ -77,10 +77,12 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
         args = choose_args(checkpoint, options.config)
         has_mtp = args.n_mtp_layers > 0 and checkpoint.has_mtp
         specs = checkpoint.expected(args)
-    for text in args.warnings:
-        warn(text)
     gpu = on.type == "cuda"
     num, says = setup.choose_numerics(args, on, options.dtype, options.gemm, True if gpu else None, specs)
+    for text in args.warnings:
+        warn(text)
+    for text in setup.describe_rounding(specs or {}, num):
+        warn(text)
     if checkpoint is None or specs is None:
         partition = Partition.choose(args, options.tp, options.experts, fp8=num.gemm is not None)
     else:

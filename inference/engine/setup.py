@@ -4,7 +4,7 @@ All ranks call these functions together; an error on one of them is raised on al
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -84,6 +84,8 @@ def _choose(
         raise UserError(f"--kv-cache-dtype fp8: {device.type} has no such type in torch; leave it out")
     num = replace(num, fp8_latents=fp8_latents, experts=partition.experts, batch_invariant=run.deterministic)
     for text in args.warnings if tp.rank == 0 else ():
+        warn(text)
+    for text in describe_rounding(specs, num) if tp.rank == 0 else ():
         warn(text)
     if progress and tp.rank == 0:
         print(says, file=sys.stderr)
@@ -170,11 +172,11 @@ def choose_numerics(
         says = f"numerics: {says} {on}"
         num = Numerics(plain, "fp8" if gemm == "fp8" else "bf16", args.scale_fmt)
     num = replace(num, exceptions=exceptions(specs, num))
-    return num, says + _losses(specs, num)
+    return num, says + _plain_projections(specs, num)
 
 
-def _losses(specs: Mapping[str, Spec], num: Numerics) -> str:
-    """What a line about the numerics says besides: projections that are not as the others, and what is rounded."""
+def _plain_projections(specs: Mapping[str, Spec], num: Numerics) -> str:
+    """What a line about the numerics says of projections that are not FP8 though others are; empty without them."""
     said = ""
     plain = [name for name in num.exceptions if not name.endswith((".gate", "head"))]
     if plain:
@@ -182,11 +184,15 @@ def _losses(specs: Mapping[str, Spec], num: Numerics) -> str:
         said = f"; {len(plain)} projections in bfloat16, as they are stored ({kinds})"
         mixed = {module_of(name) for name, spec in specs.items() if spec.dtype == FP8}.intersection(plain)
         said += f", the FP8 parts of {len(mixed)} of them dequantised" if mixed else ""
+    return said
+
+
+def describe_rounding(specs: Mapping[str, Spec], num: Numerics) -> Iterator[str]:
+    """A sentence about what is lost of a checkpoint's weights in a bfloat16 run; none if nothing is."""
     rounded = {spec.dtype for name, spec in specs.items() if spec.dtype in PLAIN[1:] and is_rounded(name, spec)}
     if num.dtype == torch.bfloat16 and rounded:
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in rounded))
-        said += f"; weights stored in {names} are rounded (--dtype float32 computes exactly)"
-    return said
+        yield f"weights stored in {names} are rounded to bfloat16; --dtype float32 computes exactly"
 
 
 def _rank_on(device: torch.device, args: ModelArgs, num: Numerics, ranks: int, mtp: bool) -> rank_memory.RankSpec:

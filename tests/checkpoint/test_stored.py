@@ -213,12 +213,13 @@ def test_the_files_decide_what_is_computed_in(bf16, stored, said, tmp_path, caps
     args = choose_args(checkpoint, None)
     specs, cpu = checkpoint.expected(args), torch.device("cpu")
     assert args.dtype == {F32: "fp32", F16: "fp16", BF16: "bf16"}[stored]
-    num, says = setup.choose_numerics(args, cpu, "auto", "auto", specs=specs)
-    assert num == Numerics(BF16 if stored == BF16 else F32) and "rounded" not in says
-    num, says = setup.choose_numerics(args, cpu, "bfloat16", "auto", specs=specs)
+    num, _ = setup.choose_numerics(args, cpu, "auto", "auto", specs=specs)
+    assert num == Numerics(BF16 if stored == BF16 else F32) and not [*setup.describe_rounding(specs, num)]
+    num, _ = setup.choose_numerics(args, cpu, "bfloat16", "auto", specs=specs)
     assert num.dtype == BF16 and ("head" in num.exceptions) == (stored != BF16)
     name = str(stored).removeprefix("torch.")
-    assert (f"; weights stored in {name} are rounded (--dtype float32 computes exactly)" in says) == (stored != BF16)
+    says = f"weights stored in {name} are rounded to bfloat16; --dtype float32 computes exactly"
+    assert [*setup.describe_rounding(specs, num)] == ([says] if stored != BF16 else [])
     tensors = whole(folder)
     for dtype in (BF16, F32):
         assert_same(loaded(folder, Numerics(dtype)), in_memory(multiplied_out(tensors, dtype), 0, 1, CONFIG))
@@ -226,8 +227,8 @@ def test_the_files_decide_what_is_computed_in(bf16, stored, said, tmp_path, caps
     assert choose_args(Checkpoint(tmp_path / "converted"), None).dtype == args.dtype
     assert faults(folder) == faults(tmp_path / "converted") == []
     write_tokenizer(folder)
-    Engine.from_pretrained(folder, dtype="bfloat16", n_pages=4, max_model_len=64, max_num_seqs=1, device="cpu", progress=True)
-    assert ("are rounded (--dtype" in capsys.readouterr().err) == (stored != BF16)
+    Engine.from_pretrained(folder, dtype="bfloat16", n_pages=4, max_model_len=64, max_num_seqs=1, device="cpu")
+    assert (f"warning: {says}\n" in capsys.readouterr().err) == (stored != BF16)
 
 
 # ---------------------------------------------------------------- scales
@@ -403,16 +404,16 @@ def test_the_plan_counts_what_is_not_fp8(mixed, capsys):
 
 
 def test_float32_projections_beside_fp8(copy):
-    """FP8 kernels take bfloat16: there they are rounded, and a line says so; --dtype float32 keeps them."""
+    """FP8 kernels take bfloat16: there they are rounded, and a warning says so; --dtype float32 keeps them."""
     unquantise(copy, lambda n: "o_proj" in n, F32)
     change(copy, lambda name, t: "o_proj" in name, wider(F32))
     checkpoint = Checkpoint(copy)
     args = choose_args(checkpoint, None)
     specs = checkpoint.expected(args)
     for device, dtype in (("cuda", "auto"), ("cpu", "auto"), ("cpu", "bfloat16"), ("cpu", "float32")):
-        num, says = setup.choose_numerics(args, torch.device(device), dtype, "auto", True, specs)
+        num, _ = setup.choose_numerics(args, torch.device(device), dtype, "auto", True, specs)
         assert num.dtype == (F32 if dtype == "float32" else BF16)
-        assert ("; weights stored in float32 are rounded" in says) == (dtype != "float32")
+        assert len([*setup.describe_rounding(specs, num)]) == (dtype != "float32")
     tensors = whole(copy)
     assert_same(loaded(copy, Numerics(F32)), in_memory(multiplied_out(tensors, F32), 0, 1, CONFIG))
 

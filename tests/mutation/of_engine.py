@@ -1,6 +1,6 @@
 """Mutants of engine/: name, file, text, what takes its place, the tests that must fail, the bug."""
 
-from mutation.tests_named import CUTS, NOISE, RANDOM_USE, VERIFIED
+from mutation.tests_named import CUTS, NOISE, RANDOM_USE, STORED, VERIFIED
 
 MUTANTS = (
     ("config-warning-of-every-rank", "engine/setup.py",
@@ -300,6 +300,10 @@ MUTANTS = (
      "if plain == torch.bfloat16 and not devices.holds(device, plain):",
      "if False:",
      "project/test_devices.py::test_numerics_where_types_are_missing", "bfloat16 is asked of a device without it"),
+    ("stored-rounded-silently", "engine/setup.py",
+     "for text in describe_rounding(specs, num) if tp.rank == 0 else ():",
+     "for text in ():",
+     f"{STORED}test_the_files_decide_what_is_computed_in", "a bfloat16 run of a float32 checkpoint rounds it without a word"),
     ("memory-scales-of-plain-weights", "engine/rank_memory.py",
      'if exception and name.endswith(".scale"):',
      "if False:",
