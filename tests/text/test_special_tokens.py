@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_tokenizer import real_folder
 from tokenizers import processors
 from transformers import (
     AutoConfig,
+    AutoTokenizer,
     DeepseekV2Config,
     DeepseekV3Config,
     GenerationConfig,
@@ -165,6 +167,21 @@ def test_add_bos_token(tmp_path: Path, add: bool | None, changed: bool) -> None:
     file.write_text(json.dumps(settings))
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.encode_text("Hi!") == ([258] if add or changed else []) + tokenizer._encode_plain("Hi!")
+
+
+def test_released_files_saved_again(tmp_path: Path) -> None:
+    """V3's own, of the class LlamaTokenizerFast, as AutoTokenizer opens and saves them: nothing is added to a text."""
+    theirs = AutoTokenizer.from_pretrained(real_folder())
+    theirs.save_pretrained(tmp_path)
+    DeepseekV3Config().save_pretrained(tmp_path)
+    tokenizer, text = Tokenizer(tmp_path, 129280), "Hello  world, 3.14! 你好 🙂"
+    assert tokenizer.encode_text(text) == theirs(text)["input_ids"]
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.ignored) == (0, (1,), [])
+    messages = [{"role": "user", "content": text}]
+    prompt = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.render_chat(messages) == prompt
+    assert tokenizer.encode_chat(messages) == theirs.encode(prompt, add_special_tokens=False)
+    assert tokenizer.encode_text(text) == Tokenizer(real_folder(), 129280).encode_text(text)
 
 
 # ------------------------------------------------------------------ tokens that only the settings name

@@ -86,6 +86,20 @@ KIMI_TEMPLATE = """
 {%- endif -%}"""
 
 
+# In Moonlight's form: no tools, no names.
+MOONLIGHT_TEMPLATE = """
+{%- for message in messages -%}
+    {%- if loop.first and messages[0]['role'] != 'system' -%}
+        <|im_system|>system<|im_middle|>You are a test.<|im_end|>
+    {%- endif -%}
+    {%- if message['role'] == 'system' -%}<|im_system|>{%- endif -%}
+    {%- if message['role'] == 'user' -%}<|im_user|>{%- endif -%}
+    {%- if message['role'] == 'assistant' -%}<|im_assistant|>{%- endif -%}
+    {{ message['role'] }}<|im_middle|>{{ message['content'] }}<|im_end|>
+{%- endfor -%}
+{%- if add_generation_prompt -%}<|im_assistant|>assistant<|im_middle|>{%- endif -%}"""
+
+
 @functools.cache
 def byte_strings() -> list[bytes]:
     """DeepSeek-V3's vocabulary without its special tokens: single bytes first, then in the order of the merges."""
@@ -279,6 +293,18 @@ def test_conversations_equal_transformers(kimi: Tokenizer, package: tiktoken.Enc
             assert kimi.render_chat(messages, tools=tools, add_generation_prompt=ready) == expected
             ids = kimi.encode_chat(messages, tools=tools, add_generation_prompt=ready)
             assert ids == package.encode(expected, allowed_special="all")
+
+
+def test_moonlight_s_conversations_equal_transformers(tmp_path: Path) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    moonlight = Tokenizer(small(tmp_path, chat_template=MOONLIGHT_TEMPLATE))
+    for messages in conversations()[:3]:
+        ((expected,), _) = render_jinja_template([messages], chat_template=MOONLIGHT_TEMPLATE, add_generation_prompt=True)
+        assert moonlight.render_chat(messages) == expected
+        assert moonlight.encode_chat(messages) == encoding(moonlight.path).encode(expected, allowed_special="all")
+    with pytest.raises(UserError, match="chat template knows no tools"):
+        moonlight.encode_chat(chat("Hi"), tools=TOOLS)
 
 
 def test_messages_stay_text(kimi: Tokenizer) -> None:
