@@ -8,6 +8,12 @@ turns' ratios. Logits of a short prompt are compared first: in bfloat16 the rand
 rounding, and each side is about 0.4 from float32's, so this only shows that they run the same model. llama.cpp, if its
 llama-bench and the checkpoint as a bfloat16 GGUF are given, runs each turn in a process of its own, timed by itself,
 without loading. Weights lie in huge pages if the environment has GLIBC_TUNABLES=glibc.malloc.hugetlb=1.
+
+    python benchmarks/bench_cpu.py --compiled --output benchmarks/results/compiled_reference.json
+
+Instead: two layers of those widths, in bfloat16 and float32, by the backend for this CPU, by the reference, and by the
+reference through torch.compile, layer by layer with dynamic shapes; and the seconds that first calls take, which for
+the last compile C++.
 """
 
 import argparse
@@ -17,6 +23,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,8 +36,11 @@ from lib.timing import take_turns, timed
 from checkpoint.directory import Checkpoint
 from checkpoint.load import load_into
 from core.batch import Batch
+from core.config import ModelArgs
+from core.numerics import Numerics
 from core.run_config import PAGE_SIZE
 from model import Transformer
+from ops.reference_backend import ReferenceBackend
 
 CONFIG = dict(
     vocab_size=32768, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=1024, num_hidden_layers=8,
@@ -116,6 +126,46 @@ def compare(name: str, tokens: int, turns: int, sides: dict[str, Callable[[], fl
     return {"name": name, "turns": turns, "tok_s": speeds, "ratio": medians, "ratios": ratios}
 
 
+def compiled_reference(dtype: torch.dtype, turns: int = 5) -> list[dict]:
+    """Rows of `compare`, with the seconds that each side's first run takes. The results are compared first."""
+    released = dict(architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", scoring_func="sigmoid",
+                    topk_method="noaux_tc", rms_norm_eps=1e-6, hidden_act="silu")  # fmt: skip
+    args = ModelArgs.from_hf(CONFIG | released | dict(num_hidden_layers=2, vocab_size=8192))
+    backends = {"ours": None, "reference": ReferenceBackend(), "reference, compiled": ReferenceBackend()}
+    models: dict[str, Transformer] = {}
+    for side, backend in backends.items():
+        torch.manual_seed(0)
+        model = Transformer(args, Numerics(dtype), mtp=False, backend=backend)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
+            else:
+                parameter.data.fill_(1)
+        models[side] = model.prepare()
+    for layer in models["reference, compiled"].layers:
+        layer.compile(dynamic=True)
+    pages = list(range(SHORT // PAGE_SIZE + 1))
+    caches = {side: model.new_cache(len(pages)) for side, model in models.items()}
+    ids = torch.randint(args.vocab_size, (SHORT,), generator=torch.Generator().manual_seed(1)).tolist()
+
+    def prefill(side: str) -> torch.Tensor:
+        return models[side](Batch.pack([(ids, 0, pages)]), caches[side])
+
+    def decode(side: str) -> torch.Tensor:
+        hidden = [models[side](Batch.pack([([7], SHORT + i, pages)]), caches[side]) for i in range(16)]
+        return torch.cat(hidden)
+
+    rows = []
+    for what, tokens, run in ((f"prefill {SHORT}", SHORT, prefill), ("decode, 1 sequence", 16, decode)):
+        first = {side: timed(partial(run, side))() for side in models}
+        apart = float((run("reference, compiled") - run("reference")).norm() / run("reference").norm())
+        assert apart < 0.05, f"compiled, the reference is {apart:.1e} from itself"
+        name = f"{what}, {str(dtype).removeprefix('torch.')}"
+        rows.append(compare(name, tokens, turns, {side: timed(partial(run, side)) for side in models}))
+        rows[-1]["first_s"] = first
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="JSON file for the results")
@@ -123,11 +173,22 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="keep the checkpoint in this directory, or use the one there")
     parser.add_argument("--llama-bench", help="llama.cpp's llama-bench, to run beside the others; needs --gguf")
     parser.add_argument("--gguf", help="the checkpoint converted by llama.cpp, in bfloat16")
+    parser.add_argument("--compiled", action="store_true", help="instead: the reference through torch.compile")
     args = parser.parse_args()
     if bool(args.llama_bench) != bool(args.gguf):
         parser.error("--llama-bench and --gguf go together")
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.compiled:
+        from torch import _dynamo, _inductor
+
+        _dynamo.config.recompile_limit = 64
+        _inductor.config.force_disable_caches = True
+        rows = []
+        for dtype in (torch.bfloat16, torch.float32):
+            rows += compiled_reference(dtype)
+            report.save(args.output, {"threads": torch.get_num_threads(), "rows": rows})
+        return
     llama = Llama(args.llama_bench, args.gguf, torch.get_num_threads()) if args.gguf else None
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(args.checkpoint or scratch)

@@ -50,6 +50,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.interactive == (options.input_file is not None):
         parser.error("give either --interactive or --input-file")
+    if options.interactive and sys.platform == "win32":
+        parser.error("--interactive takes a Unix terminal; --input-file does without")
     if options.output_file is not None and options.interactive:
         parser.error("--output-file goes with --input-file")
     if options.raw and options.system is not None:

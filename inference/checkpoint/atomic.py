@@ -1,6 +1,5 @@
 """Files that appear in a folder whole or not at all, and a run that goes on where an earlier one was cut short."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -42,6 +41,10 @@ class AtomicWriter:
 
     def __enter__(self) -> "AtomicWriter":
         """Raises UserError where the folder cannot be written to, or another program is writing to it."""
+        try:
+            import fcntl  # here, as a checkpoint can be read without
+        except ImportError:
+            raise UserError("writing a checkpoint takes a Unix system, which locks and syncs folders") from None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -196,15 +196,28 @@ class Reader:
         try:
             if self.path != entry.file:
                 self.close()
-                self.fd = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
+                self.fd = os.open(entry.file, _FLAGS)
                 self.path = entry.file
             while view:
-                got = os.preadv(self.fd, [view], at)
+                got = _read_at(self.fd, view, at)
                 if not got:
                     raise CheckpointError(f"{entry}: the file ends before the tensor does", entry.file, entry.name)
                 view, at = view[got:], at + got
         except OSError as e:
             raise CheckpointError(f"{entry}: cannot be read ({e.strerror})", entry.file, entry.name) from None
+
+
+_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+def _read_at(fd: int, view: memoryview, at: int) -> int:
+    """How many bytes were read into `view` from a file's byte `at` on. os.preadv, which not every system has."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], at)
+    os.lseek(fd, at, os.SEEK_SET)
+    data = os.read(fd, len(view))
+    view[: len(data)] = data
+    return len(data)
 
 
 def require_equal(main: Entry, copy: Entry) -> None:

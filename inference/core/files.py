@@ -79,7 +79,7 @@ def read_text(path: Path) -> str:
 
 def without_waiting(path: str, flags: int) -> int:
     """An opener for `open` that does not block on a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

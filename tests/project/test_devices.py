@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+import generate
+from checkpoint import reading
+from checkpoint.atomic import AtomicWriter
 from core import devices
 from core.config import ModelArgs
 from core.errors import UserError
@@ -243,3 +246,36 @@ def test_two_ranks_on_other_devices(tiny: Path) -> None:
     expected = answers(tiny, torch.float32)
     assert [one["answers"] for one in found[0]] == [expected, expected]
     assert [[one["through_host"] for one in rank] for rank in found] == [[False, True]] * 2
+
+
+# ---------------------------------------------------------------- other systems
+
+
+def test_answers_where_there_is_no_unix(tiny: Path, tmp_path: Path) -> None:
+    """No fcntl, no preadv, no /proc: a file of prompts is answered all the same, without our C."""
+    (tmp_path / "prompts").write_text("hello\n")
+    flags = ["--ckpt-path", tiny, "--input-file", tmp_path / "prompts", "--max-new-tokens", "2", "--raw"]
+    variables = environment(PYTHONPATH=os.pathsep.join(map(str, (ROOT / "inference", ROOT / "tests"))))
+    command = [sys.executable, "-m", "support.without_unix", *map(str, flags)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0 and "Completion: " in done.stdout, done.stderr
+    assert "the C kernels need Linux on a little-endian processor, and GNU OpenMP in torch" in done.stderr
+
+
+def test_what_takes_a_unix_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, where a checkpoint is to be written and where a terminal is to be held."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(UserError, match=r"^writing a checkpoint takes a Unix system, which locks and syncs folders$"):
+        AtomicWriter(tmp_path).__enter__()
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(UserError, match="--interactive takes a Unix terminal; --input-file does without"):
+        generate.parse(["--ckpt-path", "x", "--interactive"])
+
+
+def test_reading_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(100)))
+    view = memoryview(bytearray(30))
+    monkeypatch.delattr(os, "preadv")
+    with open(tmp_path / "file", "rb") as file:
+        assert reading._read_at(file.fileno(), view, 60) == 30 and bytes(view) == bytes(range(60, 90))
+        assert reading._read_at(file.fileno(), view, 95) == 5 and bytes(view[:5]) == bytes(range(95, 100))
