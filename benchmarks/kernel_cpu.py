@@ -6,6 +6,10 @@ Every result is held to float64 first. Weights, in bfloat16, take turns, a gigab
 cache when it comes up again. The sides take turns; a figure is the best of a side's turns, a ratio is the median of the
 turns' ratios. GB/s are those of the weights, or latents, alone. How fast memory can be read is torch's sum over as many
 bytes.
+
+    python benchmarks/kernel_cpu.py --clang --output benchmarks/results/kernel_cpu_clang.json
+
+Instead: the same code compiled by Clang, of the package ziglang, beside it as the first compiler here compiles it.
 """
 
 import argparse
@@ -31,6 +35,7 @@ SHAPES = [(2048, 2048), (7168, 2048), (1536, 7168)]  # (N, K): of a small model,
 ROWS = (1, 4, 8, 64, 512)
 EXPERTS = (2048, 1024, 32, 4)  # hidden size, width, how many, for a token: bench_cpu.py's
 HEADS, DN, R, C, DV = 16, 128, 64, 512, 128  # DeepSeek-V3's at TP8
+by_clang: Any = None  # the library that Clang made, where that is compared
 Sides = dict[str, Callable[[int], torch.Tensor]]  # each called with the number of the weights whose turn it is
 
 
@@ -42,6 +47,9 @@ def check(y: torch.Tensor, expected: torch.Tensor, what: str) -> None:
 
 def compare(name: str, sides: Sides, copies: int, size: int, operations: int, turns: int) -> dict[str, Any]:
     """One row: size bytes and so many operations a call."""
+
+    if by_clang is not None:
+        sides = {"ours": sides["ours"], "Clang": swapped(sides["ours"])}
 
     def of_each_copy(run: Callable[[int], torch.Tensor]) -> Callable[[], object]:
         return lambda: [run(i) for i in range(copies)][:0]
@@ -58,6 +66,19 @@ def compare(name: str, sides: Sides, copies: int, size: int, operations: int, tu
     )  # fmt: skip
     print(f"{name:28} {text}", flush=True)
     return row
+
+
+def swapped(ours: Callable[[int], torch.Tensor]) -> Callable[[int], torch.Tensor]:
+    """The same by the library that Clang made."""
+
+    def run(i: int) -> torch.Tensor:
+        library, kernel_cpu.library = kernel_cpu.library, lambda: by_clang
+        try:
+            return ours(i)
+        finally:
+            kernel_cpu.library = library
+
+    return run
 
 
 def products(n: int, k: int, turns: int) -> list[dict[str, Any]]:
@@ -186,9 +207,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="JSON file for the results")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--clang", action="store_true", help="instead: Clang's code beside the first compiler's")
     args = parser.parse_args()
     if why := kernel_cpu.why_not():
         raise UserError(f"there are no kernels to time: {why}")
+    global by_clang
+    if args.clang:
+        *_, command = kernel_cpu.compilers()
+        if "ziglang" not in command:
+            raise UserError("the package ziglang is not installed")
+        by_clang = kernel_cpu.load(kernel_cpu.build(command, kernel_cpu.FLAGS))
     torch.manual_seed(0)
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "read_gb_s": reading(args.turns)}
     print(f"memory is read at {found['read_gb_s']:.1f} GB/s, {found['threads']} threads", flush=True)
