@@ -63,6 +63,9 @@ def plan_chat(raw: bytes | bytearray, served: Served) -> Plan:
         raise ApiError("this checkpoint's chat template does not let thinking be switched on or off",
                        "chat_template_kwargs")  # fmt: skip
     tools = [tool.given for tool in body.tools] if body.offers_tools else None
+    if tools and served.tool_style is None and served.tokenizer.knows_tools:
+        raise ApiError("tools are not supported: this model writes its calls in a way that is not known (known: V3's, "
+                       "R1's, V3.1's and Kimi-K2's)", "tools")  # fmt: skip
     if tools and (served.tool_style is None or not served.tokenizer.knows_tools):
         raise ApiError("tools are not supported: this checkpoint's chat template offers none to the model; a "
                        "chat_template.jinja beside its weights that does would be used instead", "tools")  # fmt: skip

@@ -41,7 +41,7 @@ from serving.serve import serve
 from support import processes as launch
 from support.http_server import GENEROUS, Gate, RunningServer, await_that, serving
 from support.tiny_tokenizer import TEMPLATE, write_tokenizer
-from text.parser import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
+from text.parser import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, KIMI, MARKERS, SEPARATOR
 
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
 SCRIPT = Path(server.__file__)
@@ -216,14 +216,16 @@ def test_whole_characters(tiny: Engine) -> None:
 SAYINGS = {
     "v3": f"{CALLS_BEGIN}{CALL_BEGIN}function{SEPARATOR}add\n```json\n{{\"a\": \"<b>\"}}\n```{CALL_END}{CALLS_END}",
     "v3.1": f"{CALLS_BEGIN}{CALL_BEGIN}add{SEPARATOR}{{\"a\": \"<b>\"}}{CALL_END}{CALLS_END}",
+    "kimi": f"{KIMI.calls_begin}{KIMI.call_begin}functions.add:0{KIMI.separator}{{\"a\": \"<b>\"}}{KIMI.call_end}{KIMI.calls_end}",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("style", ["v3.1", pytest.param("v3", marks=pytest.mark.trust)])
+@pytest.mark.parametrize("style", ["v3.1", "kimi", pytest.param("v3", marks=pytest.mark.trust)])
 def test_tools(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that says what it is told to: calls made of control tokens are calls, the same in letters is content."""
-    markers = (CALLS_BEGIN, CALL_BEGIN, SEPARATOR, CALL_END, CALLS_END)
-    shape = f"{CALL_BEGIN}function{SEPARATOR}x\\n```json" if style == "v3" else f"{CALL_BEGIN}x{SEPARATOR}"
+    m = MARKERS[style]
+    markers = (m.calls_begin, m.call_begin, m.separator, m.call_end, m.calls_end)
+    shape = f"{CALL_BEGIN}function{SEPARATOR}x\\n```json" if style == "v3" else f"{m.call_begin}x{m.separator}"
     template = "{% if tools %}{{ tools | tojson }}{{ '" + shape + "' }}{% endif %}" + TEMPLATE
     launch.make_tiny(tmp_path)
     write_tokenizer(tmp_path, template, markers)
@@ -232,7 +234,7 @@ def test_tools(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert tokenizer is not None
     spelled = tokenizer._encode_plain(f"I would say {SAYINGS[style]} to that: ")
     control = {text: tokenizer._added[text] for text in markers}
-    runs = re.split("(" + "|".join(markers) + ")", SAYINGS[style])
+    runs = re.split("(" + "|".join(map(re.escape, markers)) + ")", SAYINGS[style])
     script = [*spelled, *(t for run in runs for t in ([control[run]] if run in control else tokenizer._encode_plain(run))), 1]
     monkeypatch.setattr(sampler, "verify", lambda logits, asks: [[script[len(a.tokens) - a.n_prompt]] for a in asks])
     tools: Any = [{"type": "function", "function": {"name": "add", "description": f"{CALL_BEGIN}x", "parameters": {"type": "object"}}}]
@@ -243,6 +245,7 @@ def test_tools(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert whole.message.content == f"I would say {SAYINGS[style]} to that: "
         (call,) = whole.message.tool_calls
         assert (call.function.name, json.loads(call.function.arguments)) == ("add", {"a": "<b>"})
+        assert call.id == "functions.add:0" if style == "kimi" else call.id.startswith("call_")
         said, names, arguments = "", "", ""
         for chunk in client.chat.completions.create(**asked, stream=True):
             delta = chunk.choices[0].delta
@@ -254,6 +257,16 @@ def test_tools(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         plain = client.chat.completions.create(**asked, tool_choice="none").choices[0]
         assert plain.message.tool_calls is None and plain.message.content.endswith(SAYINGS[style])
         assert "add" in tokenizer.render_chat(asked["messages"], tools=tools)
+
+
+def test_tools_whose_calls_could_not_be_read(tmp_path: Path) -> None:
+    launch.make_tiny(tmp_path)
+    write_tokenizer(tmp_path, "{{ tools | tojson }}" + TEMPLATE)
+    with serving(Engine.from_pretrained(tmp_path, dtype="float32", max_model_len=512, n_pages=PAGES)) as running:
+        body = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function", "function": {"name": "f"}}]}
+        status, _, answer = running.send("POST", "/v1/chat/completions", body)
+    assert (status, answer["error"]["param"]) == (400, "tools")
+    assert "this model writes its calls in a way that is not known" in answer["error"]["message"]
 
 
 # ---------------------------------------------------------------- refusals
