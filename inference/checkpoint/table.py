@@ -204,7 +204,7 @@ def exceptions(specs: Mapping[str, Spec], num: Numerics) -> tuple[str, ...]:
         return wide and (name.endswith("ffn.gate.weight") or name in ("head.weight", "embed.weight"))
 
     found = {module_of(name) for name, spec in specs.items() if is_exception(name, spec)}
-    return tuple(sorted("head" if module == "embed" else module for module in found))
+    return tuple(sorted({"head" if module == "embed" else module for module in found}))
 
 
 def fp8_rows(specs: Mapping[str, Spec], num: Numerics | None = None) -> frozenset[str]:

@@ -192,8 +192,13 @@ def test_a_tied_head_in_another_dtype(bf16, tmp_path):
     replace(tmp_path / "c", "lm_head.weight", lambda _: embedding.float())
     change(tmp_path / "c", lambda name, t: name.endswith("shared_head.head.weight"), lambda _: embedding.clone())
     assert torch.equal(loaded(tmp_path / "c", Numerics())["embed.weight"].float(), embedding.float())
+    checkpoint = Checkpoint(tmp_path / "c")
+    assert exceptions(checkpoint.expected(choose_args(checkpoint, None)), Numerics()) == ("head",)
     assert faults(tmp_path / "c") == []
-    replace(tmp_path / "c", "lm_head.weight", lambda t: t * 1.001)
+    replace(tmp_path / "c", "model.embed_tokens.weight", lambda t: t.float())
+    checkpoint = Checkpoint(tmp_path / "c")
+    assert exceptions(checkpoint.expected(choose_args(checkpoint, None)), Numerics()) == ("head",)
+    replace(tmp_path / "c", "lm_head.weight", lambda t: t.half() * 1.01)
     said = refusal(tmp_path / "c", Numerics())
     assert "lm_head.weight: expected the values of " in said and said in faults(tmp_path / "c")
 
