@@ -30,7 +30,7 @@ from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from model import Transformer
 from parallel.group import SOLO, Group
-from support.catalogue import ALL, CATALOGUE, FP8, Bases, Entry, plain, table, theirs
+from support.catalogue import ALL, CATALOGUE, FP8, Bases, Entry, base, mixture, nested, plain, table, theirs
 from support.model_pairs import hidden_states, relative_error, their_mtp, tokens
 from support.rank_weights import assert_same, loaded
 
@@ -150,9 +150,12 @@ def test_loads(name, bases, oracle, tmp_path, capsys):
     entry = CATALOGUE[name]
     path = made(entry, tmp_path / "c", bases)
     form = form_of(entry, path, bases, tmp_path / "other form")
-    reference = oracle(form)
     capsys.readouterr()
+    expect_loads(entry, path, form, oracle(form), tmp_path, capsys)
 
+
+def expect_loads(entry: Entry, path: Path, form: Path, reference: Any, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Every program takes it, and computes or writes what `reference` says of its other form."""
     engine = start_generate(path, "--dtype", "float32", *(("--mtp", "1") if entry.mtp else ()))
     expect_warnings(entry.warns, capsys.readouterr().err)
     assert relative_error(engine.model.logits(hidden_states(engine.model, IDS)), reference(torch.tensor([IDS])).logits[0]) < 1e-5
@@ -194,6 +197,23 @@ def test_loads(name, bases, oracle, tmp_path, capsys):
     expect_warnings((*entry.warns, *entry.noted), "\n".join([*findings, capsys.readouterr().err]))
     weights = {t.data_ptr(): t.numel() for t in reference.state_dict().values()}  # a tied head is the embedding
     assert run_plan(path)["model"]["parameters"] == sum(weights.values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.trust) for seed in range(2, 42))])
+def test_mixtures_load(seed, bases, tmp_path, capsys):
+    """Several of these at once, as each rule is met beside every other."""
+    name, values, layout = mixture(seed)
+    folder = bases.copy(name, tmp_path / "c")
+    for change in values:
+        change(folder)
+    form = tmp_path / "other form"
+    plain(folder, form)
+    path = folder
+    for change in layout:
+        path = change(path) or path
+    entry = Entry("", "", base(name), equals="plain", mtp=True, warns=("the vision model are left out",) * (nested in layout))
+    expect_loads(entry, path, form, theirs(form), tmp_path, capsys)
 
 
 # --------------------------------------------------------------------------------------------------------------------

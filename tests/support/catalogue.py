@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from math import log
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -670,8 +671,9 @@ entry("broken link to the tokenizer", "the same", base("v3-fp8", partial(broken,
 LFS = {"source": "https://github.com/deepseek-ai/DeepSeek-V3/issues/557"}
 entry("LFS pointer for weights", "`git clone` without git-lfs", base("v3-fp8", lambda folder: write(first(folder), POINTER)(folder)),
       refused=("model-00001-of-", "a Git LFS pointer, not the file itself; run `git lfs pull`"), **LFS)  # fmt: skip
-for name in ("config.json", HF_INDEX, "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-    entry(f"LFS pointer for {name}", "the same, of a hub that keeps JSON in LFS too", base("v3-fp8", write(name, POINTER)),
+for name in ("config.json", HF_INDEX, "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+             "chat_template.jinja"):  # fmt: skip
+    entry(f"LFS pointer for {name}", "the same, of a hub that keeps text in LFS too", base("v3-fp8", write(name, POINTER)),
           refused=(name, "git lfs pull"))  # fmt: skip
 entry("adapter alone", "LoRA weights, without the model they belong to", base("v3", adapter), refused=("adapter_model.safetensors is an adapter's, and no whole model; merge it into its base model",))  # fmt: skip
 entry("GGUF", "llama.cpp's format", base("v3", gguf), refused=(".gguf is GGUF, llama.cpp's format; get the safetensors files",))
@@ -800,7 +802,8 @@ def nested(folder: Path, quantization_config: dict[str, Any] | None = None) -> N
     }))  # fmt: skip
     for file in files(folder):
         edit(file, lambda found: [found.update({f"language_model.{name}": found.pop(name)}) for name in list(found)])
-    reindex(folder, lambda m: [m.update({f"language_model.{name}": m.pop(name)}) for name in list(m)])
+    weight_map = {name: file.name for file in files(folder) for name in load_file(file)}
+    (folder / HF_INDEX).write_text(json.dumps({"weight_map": weight_map}))
     add(folder, {"vision_tower.patch_embed.proj.weight": torch.ones(32, 3, 14, 14).bfloat16(),
                  "vision_tower.encoder.blocks.0.wqkv.weight": torch.ones(96, 32).bfloat16(),
                  "mm_projector.proj.0.weight": torch.ones(64, 128).bfloat16()})  # fmt: skip
@@ -919,6 +922,52 @@ entry("Mistral Large 3", "V3's shape with a router without bias and queries scal
 entry("V3 without its head", "`DeepseekV3Model.save_pretrained`: a model that embeds texts", base("v3", config(architectures=["DeepseekV3Model"])),
       refused=("architecture 'DeepseekV3Model' is not supported",))  # fmt: skip
 entry("Llama", "any other model", base("v3", foreign("llama", architectures=["LlamaForCausalLM"])), refused=("architecture 'LlamaForCausalLM' is not supported",))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Mixtures
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def stack_experts(folder: Path) -> None:
+    """All experts' weights, and their scales, in one tensor each, as `save_original_format=False` has them."""
+    held = whole(folder)
+    stacks: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    for name in [name for name in held if ".mlp.experts." in name]:
+        before, _, rest = name.partition("experts.")
+        kind = "_scale_inv" if name.endswith("_scale_inv") else ""
+        stacks.setdefault((f"{before}experts.", kind), {})[rest] = held.pop(name)
+    for (at, kind), of in stacks.items():
+        dtype = of[f"0.up_proj.weight{kind}"].dtype
+        of = {rest: t.view(torch.uint8) if t.itemsize == 1 else t for rest, t in of.items()}  # torch cannot stack FP8
+        parts = [[of[f"{e}.{part}_proj.weight{kind}"] for part in ("gate", "up", "down")] for e in range(len(of) // 3)]
+        held[f"{at}gate_up_proj{kind}"] = torch.stack([torch.cat(part[:2]) for part in parts]).view(dtype)
+        held[f"{at}down_proj{kind}"] = torch.stack([part[2] for part in parts]).view(dtype)
+    for path in [*files(folder), folder / HF_INDEX]:
+        path.unlink()
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def mixture(seed: int) -> tuple[str, list[Callable[[Path], Any]], list[Callable[[Path], Any]]]:
+    """A base with some changes of its values' dtypes, and some of how it is laid out, which change nothing."""
+    draw = Random(seed)
+    name = draw.choice(["v3", "v3-fp8", "v3.1-fp8"])
+    wider = [is_norm, ending("mlp.gate.weight"), ending("embed_tokens.weight", "head.weight")]
+    values = [tensors(where, finer) for where in wider if draw.random() < 0.4]
+    scales = ending("_scale_inv")
+    if name == "v3":
+        values += [tensors(where, torch.Tensor.half) for where in (attention, ending("shared_experts.up_proj.weight")) if draw.random() < 0.5]
+        values += [tensors(lambda name: ".mlp.experts." in name, finer)] * (draw.random() < 0.3)
+    else:
+        kept = [attention, not_experts, lambda name: ".layers.2." in name, lambda name: ".mlp.experts." in name,
+                ending("kv_a_proj_with_mqa.weight"), ending("shared_experts.gate_proj.weight")]  # fmt: skip
+        values += [to_bf16(where) for where in draw.sample(kept, draw.randrange(3))]
+        if name == "v3.1-fp8" and draw.random() < 0.6:
+            values.append(tensors(scales, lambda t: t.to(torch.float8_e8m0fnu)))
+        elif draw.random() < 0.3:
+            values.append(tensors(scales, torch.Tensor.bfloat16))
+    layout = [stack_experts] * (draw.random() < 0.5) + [nested] * (draw.random() < 0.4)
+    return name, values, [*layout, *[lambda folder: snapshot_of(hub_cache(folder))] * (draw.random() < 0.4)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
