@@ -1,8 +1,16 @@
 """Mutants of core/: name, file, text, what takes its place, the tests that must fail, the bug."""
 
-from mutation.tests_named import LOGITS
+from mutation.tests_named import LOGITS, STORED
 
 MUTANTS = (
+    ("stored-scale-format-float", "core/config.py",
+     'None if quant.get("scale_fmt") == "float" else quant.get("scale_fmt")',
+     'quant.get("scale_fmt")',
+     f"{STORED}test_scale_formats_of_a_config", "scale_fmt \"float\", which transformers 5 writes, is refused"),
+    ("stored-layer-11-is-layer-1", "core/numerics.py",
+     'f"{name}.".startswith(f"{module}.")',
+     "name.startswith(module)",
+     "core/test_numerics.py::test_exceptions_by_the_names_inside", "an exception of layer 11 is taken for one of layer 1"),
     ("mscale-once", "core/config.py",
      "return self.qk_head_dim**-0.5 * _mscale(self.rope_factor, self.mscale_all_dim) ** 2",
      "return self.qk_head_dim**-0.5 * _mscale(self.rope_factor, self.mscale_all_dim)",
