@@ -114,6 +114,7 @@ class ModelArgs:
         self._require(self.rope_factor >= 1, "rope_factor", "at least 1")
         for name in ("rope_theta", "norm_eps", "route_scale", "beta_fast", "beta_slow"):
             self._require(getattr(self, name) > 0, name, "a positive number")
+        self._require(self.beta_fast >= self.beta_slow, "beta_fast", f"at least beta_slow, {self.beta_slow!r}")
         for name in ("mscale", "mscale_all_dim"):
             self._require(getattr(self, name) >= 0, name, "0 or a positive number")
         if self.n_moe_layers:

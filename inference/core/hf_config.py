@@ -27,6 +27,11 @@ DIFFERENT = {
     "AXK1ForCausalLM": NORMED, "AXK1": NORMED, "axk1": NORMED,
     "MistralLarge3ForCausalLM": SCALED, "mistral_large3": SCALED, "Mistral4ForCausalLM": SCALED, "mistral4": SCALED,
 }  # fmt: skip
+# The routers that a network has, as released and in transformers, which does not look at these fields of V3.
+ROUTERS = {
+    "v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+    "v2": {"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy")},
+}
 # Fields that change the arithmetic: the only value implemented, which is also what a file without the field means ...
 FIXED = {
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "rope_interleave": True,
@@ -97,6 +102,9 @@ def family(raw: dict[str, Any]) -> tuple[str, list[str]]:
         warnings.append(f"config: model_type {model_type!r} is unknown; computed as {name}, its architecture")
     elif meant is not None and ARCHITECTURES[meant] != ARCHITECTURES[name]:
         raise UserError(f"config: architecture {name!r} and model_type {model_type!r} are different networks")
+    for field, known in ROUTERS[ARCHITECTURES[name]].items():
+        if raw.get(field) not in (None, *known):
+            raise UserError(f"config: {field} {raw[field]!r} is not supported with {name} (known: {_join(known)})")
     for field, wanted in FIXED.items():
         if raw.get(field) not in (None, wanted):
             raise UserError(f"config: {field} {raw[field]!r} is not supported (known: {wanted!r})")

@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -327,3 +328,12 @@ def test_by_hand(tmp_path, capsys):
     assert catalogue.main(["V2 with `norm_topk_prob`", str(tmp_path / "c")]) == 0
     assert json.loads((tmp_path / "c" / "config.json").read_text())["norm_topk_prob"]
     assert catalogue.main(["x"]) == 2
+
+
+def test_by_hand_from_anywhere(tmp_path):
+    """Both scripts find the project's modules by themselves."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for script, *arguments in (("catalogue.py",), ("damaged_checkpoints.py", "config with another router", "c")):
+        command = [sys.executable, ROOT / "tests" / "support" / script, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout, done.stderr

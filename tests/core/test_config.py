@@ -252,8 +252,12 @@ def test_the_released_code_decides_what_a_lone_mscale_means():
         ({"mlp_layer_types": ["dense", "sparse"]}, "expected 3 times 'dense' or 'sparse', dense ones first"),
         ({"mlp_layer_types": ["dense", "dense", "sparse"]}, "first_k_dense_replace is 1, but mlp_layer_types has 2 dense layers"),
         ({"num_mtp_layers": 0}, "num_nextn_predict_layers and num_mtp_layers differ"),
-        ({"scoring_func": "tanh"}, "scoring_func 'tanh' is not supported (known: sigmoid, softmax)"),
-        ({"topk_method": "noaux"}, "topk_method 'noaux' is not supported"),
+        ({"scoring_func": "tanh"}, "scoring_func 'tanh' is not supported with DeepseekV3ForCausalLM (known: sigmoid)"),
+        ({"scoring_func": "softmax", "topk_method": "greedy"}, "scoring_func 'softmax' is not supported with DeepseekV3ForCausalLM"),
+        ({"topk_method": "greedy"}, "topk_method 'greedy' is not supported with DeepseekV3ForCausalLM (known: noaux_tc)"),
+        ({**FAMILIES["v2"], "scoring_func": "sigmoid"}, "scoring_func 'sigmoid' is not supported with DeepseekV2ForCausalLM"),
+        ({**FAMILIES["v2"], "topk_method": "noaux_tc"}, "topk_method 'noaux_tc' is not supported with DeepseekV2ForCausalLM"),
+        ({"rope_scaling": {**V3["rope_scaling"], "beta_fast": 1, "beta_slow": 32}}, "rope_scaling.beta_fast is 1.0, expected at least"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.type 'linear' is not supported (known: yarn, default)"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_scaling.original_max_position_embeddings is missing"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
@@ -303,6 +307,8 @@ def test_missing_and_unknown_fields(tmp_path):
         parse({k: v for k, v in UPSTREAM_V3.items() if k != "dim"})
     with pytest.raises(UserError, match="config: n_expert_groups is 5, expected a divisor"):
         parse({**UPSTREAM_V3, "n_expert_groups": 5})
+    with pytest.raises(UserError, match=r"config: score_func 'tanh' is not supported \(known: sigmoid, softmax\)"):
+        parse({**UPSTREAM_V3, "score_func": "tanh"})
     with pytest.raises(UserError, match="config: llama_4_scaling is not supported: its queries are scaled by position"):
         parse({"dim": 7168, "n_layers": 61, "llama_4_scaling": {"beta": 0.1}})  # Mistral Large 3's params.json
     with pytest.raises(UserError, match="no such file"):

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("inference", "tests")]
 from support.checkpoints import dequantise, fp8_sizes, make_checkpoint
 from support.damaged_checkpoints import HF_INDEX, add, drop, edit, edit_json, files, reindex, whole
 from support.families import FAMILIES, V3
@@ -1004,5 +1006,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2] / "inference"))
     sys.exit(main(sys.argv[1:]))

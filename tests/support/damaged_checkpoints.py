@@ -1,7 +1,7 @@
 """Kinds of broken checkpoint, each made from a good one: for tests here, and for trying another loader.
 
-    python tests/damage.py                        # lists the kinds
-    python tests/damage.py KIND DIR [GOOD]        # makes DIR: GOOD, or a small random checkpoint, broken so
+    python tests/support/damaged_checkpoints.py                    # lists the kinds
+    python tests/support/damaged_checkpoints.py KIND DIR [GOOD]    # makes DIR: GOOD, or a small random one, broken so
 
 A kind says what good directory it starts from, who has to refuse it, and what the refusal has to say.
 """
@@ -594,7 +594,7 @@ add_kinds("fp8", EVERYBODY, {
     "config with more heads": (configure, {"num_attention_heads": 8}, "expected F8_E4M3 1024x160, found F8_E4M3 512x160"),
     "config with another value width": (configure, {"v_head_dim": 128}, "found F8_E4M3 "),
     "config with more dense layers": (configure, {"first_k_dense_replace": 2}, "model.layers.1.mlp"),
-    "config with another router": (configure, {"topk_method": "greedy"}, "e_score_correction_bias"),
+    "config with another router": (configure, {"topk_method": "greedy"}, "topk_method 'greedy' is not"),
     "config with more shared experts": (configure, {"n_shared_experts": 4}, "shared_experts"),
     "config of another architecture": (configure, {"model_type": "deepseek_v32"}, "model_type 'deepseek_v32' is not"),
     "config with another activation": (configure, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
@@ -891,5 +891,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2] / "inference"))
+    sys.path[:0] = [str(Path(__file__).parents[2] / folder) for folder in ("inference", "tests")]
     sys.exit(main(sys.argv[1:]))
