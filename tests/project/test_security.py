@@ -71,6 +71,7 @@ ALLOWED = {  # file and finding: why
     ("benchmarks/kernel_gpu.py", "import importlib"): "peers, by names that stand in it",
     ("benchmarks/kernel_gpu.py", "import deep_gemm"): "a peer, where its user has installed it",
     ("benchmarks/kernel_gpu.py", "import flash_mla"): "a peer, where its user has installed it",
+    ("benchmarks/tables.py", "import support"): "the tests' catalogue of checkpoints, which a document shows",
     ("figures/benchmark.py", "import matplotlib"): "draws; pinned in requirements-dev.txt",
     ("figures/server_load.py", "import matplotlib"): "draws; pinned in requirements-dev.txt",
 }
