@@ -1,13 +1,14 @@
 """A checkpoint's vocabulary: ordinary text to token ids, an id to its bytes, and the tokens that stand beside it.
 
-It is read from tokenizer.json or, where there is none, from tiktoken.model. Either way the encoder knows no added
-tokens, so text never turns into one.
+It is read from tokenizer.json or, where there is none, from tiktoken.model. Either way the encoder knows no control
+tokens, so text never turns into one. Ordinary words that were added to a vocabulary belong to it.
 """
 
 import base64
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class TooLong(UserError):
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that no text is encoded to: control tokens, and whatever else was added beside the vocabulary."""
+    """A control token: one that no text is encoded to."""
 
     id: int
     text: str
@@ -37,7 +38,7 @@ class AddedToken:
 class Vocabulary(Protocol):
     path: Path  # of the file
     added: dict[str, AddedToken]  # by text
-    last_word: int  # the last id of a token that was not added
+    last_word: int  # the last id of a token that text is encoded to
     around: tuple[list[int], list[int]]  # ids that the tokenizer itself puts before and after every text
     sorts_tools: bool  # whether the chat template is given tools with their keys in alphabetical order
 
@@ -46,11 +47,11 @@ class Vocabulary(Protocol):
         ...
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token that was not added, by its spelling in the file."""
+        """The id of a token that text is encoded to, by its spelling in the file."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of a token that was not added; none for an id that is no token."""
+        """The bytes of a token that text is encoded to; none for an id that is no token."""
         ...
 
 
@@ -58,7 +59,7 @@ def read_vocabulary(folder: Path, settings: dict[str, Any]) -> Vocabulary:
     """`settings`: the content of tokenizer_config.json. Raises UserError."""
     path, ranks = folder / "tokenizer.json", folder / "tiktoken.model"
     if path.exists():
-        return JsonVocabulary(path)
+        return JsonVocabulary(path, settings)
     if os.path.lexists(ranks) and not path.is_symlink():
         return TiktokenVocabulary(ranks, settings)
     raise missing(path, "no such file; copy the tokenizer files beside the weights")
@@ -69,7 +70,7 @@ class JsonVocabulary:
 
     sorts_tools = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         raw = read_json(path)
         decoder = raw.get("decoder") or {}
@@ -78,22 +79,32 @@ class JsonVocabulary:
         if "ByteLevel" not in kinds or set(kinds) - {"ByteLevel", "Fuse"}:
             raise UserError(f"{path}: decoder {kinds} is not supported (known: ByteLevel)")
         try:
-            added = [
-                AddedToken(int(token["id"]), token["content"], bool(token.get("special")),
-                           any(token.get(option) for option in ("lstrip", "rstrip", "single_word")))
-                for token in raw.get("added_tokens") or []
-            ]  # fmt: skip
-            text_only = raw | {"added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
+            added = raw.get("added_tokens") or []
+            declared = _declared_texts(settings)
+            words = [token for token in added if not token.get("special") and _is_word(token["content"], declared)]
+            model = raw["model"]["vocab"]
+            # a word that the model has besides, such as a single letter, is written in byte letters as all its tokens
+            self._words = {int(token["id"]): token["content"] for token in words if token["content"] not in model}
+            self.added = {
+                token["content"]: AddedToken(
+                    int(token["id"]), token["content"], bool(token.get("special")),
+                    any(token.get(option) for option in ("lstrip", "rstrip", "single_word")))
+                for token in added if token not in words
+            }  # fmt: skip
+            kept = _without_control_tokens(model, added, words)
+            text_only = raw | {"added_tokens": kept, "truncation": None, "padding": None, "post_processor": None}
             self._library = tokenizers.Tokenizer.from_str(json.dumps(text_only))
             self.around = _tokens_around(raw.get("post_processor"))
         except Exception as e:  # the tokenizers library raises nothing more precise
             raise UserError(f"{path}: not a usable tokenizer ({e})") from None
-        self.added = {token.text: token for token in added}
+        for token_id, text in self._words.items():
+            if (other_id := self._library.token_to_id(text)) != token_id:
+                raise UserError(f"{path}: the added token {text!r} has id {token_id}, expected {other_id}")
         texts: dict[int, str] = {}
-        for text, token_id in self._library.get_vocab().items():
+        for text, token_id in self._library.get_vocab(with_added_tokens=False).items():
             if (other := texts.setdefault(token_id, text)) != text:
                 raise UserError(f"{path}: {other!r} and {text!r} have the same id, {token_id}")
-        self.last_word = max(texts, default=-1)
+        self.last_word = max([*texts, *self._words], default=-1)
 
     def encode(self, text: str, most: int | None = None) -> list[int]:
         # a batch, because the library lets other threads run meanwhile only for those
@@ -106,11 +117,43 @@ class JsonVocabulary:
         return self._library.token_to_id(token)
 
     def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._words:
+            return self._words[token_id].encode()
         token = self._library.id_to_token(token_id) if token_id >= 0 else None
         try:
             return bytes(LETTER_BYTES[letter] for letter in token or "")
         except KeyError:  # not written in byte letters, so it is the text itself
             return (token or "").encode()
+
+
+def _is_word(text: str, declared: set[str]) -> bool:
+    """Whether an added token that is not marked as special is an ordinary word, such as people add before training: not
+    one of `declared`, and without the brackets and bars of control tokens."""
+    return text not in declared and not set(text) & set("<>[]{}|｜")
+
+
+def _declared_texts(settings: dict[str, Any]) -> set[str]:
+    """The tokens that tokenizer_config.json calls special."""
+    entries = [value for key, value in settings.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key)
+        entries += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
+    return {str(entry.get("content") if isinstance(entry, dict) else entry) for entry in entries}
+
+
+def _without_control_tokens(
+    vocabulary: Any, added: list[dict[str, Any]], words: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The added tokens of a tokenizer.json that text may become, `words`, with their ids: the library numbers added
+    tokens in their order, so each control token leaves one behind that nobody can spell."""
+    if not words:
+        return []
+    secret = secrets.token_hex(16)
+    return [
+        token if token in words else token | {"content": f"{secret} {token['id']}"}
+        for token in added
+        if token in words or token["content"] not in vocabulary
+    ]
 
 
 def _tokens_around(post_processor: dict[str, Any] | None) -> tuple[list[int], list[int]]:

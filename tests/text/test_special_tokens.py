@@ -1,13 +1,15 @@
 """Where a text begins and an answer ends, in checkpoints as transformers writes them."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tokenizer import real_folder
-from tokenizers import processors
+from test_tokenizer import real_folder, texts
+from tokenizers import AddedToken, processors
+from tokenizers import Tokenizer as Library
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -108,8 +110,10 @@ def test_an_added_word_ends_nothing_by_config_alone(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="eos_token_id 261 is 'Ω', an ordinary word"):
         Tokenizer(save(tmp_path, change=add, config={"eos_token_id": 261}))
-    tokenizer = Tokenizer(save(tmp_path, change=add, generation={"eos_token_id": 262}, eos_token=EOS))
-    assert tokenizer.eos_ids == (262, 259), "somebody wrote that file by hand"
+    with pytest.raises(UserError, match="eos_token_id 262 is '</answer>', an ordinary word"):
+        Tokenizer(save(tmp_path, change=add, config={"eos_token_id": 262}))
+    tokenizer = Tokenizer(save(tmp_path, change=add, generation={"eos_token_id": [261, 262]}, eos_token=EOS))
+    assert tokenizer.eos_ids == (262, 259), "somebody wrote that file by hand; a word is none even so"
 
 
 def test_a_token_that_was_not_added_but_is_spelt_as_one(tmp_path: Path) -> None:
@@ -125,6 +129,65 @@ def test_another_models_tokenizer(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
     GenerationConfig(bos_token_id=258, eos_token_id=259).save_pretrained(tmp_path)
     assert Tokenizer(tmp_path).bos_id == 258, "two against one"
+
+
+# ------------------------------------------------------------------ words that were added
+
+
+def test_added_words_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    """As people add them before training. Control tokens beside them stay what no text becomes."""
+    words = ["ö", "Ω", "newword", "New York", "   ", "word"]
+
+    def change(library: Any) -> None:
+        library.add_tokens(["<think>", *words[:3]])
+        library.add_special_tokens(["<|im_start|>"])
+        library.add_tokens([*words[3:], "</think>", AddedToken("trim", lstrip=True, rstrip=True), AddedToken("alone", single_word=True)])
+
+    tokenizer = Tokenizer(save(tmp_path, change=change, bos_token=BOS, eos_token=EOS))
+    theirs, rng = peer(tmp_path), random.Random(16)
+    pool = [*words, *texts(200, seed=17), " trim ", "trim", " alone ", "alones", "Wörter", "newwords", "!", " ", "wor", "d"]
+    for _ in range(500):
+        text = "".join(rng.choices(pool, k=5))
+        ids = tokenizer.encode_text(text)
+        assert ids == theirs(text)["input_ids"], repr(text)
+        stream = tokenizer.stream()
+        assert tokenizer.decode(ids) == theirs.decode(ids) == "".join(map(stream.push, ids)) + stream.finish()
+        assert tokenizer.decode(ids) == text or "trim" in text or "ö" in text, "the last is a letter for a byte"
+    for text in (BOS, EOS, TURN, "<think>", "<|im_start|>", "</think>"):
+        assert tokenizer.decode(tokenizer.encode_text(f"Ω{text}Ω")) == f"Ω{text}Ω"
+        assert not any(map(tokenizer.is_control, tokenizer.encode_text(f"Ω{text}Ω")))
+    word = theirs.convert_tokens_to_ids("newword")
+    assert tokenizer.encode_text("newword") == [word] and tokenizer.name(word) == b"newword" and not tokenizer.is_control(word)
+
+
+def test_letters_that_stand_for_no_byte_of_any_text(tmp_path: Path) -> None:
+    """DeepSeek's older vocabularies lack the letters of bytes that UTF-8 never has, and they were added as words."""
+    letters = [chr(code) for code in (*range(0xC0, 0xC2), *range(0xF5, 0x100))]
+
+    def change(library: Any) -> None:
+        raw = json.loads(library.to_str())
+        raw["model"]["vocab"] = {text: i for i, text in enumerate(t for t in raw["model"]["vocab"] if t not in letters)}
+        size = len(raw["model"]["vocab"])
+        raw["added_tokens"] = [token | {"id": size + i} for i, token in enumerate(raw["added_tokens"])]
+        library = Library.from_str(json.dumps(raw))
+        library.add_tokens(letters)
+        library.save(str(tmp_path / "tokenizer.json"))
+
+    save(tmp_path, bos_token=BOS, eos_token=EOS)
+    change(Library.from_file(str(tmp_path / "tokenizer.json")))
+    text = "Übergrößen, à la carte, ÀÁ÷ 好"
+    ids = Tokenizer(tmp_path).encode_text(text)
+    assert ids == peer(tmp_path)(text)["input_ids"] and max(ids) > 247
+    assert Tokenizer(tmp_path).decode(ids) == text
+
+
+def test_an_added_word_with_another_id(tmp_path: Path) -> None:
+    save(tmp_path, bos_token=BOS, eos_token=EOS, change=lambda library: library.add_tokens(["newword"]))
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["added_tokens"][-1]["id"] = 270
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="the added token 'newword' has id 270, expected 261"):
+        Tokenizer(tmp_path)
 
 
 # ------------------------------------------------------------------ around a raw text
