@@ -169,7 +169,7 @@ def multiplied_out(
 def unquantise(folder: Path, where: Callable[[str], bool], dtype: torch.dtype = torch.bfloat16) -> None:
     """Stores weights plain, and takes their scales away."""
     tensors = whole(folder)
-    plain = {n: dequantise(t, tensors[n + "_scale_inv"]).to(dtype) for n, t in tensors.items()
+    plain = {n: dequantise(t, tensors[n + "_scale_inv"].float()).to(dtype) for n, t in tensors.items()
              if t.dtype == torch.float8_e4m3fn and where(n)}  # fmt: skip
     assert plain
     for file in files(folder):
