@@ -28,7 +28,7 @@ DIFFERENT = {
     "MistralLarge3ForCausalLM": SCALED, "mistral_large3": SCALED, "Mistral4ForCausalLM": SCALED, "mistral4": SCALED,
 }  # fmt: skip
 # The routers that a network has, as released and in transformers, which does not look at these fields of V3.
-ROUTERS = {
+ROUTERS: dict[str, dict[str, tuple[Any, ...]]] = {
     "v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     "v2": {"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy")},
 }
