@@ -102,9 +102,9 @@ def family(raw: dict[str, Any]) -> tuple[str, list[str]]:
         warnings.append(f"config: model_type {model_type!r} is unknown; computed as {name}, its architecture")
     elif meant is not None and ARCHITECTURES[meant] != ARCHITECTURES[name]:
         raise UserError(f"config: architecture {name!r} and model_type {model_type!r} are different networks")
-    for field, known in ROUTERS[ARCHITECTURES[name]].items():
-        if raw.get(field) not in (None, *known):
-            raise UserError(f"config: {field} {raw[field]!r} is not supported with {name} (known: {_join(known)})")
+    for field, routers in ROUTERS[ARCHITECTURES[name]].items():
+        if raw.get(field) not in (None, *routers):
+            raise UserError(f"config: {field} {raw[field]!r} is not supported with {name} (known: {_join(routers)})")
     for field, wanted in FIXED.items():
         if raw.get(field) not in (None, wanted):
             raise UserError(f"config: {field} {raw[field]!r} is not supported (known: {wanted!r})")
