@@ -45,7 +45,7 @@ MUTANTS = (
      "pass",
      "core/test_config.py::test_missing_and_unknown_fields", "an unknown score_func is taken for one of the known"),
     ("config-router-of-another-network", "core/hf_config.py",
-     "if raw.get(field) not in (None, *known):",
+     "if raw.get(field) not in (None, *routers):",
      "if False:",
      "core/test_config.py::test_refused_by_name", "V3 with a router that transformers does not look at"),
     ("config-yarn-ramp-backwards", "core/config.py",
