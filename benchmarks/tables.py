@@ -299,6 +299,13 @@ def lines_of(*files: str) -> int:
     return sum(len((INFERENCE / file).read_text().splitlines()) for file in files)
 
 
+def kinds_of_damage() -> str:
+    sys.path.append(str(ROOT / "tests"))
+    from support.damaged_checkpoints import KINDS  # type: ignore[import-not-found]
+
+    return str(len(KINDS))
+
+
 FACTS: dict[str, Callable[[], str]] = {
     "model-lines": lambda: str(lines_of("model.py")),
     "reference-lines": lambda: str(lines_of("ops/reference.py")),
@@ -307,6 +314,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "mutants-killed": lambda: str(read("mutants")["results"]["killed"]),
     "mutants": lambda: str(read("mutants")["results"]["of"]),
     "memory-read": lambda: f"{read('kernel_cpu')['results']['read_gb_s']:.0f}",
+    "kinds-of-damage": kinds_of_damage,
     "long-tests": lambda: str(len(read("trust")["results"]["tests"])),
 }
 
