@@ -84,14 +84,14 @@ def swapped(ours: Callable[[int], torch.Tensor]) -> Callable[[int], torch.Tensor
 def products(n: int, k: int, turns: int) -> list[dict[str, Any]]:
     copies = BYTES // (2 * n * k)
     weights = [torch.randn(n, k).bfloat16() for _ in range(copies)]
-    packed = [kernel_cpu.pack(w) for w in weights]
+    packed, tiles = [kernel_cpu.pack(w) for w in weights], kernel_cpu.may_use_tiles()
     can_pack = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     onednn = [torch.ops.mkldnn._reorder_linear_weight(w) for w in weights] if can_pack else []
 
     def product(rows: int) -> dict[str, Any]:
         x = torch.randn(rows, k).bfloat16()
         sides: Sides = {
-            "ours": lambda i: kernel_cpu.linear(x, packed[i], torch.bfloat16),
+            "ours": lambda i: kernel_cpu.linear(x, packed[i], torch.bfloat16, tiles),
             "F.linear": lambda i: F.linear(x, weights[i]),
         }
         if onednn:
@@ -113,6 +113,7 @@ def experts(turns: int) -> list[dict[str, Any]]:
     w13 = [torch.randn(n, 2 * inter, h).div(h**0.5).bfloat16() for _ in range(copies)]
     w2 = [torch.randn(n, h, inter).div(inter**0.5).bfloat16() for _ in range(copies)]
     packed = [(kernel_cpu.pack(a.clone()), kernel_cpu.pack(b.clone())) for a, b in zip(w13, w2, strict=True)]
+    tiles = kernel_cpu.may_use_tiles()
 
     def layer(tokens: int) -> dict[str, Any]:
         x, weights = torch.randn(tokens, h).bfloat16(), torch.rand(tokens, top)
@@ -127,7 +128,7 @@ def experts(turns: int) -> list[dict[str, Any]]:
             return reference.experts(x, weights, ids, 0, n, run).bfloat16()
 
         sides: Sides = {
-            "ours": lambda i: kernel_cpu.experts(x, weights, ids, 0, *packed[i], inter),
+            "ours": lambda i: kernel_cpu.experts(x, weights, ids, 0, *packed[i], inter, tiles=tiles),
             "loop over F.linear": loop,
         }
         expected = torch.zeros(tokens, h, dtype=torch.float64)
