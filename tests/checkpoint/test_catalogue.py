@@ -47,6 +47,13 @@ def bases(tmp_path_factory) -> Bases:
     return Bases(tmp_path_factory.mktemp("bases"))
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_kept(tmp_path) -> Iterator[None]:
+    """A run would leave a gigabyte behind."""
+    yield
+    shutil.rmtree(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def oracle(bases) -> Callable[[Path], Any]:
     """transformers' float32 model of a folder; that of a base is made once."""
