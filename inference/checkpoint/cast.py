@@ -78,8 +78,9 @@ def cast(source: Path, target: Path, device: str = "auto") -> None:
     new = [OutputFile(file, CAST_MARK, outputs) for file, outputs in sorted(files.items()) if outputs]
 
     config = read_json(source / "config.json")
-    for part in (config, config.get("text_config", {})):
-        part.pop("quantization_config", None)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
     if "dtype" not in config:  # as transformers 5 spells it
         config["torch_dtype"] = "bfloat16"
     texts = {"config.json": config}

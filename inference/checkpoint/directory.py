@@ -16,9 +16,10 @@ from checkpoint.reading import DTYPE_NAMES, Entry, Reader, dtype_and_shape, read
 from checkpoint.stacked import unstack
 from checkpoint.table import FP8, IGNORED, PLAIN, Spec, expected_tensors, fp8_rows, has_experts, stored_dtype
 from checkpoint.unsupported import require_checkpoint
-from core.config import ModelArgs, check_agreement, hf_prefix, load_config
+from core.config import UNCONVERTED, ModelArgs, check_agreement, hf_prefix, load_config
 from core.errors import CheckpointError, CheckWarning, UserError, warn
 from core.files import read_json
+from core.hf_config import text_config
 from core.run_config import AskedLayout, ExpertLayout
 
 # beginnings of names beside the text model's in a multimodal checkpoint (Kimi-K2.5), as released and as transformers
@@ -306,9 +307,9 @@ class Checkpoint:
     def _contradictions(self, tensors: dict[str, Entry]) -> Iterator[CheckpointError]:
         """FP8 weights of modules that config.json names among those that are not quantised. Only whole names count:
         programs differ in how they read patterns and parts of names."""
-        raw = read_json(self.path / "config.json") if self.args else {}
-        quantisation = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config") or {}
-        for field in ("modules_to_not_convert", "ignored_layers"):
+        raw, _ = text_config(read_json(self.path / "config.json") if self.args else {})
+        quantisation = raw.get("quantization_config") or {}
+        for field in UNCONVERTED:
             for module in quantisation.get(field) or ():
                 if (entry := tensors.get(f"{module}.weight")) is not None and entry.dtype == FP8:
                     text = f"{entry}: FP8, but config.json's quantization_config.{field} names {module}"

@@ -18,6 +18,7 @@ PROGRAM_VERSION = "0.1.0"
 BLOCK_SIZE = 128  # FP8 scales: one per 1x128 activations and per 128x128 weights (technical report, section 3.3.2)
 SCORE_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
+UNCONVERTED = ("modules_to_not_convert", "ignored_layers")  # fields of quantization_config: modules that are not FP8
 MAX_LAYERS, MAX_EXPERTS = 1000, 1 << 17  # in all layers together; V3 has 15,104: more is a damaged number
 HF_NAMES = {  # ModelArgs' fields that Hugging Face names otherwise; those of the rotary embedding depend on the file
     "dim": "hidden_size", "inter_dim": "intermediate_size", "moe_inter_dim": "moe_intermediate_size",
@@ -324,6 +325,9 @@ def _hf_storage(raw: dict[str, Any]) -> dict[str, Any]:
                 known = f"{value!r}, or no quantization_config: weights in FP8, bfloat16, float16 or float32"
                 raise UserError(f"config: {found} is not supported (known: {known})")
             raise UserError(f"config: {found} is not supported (known: {value!r})")
+    for name in UNCONVERTED:
+        if not isinstance(quant.get(name) or [], list):
+            raise UserError(f"config: quantization_config.{name} is {quant[name]!r}, expected a list of modules")
     # transformers 5 writes "float" for scales that are no powers of two
     return {"dtype": "fp8", "scale_fmt": None if quant.get("scale_fmt") == "float" else quant.get("scale_fmt")}
 

@@ -241,6 +241,8 @@ def split_long_runs(text: str) -> Iterator[str]:
 
 def _require_known_class(path: Path, settings: dict[str, Any]) -> None:
     """Raises UserError for a tokenizer that splits words in a way that is not known here."""
+    if not settings:
+        raise UserError(f"{path}: there is no tokenizer_config.json beside it; copy it too")
     found = settings.get("tokenizer_class")
     mapped = settings.get("auto_map")
     mapped = mapped.get("AutoTokenizer") if isinstance(mapped, dict) else mapped

@@ -96,6 +96,15 @@ def test_transformers_loads_it(tmp_path):
     assert torch.equal(state["model.layers.1.mlp.shared_experts.up_proj.weight"].float(), up.float())
 
 
+def test_a_config_that_names_every_field(source, tmp_path):
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"text_config": None}))
+    cast(copy, tmp_path / "out", CPU)
+    del config["quantization_config"]
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config | {"text_config": None}
+
+
 def test_single_file(source, tmp_path):
     (tmp_path / "a").mkdir()
     save_file(whole(source), tmp_path / "a" / "model.safetensors")

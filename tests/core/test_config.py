@@ -265,6 +265,8 @@ def test_the_released_code_decides_what_a_lone_mscale_means():
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method 'gptq' is not supported"),
         ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "quantization_config.fmt 'e5m2' is not supported"),
         ({"quantization_config": {"quant_method": "fp8", "scale_fmt": "e8"}}, "quantization_config.scale_fmt 'e8' is not supported"),
+        ({"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": "lm_head"}}, "modules_to_not_convert is 'lm_head', expected a list"),
+        ({"quantization_config": {"quant_method": "fp8", "ignored_layers": 5}}, "ignored_layers is 5, expected a list of modules"),
         ({"torch_dtype": "float64"}, "weights in 'float64' are not supported"),
         ({"num_experts_per_tok": 13}, "num_experts_per_tok is 13, expected from 1 to 12"),
         ({"n_group": 5}, "n_group is 5, expected a divisor of 32 experts"),

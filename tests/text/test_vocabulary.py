@@ -335,7 +335,7 @@ def line(number: int, text: str) -> Callable[[Path], None]:
     (lambda f: (f / "tiktoken.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), r"tiktoken.model: a Git LFS pointer.*git lfs pull"),
     (lambda f: ((f / "tiktoken.model").unlink(), (f / "tiktoken.model").symlink_to("nowhere")), r"tiktoken.model: a broken link: nothing is at 'nowhere'"),
     (lambda f: (f / "tiktoken.model").unlink(), r"tokenizer.json: no such file; copy the tokenizer files"),
-    (lambda f: (f / "tokenizer_config.json").unlink(), r"tiktoken.model: tokenizer_config.json's tokenizer_class None is not known"),
+    (lambda f: (f / "tokenizer_config.json").unlink(), r"tiktoken.model: there is no tokenizer_config.json beside it; copy it too"),
     (lambda f: small(f, tokenizer_class="QWenTokenizer"), r"tokenizer_class 'QWenTokenizer', tokenization_kimi.TikTokenTokenizer is not known"),
     (lambda f: small(f, auto_map={"AutoTokenizer": ["my_code.TikTokenTokenizer", None]}), r"'TikTokenTokenizer', my_code.TikTokenTokenizer is not known"),
     (lambda f: small(f, added_tokens_decoder={"5": {"content": "x"}}), r"added_tokens_decoder has '5': 'x', expected an id from 256 to 511"),
