@@ -1,7 +1,8 @@
 """Every benchmark that this machine can run, one after another; results as JSON in benchmarks/results/.
 
     python benchmarks/bench.py                       # all that this machine can run
-    python benchmarks/bench.py cpu convert-memory    # some of: cpu, kernel-cpu, offline-throughput, online-serving,
+    python benchmarks/bench.py cpu convert-memory    # some of: cpu, compiled-reference, kernel-cpu, kernel-cpu-clang,
+                                                     # offline-throughput, online-serving,
                                                      # check-speed, convert-memory, demo, draft-acceptance; on a GPU
                                                      # kernel-dense, kernel-moe, kernel-fused, kernel-router,
                                                      # kernel-decode, kernel-prefill, rank-step, model-v2-lite,
@@ -19,6 +20,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 COMMANDS: dict[str, list[Path | str]] = {
     "cpu": [HERE / "bench_cpu.py", "--output", RESULTS / "cpu.json"],
+    "compiled-reference": [HERE / "bench_cpu.py", "--compiled", "--output", RESULTS / "compiled_reference.json"],
+    "kernel-cpu-clang": [HERE / "kernel_cpu.py", "--clang", "--output", RESULTS / "kernel_cpu_clang.json"],
     "kernel-cpu": [HERE / "kernel_cpu.py", "--output", RESULTS / "kernel_cpu.json"],
     "offline-throughput": [HERE / "offline_throughput.py", "--output", RESULTS / "offline_throughput.json"],
     "online-serving": [HERE / "online_serving.py", "--output", RESULTS / "online_serving.json"],

@@ -85,6 +85,29 @@ def cpu(record: dict[str, Any]) -> str:
     return report.table(header, rows)
 
 
+def compiled_reference(record: dict[str, Any]) -> str:
+    """Ratios are of the reference's time and the compiled one's over ours."""
+    header = ["two layers of the widths above", "this engine, tok/s", "the reference, tok/s", "its time, × ours",
+              "torch.compile of it, tok/s", "its time, × ours", "its first run, s"]  # fmt: skip
+    rows = []
+    for row in record["results"]["rows"]:
+        line = [row["name"], f"{row['tok_s']['ours']:,.0f}"]
+        for side in ("reference", "reference, compiled"):
+            line += [f"{row['tok_s'][side]:,.0f}", f"{row['ratio'][side]:.2f}"]
+        rows.append([*line, f"{row['first_s']['reference, compiled']:.0f}"])
+    return report.table(header, rows)
+
+
+def kernel_cpu_clang(record: dict[str, Any]) -> str:
+    header = ["compiled by", "products", "experts", "attention"]
+    kinds = {"products": " by ", "experts": "experts", "attention": "attention"}
+    times = []
+    for word in kinds.values():
+        ratios = [row["Clang"]["ratio"] for row in record["results"]["rows"] if word in row["name"]]
+        times.append(f"{min(ratios):.2f} – {max(ratios):.2f}")
+    return report.table(header, [["Clang, its time × GCC's", *times]])
+
+
 def kernel_cpu(record: dict[str, Any]) -> str:
     """Of the products, one shape's; ratios are of the fastest other side."""
     results = record["results"]

@@ -1,16 +1,21 @@
-"""What a host and its container leave free, as Linux tells it."""
+"""What a host and its container leave free, as Linux tells it; elsewhere, from what a host has."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 
 def host_memory(root: Path = Path("/")) -> int:
-    """Bytes that programs may take without swapping, by the kernel's estimate; 4 GiB where it makes none."""
+    """Bytes that programs may take without swapping, by the kernel's estimate; where it makes none, three quarters of
+    the host's memory, and 4 GiB where that is not known either."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
-        return 4 << 30
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 * 3
+        except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+            return 4 << 30
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
 
 

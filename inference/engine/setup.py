@@ -268,7 +268,7 @@ def size_cache(run: RunConfig, model: Transformer, recorded: bool) -> RunConfig:
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes this rank may take now: what its device has (None: it does not say), or an equal part of what its host has,
-    by the kernel's estimate (4 GiB where the host does not say), or its container, if that is less."""
+    by the kernel's estimate, or its container, if that is less."""
     if device.type != "cpu":
         return devices.free_memory(device)
     return min([host_memory.host_memory(), *host_memory.container_memory()]) // startup.environment()[3]

@@ -255,4 +255,13 @@ MUTANTS = (
      "(self.looked if count else self.absent)[check] = covered",
      "self.looked[check] = covered",
      "checkpoint/test_check.py::test_what_was_not_looked_at_has_no_tick", "no scales at all are ticked as checked"),
+    # --- other systems ------------------------------------------------------------------------------------------------
+    ("reading-elsewhere", "checkpoint/reading.py",
+     "os.lseek(fd, at, os.SEEK_SET)",
+     "os.lseek(fd, 0, os.SEEK_SET)",
+     "project/test_devices.py::test_reading_without_preadv", "without preadv every tensor is the file's beginning"),
+    ("reading-takes-a-unix", "checkpoint/reading.py",
+     'if hasattr(os, "preadv"):',
+     "if True:",
+     "project/test_devices.py::test_reading_without_preadv", "nothing loads on Windows"),
 )  # fmt: skip

@@ -320,4 +320,8 @@ MUTANTS = (
      "return self.gpu or self.reference or self.num.dtype == torch.float32",
      "return self.gpu or self.num.dtype == torch.float32",
      "project/test_devices.py::test_memory_of_a_device", "another device's weights are counted as if a CPU packed them"),
+    ("host-memory-elsewhere", "engine/host_memory.py",
+     "// 4 * 3",
+     "* 4 // 3",
+     "project/test_devices.py::test_memory_of_a_host_that_is_no_linux", "a Mac is taken to have more memory than it has"),
 )  # fmt: skip

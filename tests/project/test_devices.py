@@ -23,7 +23,7 @@ from core.errors import UserError
 from core.numerics import Numerics
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
-from engine import rank_memory, setup
+from engine import host_memory, rank_memory, setup
 from engine.engine import Engine
 from ops import backend
 from ops.reference_backend import ReferenceBackend
@@ -270,6 +270,13 @@ def test_what_takes_a_unix_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(UserError, match="--interactive takes a Unix terminal; --input-file does without"):
         generate.parse(["--ckpt-path", "x", "--interactive"])
+
+
+def test_memory_of_a_host_that_is_no_linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 4 << 20, "SC_PAGE_SIZE": 16384}.__getitem__)  # a Mac of 64 GiB
+    assert host_memory.host_memory(tmp_path) == 48 << 30
+    monkeypatch.delattr(os, "sysconf")
+    assert host_memory.host_memory(tmp_path) == 4 << 30
 
 
 def test_reading_without_preadv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

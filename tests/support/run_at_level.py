@@ -43,6 +43,7 @@ def main() -> None:
         flags = tuple(f"-march={march}" if flag == kernels.NATIVE[0] else flag for flag in kernels.FLAGS)
         found = kernels.load(kernels.build(kernels.compilers()[0], flags))
         kernels.library = lambda found=found: found
+        kernels.may_use_tiles.cache_clear()
         errors[f"compiled for {march}"] = error(half, CompiledCpuBackend())
     answers = []
     if asked["questions"]:
