@@ -147,3 +147,14 @@ def test_the_engine_says_why_it_is_slower(tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("note: on this CPU bfloat16 is slower") == done.stderr.count("/nowhere/cc") == notes
     assert done.stderr.count("experts: ") == 1
+
+
+@pytest.mark.trust
+@pytest.mark.parametrize("target", ["aarch64-linux-gnu", "riscv64-linux-gnu"])
+def test_it_compiles_for_other_processors(tmp_path, target):
+    """Which is all that can be said of them here."""
+    pytest.importorskip("ziglang")
+    flags = [flag for flag in kernels.FLAGS if flag != kernels.NATIVE[0] and flag != "-fopenmp"]
+    command = [sys.executable, "-m", "ziglang", "cc", "-target", target, *flags, "-Xclang", "-fopenmp"]
+    kernels._run([*command, str(kernels.SOURCE), "-o", str(tmp_path / "kernels.so"), "-lm", *kernels.UNDEFINED], str(tmp_path))
+    assert (tmp_path / "kernels.so").stat().st_size > 50_000
