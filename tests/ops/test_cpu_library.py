@@ -80,7 +80,9 @@ def test_without_a_compiler(tmp_path, command):
 
 
 def test_what_to_install(tmp_path):
-    """Where there is none at all."""
+    """Where there is none at all; the package in the version that is tested."""
+    pinned = (INFERENCE.parent / "requirements-dev.txt").read_text()
+    assert kernels.INSTALL.split(",")[0].removeprefix("pip install ") in pinned
     code = "import importlib.util, shutil\nimportlib.util.find_spec = shutil.which = lambda name: None\nprint(kernels.library(), kernels.why_not())"
     done = run(code, XDG_CACHE_HOME=str(tmp_path), CC="")
     assert done.stdout == f"None there is no C compiler; {kernels.INSTALL}\n" and not done.stderr
