@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import stat
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from core.errors import CheckpointError, UserError
 
 MAX_JSON = 1 << 30  # bytes; the manifest of V3 for 16 ranks, experts split, has 175 MB
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # its first line (git-lfs, docs/spec.md)
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)  # deepseek-ai/DeepSeek-V3
 MAX_POINTER = 1024  # bytes, by the same document
 
 
@@ -23,7 +25,10 @@ def require_folder(folder: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         if os.path.isfile(folder):
             raise UserError(f"{folder}: a file; give the directory that holds it") from None
-        raise missing(folder, "no such directory") from None
+        text = "no such directory"
+        if HUB_NAME.fullmatch(str(folder)):
+            text += f"; nothing is downloaded here: `hf download {folder} --local-dir DIR` does, if it is on the Hub"
+        raise missing(folder, text) from None
     except OSError as e:
         raise UserError(f"{folder}: cannot be read ({e.strerror})") from None
 

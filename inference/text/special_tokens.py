@@ -26,7 +26,7 @@ class SpecialTokens:
     named: dict[str, str] = field(default_factory=dict)  # the text of `bos_token` and its like, which templates may use
     missing: dict[str, str] = field(default_factory=dict)  # such names whose token the vocabulary does not have
     declared: dict[str, int] = field(default_factory=dict)  # every token that tokenizer_config.json calls special
-    ignored: list[str] = field(default_factory=list)  # where a file says of an ordinary word that it ends a text
+    ignored: list[str] = field(default_factory=list)  # what files say that does not hold for this vocabulary
 
 
 def find_special_tokens(
@@ -118,6 +118,14 @@ def _declare(
             text, token_id = look_up(entry)
             if text is not None and token_id is not None:
                 found.declared[text] = token_id
+            elif text is not None:
+                found.ignored.append(f"{path.name}: {key} has {text!r}, no token of {vocabulary.path.name}")
+    decoder, file = settings.get("added_tokens_decoder"), vocabulary.path.name
+    for key, entry in decoder.items() if isinstance(decoder, dict) else ():
+        text, token_id = look_up(entry)
+        if str(token_id) != key:
+            what = "no token" if token_id is None else f"token {token_id}"
+            found.ignored.append(f"{path.name}: added_tokens_decoder has {text!r} as {key}, {what} of {file}")
     return own
 
 

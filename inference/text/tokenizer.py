@@ -28,7 +28,7 @@ class Tokenizer:
 
     bos_id is None if the checkpoint names none; think_open_id and think_close_id are None where the vocabulary has no
     `<think>`. Each of eos_ids ends an answer. `ignored` has a line for every ordinary word that generation_config.json
-    or config.json takes for a special token.
+    or config.json takes for a special token, and for every token that tokenizer_config.json alone has.
     """
 
     def __init__(self, folder: str | Path, vocab_size: int | None = None) -> None:

@@ -265,6 +265,20 @@ def test_a_padding_token_that_nothing_needs(tmp_path: Path) -> None:
             Tokenizer(edit(save(tmp_path, bos_token=BOS, eos_token=EOS), **{name: "[PAD]"}))
 
 
+def test_tokens_that_the_settings_alone_have(tmp_path: Path) -> None:
+    """transformers adds them, behind the model's vocabulary; here they stay ordinary text, and a check tells."""
+    save(tmp_path, bos_token=BOS, eos_token=EOS)
+    decoder = {"258": {"content": BOS}, "7": {"content": EOS}, "300": {"content": "<tool>"}}
+    edit(tmp_path, extra_special_tokens=["<call>", EOS], added_tokens_decoder=decoder)
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode_text("<call>")) == "<call>"
+    assert tokenizer.ignored[:3] == [
+        "tokenizer_config.json: extra_special_tokens has '<call>', no token of tokenizer.json",
+        f"tokenizer_config.json: added_tokens_decoder has {EOS!r} as 7, token 259 of tokenizer.json",
+        "tokenizer_config.json: added_tokens_decoder has '<tool>' as 300, no token of tokenizer.json",
+    ]
+
+
 def test_a_padding_token_that_the_template_reads(tmp_path: Path) -> None:
     save(tmp_path, bos_token=BOS, eos_token=EOS, chat_template="{{ bos_token }}{{ messages[0].content }}{{ pad_token }}")
     tokenizer = Tokenizer(edit(tmp_path, pad_token="[PAD]"))

@@ -706,6 +706,8 @@ def test_bad_checkpoints(tmp_path: Path, damage: Callable[[Path], Any], message:
 def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such directory"):
         Tokenizer.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"^deepseek-ai/DeepSeek-V3: no such directory; .*`hf download deepseek-ai/DeepSeek-V3 --local"):
+        Tokenizer.from_pretrained("deepseek-ai/DeepSeek-V3")
 
 
 def test_tokens_that_trim_their_neighbours_are_refused(tmp_path: Path) -> None:
