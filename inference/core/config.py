@@ -113,7 +113,8 @@ class ModelArgs:
         self._require(self.n_mtp_layers in (0, 1), "n_mtp_layers", "0 or 1")
         self._require(self.block_size == BLOCK_SIZE, "block_size", str(BLOCK_SIZE))
         self._require(self.rope_factor >= 1, "rope_factor", "at least 1")
-        for name in ("rope_theta", "norm_eps", "route_scale", "beta_fast", "beta_slow"):
+        self._require(self.rope_theta > 1, "rope_theta", "a number above 1")
+        for name in ("norm_eps", "route_scale", "beta_fast", "beta_slow"):
             self._require(getattr(self, name) > 0, name, "a positive number")
         self._require(self.beta_fast >= self.beta_slow, "beta_fast", f"at least beta_slow, {self.beta_slow!r}")
         for name in ("mscale", "mscale_all_dim"):

@@ -260,6 +260,7 @@ def test_the_released_code_decides_what_a_lone_mscale_means():
         ({"rope_scaling": {**V3["rope_scaling"], "beta_fast": 1, "beta_slow": 32}}, "rope_scaling.beta_fast is 1.0, expected at least"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling.type 'linear' is not supported (known: yarn, default)"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "rope_scaling.original_max_position_embeddings is missing"),
+        ({"rope_theta": 1.0}, "rope_theta is 1.0, expected a number above 1"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias True is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method 'gptq' is not supported"),
