@@ -327,6 +327,13 @@ def kinds_of_damage() -> str:
     return str(len(KINDS))
 
 
+def listed_mutants() -> str:
+    sys.path.append(str(ROOT / "tests"))
+    from mutation.mutants import MUTANTS  # type: ignore[import-not-found]
+
+    return str(len(MUTANTS))
+
+
 FACTS: dict[str, Callable[[], str]] = {
     "model-lines": lambda: str(lines_of("model.py")),
     "reference-lines": lambda: str(lines_of("ops/reference.py")),
@@ -335,6 +342,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "mutants-killed": lambda: str(read("mutants")["results"]["killed"]),
     "mutants": lambda: str(read("mutants")["results"]["of"]),
     "memory-read": lambda: f"{read('kernel_cpu')['results']['read_gb_s']:.0f}",
+    "listed-mutants": listed_mutants,
     "kinds-of-damage": kinds_of_damage,
     "long-tests": lambda: str(len(read("trust")["results"]["tests"])),
 }

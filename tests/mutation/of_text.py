@@ -95,7 +95,7 @@ MUTANTS = (
     ("text-words-without-settings", "text/vocabulary.py",
      "    if not settings:\n        raise UserError(f\"{path}: there is no",
      "    if False:\n        raise UserError(f\"{path}: there is no",
-     "text/test_vocabulary.py", "a tokenizer_config.json that is not there is blamed for its tokenizer_class"),
+     "text/test_vocabulary.py::test_what_cannot_be_read", "a tokenizer_config.json that is not there is blamed for its tokenizer_class"),
     ("text-added-words", "text/vocabulary.py",
      'words = [token for token in added if not token.get("special") and', "words = [token for token in added if False and",
      "text/test_special_tokens.py::test_added_words_are_read_as_transformers_reads_them", "a word that was added to a vocabulary is read in pieces"),
