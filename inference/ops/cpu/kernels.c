@@ -252,9 +252,10 @@ static void multiply(const float *x, int64_t rows, const bf16 *w, int64_t n, int
 }
 
 /* The matrix unit of Intel's servers (AMX) multiplies tiles of 16 rows of x and 16 of w, 32 k at a time. It adds up in
- * float32, takes subnormal numbers for zeros, and gains where there are enough rows to fill its tiles. */
+ * float32, takes subnormal numbers for zeros, and gains where there are enough rows to fill its tiles. For it the rows
+ * of x lie in blocks of two tiles: (blocks, k / 32, 2 tiles, 16 rows, 32). */
 enum { TILE = 16, TILE_K = 32, TILE_ROWS = 16 /* the least that gain */ };
-enum { TILE_NUMBERS = 1 << 19 /* of x, which stay in a core's cache */ };
+enum { TILES_AHEAD = 16 /* steps of the loop that a panel is fetched before it is needed */ };
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -275,20 +276,22 @@ static void shape_tiles(int64_t r) {
     _tile_loadconfig(&shapes);
 }
 
-/* r rows of x (·, k) by a panel: sums (r, WIDTH). */
-static void product_in_tiles(const bf16 *x, int64_t stride, int64_t r, const bf16 *w, int64_t k, float *out) {
+/* A block of r rows of x by a panel: sums (r, WIDTH). `fresh`: the panel comes from memory, and is fetched ahead. */
+INLINE void product_in_tiles(const bf16 *x, int64_t r, const bf16 *w, int64_t k, int fresh, float *out) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t j = 0; j < k; j += TILE_K, x += TILE_K, w += TILE_K * WIDTH) {
+    for (int64_t j = 0; j < k; j += TILE_K, x += 2 * TILE * TILE_K, w += TILE_K * WIDTH) {
+        if (fresh)
+            for (int i = 0; i < TILE_K; i++) __builtin_prefetch(w + (TILES_AHEAD * TILE_K + i) * WIDTH);
         _tile_loadd(6, w, 2 * WIDTH * sizeof(bf16));
         _tile_loadd(7, w + WIDTH, 2 * WIDTH * sizeof(bf16));
-        _tile_loadd(4, x, stride * sizeof(bf16));
+        _tile_loadd(4, x, TILE_K * sizeof(bf16));
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (r > TILE) {
-            _tile_loadd(5, x + TILE * stride, stride * sizeof(bf16));
+            _tile_loadd(5, x + TILE * TILE_K, TILE_K * sizeof(bf16));
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -301,9 +304,8 @@ static void product_in_tiles(const bf16 *x, int64_t stride, int64_t r, const bf1
     }
 }
 
-/* As multiply, of rows as they are, k whole tiles. */
-static void multiply_in_tiles(const bf16 *x, int64_t stride, int64_t rows, const bf16 *w, int64_t n, int64_t k,
-                              Target to) {
+/* As multiply, of rows in tiles. */
+static void multiply_in_tiles(const bf16 *x, int64_t rows, const bf16 *w, int64_t n, int64_t k, Target to) {
     int64_t begin, end, shaped = 0;
     my_share(in_wholes(n, WIDTH), &begin, &end);
     for (; begin < end; begin++)
@@ -311,7 +313,7 @@ static void multiply_in_tiles(const bf16 *x, int64_t stride, int64_t rows, const
             float out[2 * TILE * WIDTH] __attribute__((aligned(64)));
             const int64_t r = least(2 * TILE, rows - first), column = begin * WIDTH;
             if (r != shaped) shape_tiles(shaped = r);
-            product_in_tiles(x + first * stride, stride, r, w + begin * k * WIDTH, k, out);
+            product_in_tiles(x + first * k, r, w + begin * k * WIDTH, k, first == 0, out);
             deliver(out, first, r, least(WIDTH, n - column), WIDTH, column, to);
         }
     if (shaped) _tile_release();
@@ -319,32 +321,39 @@ static void multiply_in_tiles(const bf16 *x, int64_t stride, int64_t rows, const
 INLINE int fills_tiles(int64_t rows, int64_t k) { return rows >= TILE_ROWS && k % TILE_K == 0; }
 #else
 int64_t may_use_tiles(void) { return 0; }
-static void multiply_in_tiles(const bf16 *x, int64_t stride, int64_t rows, const bf16 *w, int64_t n, int64_t k,
-                              Target to) {
-    (void)x, (void)stride, (void)rows, (void)w, (void)n, (void)k, (void)to;
+static void multiply_in_tiles(const bf16 *x, int64_t rows, const bf16 *w, int64_t n, int64_t k, Target to) {
+    (void)x, (void)rows, (void)w, (void)n, (void)k, (void)to;
 }
 INLINE int fills_tiles(int64_t rows, int64_t k) { return 0 * rows * k; }
 #endif
 
+/* A row of k numbers to row i of those in tiles. */
+INLINE void put_in_tiles(const bf16 *row, int64_t k, int64_t i, bf16 *x) {
+    x += i / (2 * TILE) * 2 * TILE * k + i % (2 * TILE) * TILE_K;
+    for (int64_t j = 0; j < k; j += TILE_K) memcpy(x + j * 2 * TILE, row + j, TILE_K * sizeof(bf16));
+}
+
 /* x (t, k) by packed w (n, k) to y (t, n), either bf16 or float; in tiles where asked to and there are rows for them.
- * scratch: (min(t, chunk), even(k)) floats; chunk, a multiple of ROWS, is how many rows are multiplied by all of w
- * before the next ones come. */
+ * scratch: (min(t, chunk), even(k)) floats; chunk, a multiple of ROWS and of two tiles, is how many rows are multiplied
+ * by all of w before the next ones come. */
 void linear(const void *x, int x_float, int64_t t, int64_t stride, const bf16 *w, int64_t n, int64_t k, void *y,
             int y_float, float *scratch, int64_t chunk, int tiles, int threads) {
     const int64_t size = even(k);
     tiles = tiles && !x_float && fills_tiles(t, k);
-    if (tiles) chunk = in_wholes(TILE_NUMBERS, 2 * TILE * k) * 2 * TILE;
 #pragma omp parallel num_threads(threads)
     for (int64_t t0 = 0; t0 < t; t0 += chunk) {
         const int64_t rows = least(chunk, t - t0);
         char *at = (char *)y + t0 * n * (y_float ? sizeof(float) : sizeof(bf16));
         const Target to = {y_float ? STORED : ROUNDED, at, n, 0, 0};
-        if (tiles) {
-            multiply_in_tiles((const bf16 *)x + t0 * stride, stride, rows, w, n, k, to);
-            continue;
-        }
         if (t0) {
 #pragma omp barrier
+        }
+        if (tiles) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < rows; i++)
+                put_in_tiles((const bf16 *)x + (t0 + i) * stride, k, i, (bf16 *)scratch);
+            multiply_in_tiles((const bf16 *)scratch, rows, w, n, k, to);
+            continue;
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; i++) {
@@ -438,10 +447,9 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
 #pragma omp for schedule(static) nowait
                 for (int64_t b = 0; b < blocks_of(count); b++) {
                     const int64_t row = at + block_start(count, b), r = at + block_start(count, b + 1) - row;
-                    bf16 *as_they_are = (bf16 *)(rows + at * size_h) + (row - at) * h;
                     for (int64_t i = 0; i < r; i++) {
                         const int64_t token = own[row + i] / top;
-                        if (as_tiles) memcpy(as_they_are + i * h, x + token * stride, h * sizeof(bf16));
+                        if (as_tiles) put_in_tiles(x + token * stride, h, row + i - at, (bf16 *)(rows + at * size_h));
                         else interleave(x, 0, token, stride, h, i, r, rows + row * size_h);
                     }
                 }
@@ -452,7 +460,7 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
                 const Target to = {STORED, gate_up + at * 2 * inter, 2 * inter, 0, 0};
                 const float *from = rows + at * size_h;
                 if (tiles && fills_tiles(count, h))
-                    multiply_in_tiles((const bf16 *)from, h, count, w13 + e * size13, 2 * inter, h, to);
+                    multiply_in_tiles((const bf16 *)from, count, w13 + e * size13, 2 * inter, h, to);
                 else multiply(from, count, w13 + e * size13, 2 * inter, h, to);
             }
 #pragma omp barrier
@@ -465,8 +473,10 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
                     for (int64_t i = 0; i < r; i++) {
                         float *gate = gate_up + (row + i) * 2 * inter;
                         swiglu(gate, gate + inter, inter, weights[own[row + i]], gate);
-                        if (as_tiles) narrow_row(gate, inter, (bf16 *)(middle + at * size_i) + (row + i - at) * inter);
-                        else interleave(gate, 1, 0, 0, inter, i, r, middle + row * size_i);
+                        if (as_tiles) { /* rounded where it is: the float that is read is never behind */
+                            narrow_row(gate, inter, (bf16 *)gate);
+                            put_in_tiles((bf16 *)gate, inter, row + i - at, (bf16 *)(middle + at * size_i));
+                        } else interleave(gate, 1, 0, 0, inter, i, r, middle + row * size_i);
                     }
                 }
             }
@@ -476,7 +486,7 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
                 const Target to = {ADDED, sums, h, own + at, top};
                 const float *from = middle + at * size_i;
                 if (tiles && fills_tiles(count, h))
-                    multiply_in_tiles((const bf16 *)from, inter, count, w2 + e * size2, h, inter, to);
+                    multiply_in_tiles((const bf16 *)from, count, w2 + e * size2, h, inter, to);
                 else multiply(from, count, w2 + e * size2, h, inter, to);
             }
         }

@@ -34,6 +34,7 @@ SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 NATIVE = ("-march=native", "-mcpu=native", "")  # some compilers for ARM know the second, some neither
 CHUNK_BYTES = 3 << 18  # of a product's float32 input, which stays in a core's cache with a panel of weights
+TILE_CHUNK_BYTES = 1 << 20  # of it in bfloat16, where the matrix unit multiplies
 BUNDLE_ROWS = 256  # rows of the experts that are computed together
 UNDEFINED = ("-Wl,-z,undefs",)  # OpenMP's functions, which torch has brought into the process
 COMPILER_SECONDS = 120.0  # after which a compiler, which takes two, is given up
@@ -286,7 +287,7 @@ def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, tiles: bool = False) 
     assert k == w.k and w.data.dim() == 3, (x.shape, w.data.shape)
     assert {x.dtype, dtype} <= {torch.bfloat16, torch.float32}, (x.dtype, dtype)
     out = x.new_empty(t, w.n, dtype=dtype)
-    chunk = chunk_rows(k)
+    chunk = tile_chunk_rows(k) if tiles else chunk_rows(k)
     scratch = x.new_empty(min(t, chunk) * _even(k), dtype=torch.float32)
     flags = x.dtype == torch.float32, dtype == torch.float32
     threads = _threads(w.n * k)
@@ -297,6 +298,11 @@ def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, tiles: bool = False) 
 def chunk_rows(k: int) -> int:
     """How many rows of K channels a product takes at a time: a multiple of every processor's row block."""
     return max(1, CHUNK_BYTES // (4 * k) // 12) * 12
+
+
+def tile_chunk_rows(k: int) -> int:
+    """The same where the matrix unit may multiply: a multiple of two tiles, and of every processor's row block."""
+    return max(1, TILE_CHUNK_BYTES // (2 * k) // 96) * 96
 
 
 def silu_mul(gate_up: torch.Tensor, inter: int) -> torch.Tensor:
