@@ -55,6 +55,13 @@ def test_a_directory_that_others_write_to_is_not_used(tmp_path, mode):
     assert not made.parent.exists()  # it was this process's
 
 
+def test_tiles_are_not_touched_before_the_process_has_asked():
+    """The processor would end it."""
+    code = "import torch\nw = kernels.pack(torch.eye(64).bfloat16())\n"
+    done = run(code + "print(kernels.linear(torch.ones(32, 64).bfloat16(), w, torch.float32, tiles=True).sum().item())")
+    assert (done.returncode, done.stdout) == (0, "2048.0\n"), done.stderr
+
+
 def test_any_locale(tmp_path):
     found = run(WHERE, XDG_CACHE_HOME=str(tmp_path), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert Path(found.stdout.strip()).is_relative_to(tmp_path), found.stderr

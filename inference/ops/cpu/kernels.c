@@ -260,10 +260,12 @@ enum { TILES_AHEAD = 16 /* steps of the loop that a panel is fetched before it i
 #include <sys/syscall.h>
 #include <unistd.h>
 
+static int granted; /* an instruction for tiles ends a process that has not asked */
+
 /* Whether this process may use tiles: it has to ask for the registers, once. */
 int64_t may_use_tiles(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
 /* Shapes for blocks of r rows, at most two tiles of them: 0 to 3 sums (r, WIDTH), 4 and 5 x, 6 and 7 w. */
@@ -318,7 +320,7 @@ static void multiply_in_tiles(const bf16 *x, int64_t rows, const bf16 *w, int64_
         }
     if (shaped) _tile_release();
 }
-INLINE int fills_tiles(int64_t rows, int64_t k) { return rows >= TILE_ROWS && k % TILE_K == 0; }
+INLINE int fills_tiles(int64_t rows, int64_t k) { return granted && rows >= TILE_ROWS && k % TILE_K == 0; }
 #else
 int64_t may_use_tiles(void) { return 0; }
 static void multiply_in_tiles(const bf16 *x, int64_t rows, const bf16 *w, int64_t n, int64_t k, Target to) {
