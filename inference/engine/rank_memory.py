@@ -67,8 +67,7 @@ class RankSpec:
     @property
     def compiled(self) -> bool:
         """The ops are ops/cpu/kernels.c's."""
-        cpu = not (self.gpu or self.reference)
-        return cpu and self.num.dtype == torch.bfloat16 and kernel_cpu.library() is not None
+        return not (self.gpu or self.reference) and kernel_cpu.serve(self.num.dtype)
 
     @property
     def as_loaded(self) -> bool:

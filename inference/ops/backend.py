@@ -24,8 +24,7 @@ def choose_backend(device: torch.device, num: Numerics) -> ReferenceBackend:
         from ops.gpu.backend import GpuBackend  # imports Triton, which a machine without a GPU may lack
 
         return GpuBackend(num.batch_invariant)
-    compiled = num.dtype == torch.bfloat16 and kernels.library() is not None
-    return (CompiledCpuBackend if compiled else CpuBackend)(num.batch_invariant)
+    return (CompiledCpuBackend if kernels.serve(num.dtype) else CpuBackend)(num.batch_invariant)
 
 
 def why_reference(device: torch.device) -> str:

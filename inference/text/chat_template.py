@@ -63,8 +63,11 @@ class ChatTemplate:
     that are only compared with (`'</think>' in content`) are left alone, and rendering checks that both forms agree.
     """
 
-    def __init__(self, source: str, specials: dict[str, int], named: dict[str, str]) -> None:
+    def __init__(
+        self, source: str, specials: dict[str, int], named: dict[str, str], sorts_tools: bool = False
+    ) -> None:
         """`specials`: every control token's text and id. `named`: variables such as `bos_token` and their text.
+        `sorts_tools`: the template gets tools with their keys in alphabetical order.
 
         Raises UserError when the source does not compile.
         """
@@ -92,7 +95,7 @@ class ChatTemplate:
         except RecursionError:
             raise UserError("the chat template is nested too deeply") from None
         self._specials = _any_of(specials)
-        self._named = named
+        self._named, self._sorts_tools = named, sorts_tools
         self._marked_named = {name: stand_ins[text] for name, text in named.items()}
 
     def render(
@@ -107,6 +110,7 @@ class ChatTemplate:
         Raises UserError for messages that no template takes, or that this one cannot render.
         """
         messages = _checked(messages)
+        tools = _sorted_keys(tools) if self._sorts_tools else tools
         try:
             return self._render(messages, thinking, add_generation_prompt, tools)
         except UserError:
@@ -282,6 +286,13 @@ def _tojson(
     if indent is None and sum(map(len, separators or ())) <= 8:
         return budget().join([encoder.encode(measured(value))])
     return budget().join(encoder.iterencode(measured(value)))
+
+
+def _sorted_keys(value: Any) -> Any:
+    """A JSON value with the keys of its objects in alphabetical order."""
+    if isinstance(value, dict):
+        return {key: _sorted_keys(value[key]) for key in sorted(value)}
+    return [_sorted_keys(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _raise_exception(message: str) -> None:

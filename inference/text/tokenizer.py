@@ -105,7 +105,7 @@ class Tokenizer:
         TooLong for a message of more than `most` tokens, as `encode_text` does.
         """
         ids: list[int] = []
-        for run in self._render(messages, thinking, add_generation_prompt, tools)[1]:
+        for run in self._template.render(messages, thinking, add_generation_prompt, tools)[1]:
             ids += [run] if isinstance(run, int) else self._encode_plain(run, most)
         if self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)  # the checkpoint asks for one and its template leaves it to the tokenizer
@@ -120,17 +120,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
     ) -> str:
         """The text of the prompt that `encode_chat` encodes; the same errors."""
-        return self._render(messages, thinking, add_generation_prompt, tools)[0]
-
-    def _render(
-        self,
-        messages: list[dict[str, Any]],
-        thinking: bool | None,
-        add_generation_prompt: bool,
-        tools: list[dict[str, Any]] | None,
-    ) -> tuple[str, list[str | int]]:
-        tools = _sorted_keys(tools) if self._vocabulary.sorts_tools else tools
-        return self._template.render(messages, thinking, add_generation_prompt, tools)
+        return self._template.render(messages, thinking, add_generation_prompt, tools)[0]
 
     @property
     def has_chat_template(self) -> bool:
@@ -218,7 +208,7 @@ class Tokenizer:
         """Built on first use, so that a checkpoint with a broken template still serves raw completions."""
         if self._template_source is None:
             raise UserError(f"{self.path.parent}: no chat template in this checkpoint; use --raw for plain completion")
-        template = ChatTemplate(self._template_source, self._specials, self._named)
+        template = ChatTemplate(self._template_source, self._specials, self._named, self._vocabulary.sorts_tools)
         lost = next((name for name in self._missing if name in template.reads), None)
         if lost is not None:
             settings = self.path.parent / "tokenizer_config.json"
@@ -232,10 +222,3 @@ class Tokenizer:
 
 def _read_optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
-
-
-def _sorted_keys(value: Any) -> Any:
-    """A JSON value with the keys of its objects in alphabetical order."""
-    if isinstance(value, dict):
-        return {key: _sorted_keys(value[key]) for key in sorted(value)}
-    return [_sorted_keys(entry) for entry in value] if isinstance(value, list) else value

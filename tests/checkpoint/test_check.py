@@ -22,18 +22,6 @@ from support import damaged_checkpoints as damage
 from support.damaged_checkpoints import KINDS, change_tensor, edit, good_checkpoint, place, put
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("good") / "fp8"
-    good_checkpoint(folder, "fp8")
-    return folder
-
-
-@pytest.fixture
-def copy(good, tmp_path) -> Path:
-    return Path(shutil.copytree(good, tmp_path / "copy"))
-
-
 def run(*flags: object) -> subprocess.CompletedProcess:
     command = [sys.executable, check_checkpoint.__file__, *map(str, flags)]
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)

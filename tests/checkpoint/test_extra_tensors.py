@@ -14,25 +14,12 @@ from checkpoint.check import check
 from checkpoint.convert import convert
 from core.numerics import Numerics
 from engine.engine import Engine
-from support.damaged_checkpoints import add, configure, drop, edit, file_of, files, good_checkpoint, whole
+from support.damaged_checkpoints import add, configure, drop, edit, file_of, files, whole
 from support.programs import PROGRAMS, refusals
 from support.rank_weights import assert_same, loaded
 
 CPU = "cpu"
 BF16 = Numerics(torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
-    """FP8, in several shards, with an MTP module in layer 2."""
-    folder = tmp_path_factory.mktemp("good") / "fp8"
-    good_checkpoint(folder, "fp8")
-    return folder
-
-
-@pytest.fixture
-def copy(good, tmp_path) -> Path:
-    return Path(shutil.copytree(good, tmp_path / "copy"))
 
 
 # --- without a meaning --------------------------------------------------------------------------------------------------

@@ -22,19 +22,6 @@ POINTER = LFS_POINTER.decode() + "\noid sha256:" + "0" * 64 + "\nsize 4302479\n"
 SINGLE = "model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
-    """FP8, in several shards."""
-    folder = tmp_path_factory.mktemp("good") / "fp8"
-    good_checkpoint(folder, "fp8")
-    return folder
-
-
-@pytest.fixture
-def copy(good, tmp_path) -> Path:
-    return Path(shutil.copytree(good, tmp_path / "copy"))
-
-
 def assert_refused(folder: Path, message: str, out: Path) -> None:
     """All programs say the same."""
     for program, lines in refusals(folder, out).items():

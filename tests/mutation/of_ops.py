@@ -325,8 +325,8 @@ MUTANTS = (
      "start = 0",
      f"{SHARDS}[2-v3-whole]", "a rank's experts get the tokens of the first rank's"),
     ("backend-mode-not-passed-on", "ops/backend.py",
-     "return (CompiledCpuBackend if compiled else CpuBackend)(num.batch_invariant)",
-     "return (CompiledCpuBackend if compiled else CpuBackend)()",
+     "return (CompiledCpuBackend if kernels.serve(num.dtype) else CpuBackend)(num.batch_invariant)",
+     "return (CompiledCpuBackend if kernels.serve(num.dtype) else CpuBackend)()",
      "ops/test_backends.py::test_the_choice", "--deterministic does not reach the ops"),
     # --- kernels, in Triton's interpreter -----------------------------------------------------------------------------
     ("kernel-fnuz-scale", "ops/gpu/casts.py",

@@ -50,6 +50,11 @@ def library() -> Any | None:
     return _attempt()[0]
 
 
+def serve(dtype: torch.dtype) -> bool:
+    """Whether they compute a model on this CPU whose activations have this dtype."""
+    return dtype == torch.bfloat16 and library() is not None
+
+
 def _kernels() -> Any:
     """The compiled kernels, which must exist."""
     found = library()
