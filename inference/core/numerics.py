@@ -32,7 +32,7 @@ class Numerics:
     exceptions: tuple[str, ...] = ()
 
     def inside(self, module: str) -> "Numerics":
-        """The numerics of the module of that name within the one that these are for."""
+        """The numerics of a submodule: its exceptions, by their names within it."""
         if not self.exceptions:
             return self
         names = (name for name in self.exceptions if f"{name}.".startswith(f"{module}."))
@@ -40,10 +40,10 @@ class Numerics:
 
     @property
     def is_exception(self) -> bool:
-        """Whether the very module that these are for is one."""
+        """Whether the weights of this module itself are stored otherwise than those of the rest."""
         return "" in self.exceptions
 
     @property
     def exact_dtype(self) -> torch.dtype:
-        """What a router or a head is held in: it loses nothing of what is stored."""
+        """The dtype of a router's or a head's weights in memory, which holds every stored value exactly."""
         return torch.float32 if self.is_exception else self.dtype

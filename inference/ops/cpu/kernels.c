@@ -221,9 +221,9 @@ typedef struct {
     int64_t top;
 } Target;
 
-/* The sums of a block of r rows, each `line` long, of which `width` count: to where rows `first` on and columns
- * `column` on go. */
-static void deliver(const float *sums, int64_t first, int64_t r, int64_t width, int64_t line, int64_t column,
+/* Stores a block of r rows of sums, `line` numbers apart, of each the first `width`: at row `first`, column `column`,
+ * of the target. */
+static void store_rows(const float *sums, int64_t first, int64_t r, int64_t width, int64_t line, int64_t column,
                     Target to) {
     for (int64_t i = 0; i < r; i++, sums += line) {
         const int64_t place = to.assignments ? to.assignments[first + i] / to.top : first + i;
@@ -246,7 +246,7 @@ static void multiply(const float *x, int64_t rows, const bf16 *w, int64_t n, int
             float out[ROWS * WIDTH];
             const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
             product(x + first * k, r, w + begin * k * WIDTH, k, p, out);
-            deliver(out, first, r, width, p * WIDTH, column, to);
+            store_rows(out, first, r, width, p * WIDTH, column, to);
         }
     }
 }
@@ -316,7 +316,7 @@ static void multiply_in_tiles(const bf16 *x, int64_t rows, const bf16 *w, int64_
             const int64_t r = least(2 * TILE, rows - first), column = begin * WIDTH;
             if (r != shaped) shape_tiles(shaped = r);
             product_in_tiles(x + first * k, r, w + begin * k * WIDTH, k, first == 0, out);
-            deliver(out, first, r, least(WIDTH, n - column), WIDTH, column, to);
+            store_rows(out, first, r, least(WIDTH, n - column), WIDTH, column, to);
         }
     if (shaped) _tile_release();
 }
@@ -329,7 +329,7 @@ static void multiply_in_tiles(const bf16 *x, int64_t rows, const bf16 *w, int64_
 INLINE int fills_tiles(int64_t rows, int64_t k) { return 0 * rows * k; }
 #endif
 
-/* A row of k numbers to row i of those in tiles. */
+/* Copies a row of k numbers to row i of x, which lies in tiles. */
 INLINE void put_in_tiles(const bf16 *row, int64_t k, int64_t i, bf16 *x) {
     x += i / (2 * TILE) * 2 * TILE * k + i % (2 * TILE) * TILE_K;
     for (int64_t j = 0; j < k; j += TILE_K) memcpy(x + j * 2 * TILE, row + j, TILE_K * sizeof(bf16));

@@ -51,7 +51,7 @@ def library() -> Any | None:
 
 
 def serve(dtype: torch.dtype) -> bool:
-    """Whether they compute a model on this CPU whose activations have this dtype."""
+    """Whether these kernels compute a model with activations of this dtype: bfloat16, where they are compiled."""
     return dtype == torch.bfloat16 and library() is not None
 
 
