@@ -224,7 +224,7 @@ typedef struct {
 /* Stores a block of r rows of sums, `line` numbers apart, of each the first `width`: at row `first`, column `column`,
  * of the target. */
 static void store_rows(const float *sums, int64_t first, int64_t r, int64_t width, int64_t line, int64_t column,
-                    Target to) {
+                       Target to) {
     for (int64_t i = 0; i < r; i++, sums += line) {
         const int64_t place = to.assignments ? to.assignments[first + i] / to.top : first + i;
         float *y = (float *)to.y + place * to.stride + column;
