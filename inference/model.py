@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.batch import Batch
-from core.config import BLOCK_SIZE, ModelArgs
-from core.numerics import Numerics
+from core.config import ModelArgs
+from core.numerics import PLAIN, Gemm, Numerics
 from core.run_config import PAGE_SIZE
 from ops.backend import ReferenceBackend, choose_backend
 from ops.formats import Quantised, Routing, Scales, Weight, packed_latent_bytes
@@ -56,15 +56,16 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """A projection without bias, or `experts` of them stacked; e4m3 with 128x128 block scales where `num` keeps FP8,
-    unless `dtype` names that of a weight which is never FP8.
+    """A projection without bias, or `experts` of them stacked; quantised, with block scales, where `num` keeps it so,
+    unless `dtype` names that of a weight which is never quantised.
 
     Projections of the same input are one matrix product: `parts` gives their names on disk and their widths. Part i
-    begins at row starts[i]. FP8 parts begin at whole blocks, so that each keeps its own scales; the rows between are
-    zeros. Parts of one width are equally far apart: gate and up are the halves of their product.
+    begins at row starts[i]. Quantised parts begin at whole blocks, so that each keeps its own scales; the rows between
+    are zeros. Parts of one width are equally far apart: gate and up are the halves of their product.
     """
 
     scale: nn.Parameter | None
+    zero: nn.Parameter | None
 
     def __init__(
         self,
@@ -77,26 +78,30 @@ class Linear(nn.Module):
     ):
         super().__init__()
         stack = () if experts is None else (experts,)
-        fp8 = num.gemm is not None and dtype is None and not num.is_exception
-        self.ops = ops
-        self.gemm, self.scale_fmt = num.gemm or "bf16", num.scale_fmt
+        form = PLAIN if dtype is not None else num.form
+        self.ops, self.block = ops, form.block
+        self.gemm: Gemm = "fp8" if num.gemm == "fp8" and form.kind == "fp8" else "bf16"
+        self.scale_fmt = num.scale_fmt
         self.parts = {} if isinstance(out, int) else out
         widths = [out] if isinstance(out, int) else list(out.values())
-        align = BLOCK_SIZE if fp8 and self.parts else 1
+        align = form.block[0] if form.is_quantised and self.parts else 1
         *starts, end = accumulate((math.ceil(n / align) * align for n in widths), initial=0)
         self.starts: tuple[int, ...] = tuple(starts)
         rows = end if len(set(widths)) == 1 else starts[-1] + widths[-1]
-        if fp8:
-            blocks = math.ceil(rows / BLOCK_SIZE), math.ceil(in_dim / BLOCK_SIZE)
-            self.weight = _parameter(*stack, rows, in_dim, dtype=torch.float8_e4m3fn)
-            self.scale = _parameter(*stack, *blocks, dtype=torch.float32)
+        self.register_parameter("scale", None)
+        self.register_parameter("zero", None)
+        if form.is_quantised:
+            blocks = math.ceil(rows / form.block[0]), math.ceil(in_dim / form.block[1])
+            self.weight = _parameter(*stack, rows, in_dim // form.packing, dtype=form.dtype)
+            self.scale = _parameter(*stack, *blocks, dtype=form.scale)
+            if form.zeros:
+                self.zero = _parameter(*stack, *blocks, dtype=torch.uint8)
         else:
             self.weight = _parameter(*stack, rows, in_dim, dtype=dtype or num.dtype)
-            self.register_parameter("scale", None)
 
     @property
     def w(self) -> Weight:
-        return Weight(self.weight, self.scale, self.gemm, self.scale_fmt)
+        return Weight(self.weight, self.scale, self.gemm, self.scale_fmt, self.block, self.zero)
 
     @property
     def fp8(self) -> Scales | None:
@@ -111,15 +116,15 @@ class Linear(nn.Module):
         return [y[..., start : start + n] for start, n in zip(self.starts, self.parts.values(), strict=True)]
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight if self.scale is None else self.ops.weight_dequant(self.weight, self.scale, dtype)
+        if self.scale is None:
+            return self.weight
+        return self.ops.weight_dequant(self.weight, self.scale, dtype, self.block, self.zero)
 
     def prepare(self) -> None:
         """Puts a loaded weight in the layout that the backend multiplies."""
         packed = self.ops.pack_weight(self.w)
-        if self.scale is not None and packed.scale is not None:
-            self.weight.data, self.scale.data = packed.data, packed.scale
-        else:
-            _replace_weight(self, packed.data)
+        for name, value in (("weight", packed.data), ("scale", packed.scale), ("zero", packed.zero)):
+            _replace(self, name, value)
 
 
 class Embedding(nn.Module):
@@ -376,7 +381,7 @@ class Transformer(nn.Module):
                 module.prepare()
         for module in list(self.modules()):
             if isinstance(module, Gate) or module is self.head:
-                _replace_weight(module, self.ops.pack_float32_weight(module.weight))
+                _replace(module, "weight", self.ops.pack_float32_weight(module.weight))
             elif isinstance(module, Linear):
                 module.prepare()
         return self
@@ -450,11 +455,11 @@ def yarn_frequencies(args: ModelArgs) -> torch.Tensor:
     return freqs / args.rope_factor * slowed + freqs * (1 - slowed)
 
 
-def _replace_weight(module: Any, packed: Any) -> None:
-    """Puts a packed weight, a tensor or not, in the parameter's place, unless it is the parameter."""
-    if packed is not module.weight:
-        del module.weight
-        module.weight = packed
+def _replace(module: Any, name: str, packed: Any) -> None:
+    """Puts what a backend made of a parameter, a tensor or not, in its place, unless it is the parameter."""
+    if packed is not getattr(module, name):
+        delattr(module, name)
+        setattr(module, name, packed)
 
 
 def _parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:

@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from core.config import BLOCK_SIZE, ModelArgs
-from core.numerics import Numerics
+from core.numerics import FLOAT32, Form, Numerics
+from core.numerics import PLAIN as PLAIN_FORM
 
 FP8 = torch.float8_e4m3fn
 PLAIN = (torch.bfloat16, torch.float32, torch.float16)
@@ -189,7 +190,7 @@ def is_rounded(name: str, spec: Spec) -> bool:
     return not spec.exact and not name.endswith("embed.weight")
 
 
-def exceptions(specs: Mapping[str, Spec], num: Numerics) -> tuple[str, ...]:
+def exceptions(specs: Mapping[str, Spec], num: Numerics) -> tuple[tuple[str, Form], ...]:
     """Numerics.exceptions of a checkpoint that stores its tensors so, in a run with these numerics.
 
     A stack is FP8 only if all its parts are stored so. If some are, they are dequantised, each product rounded once:
@@ -203,8 +204,9 @@ def exceptions(specs: Mapping[str, Spec], num: Numerics) -> tuple[str, ...]:
         wide = num.dtype == torch.bfloat16 and spec.dtype != torch.bfloat16 and spec.exact
         return wide and (name.endswith("ffn.gate.weight") or name in ("head.weight", "embed.weight"))
 
-    found = {module_of(name) for name, spec in specs.items() if is_exception(name, spec)}
-    return tuple(sorted({"head" if module == "embed" else module for module in found}))
+    found = {module_of(name): PLAIN_FORM if FP8 in spec.allowed else FLOAT32 for name, spec in specs.items()
+             if is_exception(name, spec)}  # fmt: skip
+    return tuple(sorted({"head" if module == "embed" else module: form for module, form in found.items()}.items()))
 
 
 def fp8_rows(specs: Mapping[str, Spec], num: Numerics | None = None) -> frozenset[str]:
@@ -212,7 +214,7 @@ def fp8_rows(specs: Mapping[str, Spec], num: Numerics | None = None) -> frozense
     `num` in memory."""
     if num is not None and num.gemm is None:
         return frozenset()
-    plain = set() if num is None else set(num.exceptions)
+    plain = set() if num is None else dict(num.exceptions).keys()
     found = (name for name, spec in specs.items() if spec.dtype == FP8 and module_of(name) not in plain)
     return frozenset(name.split(".", 5 if ".experts." in name else 2)[-1] for name in found)
 

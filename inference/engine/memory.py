@@ -63,7 +63,7 @@ def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
     if rank.as_loaded:
         return 0
     head = (plain if rank.compiled else 4) * args.vocab_size // rank.ranks * args.dim
-    if "head" in rank.num.exceptions:
+    if "head" in dict(rank.num.exceptions):
         head = 0
     if not rank.packs and not (rank.compiled and rank.num.exceptions):
         return head

@@ -15,7 +15,7 @@ import torch
 from checkpoint.partition import Partition
 from checkpoint.table import FP8, Spec, expected_tensors, fp8_rows, module_of
 from core.config import BLOCK_SIZE, ModelArgs
-from core.numerics import Numerics
+from core.numerics import Form, Numerics
 from core.run_config import PAGE_SIZE, ExpertLayout
 from ops import formats
 from ops.cpu import kernels as kernel_cpu
@@ -53,7 +53,7 @@ class RankSpec:
     @property
     def packs_experts(self) -> bool:
         """In some layer routed experts lie so."""
-        return self.packs or (self.compiled and any(name.endswith(".experts") for name in self.num.exceptions))
+        return self.packs or (self.compiled and any(name.endswith(".experts") for name, _ in self.num.exceptions))
 
     @property
     def fp8_rows(self) -> frozenset[str]:
@@ -91,10 +91,10 @@ class _Kind(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
-def _kinds(args: ModelArgs, quantised: bool, mtp: bool, exceptions: tuple[str, ...]) -> Counter[_Kind]:
+def _kinds(args: ModelArgs, quantised: bool, mtp: bool, exceptions: tuple[tuple[str, Form], ...]) -> Counter[_Kind]:
     """The table's tensors, counted by kind: thousands where V3 has 92 thousand names. An exception's are plain."""
     found: Counter[_Kind] = Counter()
-    others = set(exceptions)
+    others = dict(exceptions)
     for name, spec in expected_tensors(args, quantised, mtp).items():
         leaf = ".".join(name.split(".")[-2:])
         exception = module_of(name) in others
@@ -107,7 +107,7 @@ def _kinds(args: ModelArgs, quantised: bool, mtp: bool, exceptions: tuple[str, .
 
 
 @functools.lru_cache(maxsize=4)
-def _fp8_rows(args: ModelArgs, quantised: bool, mtp: bool, exceptions: tuple[str, ...]) -> frozenset[str]:
+def _fp8_rows(args: ModelArgs, quantised: bool, mtp: bool, exceptions: tuple[tuple[str, Form], ...]) -> frozenset[str]:
     num = Numerics(gemm="bf16" if quantised else None, exceptions=exceptions)
     return fp8_rows(expected_tensors(args, quantised, mtp), num)
 
@@ -146,7 +146,7 @@ def _held_bytes(kind: _Kind, shape: tuple[int, ...], rank: RankSpec) -> int:
         return size * plain
     if kind.leaf == "wkv_b.scale" or (kind.mtp and kind.part in (EMBEDDING, HEAD)):
         return 0
-    tied = rank.args.tie_word_embeddings and "head" in rank.num.exceptions
+    tied = rank.args.tie_word_embeddings and "head" in dict(rank.num.exceptions)
     if kind.part == EMBEDDING and tied:
         return size * 4
     if kind.part == HEAD or kind.leaf == "gate.weight":

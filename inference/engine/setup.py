@@ -178,7 +178,7 @@ def choose_numerics(
 def _plain_projections(specs: Mapping[str, Spec], num: Numerics) -> str:
     """What a line about the numerics says of projections that are not FP8 though others are; empty without them."""
     said = ""
-    plain = [name for name in num.exceptions if not name.endswith((".gate", "head"))]
+    plain = [name for name, _ in num.exceptions if not name.endswith((".gate", "head"))]
     if plain:
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in plain}))
         said = f"; {len(plain)} projections in bfloat16, as they are stored ({kinds})"

@@ -83,7 +83,7 @@ def _moe(rank: RankSpec, tokens: int) -> int:
         rows, of_value, sums = tokens, b, 12
         if rank.packs_experts:  # of some layers
             rows, of_value = max(rows, kernel_cpu.bundle_rows(tokens, top)), 4
-    widened = 4 * tokens * args.dim if any(name.endswith(".gate") for name in rank.num.exceptions) else 0
+    widened = 4 * tokens * args.dim if any(name.endswith(".gate") for name, _ in rank.num.exceptions) else 0
     routing = widened + 48 * tokens * top + 4 * args.n_routed_experts * min(32 * tokens, 8 * tokens + 2048)
     experts = rows * of_value * (args.dim + 3 * inner) + tokens * sums * args.dim
     return _layer(rank, tokens, 3 * shared, 2 * max(shared, inner)) + routing + experts

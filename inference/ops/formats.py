@@ -12,12 +12,17 @@ Scales = Literal["float32", "ue8m0"]  # of quantised activations: any float32, o
 
 
 class Weight(NamedTuple):
-    """What a linear multiplies by: (N, K), or experts stacked (E, N, K), with block scales when it is e4m3."""
+    """What a linear multiplies by: (N, K), or experts stacked (E, N, K), with block scales when it is quantised.
+
+    Quantised data is float8_e4m3fn, int8, or of INT4 uint8 (…, N, K / 2); core.numerics.Form says how it lies there.
+    """
 
     data: Any  # a tensor, or what a backend's pack_weight made of it
-    scale: torch.Tensor | None = None
+    scale: torch.Tensor | None = None  # (…, ceil(N / block[0]), ceil(K / block[1]))
     gemm: Gemm = "bf16"
     scale_fmt: str | None = None
+    block: tuple[int, int] = (BLOCK_SIZE, BLOCK_SIZE)  # rows and columns that share a scale
+    zero: torch.Tensor | None = None  # of INT4, uint8, one for each scale; None: 8
 
     @property
     def fp8(self) -> Scales | None:
@@ -28,7 +33,8 @@ class Weight(NamedTuple):
 
     def expert(self, e: int) -> "Weight":
         """Expert e's own weight, a view."""
-        return self._replace(data=self.data[e], scale=None if self.scale is None else self.scale[e])
+        scale, zero = (None if t is None else t[e] for t in (self.scale, self.zero))
+        return self._replace(data=self.data[e], scale=scale, zero=zero)
 
 
 class Quantised(NamedTuple):

@@ -10,8 +10,11 @@ from core.config import BLOCK_SIZE
 from ops.formats import Quantised, Routing, Scales
 
 # --------------------------------------------------------------------------------------------------------------------
-# FP8 block quantisation (technical report, section 3.3)
+# Block quantisation: FP8 (technical report, section 3.3), INT8 and INT4
 # --------------------------------------------------------------------------------------------------------------------
+
+BLOCK = (BLOCK_SIZE, BLOCK_SIZE)  # rows and columns of an FP8 weight that share a scale
+INT4_ZERO = 8  # the zero point of a signed value, -8 to 7, that is stored from 0 to 15
 
 
 def quantised(x: torch.Tensor, fp8: Scales, keep: bool = False) -> Quantised:
@@ -52,15 +55,35 @@ def round_up_to_power_of_two(s: torch.Tensor) -> torch.Tensor:
     return torch.where(s.isfinite(), bits.view(torch.float32), s)
 
 
-def weight_dequant(w: torch.Tensor, s: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """FP8 w (..., N, K) times its scales s (..., ceil(N/128), ceil(K/128)), float32, rounded once to dtype."""
-    _check_scales(w, s)
-    out = torch.empty(w.shape, dtype=dtype, device=w.device)
+def weight_dequant(
+    w: torch.Tensor,
+    s: torch.Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    block: tuple[int, int] = BLOCK,
+    zero: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Quantised w (..., N, K) times its scales s, one for each block of (rows, columns), rounded once to dtype.
+
+    Its data is e4m3, int8, or uint8 (..., N, K/2) of INT4, whose zero points, uint8, are as many as its scales.
+    """
+    values = widened(w, block, zero)
+    _check_scales(values, s, block)
+    out = torch.empty(values.shape, dtype=dtype, device=w.device)
     for i in range(s.shape[-2]):
-        rows = slice(i * BLOCK_SIZE, (i + 1) * BLOCK_SIZE)
-        scale = s[..., i : i + 1, :].repeat_interleave(BLOCK_SIZE, dim=-1)[..., : w.shape[-1]]
-        out[..., rows, :] = w[..., rows, :].float() * scale
+        rows = slice(i * block[0], (i + 1) * block[0])
+        out[..., rows, :] = values[..., rows, :].float() * _per_column(s[..., i : i + 1, :], block, values)
     return out
+
+
+def widened(w: torch.Tensor, block: tuple[int, int] = BLOCK, zero: torch.Tensor | None = None) -> torch.Tensor:
+    """The values (..., N, K) that quantised weights stand for, without their scales: e4m3 and int8 as they are, INT4
+    uint8 (..., N, K/2), whose byte has the even k in its low four bits, less its zero points, int8 from -15 to 15."""
+    if w.dtype != torch.uint8:
+        return w
+    values = torch.stack((w & 15, w >> 4), dim=-1).flatten(-2).to(torch.int8)
+    if zero is None:
+        return values - INT4_ZERO
+    return values - _per_column(zero.to(torch.int8), block, values)
 
 
 def fp8_gemm(
@@ -82,20 +105,47 @@ def fp8_gemm(
 
 
 def w8a16_gemm(
-    x: torch.Tensor, b: torch.Tensor, b_s: torch.Tensor, out_dtype: torch.dtype | None = None
+    x: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    out_dtype: torch.dtype | None = None,
+    block: tuple[int, int] = BLOCK,
 ) -> torch.Tensor:
-    """W8A16: x (M, K), bfloat16 or float32, times FP8 b (N, K) transposed, to (M, N) in out_dtype or x's.
+    """W8A16: x (M, K), bfloat16 or float32, times FP8 or int8 b (N, K) transposed, to (M, N) in out_dtype or x's.
 
-    b_s (ceil(N/128), ceil(K/128)) float32. The weights are widened exactly (every e4m3 number is a bfloat16 number);
-    the product of each 128 channels is scaled and added up in float32.
+    b_s (ceil(N / block[0]), ceil(K / block[1])). The weights are widened exactly (every e4m3 number and every int8 is a
+    bfloat16 number); the product of each block's channels is scaled and added up in float32.
     """
-    _check_scales(b, b_s)
-    out = torch.zeros(x.shape[0], b.shape[0], dtype=torch.float32, device=x.device)
-    for k in range(b_s.shape[1]):
-        channels = slice(k * BLOCK_SIZE, (k + 1) * BLOCK_SIZE)
-        partial = x[:, channels].float() @ b[:, channels].float().T  # (M, N)
-        out += partial * _per_row(b_s[:, k], b)
-    return out.to(out_dtype or x.dtype)
+    return _block_gemm(x, b, b_s, out_dtype or x.dtype, block)
+
+
+def w4a16_gemm(
+    x: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """W4A16: x (M, K), bfloat16 or float32, times INT4 b, uint8 (N, K/2), transposed, to (M, N) in out_dtype or x's.
+
+    b_s (N, K/G), bfloat16, float16 or float32, and zero, uint8 of the same shape, for groups of G channels. The product
+    of each group is scaled and added up in float32.
+    """
+    block = 1, x.shape[1] // b_s.shape[1]
+    return _block_gemm(x, widened(b, block, zero), b_s, out_dtype or x.dtype, block)
+
+
+def _block_gemm(
+    x: torch.Tensor, values: torch.Tensor, s: torch.Tensor, dtype: torch.dtype, block: tuple[int, int]
+) -> torch.Tensor:
+    """x (M, K) times values (N, K) transposed: each block's product scaled, summed in float32, and rounded to dtype."""
+    _check_scales(values, s, block)
+    out = torch.zeros(x.shape[0], values.shape[0], dtype=torch.float32, device=x.device)
+    for k in range(s.shape[1]):
+        channels = slice(k * block[1], (k + 1) * block[1])
+        partial = x[:, channels].float() @ values[:, channels].float().T  # (M, N)
+        out += partial * _per_row(s[:, k].float(), values, block[0])
+    return out.to(dtype)
 
 
 def norm(
@@ -133,13 +183,18 @@ def to_fnuz(w: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return fnuz.view(torch.float8_e4m3fnuz), s * 2
 
 
-def _per_row(s: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """One scale per 128 rows of b, (ceil(N/128),), as one per row, (N,)."""
-    return s.repeat_interleave(BLOCK_SIZE)[: b.shape[0]]
+def _per_row(s: torch.Tensor, b: torch.Tensor, rows: int = BLOCK_SIZE) -> torch.Tensor:
+    """One number for so many rows of b, (ceil(N / rows),), as one per row, (N,)."""
+    return s.repeat_interleave(rows)[: b.shape[0]]
 
 
-def _check_scales(w: torch.Tensor, s: torch.Tensor) -> None:
-    expected = (*w.shape[:-2], -(-w.shape[-2] // BLOCK_SIZE), -(-w.shape[-1] // BLOCK_SIZE))
+def _per_column(s: torch.Tensor, block: tuple[int, int], values: torch.Tensor) -> torch.Tensor:
+    """One number per block of columns, (..., ceil(K / block[1])), as one per column of values, (..., K)."""
+    return s.repeat_interleave(block[1], dim=-1)[..., : values.shape[-1]]
+
+
+def _check_scales(w: torch.Tensor, s: torch.Tensor, block: tuple[int, int] = BLOCK) -> None:
+    expected = (*w.shape[:-2], -(-w.shape[-2] // block[0]), -(-w.shape[-1] // block[1]))
     assert s.shape == expected, f"weights {tuple(w.shape)} need scales {expected}, not {tuple(s.shape)}"
 
 

@@ -42,9 +42,16 @@ class ReferenceBackend:
         """The weight (N, K) of `project_float32` or `router` in the layout that this backend multiplies."""
         return w
 
-    def weight_dequant(self, w: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """e4m3 w (..., N, K) times its 128x128 block scales, float32, rounded once to dtype."""
-        return reference.weight_dequant(w, scale, dtype)
+    def weight_dequant(
+        self,
+        w: torch.Tensor,
+        scale: torch.Tensor,
+        dtype: torch.dtype = torch.bfloat16,
+        block: tuple[int, int] = reference.BLOCK,
+        zero: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Quantised w (..., N, K) times its block scales, rounded once to dtype. See reference.weight_dequant."""
+        return reference.weight_dequant(w, scale, dtype, block, zero)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Products
@@ -58,7 +65,7 @@ class ReferenceBackend:
         """x (T, K) times w (N, K) transposed, in x's dtype: (T, N).
 
         By a plain weight, a matrix product. By an FP8 weight whose `gemm` is "fp8", W8A8, for which x is quantised
-        unless it comes Quantised; by one whose `gemm` is "bf16", W8A16.
+        unless it comes Quantised; by one whose `gemm` is "bf16", and by int8, W8A16; by INT4, W4A16.
         """
         if isinstance(x, Quantised):
             assert w.fp8, "quantised activations by a weight that takes plain ones"
@@ -66,7 +73,7 @@ class ReferenceBackend:
         if w.fp8:
             return self.fp8_gemm(*self.act_quant(x, w.scale_fmt), w, x.dtype)
         if w.scale is not None:
-            return self.w8a16_gemm(x, w)
+            return self.w4a16_gemm(x, w) if w.data.dtype == torch.uint8 else self.w8a16_gemm(x, w)
         return self._by_rows(lambda rows: F.linear(rows, w.data), x)
 
     def fp8_gemm(self, q: torch.Tensor, s: torch.Tensor, w: Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -76,10 +83,16 @@ class ReferenceBackend:
         return self._by_rows(lambda q, s: reference.fp8_gemm(q, s, data, scale, dtype), q, s)
 
     def w8a16_gemm(self, x: torch.Tensor, w: Weight) -> torch.Tensor:
-        """x (T, K) times FP8 w (N, K) transposed, widened exactly: (T, N) in x's dtype."""
+        """x (T, K) times FP8 or int8 w (N, K) transposed, widened exactly: (T, N) in x's dtype."""
         assert w.scale is not None
-        data, scale = w.data, w.scale
-        return self._by_rows(lambda rows: reference.w8a16_gemm(rows, data, scale), x)
+        data, scale, block = w.data, w.scale, w.block
+        return self._by_rows(lambda rows: reference.w8a16_gemm(rows, data, scale, block=block), x)
+
+    def w4a16_gemm(self, x: torch.Tensor, w: Weight) -> torch.Tensor:
+        """x (T, K) times INT4 w (N, K) transposed, widened exactly: (T, N) in x's dtype."""
+        assert w.scale is not None
+        data, scale, zero = w.data, w.scale, w.zero
+        return self._by_rows(lambda rows: reference.w4a16_gemm(rows, data, scale, zero), x)
 
     def project_float32(self, x: torch.Tensor, w: Any) -> torch.Tensor:
         """x (T, K) times w (N, K) transposed, in float32 (T, N); w as pack_float32_weight made it."""

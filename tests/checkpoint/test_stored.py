@@ -17,7 +17,7 @@ from checkpoint.convert import convert
 from checkpoint.directory import Checkpoint, choose_args
 from checkpoint.table import exceptions
 from core.errors import UserError
-from core.numerics import Numerics
+from core.numerics import FLOAT32, PLAIN, Numerics
 from engine import memory, rank_memory, setup
 from engine.engine import Engine
 from ops.cpu.backend import CpuBackend
@@ -193,11 +193,11 @@ def test_a_tied_head_in_another_dtype(bf16, tmp_path):
     change(tmp_path / "c", lambda name, t: name.endswith("shared_head.head.weight"), lambda _: embedding.clone())
     assert torch.equal(loaded(tmp_path / "c", Numerics())["embed.weight"].float(), embedding.float())
     checkpoint = Checkpoint(tmp_path / "c")
-    assert exceptions(checkpoint.expected(choose_args(checkpoint, None)), Numerics()) == ("head",)
+    assert exceptions(checkpoint.expected(choose_args(checkpoint, None)), Numerics()) == (("head", FLOAT32),)
     assert faults(tmp_path / "c") == []
     replace(tmp_path / "c", "model.embed_tokens.weight", lambda t: t.float())
     checkpoint = Checkpoint(tmp_path / "c")
-    assert exceptions(checkpoint.expected(choose_args(checkpoint, None)), Numerics()) == ("head",)
+    assert exceptions(checkpoint.expected(choose_args(checkpoint, None)), Numerics()) == (("head", FLOAT32),)
     replace(tmp_path / "c", "lm_head.weight", lambda t: t.half() * 1.01)
     said = refusal(tmp_path / "c", Numerics())
     assert "lm_head.weight: expected the values of " in said and said in faults(tmp_path / "c")
@@ -221,7 +221,7 @@ def test_the_files_decide_what_is_computed_in(bf16, stored, said, tmp_path, caps
     num, _ = setup.choose_numerics(args, cpu, "auto", "auto", specs=specs)
     assert num == Numerics(BF16 if stored == BF16 else F32) and not [*setup.describe_rounding(specs, num)]
     num, _ = setup.choose_numerics(args, cpu, "bfloat16", "auto", specs=specs)
-    assert num.dtype == BF16 and ("head" in num.exceptions) == (stored != BF16)
+    assert num.dtype == BF16 and ("head" in dict(num.exceptions)) == (stored != BF16)
     name = str(stored).removeprefix("torch.")
     says = f"weights stored in {name} are rounded to bfloat16; --dtype float32 computes exactly"
     assert [*setup.describe_rounding(specs, num)] == ([says] if stored != BF16 else [])
@@ -350,7 +350,7 @@ def test_fp8_beside_plain_weights(mixed, tmp_path):
     folder, modules, _ = mixed
     checkpoint, tensors = Checkpoint(folder), whole(folder)
     assert checkpoint.args is not None and checkpoint.quantised
-    assert exceptions(checkpoint.expected(checkpoint.args), FP8) == tuple(sorted(modules))
+    assert exceptions(checkpoint.expected(checkpoint.args), FP8) == tuple((module, PLAIN) for module in sorted(modules))
     assert exceptions(checkpoint.expected(checkpoint.args), Numerics()) == ()
     convert(folder, tmp_path / "split", 2)
     assert_round_trip(folder, tmp_path / "split", 2, 2, 4, "split")
@@ -387,7 +387,7 @@ def test_a_run_says_what_is_not_fp8(mixed):
     checkpoint = Checkpoint(folder)
     args = choose_args(checkpoint, None)
     num, says = setup.choose_numerics(args, torch.device("cuda"), "auto", "auto", True, checkpoint.expected(args))
-    assert num.gemm == "fp8" and num.exceptions == tuple(sorted(modules))
+    assert num.gemm == "fp8" and num.exceptions == tuple((module, PLAIN) for module in sorted(modules))
     assert says.startswith("numerics: W8A8 (FP8 weights and activations) on cuda; ")
     assert f"; {len(modules)} projections in bfloat16, as they are stored (" in says and ("dequantised" in says) == some
     num, says = setup.choose_numerics(args, torch.device("cpu"), "auto", "auto", specs=checkpoint.expected(args))

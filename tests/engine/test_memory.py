@@ -19,7 +19,7 @@ from checkpoint.table import expected_tensors
 from core.batch import DECODE_ROWS, Batch
 from core.config import ModelArgs, load_config, parse
 from core.errors import UserError
-from core.numerics import Numerics
+from core.numerics import FLOAT32, PLAIN, Numerics
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import memory, rank_memory, setup, step_memory
@@ -125,10 +125,10 @@ class NoKernel:
 
 SIDES = ("GPU", "CPU", "CPU, no compiler", pytest.param("another device", marks=pytest.mark.trust))
 SPLIT = Numerics(experts="split")
-WIDE = Numerics(exceptions=("head", "layers.1.ffn.gate", "mtp.0.ffn.gate"))
-MIXED = replace(FP8, exceptions=(*WIDE.exceptions, "layers.0.attn.wqkv_a", "layers.0.ffn.w13", "layers.1.attn.wkv_b",
-                                 "layers.1.attn.wo", "layers.1.ffn.experts", "layers.1.ffn.shared_experts.w2",
-                                 "mtp.0.ffn.experts"))  # fmt: skip
+WIDE = Numerics(exceptions=tuple((name, FLOAT32) for name in ("head", "layers.1.ffn.gate", "mtp.0.ffn.gate")))
+PLAIN_ONES = ("layers.0.attn.wqkv_a", "layers.0.ffn.w13", "layers.1.attn.wkv_b", "layers.1.attn.wo",
+              "layers.1.ffn.experts", "layers.1.ffn.shared_experts.w2", "mtp.0.ffn.experts")  # fmt: skip
+MIXED = replace(FP8, exceptions=(*WIDE.exceptions, *((name, PLAIN) for name in PLAIN_ONES)))
 
 
 @pytest.fixture(params=SIDES)
@@ -255,7 +255,7 @@ def test_a_step_never_takes_more_than_its_bound(step, side):
     assert_between(peak, bound, 7 if new == 1 else 2.5, constant)  # of little, the parts of split keys weigh most
 
 
-@pytest.mark.parametrize("numerics", [WIDE, MIXED, replace(FP8, exceptions=("layers.1.ffn.experts",))])
+@pytest.mark.parametrize("numerics", [WIDE, MIXED, replace(FP8, exceptions=(("layers.1.ffn.experts", PLAIN),))])
 def test_a_step_with_exceptions_never_takes_more(numerics, side):
     """The bound may lie far above, as it counts with what the other layers take."""
     for width in (64, 2048):

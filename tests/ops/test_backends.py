@@ -18,6 +18,7 @@ from ops.cpu import kernels
 from ops.cpu.backend import CompiledCpuBackend, CpuBackend
 from ops.formats import Quantised, Routing, Weight
 from ops.reference_backend import ReferenceBackend
+from support.quantised_weights import FORMS, random_weight
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -96,6 +97,13 @@ def fp8_gemm(ops: ReferenceBackend, device: torch.device) -> Results:
 @case
 def w8a16_gemm(ops: ReferenceBackend, device: torch.device) -> Results:
     return [ops.w8a16_gemm(normal(device, T, H), Weight(*fp8(device, 200, H), "bf16"))]
+
+
+@case
+def w4a16_gemm(ops: ReferenceBackend, device: torch.device) -> Results:
+    weights = [random_weight(form, 200, H) for form in FORMS.values() if form.kind == "int4" and form.block[1] == 32]
+    moved = (w._replace(data=w.data.to(device), scale=w.scale.to(device), zero=None if w.zero is None else w.zero.to(device)) for w in weights)
+    return [ops.w4a16_gemm(normal(device, T, H), w) for w in moved]
 
 
 @case

@@ -29,7 +29,16 @@ class GpuBackend(ReferenceBackend):
             return w._replace(data=data, scale=scale)
         return w
 
-    def weight_dequant(self, w: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def weight_dequant(
+        self,
+        w: torch.Tensor,
+        scale: torch.Tensor,
+        dtype: torch.dtype = torch.bfloat16,
+        block: tuple[int, int] = reference.BLOCK,
+        zero: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if w.dtype in (torch.int8, torch.uint8):  # of wkv_b and in conversions only: torch's own ops do
+            return super().weight_dequant(w, scale, dtype, block, zero)
         return quantisation.weight_dequant(w, scale, dtype)
 
     def act_quant(self, x: torch.Tensor, scale_fmt: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
