@@ -15,7 +15,6 @@ Instead: the same code compiled by Clang, of the package ziglang, beside it as t
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import report
+from lib.machine import memory_read
 from lib.timing import take_turns, timed
 
 from core.batch import Batch
@@ -192,17 +192,6 @@ def _exact(
     return torch.stack(out)
 
 
-def reading(turns: int) -> float:
-    """GB/s at which torch sums."""
-    x = torch.ones(BYTES // 4)
-    best = float("inf")
-    for _ in range(turns):
-        began = time.perf_counter()
-        x.sum()
-        best = min(best, time.perf_counter() - began)
-    return BYTES / best / 1e9
-
-
 @torch.inference_mode()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -219,7 +208,7 @@ def main() -> int:
             raise UserError("the package ziglang is not installed")
         by_clang = kernel_cpu.load(kernel_cpu.build(command, kernel_cpu.FLAGS))
     torch.manual_seed(0)
-    found: dict[str, Any] = {"threads": torch.get_num_threads(), "read_gb_s": reading(args.turns)}
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "read_gb_s": memory_read(args.turns, BYTES)}
     print(f"memory is read at {found['read_gb_s']:.1f} GB/s, {found['threads']} threads", flush=True)
     found["rows"] = []
     for n, k in SHAPES:

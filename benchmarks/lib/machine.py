@@ -35,18 +35,32 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def measure_child(command: list[str], output: Any = None, status: int = 0) -> dict[str, float]:
+def memory_read(turns: int = 3, nbytes: int = 1 << 30) -> float:
+    """GB/s at which torch sums so many bytes on all its threads; the best turn's."""
+    x = torch.ones(nbytes // 4)
+    best = float("inf")
+    for _ in range(turns):
+        began = time.perf_counter()
+        x.sum()
+        best = min(best, time.perf_counter() - began)
+    return nbytes / best / 1e9
+
+
+def measure_child(
+    command: list[str], output: Any = None, status: int = 0, errors: Any = subprocess.DEVNULL, every: float = 0.01
+) -> dict[str, float]:
     """Runs a command, which has to end with that status: seconds, and its peak memory in MiB, whole (VmHWM of
-    /proc/PID/status, mapped file pages included) and anonymous (RssAnon, read every 10 ms)."""
+    /proc/PID/status, mapped file pages included) and anonymous (RssAnon), both read every `every` seconds. `output` and
+    `errors` are Popen's stdout and stderr."""
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=output, stderr=errors)
     peak = {"VmHWM": 0, "RssAnon": 0}
     while process.poll() is None:
         for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
             name, _, value = line.partition(":")
             if name in peak:
                 peak[name] = max(peak[name], int(value.split()[0]))
-        time.sleep(0.01)
+        time.sleep(every)
     if process.returncode != status:
         sys.exit(f"{' '.join(command)} failed with status {process.returncode}")
     seconds = round(time.monotonic() - began, 1)
