@@ -14,13 +14,31 @@ without loading. Weights lie in huge pages if the environment has GLIBC_TUNABLES
 Instead: two layers of those widths, in bfloat16 and float32, by the backend for this CPU, by the reference, and by the
 reference through torch.compile, layer by layer with dynamic shapes; and the seconds that first calls take, which for
 the last compile C++.
+
+    python benchmarks/bench_cpu.py --forms bf16 fp8 int8 int4 --checkpoint DIR --peers PEERS \
+        --output benchmarks/results/cpu_forms.json
+
+Instead: that model with its weights in these forms, DIR-fp8 and so on, which quantize.py makes where they are not,
+beside llama.cpp and ik_llama.cpp at equal bits: bf16, Q8_0 and Q4_0. PEERS has, for NAME llama.cpp and ik_llama.cpp,
+NAME/llama-batched-bench and NAME-bf16.gguf, NAME-Q8_0.gguf, NAME-Q4_0.gguf (by each one's convert_hf_to_gguf.py with
+`head_dim` taken out of the config and the vocabulary `no_vocab`, and its llama-quantize). Both are built so:
+
+  llama.cpp      cmake -B build -DCMAKE_BUILD_TYPE=Release; target llama-batched-bench
+  ik_llama.cpp   the same, after letting its examples/batched-bench take random tokens as llama.cpp's does (with one
+                 token everywhere all rows choose the same experts):
+                 sed -i 's/common_batch_add(batch, 0,/common_batch_add(batch, std::rand() % llama_n_vocab(model),/'
+
+For a processor's AVX2 alone: CC a script that adds -march=znver3 to what cc is given, ATEN_CPU_CAPABILITY=avx2,
+ONEDNN_MAX_CPU_ISA=AVX2, and peers built with -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON.
 """
 
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +47,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from lib import report
+from lib import INFERENCE, forms, report
 from lib.checkpoints import write_transformers
 from lib.timing import take_turns, timed
 
@@ -40,6 +58,7 @@ from core.config import ModelArgs
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE
 from model import Transformer
+from ops.cpu import kernels
 from ops.reference_backend import ReferenceBackend
 
 CONFIG = dict(
@@ -166,6 +185,19 @@ def compiled_reference(dtype: torch.dtype, turns: int = 5) -> list[dict]:
     return rows
 
 
+def find_form(path: Path, form: str) -> Path:
+    """The checkpoint in a form of weights, made where it is not."""
+    if not (path / "config.json").exists():
+        make_checkpoint(path)
+    if form == "bf16":
+        return path
+    made = path.with_name(f"{path.name}-{form}")
+    if not (made / "config.json").exists():
+        command = [sys.executable, INFERENCE / "quantize.py", "--hf-ckpt-path", path, "--save-path", made]
+        subprocess.run([*map(str, command), "--format", form], check=True)
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="JSON file for the results")
@@ -174,6 +206,9 @@ def main() -> None:
     parser.add_argument("--llama-bench", help="llama.cpp's llama-bench, to run beside the others; needs --gguf")
     parser.add_argument("--gguf", help="the checkpoint converted by llama.cpp, in bfloat16")
     parser.add_argument("--compiled", action="store_true", help="instead: the reference through torch.compile")
+    parser.add_argument("--forms", nargs="+", choices=list(forms.BITS), help="instead: the weights in these forms")
+    parser.add_argument("--peers", type=Path, help="folder with llama.cpp and ik_llama.cpp, beside --forms")
+    parser.add_argument("--turns", type=int, default=3, help="of --forms (default: %(default)s)")
     args = parser.parse_args()
     if bool(args.llama_bench) != bool(args.gguf):
         parser.error("--llama-bench and --gguf go together")
@@ -188,6 +223,18 @@ def main() -> None:
         for dtype in (torch.bfloat16, torch.float32):
             rows += compiled_reference(dtype)
             report.save(args.output, {"threads": torch.get_num_threads(), "rows": rows})
+        return
+    if args.forms:
+        if not args.checkpoint:
+            parser.error("--forms needs --checkpoint")
+        paths = {form: find_form(Path(args.checkpoint), form) for form in args.forms}
+        kernels.library()  # compiled now, and not while somebody is timed
+        threads = torch.get_num_threads()
+        words = [{args.checkpoint: "DIR", str(args.peers): "PEERS"}.get(word, word) for word in sys.argv[1:]]
+        command = shlex.join(["python", "benchmarks/bench_cpu.py", *words])
+        forms.measure(
+            paths, args.peers, args.turns, threads, save=lambda found: report.save(args.output, found, command)
+        )
         return
     llama = Llama(args.llama_bench, args.gguf, torch.get_num_threads()) if args.gguf else None
     with tempfile.TemporaryDirectory() as scratch:

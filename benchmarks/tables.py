@@ -86,6 +86,37 @@ def cpu(record: dict[str, Any]) -> str:
     return report.table(header, rows)
 
 
+def cpu_forms(record: dict[str, Any]) -> str:
+    """Best tokens per second; in brackets, by form, ours over theirs."""
+    lines = []
+    for group in record["results"]["groups"]:
+        rows = [row for row in group["rows"] if not row["name"].startswith("prefill 8")]
+        ours = [side for side in group["sides"] if side in rows[0]["ratio"]]
+        for side, about in group["sides"].items():
+            who, _, form = side.rpartition(" ")
+            line = [form, who or "this engine"]
+            for row in rows:
+                ratios = [f"{row['ratio'][form][side]:.2f}" for form in ours if side not in ours]
+                line.append(f"{row['tok_s'][side]['best']:.1f}" + (f" ({' / '.join(ratios)})" if ratios else ""))
+            lines.append([*line, f"{about['start_s']:.1f}", f"{about['peak_mib'] / 1024:.1f}"])
+    return report.table(["weights", "", *(row["name"] for row in rows), "start, s", "peak memory, GiB"], lines)
+
+
+def cpu_limits(record: dict[str, Any]) -> str:
+    """Of decoding, by what a step reads."""
+    lines = []
+    for group in record["results"]["groups"]:
+        rows = [row for row in group["rows"] if "limit" in row]
+        for form in rows[0]["limit"]:
+            limits = [row["limit"][form] for row in rows]
+            line = [form, f"{max(group['read_gb_s']):.1f}"]
+            for limit in limits:
+                line += [f"{limit['step_bytes'] / 1e9:.2f}", f"{limit['tok_s']:.1f}", f"{100 * limit['share']:.0f} %"]
+            lines.append(line)
+    cases = [cell for row in rows for cell in (f"{row['name']}: GB a step", "limit, tok/s", "reached")]
+    return report.table(["weights", "memory read, GB/s", *cases], lines)
+
+
 def compiled_reference(record: dict[str, Any]) -> str:
     """Times over ours; ratios alone, as the machine had other work."""
     sides = ("reference", "reference, compiled")
@@ -307,7 +338,9 @@ def model(record: dict[str, Any]) -> str:
 
 # A table's function and the file it reads.
 BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
-    "cpu": (cpu, "cpu"), "kernel_cpu": (kernel_cpu, "kernel_cpu"), "convert_memory": (convert_memory, "convert_memory"),
+    "cpu": (cpu, "cpu"), "cpu_forms": (cpu_forms, "cpu_forms"), "cpu_limits": (cpu_limits, "cpu_forms"),
+    "cpu_forms_avx2": (cpu_forms, "cpu_forms_avx2"), "cpu_limits_avx2": (cpu_limits, "cpu_forms_avx2"),
+    "kernel_cpu": (kernel_cpu, "kernel_cpu"), "convert_memory": (convert_memory, "convert_memory"),
     "demo": (demo, "demo"), "numerics": (numerics, "demo"), "online_serving": (online_serving, "online_serving"),
     "offline_throughput": (offline_throughput, "offline_throughput"), "drafts": (drafts, "offline_throughput"),
     "check_speed": (check_speed, "check_speed"), "results": (results, "demo"),

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from lib import peers, race, timing
+from lib import forms, llama_side, peers, race, timing
+from lib.forms import Engine
+from lib.llama_side import Case as ForwardCase
 from lib.peers import Peer
 from lib.race import Case, Contestant
 from lib.timing import NoClock, Refused
@@ -28,6 +30,7 @@ import rank_step
 import tables
 from core.config import load_config
 from ops.cpu import kernels
+from support.checkpoints import make_checkpoint
 
 FIGURE = Path(__file__).parents[2] / "figures" / "server_load.py"
 
@@ -293,6 +296,90 @@ def test_a_peer_that_dies_or_hangs_is_refused(tmp_path: Path) -> None:
         with pytest.raises(Refused, match=why):
             peer.ask(do="time")
         assert peer.process is None
+
+
+SMALL = dict(
+    architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", vocab_size=64, hidden_size=64,
+    intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, first_k_dense_replace=1, num_attention_heads=2,
+    num_key_value_heads=2, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, n_group=2, topk_group=1,
+    norm_topk_prob=True, routed_scaling_factor=1.0, scoring_func="sigmoid", topk_method="noaux_tc", q_lora_rank=32,
+    kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, max_position_embeddings=512,
+    num_nextn_predict_layers=0, rms_norm_eps=1e-6, rope_theta=10000,
+)  # fmt: skip
+TABLE = """\
+main: n_kv_max = 256, n_batch = 2048
+|    PP |     TG |    B |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |      T s |    S t/s |
+|-------|--------|------|--------|----------|----------|----------|----------|----------|----------|
+|    96 |      4 |    2 |    200 |    0.500 |   384.00 |    0.250 |    32.00 |    0.750 |   266.67 |
+"""
+
+
+def test_the_forms_run_beside_their_peers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The engine on a small checkpoint; a peer is a program that prints what theirs do, the other is not there."""
+    make_checkpoint(tmp_path / "small", SMALL)
+    binary = tmp_path / "ik_llama.cpp" / "llama-batched-bench"
+    binary.parent.mkdir()
+    binary.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\ncat >&2 <<'END'\n{TABLE}END\nsleep 0.2\n")
+    binary.chmod(0o755)
+    (tmp_path / "ik_llama.cpp-bf16.gguf").touch()
+    monkeypatch.setattr(forms, "memory_read", lambda: 10.0)
+    kept = []
+    case = ForwardCase(2, 96, 4)
+    found = forms.measure({"bf16": tmp_path / "small"}, tmp_path, 2, 1, [case], lambda r: kept.append(json.dumps(r)))
+    assert len(kept) == 2 and json.loads(kept[-1]) == found
+    printed = capsys.readouterr().out
+    assert "llama.cpp is left out: there is no" in printed and printed.count("turn 2, ") == 2
+    assert (tmp_path / "asked").read_text().count("-npp 96 -ntg 4 -npl 2 -c 512 -t 1") == 2
+    [group] = found["groups"]
+    prefill, decode = group["rows"]
+    assert (prefill["name"], decode["name"]) == ("prefill 2 x 96", "decode, 2 sequences")
+    peer = "ik_llama.cpp bf16"
+    assert prefill["tok_s"][peer]["best"] == 384 and decode["tok_s"][peer]["median"] == 32
+    ours = decode["tok_s"]["bf16"]["best"]
+    assert decode["ratio"]["bf16"].keys() == {peer} and max(decode["ratios"]["bf16"][peer]) == pytest.approx(ours / 32)
+    sides = group["sides"]
+    assert sides["bf16"]["peak_mib"] >= sides["bf16"]["anonymous_mib"] > 0
+    assert 0 < sides["bf16"]["load_s"] < sides["bf16"]["start_s"] and sides[peer]["peak_mib"] > 0
+    # 2 of 4 experts each: 3 of 4 together; latents of 98 tokens, 48 numbers of two bytes in two layers
+    limit = decode["limit"]["bf16"]
+    read = Engine(tmp_path / "small")
+    try:
+        read.start(256, 1)
+        assert read.reads(ForwardCase(2, 0, 0)) + 2 * 98 * 48 * 2 * 2 == limit["step_bytes"]
+    finally:
+        read.child.close()
+    assert limit["tok_s"] == pytest.approx(2 * 10e9 / limit["step_bytes"])
+    assert limit["share"] == pytest.approx(ours / limit["tok_s"]) and "limit" not in prefill
+
+
+def test_what_llama_batched_bench_prints() -> None:
+    assert llama_side.parse(TABLE) == (0.5, 0.25)
+    row = {"pp": 512, "tg": 32, "pl": 1, "t_pp": 1.5, "speed_pp": 341.3, "t_tg": 2.5, "t": 4.0}
+    assert llama_side.parse("0.00.1 I load: {\n\n" + json.dumps(row) + "\n") == (1.5, 2.5)
+    with pytest.raises(ValueError, match="no row in what it printed"):
+        llama_side.parse("error: failed to load model")
+
+
+def test_the_table_of_forms() -> None:
+    """Two of ours beside one peer: its ratio to each."""
+    decode = {
+        "name": "decode at 512",
+        "tok_s": {"fp8": {"best": 60.0}, "int8": {"best": 66.0}, "ik_llama.cpp Q8_0": {"best": 50.0}},
+        "ratio": {"fp8": {"ik_llama.cpp Q8_0": 1.2}, "int8": {"ik_llama.cpp Q8_0": 1.3}},
+        "limit": {form: {"step_bytes": 4e8, "tok_s": 75.0, "share": 0.8} for form in ("fp8", "int8")},
+    }
+    about = {"start_s": 2.0, "peak_mib": 2048}
+    group = {"bits": 8, "read_gb_s": [20.0, 30.0], "rows": [decode], "sides": dict.fromkeys(decode["tok_s"], about)}
+    record = {"results": {"groups": [group]}}
+    assert tables.cpu_forms(record).splitlines()[2:] == [
+        "| fp8 | this engine | 60.0 | 2.0 | 2.0 |", "| int8 | this engine | 66.0 | 2.0 | 2.0 |",
+        "| Q8_0 | ik_llama.cpp | 50.0 (1.20 / 1.30) | 2.0 | 2.0 |",
+    ]  # fmt: skip
+    assert tables.cpu_limits(record).splitlines()[2:] == [
+        "| fp8 | 30.0 | 0.40 | 75.0 | 80 % |", "| int8 | 30.0 | 0.40 | 75.0 | 80 % |"
+    ]  # fmt: skip
 
 
 def test_the_documents_hold_the_committed_figures(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
