@@ -1,9 +1,6 @@
 """The C kernels against float64 and their references, with this processor's vectors and with shorter ones."""
 
-import functools
-import importlib.util
 import math
-import platform
 from dataclasses import replace
 
 import pytest
@@ -15,42 +12,16 @@ from ops.cpu import kernels
 from ops.cpu.backend import CompiledCpuBackend
 from ops.cpu.kernels import Packed
 from ops.formats import Routing
-from support.limits import LAST_RESORT, limited
+from support.limits import LAST_RESORT
 from support.model_pairs import relative_error
 
-pytestmark = pytest.mark.timeout(LAST_RESORT)  # the compiler has a limit of its own, of processor time
+pytestmark = [
+    pytest.mark.timeout(LAST_RESORT),  # the compiler has a limit of its own, of processor time
+    pytest.mark.usefixtures("vectors"),
+]
 
 if kernels.library() is None:
     pytest.skip("no C compiler, or other threads than GNU OpenMP's", allow_module_level=True)
-
-SHORTER = tuple("-march=x86-64-v3" if flag == "-march=native" else flag for flag in kernels.FLAGS)  # AVX2
-
-
-@functools.cache
-def compiled(flags: tuple[str, ...], compiler: int = 0):
-    return kernels.load(kernels.build(limited(120, kernels.compilers()[compiler]), flags))
-
-
-CLANG = pytest.param("Clang", marks=pytest.mark.trust)
-
-
-@pytest.fixture(params=["native", "shorter vectors", "three threads", CLANG], autouse=True)
-def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With which the kernels are compiled, and whether several threads share even the smallest work."""
-    if request.param == "shorter vectors":
-        if platform.machine() != "x86_64":
-            pytest.skip("x86's")
-        monkeypatch.setattr(kernels, "library", lambda: compiled(SHORTER))
-        assert kernels.panel_width() == 16
-    if request.param == "Clang":
-        if importlib.util.find_spec("ziglang") is None:
-            pytest.skip("the package ziglang is not installed")
-        monkeypatch.setattr(kernels, "library", lambda: compiled(kernels.FLAGS, -1))
-    if request.param in ("three threads", "Clang"):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-        monkeypatch.setattr(kernels, "_threads", lambda work: 3)
-    return request.param
-
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()

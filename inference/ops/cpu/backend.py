@@ -55,9 +55,9 @@ class CompiledCpuBackend(CpuBackend):
         self.tiles = not batch_invariant and kernels.may_use_tiles()
 
     def pack_weight(self, w: Weight) -> Weight:
-        """Plain weights in panels of rows, which kernels.c reads at the memory's speed even for one token. A stack
+        """In panels of rows, which kernels.c reads at the memory's speed even for one token; of W8A8 as it is. A stack
         whose N is whole panels is packed in place."""
-        return w if w.scale is not None else w._replace(data=kernels.pack(w.data))
+        return w if w.fp8 or not kernels.packs(w) else w._replace(data=kernels.pack_weight(w), scale=None, zero=None)
 
     def pack_float32_weight(self, w: torch.Tensor) -> Any:
         """Half the bytes of a widened weight; one that is float32 stays so."""
@@ -105,7 +105,7 @@ class CompiledCpuBackend(CpuBackend):
         shared: Callable[[], torch.Tensor] | None = None,
         n_experts: int | None = None,
     ) -> torch.Tensor:
-        if not isinstance(w13.data, kernels.Packed):
+        if not (isinstance(w13.data, kernels.Packed) and isinstance(w2.data, kernels.Packed)):
             return super().experts(x, weights, ids, first, w13, w2, inter, shared, n_experts)
         extra = None if shared is None else shared()
         return kernels.experts(plain_tokens(x), weights, ids, first, w13.data, w2.data, inter, extra, self.tiles)

@@ -8,6 +8,10 @@
  * tiles take it. A product's sum runs over k in order whatever the number of rows, so a row's result does not depend on
  * the other rows, except where tiles multiply.
  *
+ * A weight of 8 or 4 bits lies in the same panels, and becomes lines of bfloat16, which hold every value of it, a chunk
+ * of a panel at a time: in the nearest cache, for all rows that are multiplied. The sums of a chunk are scaled and added
+ * up, as reference.w8a16_gemm and w4a16_gemm have it.
+ *
  * Shapes as in model.py. `threads` are those of torch, whose OpenMP library this one shares.
  */
 #include <math.h>
@@ -38,6 +42,8 @@ typedef float vf __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint8_t vb __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef int8_t vc __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 int64_t panel_width(void) { return WIDTH; }
 
@@ -113,33 +119,173 @@ INLINE float sum_v(vf x) { /* of halves, halves of these, ... */
 
 /* ------------------------------------------------------------------------------------------------ matrix products */
 
-/* w (n, k) to panels; in place where n is a multiple of WIDTH and k even. scratch: (threads, even(k) * WIDTH) bf16. */
-void pack(const bf16 *w, int64_t n, int64_t k, bf16 *out, bf16 *scratch, int threads) {
-    const int64_t size = even(k) * WIDTH;
+/* A packed weight (n, k) of one of a stack's. Its numbers take, for two k of a panel:
+ *   BF16  two lines;
+ *   FP8   e4m3, the bytes of both lines in turn, the second line's first, so that shifts make the two lines of them;
+ *   INT8  each line's first k, then its second;
+ *   INT4  as INT8, but for four k: a byte's high half has the value of two k later.
+ * Its scales, float or bfloat16, are for blocks of `rows` rows and `block` k: (blocks of rows, blocks of k) for whole
+ * panels that share one; with rows 1 a line, (panels, blocks of k, WIDTH). zeros: INT4's zero points, in such lines, or
+ * none, for 8. stack_*: bytes from a weight to the next one. */
+enum { BF16, FP8, INT8, INT4 };
+typedef struct {
+    const void *data, *scales;
+    const uint8_t *zeros;
+    int64_t n, k, form, rows, block, bf16_scales, stack_data, stack_scales, stack_zeros;
+} Matrix;
+
+INLINE Matrix of_stack(const Matrix *w, int64_t e) {
+    Matrix one = *w;
+    one.data = (const char *)w->data + e * w->stack_data;
+    if (w->scales) one.scales = (const char *)w->scales + e * w->stack_scales;
+    if (w->zeros) one.zeros = w->zeros + e * w->stack_zeros;
+    return one;
+}
+
+/* Bytes of so many k of a panel. */
+INLINE int64_t panel_bytes(int64_t form, int64_t k) {
+    return form == BF16 ? 2 * WIDTH * k : form == INT4 ? WIDTH / 2 * k : WIDTH * k;
+}
+
+/* Where a form of 8 bits has the byte of row i of a panel for the first or second of two k. */
+INLINE int64_t byte_at(int64_t form, int i, int second) {
+    const int line = i / LANES, lane = i % LANES;
+    return form == FP8 ? 2 * (2 * lane + second) + 1 - line : (2 * line + second) * LANES + lane;
+}
+
+/* w (n, k) to panels; in place where n is a multiple of WIDTH and k even. INT4: k a multiple of 4, w (n, k / 2) with
+ * the even k in the low half of a byte. scratch: (threads, panel_bytes(form, even(k))). */
+void pack(const void *w, int64_t n, int64_t k, int form, void *out, void *scratch, int threads) {
+    const int64_t size = panel_bytes(form, even(k));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t p = 0; p < in_wholes(n, WIDTH); p++) {
-        bf16 *panel = scratch + omp_get_thread_num() * size;
+        char *panel = (char *)scratch + omp_get_thread_num() * size;
         for (int i = 0; i < WIDTH; i++) {
             const int64_t row = p * WIDTH + i;
-            bf16 *column = panel + i / LANES * WIDTH + i % LANES * 2;
-            for (int64_t j = 0; j < even(k); j++)
-                column[j / 2 * 2 * WIDTH + j % 2] = row < n && j < k ? w[row * k + j] : 0;
+            if (form == BF16) {
+                const bf16 *from = (const bf16 *)w + row * k;
+                bf16 *column = (bf16 *)panel + i / LANES * WIDTH + i % LANES * 2;
+                for (int64_t j = 0; j < even(k); j++)
+                    column[j / 2 * 2 * WIDTH + j % 2] = row < n && j < k ? from[j] : 0;
+            } else if (form == INT4) {
+                const uint8_t *from = (const uint8_t *)w + row * (k / 2);
+                uint8_t *first = (uint8_t *)panel + byte_at(form, i, 0), *second = (uint8_t *)panel + byte_at(form, i, 1);
+                for (int64_t j = 0; j < k / 2; j += 2) {
+                    const uint8_t a = row < n ? from[j] : 0, b = row < n ? from[j + 1] : 0;
+                    first[j * WIDTH] = (a & 15) | (b & 15) << 4;
+                    second[j * WIDTH] = a >> 4 | (b & 0xf0);
+                }
+            } else {
+                const uint8_t *from = (const uint8_t *)w + row * k;
+                uint8_t *first = (uint8_t *)panel + byte_at(form, i, 0), *second = (uint8_t *)panel + byte_at(form, i, 1);
+                for (int64_t j = 0; j < k; j += 2) {
+                    first[j * WIDTH] = row < n ? from[j] : 0;
+                    second[j * WIDTH] = row < n && j + 1 < k ? from[j + 1] : 0;
+                }
+            }
         }
-        memcpy(out + p * size, panel, size * sizeof(bf16));
+        memcpy((char *)out + p * size, panel, size);
     }
 }
 
-/* r rows of x, interleaved as (k, r), by p panels, k even: sums (r, p * WIDTH). r and p are constants where it is
- * used. */
-INLINE void product_of(const float *x, const bf16 *w, int64_t k, int r, int p, float *out) {
+/* e4m3 as bfloat16, of any byte. */
+INLINE bf16 widen_e4m3(uint8_t x) {
+    const int sign = x >> 7 << 15, bits = x & 0x7f;
+    if (bits == 0x7f) return sign | 0x7fc0;
+    if (bits > 7) return sign | ((bits << 4) + (120 << 7)); /* the exponent's bias: 127 for 7 */
+    return sign | narrow(bits * 0x1p-9f);
+}
+
+typedef int16_t vs __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef uint8_t v2b __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+
+/* Whether a number of these is zero, subnormal or NaN. */
+INLINE int any_unusual(v2b x) {
+    x = ((x + 1) & 0x7f) < 9;
+    uint64_t words[LANES / 2], any = 0;
+    memcpy(words, &x, sizeof(x));
+    for (int i = 0; i < LANES / 2; i++) any |= words[i];
+    return any != 0;
+}
+
+/* Two k of a panel as lines of bfloat16. */
+INLINE void widen_fp8(const uint8_t *from, bf16 *lines) {
+    vs x = *(const vs *)from;
+    if (any_unusual((v2b)x)) {
+        for (int i = 0; i < WIDTH; i++) {
+            lines[i] = widen_e4m3(from[2 * i + 1]);
+            lines[WIDTH + i] = widen_e4m3(from[2 * i]);
+        }
+        return;
+    }
+    *(vs *)lines = ((x >> 4) & (int16_t)0x87f0) + (120 << 7);
+    *(vs *)(lines + WIDTH) = (((vs)((vu)x << 8) >> 4) & (int16_t)0x87f0) + (120 << 7);
+}
+
+/* A line of bfloat16, of values for the first k and the second that it can hold. */
+INLINE void join_v(vf first, vf second, bf16 *line) { *(vu *)line = (vu)first >> 16 | (vu)second; }
+
+INLINE void widen_int8(const uint8_t *from, bf16 *lines) {
+    for (int i = 0; i < 2; i++, from += WIDTH, lines += WIDTH)
+        join_v(__builtin_convertvector(*(const vc *)from, vf), __builtin_convertvector(*(const vc *)(from + LANES), vf),
+               lines);
+}
+
+/* Four k. zeros: of each row. */
+INLINE void widen_int4(const uint8_t *from, const float *zeros, bf16 *lines) {
+    for (int i = 0; i < 2; i++, from += WIDTH, lines += WIDTH) {
+        const vf zero = *(const vf *)(zeros + i * LANES);
+        vi a = __builtin_convertvector(*(const vb *)from, vi), b = __builtin_convertvector(*(const vb *)(from + LANES), vi);
+        join_v(__builtin_convertvector(a & 15, vf) - zero, __builtin_convertvector(b & 15, vf) - zero, lines);
+        join_v(__builtin_convertvector(a >> 4, vf) - zero, __builtin_convertvector(b >> 4, vf) - zero, lines + 2 * WIDTH);
+    }
+}
+
+enum { CHUNK = 128 /* k of a panel that are widened together, at most */ };
+
+/* k [k0, k0 + n) of panel p, all of one block, as lines of bfloat16; their scales (WIDTH). */
+static void widen_chunk(const Matrix *w, int64_t p, int64_t k0, int64_t n, bf16 *lines, float *scales) {
+    const int64_t blocks = in_wholes(w->k, w->block), at = k0 / w->block;
+    const int64_t line = (p * blocks + at) * WIDTH, shared = p * WIDTH / w->rows * blocks + at;
+    for (int i = 0; i < WIDTH; i++) {
+        const int64_t place = w->rows == 1 ? line + i : shared;
+        scales[i] = w->bf16_scales ? widen(((const bf16 *)w->scales)[place]) : ((const float *)w->scales)[place];
+    }
+    const int64_t size = panel_bytes(w->form, even(w->k)), begin = panel_bytes(w->form, k0);
+    const uint8_t *from = (const uint8_t *)w->data + p * size + begin;
+    if (w->form == INT4) {
+        float zeros[WIDTH];
+        for (int i = 0; i < WIDTH; i++) zeros[i] = w->zeros ? w->zeros[line + i] : 8;
+        for (int64_t j = 0; j < n; j += 4, from += 2 * WIDTH, lines += 4 * WIDTH) {
+            __builtin_prefetch(from + AHEAD * 2 * WIDTH);
+            widen_int4(from, zeros, lines);
+        }
+    } else if (w->form == FP8) {
+        for (int64_t j = 0; j < n; j += 2, from += 2 * WIDTH, lines += 2 * WIDTH) {
+            __builtin_prefetch(from + AHEAD * 2 * WIDTH);
+            widen_fp8(from, lines);
+        }
+    } else {
+        for (int64_t j = 0; j < n; j += 2, from += 2 * WIDTH, lines += 2 * WIDTH) {
+            __builtin_prefetch(from + AHEAD * 2 * WIDTH);
+            widen_int8(from, lines);
+        }
+    }
+}
+
+/* r rows of x, interleaved as (k, r), by p panels, k even: sums to out (r, p * WIDTH), or, with scales (p, WIDTH), these
+ * times the sums added there. r and p are constants where it is used. */
+INLINE void product_of(const float *x, const bf16 *w, int64_t k, const float *scales, int r, int p, float *out) {
     vf low[ROWS], high[ROWS];
     for (int i = 0; i < r * p; i++) low[i] = high[i] = (vf){0};
     for (int64_t j = 0; j < k; j += 2)
 #pragma GCC unroll 4
         for (int q = 0; q < p; q++) {
             const bf16 *lines = w + (q * k + j) * WIDTH;
-            __builtin_prefetch(lines + AHEAD * WIDTH);
-            __builtin_prefetch(lines + (AHEAD + 1) * WIDTH);
+            if (!scales) { /* they come from memory */
+                __builtin_prefetch(lines + AHEAD * WIDTH);
+                __builtin_prefetch(lines + (AHEAD + 1) * WIDTH);
+            }
             vu a = *(const vu *)lines, b = *(const vu *)(lines + WIDTH);
             vf first = (vf)(a << 16), second = (vf)(b << 16);
 #pragma GCC unroll 12
@@ -154,9 +300,13 @@ INLINE void product_of(const float *x, const bf16 *w, int64_t k, int r, int p, f
                 high[i * p + q] += x[(j + 1) * r + i] * second;
             }
         }
-    for (int i = 0; i < r * p; i++) {
-        *(vf *)(out + i * WIDTH) = low[i];
-        *(vf *)(out + i * WIDTH + LANES) = high[i];
+    for (int i = 0; i < r * p; i++, out += WIDTH) {
+        if (scales) {
+            low[i] = *(vf *)out + low[i] * *(const vf *)(scales + i % p * WIDTH);
+            high[i] = *(vf *)(out + LANES) + high[i] * *(const vf *)(scales + i % p * WIDTH + LANES);
+        }
+        *(vf *)out = low[i];
+        *(vf *)(out + LANES) = high[i];
     }
 }
 
@@ -167,12 +317,12 @@ INLINE int panels_at_once(int r, int64_t left) {
     return p;
 }
 
-static void product(const float *x, int r, const bf16 *w, int64_t k, int p, float *out) {
+static void product(const float *x, int r, const bf16 *w, int64_t k, const float *scales, int p, float *out) {
 #define CASE(r)                                                                   \
     case r:                                                                       \
-        if (r * 4 <= ROWS && p == 4) product_of(x, w, k, r, 4, out);              \
-        else if (r * 2 <= ROWS && p == 2) product_of(x, w, k, r, 2, out);         \
-        else product_of(x, w, k, r, 1, out);                                      \
+        if (r * 4 <= ROWS && p == 4) product_of(x, w, k, scales, r, 4, out);      \
+        else if (r * 2 <= ROWS && p == 2) product_of(x, w, k, scales, r, 2, out); \
+        else product_of(x, w, k, scales, r, 1, out);                              \
         break;
     switch (r) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
@@ -234,21 +384,57 @@ static void store_rows(const float *sums, int64_t first, int64_t r, int64_t widt
     }
 }
 
-/* Rows of x, interleaved in blocks, by packed w (n, k): this thread's share of the columns. */
-static void multiply(const float *x, int64_t rows, const bf16 *w, int64_t n, int64_t k, Target to) {
+/* Rows of x, interleaved in blocks, by plain w: this thread's share of the columns. */
+static void multiply_plain(const float *x, int64_t rows, const Matrix *w, Target to) {
+    const int64_t k = even(w->k);
     int64_t begin, end, p;
-    my_share(in_wholes(n, WIDTH), &begin, &end);
-    k = even(k);
+    my_share(in_wholes(w->n, WIDTH), &begin, &end);
     for (; rows && begin < end; begin += p) {
         p = panels_at_once(in_wholes(rows, blocks_of(rows)), end - begin);
-        const int64_t column = begin * WIDTH, width = least(p * WIDTH, n - column);
+        const int64_t column = begin * WIDTH, width = least(p * WIDTH, w->n - column);
         for (int64_t b = 0; b < blocks_of(rows); b++) {
             float out[ROWS * WIDTH];
             const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
-            product(x + first * k, r, w + begin * k * WIDTH, k, p, out);
+            product(x + first * k, r, (const bf16 *)w->data + begin * k * WIDTH, k, 0, p, out);
             store_rows(out, first, r, width, p * WIDTH, column, to);
         }
     }
+}
+
+/* The same by w of 8 or 4 bits. What a chunk of it was widened to serves so many blocks of rows. */
+enum { BLOCKS = 8 };
+static void multiply_widened(const float *x, int64_t rows, const Matrix *w, Target to) {
+    const int64_t k = even(w->k), blocks = blocks_of(rows);
+    int64_t begin, end, p;
+    my_share(in_wholes(w->n, WIDTH), &begin, &end);
+    for (; rows && begin < end; begin += p) {
+        p = panels_at_once(in_wholes(rows, blocks), end - begin);
+        const int64_t column = begin * WIDTH, width = least(p * WIDTH, w->n - column), line = p * WIDTH;
+        for (int64_t b0 = 0; b0 < blocks; b0 += BLOCKS) {
+            bf16 lines[4 * CHUNK * WIDTH] __attribute__((aligned(64)));
+            float scales[4 * WIDTH], sums[BLOCKS * ROWS * WIDTH] __attribute__((aligned(64)));
+            const int64_t b1 = least(b0 + BLOCKS, blocks), row = block_start(rows, b0);
+            memset(sums, 0, (block_start(rows, b1) - row) * line * sizeof(float));
+            for (int64_t k0 = 0, n; k0 < k; k0 += n) {
+                n = least(least(CHUNK, w->block - k0 % w->block), k - k0);
+                for (int q = 0; q < p; q++)
+                    widen_chunk(w, begin + q, k0, n, lines + q * n * WIDTH, scales + q * WIDTH);
+                for (int64_t b = b0; b < b1; b++) {
+                    const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
+                    product(x + first * k + k0 * r, r, lines, n, scales, p, sums + (first - row) * line);
+                }
+            }
+            for (int64_t b = b0; b < b1; b++) {
+                const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
+                store_rows(sums + (first - row) * line, first, r, width, line, column, to);
+            }
+        }
+    }
+}
+
+static void multiply(const float *x, int64_t rows, const Matrix *w, Target to) {
+    if (w->form == BF16) multiply_plain(x, rows, w, to);
+    else multiply_widened(x, rows, w, to);
 }
 
 /* The matrix unit of Intel's servers (AMX) multiplies tiles of 16 rows of x and 16 of w, 32 k at a time. It adds up in
@@ -307,7 +493,9 @@ INLINE void product_in_tiles(const bf16 *x, int64_t r, const bf16 *w, int64_t k,
 }
 
 /* As multiply, of rows in tiles. */
-static void multiply_in_tiles(const bf16 *x, int64_t rows, const bf16 *w, int64_t n, int64_t k, Target to) {
+static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *m, Target to) {
+    const bf16 *w = m->data;
+    const int64_t n = m->n, k = m->k;
     int64_t begin, end, shaped = 0;
     my_share(in_wholes(n, WIDTH), &begin, &end);
     for (; begin < end; begin++)
@@ -320,13 +508,15 @@ static void multiply_in_tiles(const bf16 *x, int64_t rows, const bf16 *w, int64_
         }
     if (shaped) _tile_release();
 }
-INLINE int fills_tiles(int64_t rows, int64_t k) { return granted && rows >= TILE_ROWS && k % TILE_K == 0; }
+INLINE int fills_tiles(int64_t rows, const Matrix *w) {
+    return granted && w->form == BF16 && rows >= TILE_ROWS && w->k % TILE_K == 0;
+}
 #else
 int64_t may_use_tiles(void) { return 0; }
-static void multiply_in_tiles(const bf16 *x, int64_t rows, const bf16 *w, int64_t n, int64_t k, Target to) {
-    (void)x, (void)rows, (void)w, (void)n, (void)k, (void)to;
+static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, Target to) {
+    (void)x, (void)rows, (void)w, (void)to;
 }
-INLINE int fills_tiles(int64_t rows, int64_t k) { return 0 * rows * k; }
+INLINE int fills_tiles(int64_t rows, const Matrix *w) { return 0 * rows * w->k; }
 #endif
 
 /* Copies a row of k numbers to row i of x, which lies in tiles. */
@@ -335,13 +525,13 @@ INLINE void put_in_tiles(const bf16 *row, int64_t k, int64_t i, bf16 *x) {
     for (int64_t j = 0; j < k; j += TILE_K) memcpy(x + j * 2 * TILE, row + j, TILE_K * sizeof(bf16));
 }
 
-/* x (t, k) by packed w (n, k) to y (t, n), either bf16 or float; in tiles where asked to and there are rows for them.
+/* x (t, k) by w (n, k) to y (t, n), either bf16 or float; in tiles where asked to and there are rows for them.
  * scratch: (min(t, chunk), even(k)) floats; chunk, a multiple of ROWS and of two tiles, is how many rows are multiplied
  * by all of w before the next ones come. */
-void linear(const void *x, int x_float, int64_t t, int64_t stride, const bf16 *w, int64_t n, int64_t k, void *y,
-            int y_float, float *scratch, int64_t chunk, int tiles, int threads) {
-    const int64_t size = even(k);
-    tiles = tiles && !x_float && fills_tiles(t, k);
+void linear(const void *x, int x_float, int64_t t, int64_t stride, const Matrix *w, void *y, int y_float,
+            float *scratch, int64_t chunk, int tiles, int threads) {
+    const int64_t n = w->n, k = w->k, size = even(k);
+    tiles = tiles && !x_float && fills_tiles(t, w);
 #pragma omp parallel num_threads(threads)
     for (int64_t t0 = 0; t0 < t; t0 += chunk) {
         const int64_t rows = least(chunk, t - t0);
@@ -354,7 +544,7 @@ void linear(const void *x, int x_float, int64_t t, int64_t stride, const bf16 *w
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < rows; i++)
                 put_in_tiles((const bf16 *)x + (t0 + i) * stride, k, i, (bf16 *)scratch);
-            multiply_in_tiles((const bf16 *)scratch, rows, w, n, k, to);
+            multiply_in_tiles((const bf16 *)scratch, rows, w, to);
             continue;
         }
 #pragma omp for schedule(static)
@@ -364,7 +554,7 @@ void linear(const void *x, int x_float, int64_t t, int64_t stride, const bf16 *w
             const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
             interleave(x, x_float, t0 + i, stride, k, i - first, r, scratch + first * size);
         }
-        multiply(scratch, rows, w, n, k, to);
+        multiply(scratch, rows, w, to);
     }
 }
 
@@ -414,21 +604,21 @@ static void sort_by_expert(const int64_t *ids, int64_t n, int64_t first, int64_t
 }
 
 /* x (t, h) through the experts [first, first + n_experts) that ids (t, top) name, weighted and summed, with
- * `shared` (t, h) added if there is one: y (t, h). w13 (n_experts, 2 inter, h) and
- * w2 (n_experts, h, inter) packed, each expert's rows from a panel on.
+ * `shared` (t, h) added if there is one: y (t, h). w13 (n_experts, 2 half, h), of which the first `inter` of each half
+ * count, and w2 (n_experts, h, inter), each expert's rows from a panel on.
  *
  * Experts go in bundles of at most `bundle` rows, or one alone that has more: rows of x, interleaved, by w13; SwiGLU,
  * times the router's weight; by w2, added up. A thread has the same columns of every expert: nobody else adds to them.
  * An expert whose rows fill tiles, where those are asked for, has them as they are, and SwiGLU's result rounded.
- * scratch: (rows, even(h) + 2 inter + even(inter)) floats, rows the most of a bundle, and sums (t, h) floats; numbers:
+ * scratch: (rows, even(h) + 2 half + even(inter)) floats, rows the most of a bundle, and sums (t, h) floats; numbers:
  * t * top + n_experts + 1. */
 void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t *ids, const float *weights, int64_t top,
-             int64_t first, int64_t n_experts, const bf16 *w13, const bf16 *w2, int64_t inter, const bf16 *shared,
-             bf16 *y, int64_t bundle, float *sums, float *scratch, int64_t *numbers, int tiles, int threads) {
+             int64_t first, int64_t n_experts, const Matrix *w13, const Matrix *w2, const bf16 *shared, bf16 *y,
+             int64_t bundle, float *sums, float *scratch, int64_t *numbers, int tiles, int threads) {
+    const int64_t inter = w2->k, two_halves = w13->n, half = two_halves / 2;
     int64_t *starts = numbers, *order = numbers + n_experts + 1;
     const int64_t size_h = even(h), size_i = even(inter);
-    const int64_t size13 = in_wholes(2 * inter, WIDTH) * WIDTH * size_h, size2 = in_wholes(h, WIDTH) * WIDTH * size_i;
-    tiles = tiles && inter % TILE_K == 0;
+    tiles = tiles && w2->form == BF16 && inter % TILE_K == 0;
     sort_by_expert(ids, t * top, first, n_experts, order, starts);
 #pragma omp parallel num_threads(threads)
     {
@@ -440,12 +630,12 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
             while (e1 < n_experts && starts[e1 + 1] - starts[e0] <= bundle) e1++;
             const int64_t n = starts[e1] - starts[e0];
             const int64_t *own = order + starts[e0]; /* assignments, whose rows are those of: */
-            float *rows = scratch, *gate_up = rows + n * size_h, *middle = gate_up + n * 2 * inter;
+            float *rows = scratch, *gate_up = rows + n * size_h, *middle = gate_up + n * two_halves;
             if (n == 0) continue;
 #pragma omp barrier
             for (int64_t e = e0; e < e1; e++) {
                 const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
-                const int as_tiles = tiles && fills_tiles(count, h);
+                const int as_tiles = tiles && fills_tiles(count, w13);
 #pragma omp for schedule(static) nowait
                 for (int64_t b = 0; b < blocks_of(count); b++) {
                     const int64_t row = at + block_start(count, b), r = at + block_start(count, b + 1) - row;
@@ -459,22 +649,22 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
 #pragma omp barrier
             for (int64_t e = e0; e < e1; e++) {
                 const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
-                const Target to = {STORED, gate_up + at * 2 * inter, 2 * inter, 0, 0};
+                const Target to = {STORED, gate_up + at * two_halves, two_halves, 0, 0};
                 const float *from = rows + at * size_h;
-                if (tiles && fills_tiles(count, h))
-                    multiply_in_tiles((const bf16 *)from, count, w13 + e * size13, 2 * inter, h, to);
-                else multiply(from, count, w13 + e * size13, 2 * inter, h, to);
+                const Matrix own13 = of_stack(w13, e);
+                if (tiles && fills_tiles(count, w13)) multiply_in_tiles((const bf16 *)from, count, &own13, to);
+                else multiply(from, count, &own13, to);
             }
 #pragma omp barrier
             for (int64_t e = e0; e < e1; e++) {
                 const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
-                const int as_tiles = tiles && fills_tiles(count, h);
+                const int as_tiles = tiles && fills_tiles(count, w13);
 #pragma omp for schedule(static) nowait
                 for (int64_t b = 0; b < blocks_of(count); b++) {
                     const int64_t row = at + block_start(count, b), r = at + block_start(count, b + 1) - row;
                     for (int64_t i = 0; i < r; i++) {
-                        float *gate = gate_up + (row + i) * 2 * inter;
-                        swiglu(gate, gate + inter, inter, weights[own[row + i]], gate);
+                        float *gate = gate_up + (row + i) * two_halves;
+                        swiglu(gate, gate + half, inter, weights[own[row + i]], gate);
                         if (as_tiles) { /* rounded where it is: the float that is read is never behind */
                             narrow_row(gate, inter, (bf16 *)gate);
                             put_in_tiles((bf16 *)gate, inter, row + i - at, (bf16 *)(middle + at * size_i));
@@ -487,9 +677,9 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
                 const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
                 const Target to = {ADDED, sums, h, own + at, top};
                 const float *from = middle + at * size_i;
-                if (tiles && fills_tiles(count, h))
-                    multiply_in_tiles((const bf16 *)from, count, w2 + e * size2, h, inter, to);
-                else multiply(from, count, w2 + e * size2, h, inter, to);
+                const Matrix own2 = of_stack(w2, e);
+                if (tiles && fills_tiles(count, w13)) multiply_in_tiles((const bf16 *)from, count, &own2, to);
+                else multiply(from, count, &own2, to);
             }
         }
 #pragma omp barrier

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib.util
 import itertools
+import math
 import os
 import re
 import shlex
@@ -21,14 +22,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from core.batch import Batch
-from ops.formats import Routing
+from core.numerics import Form
+from ops.formats import Routing, Weight
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
@@ -193,6 +196,8 @@ def _own_folder() -> tempfile.TemporaryDirectory[str]:
 
 def _argument(declared: str) -> Any:
     """The ctypes type of an argument as C declares it."""
+    if declared.startswith("const Matrix"):
+        return ctypes.POINTER(Matrix)
     if "*" not in declared:
         return {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}[declared.split()[-2]]
     dtype = {
@@ -232,19 +237,54 @@ def _threads(work: int) -> int:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+class Matrix(ctypes.Structure):
+    """A packed weight as C has it."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "form", "rows", "block", "bf16_scales")),
+        *((name, ctypes.c_int64) for name in ("stack_data", "stack_scales", "stack_zeros")),
+    ]
+
+
+FORMS = {torch.bfloat16: 0, torch.float8_e4m3fn: 1, torch.int8: 2, torch.uint8: 3}  # C's numbers of them
+
+
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A bfloat16 weight (N, K), or a stack of them (E, N, K), in panels of rows: (…, panels, even K, panel width)."""
+    """A weight (N, K), or a stack of them (E, N, K), in panels of rows: (…, panels, even K, panel width), bfloat16 or,
+    of 8 bits, uint8; INT4's are uint8 (…, panels, K / 2, panel width).
+
+    Scales, float32 or bfloat16, are as they were, (…, ceil(N / rows), ceil(K / columns)), where panels share them; each
+    row's own, and zero points, are lines of a panel's rows, (…, panels, ceil(K / columns), panel width).
+    """
 
     data: torch.Tensor
     n: int
     k: int
+    dtype: torch.dtype = torch.bfloat16  # of what was packed
+    scale: torch.Tensor | None = None
+    block: tuple[int, int] = (1, 1)  # rows and columns that share a scale
+    zero: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, e: int) -> "Packed":
-        return Packed(self.data[e], self.n, self.k)
+        scale, zero = (None if t is None else t[e] for t in (self.scale, self.zero))
+        return replace(self, data=self.data[e], scale=scale, zero=zero)
+
+    @property
+    def is_stack(self) -> bool:
+        return self.data.dim() == 4
+
+    def matrix(self) -> Matrix:
+        """For C, which may use it as long as this exists."""
+        tensors = self.data, self.scale, self.zero
+        strides = (t.stride(0) * t.element_size() if t is not None and self.is_stack else 0 for t in tensors)
+        half = self.scale is not None and self.scale.dtype == torch.bfloat16
+        addresses = (None if t is None else t.data_ptr() for t in tensors)
+        return Matrix(*addresses, self.n, self.k, FORMS[self.dtype], *self.block, half, *strides)
 
 
 def panel_width() -> int:
@@ -257,6 +297,18 @@ def packed_numbers(n: int, k: int) -> int:
     return -(-n // width) * width * _even(k)
 
 
+def packed_bytes(form: Form, n: int, k: int) -> int:
+    """What a weight (N, K) of this form takes packed, with its scales, zero points and padding. One that is plain is
+    bfloat16."""
+    if not form.is_quantised:
+        return 2 * packed_numbers(n, k)
+    rows, columns = form.block
+    width, blocks = panel_width(), math.ceil(k / columns)
+    n_scales = (math.ceil(n / width) * width if rows == 1 else math.ceil(n / rows)) * blocks
+    of_scale = (2 if form.scale == torch.bfloat16 else 4) + form.zeros
+    return packed_numbers(n, k) // form.packing + n_scales * of_scale
+
+
 def is_packed_in_place(n: int, k: int) -> bool:
     """Whether a stack of weights (N, K) is packed where it lies: packed, it has as many numbers."""
     return packed_numbers(n, k) == n * k
@@ -266,17 +318,49 @@ def _even(k: int) -> int:
     return k + k % 2
 
 
+def packs(w: Weight) -> bool:
+    """Whether `pack` takes a weight of this form: any of Form's whose blocks are of single rows or whole panels."""
+    if w.scale is None:
+        return w.data.dtype == torch.bfloat16
+    rows, columns = w.block
+    if w.data.dtype == torch.uint8:
+        return rows == 1 and columns % 4 == 0 and 2 * w.data.shape[-1] % columns == 0
+    return w.data.dtype in FORMS and columns % 2 == 0 and (rows == 1 or rows % panel_width() == 0)
+
+
 def pack(w: torch.Tensor) -> Packed:
     """Packs bfloat16 w (N, K) or (E, N, K). A stack is packed in place where that is possible, which destroys w."""
-    pack_one, width, (n, k) = _kernels().pack, panel_width(), w.shape[-2:]
-    w = w.contiguous()
-    shape = (*w.shape[:-2], -(-n // width), _even(k), width)
-    data = w.view(shape) if w.dim() == 3 and is_packed_in_place(n, k) else w.new_empty(shape)
+    return pack_weight(Weight(w))
+
+
+def pack_weight(w: Weight) -> Packed:
+    """Packs a weight that `packs` accepts, (N, K) or (E, N, K). A stack's data is packed in place where that is
+    possible, which destroys it."""
+    data, form = w.data.contiguous(), FORMS[w.data.dtype]
+    width, packing = panel_width(), 2 if w.data.dtype == torch.uint8 else 1
+    n, k = data.shape[-2], data.shape[-1] * packing
+    held = data if data.dtype == torch.bfloat16 else data.view(torch.uint8)
+    shape = (*data.shape[:-2], -(-n // width), _even(k) // packing, width)
+    is_stack = data.dim() == 3
+    out = held.view(shape) if is_stack and is_packed_in_place(n, k) else held.new_empty(shape)
     threads = torch.get_num_threads()
-    scratch = w.new_empty(threads, _even(k) * width)
-    for one, out in zip(w, data, strict=True) if w.dim() == 3 else [(w, data)]:
-        pack_one(one, n, k, out, scratch, threads)
-    return Packed(data, n, k)
+    scratch = held.new_empty(threads, _even(k) // packing * width)
+    for one, to in zip(held, out, strict=True) if is_stack else [(held, out)]:
+        _kernels().pack(one, n, k, form, to, scratch, threads)
+    if w.scale is None:
+        return Packed(out, n, k)
+    scale = w.scale if w.scale.dtype in (torch.bfloat16, torch.float32) else w.scale.float()
+    if w.block[0] == 1:
+        zero = None if w.zero is None else _in_lines(w.zero)
+        return Packed(out, n, k, w.data.dtype, _in_lines(scale), w.block, zero)
+    return Packed(out, n, k, w.data.dtype, scale.contiguous(), w.block)
+
+
+def _in_lines(s: torch.Tensor) -> torch.Tensor:
+    """Scales or zero points of rows (…, N, blocks) as lines of panels: (…, panels, blocks, panel width)."""
+    width = panel_width()
+    filled = F.pad(s, (0, 0, 0, -s.shape[-2] % width))
+    return filled.unflatten(-2, (-1, width)).mT.contiguous()
 
 
 @functools.cache
@@ -289,14 +373,14 @@ def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, tiles: bool = False) 
     """x (T, K), bfloat16 or float32, by w (N, K), in one of these dtypes: (T, N). `tiles`: bfloat16 rows that are
     enough for it go through the matrix unit, which adds up in another order."""
     x, (t, k) = _rows(x), x.shape
-    assert k == w.k and w.data.dim() == 3, (x.shape, w.data.shape)
+    assert k == w.k and not w.is_stack, (x.shape, w.data.shape)
     assert {x.dtype, dtype} <= {torch.bfloat16, torch.float32}, (x.dtype, dtype)
     out = x.new_empty(t, w.n, dtype=dtype)
     chunk = tile_chunk_rows(k) if tiles else chunk_rows(k)
     scratch = x.new_empty(min(t, chunk) * _even(k), dtype=torch.float32)
     flags = x.dtype == torch.float32, dtype == torch.float32
     threads = _threads(w.n * k)
-    _kernels().linear(x, flags[0], t, x.stride(0), w.data, w.n, k, out, flags[1], scratch, chunk, tiles, threads)
+    _kernels().linear(x, flags[0], t, x.stride(0), w.matrix(), out, flags[1], scratch, chunk, tiles, threads)
     return out
 
 
@@ -352,15 +436,17 @@ def experts(
     tiles: bool = False,
 ) -> torch.Tensor:
     """As reference.experts on packed weights, plus `shared` (T, H): (T, H) in x's dtype, rounded once, at the end.
-    `tiles`: as in `linear`, of an expert's rows; what SwiGLU makes of those is rounded too."""
+    w13's halves, gate and up, may end in filling. `tiles`: as in `linear`, of an expert's rows; what SwiGLU makes of
+    those is rounded too."""
     x, (t, h), top = _rows(x), x.shape, ids.shape[1]
-    assert w13.n == 2 * inter and w2.n == h, (w13.n, inter, w2.n, h)
+    assert w13.n % 2 == 0 and w13.n >= 2 * inter and w13.k == w2.n == h, (w13.n, w13.k, inter, w2.n, h)
+    assert w13.is_stack and w2.is_stack and len(w13) == len(w2) and w2.k == inter, (w13.data.shape, w2.data.shape)
     out, sums = torch.empty(t, h, dtype=x.dtype), torch.empty(t, h, dtype=torch.float32)
-    scratch = torch.empty(bundle_rows(t, top) * (_even(h) + 2 * inter + _even(inter)), dtype=torch.float32)
+    scratch = torch.empty(bundle_rows(t, top) * (_even(h) + w13.n + _even(inter)), dtype=torch.float32)
     numbers = torch.empty(t * top + len(w13) + 1, dtype=torch.int64)
     shared = None if shared is None else shared.contiguous()
     _kernels().experts(
-        x, t, x.stride(0), h, ids.contiguous(), weights.contiguous(), top, first, len(w13), w13.data, w2.data, inter,
+        x, t, x.stride(0), h, ids.contiguous(), weights.contiguous(), top, first, len(w13), w13.matrix(), w2.matrix(),
         shared, out, BUNDLE_ROWS, sums, scratch, numbers, tiles, torch.get_num_threads(),
     )  # fmt: skip
     return out

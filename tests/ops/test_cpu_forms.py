@@ -1,0 +1,198 @@
+"""The C kernels' products by weights of 8 and 4 bits, against float64, with this processor's vectors and shorter ones."""
+
+import math
+
+import pytest
+import torch
+
+from core.numerics import Form
+from ops.cpu import kernels
+from ops.cpu.backend import CompiledCpuBackend
+from ops.formats import Weight
+from ops.reference_backend import ReferenceBackend
+from support.limits import LAST_RESORT
+from support.model_pairs import relative_error
+from support.quantised_weights import FORMS, exact, random_weight
+
+pytestmark = [
+    pytest.mark.timeout(LAST_RESORT),  # the compiler has a limit of its own, of processor time
+    pytest.mark.usefixtures("vectors"),
+]
+
+if kernels.library() is None:
+    pytest.skip("no C compiler, or other threads than GNU OpenMP's", allow_module_level=True)
+
+BLOCKS = [name for name, form in FORMS.items() if form.block[0] > 1]
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def check(w: Weight, rows: list[int]) -> None:
+    """The product of the most rows is float64's to float32's rounding, and each of fewer has the same bits."""
+    values, x = exact(w), randn(max(rows), exact(w).shape[1], seed=1)
+    packed = kernels.pack_weight(w)
+    y = kernels.linear(x, packed, torch.float32)
+    expected, magnitude = x.double() @ values.T, x.double().abs() @ values.abs().T
+    assert y.shape == expected.shape and ((y - expected).abs() <= 1e-6 * magnitude).all()
+    for n in rows:
+        assert torch.equal(kernels.linear(x[:n], packed, torch.float32), y[:n]), n
+    assert torch.equal(kernels.linear(x, packed, torch.bfloat16), y.bfloat16())
+    assert torch.equal(kernels.linear(x.float(), packed, torch.float32), y)
+    assert relative_error(ReferenceBackend().linear(x.float(), w), y) < 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "shape, rows", [((1, 128), [1, 2, 40]), ((70, 640), [*range(1, 40)]), ((400, 256), [3, 100, 512])]
+)
+def test_linear(form, shape, rows):
+    check(random_weight(FORMS[form], *shape), rows)
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if "int4" not in name])
+@pytest.mark.parametrize("n, k", [(1, 1), (33, 77), (130, 200), (300, 129)])
+def test_channels_that_fill_no_block(form, n, k):
+    check(random_weight(FORMS[form], n, k), [1, 5, 30])
+
+
+@pytest.mark.parametrize(
+    "kind, group", [("int8", 2), ("int8", 48), ("int8", 512), ("int4", 4), ("int4", 36), ("int4", 256)]
+)
+def test_groups_of_any_size(kind, group):
+    """Less than are widened at a time, and more."""
+    check(random_weight(Form(kind, (1, group), zeros=kind == "int4"), 50, 2 * group), [1, 4, 30])
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8 blocks"])
+def test_every_byte_in_every_place(form):
+    """Rows that are one at one k, and so pick single values, whose scale is a power of two."""
+    place = torch.arange(256)
+    bytes_ = (place[:, None] * 3 + place).to(torch.uint8)
+    if form == "fp8":
+        bytes_[(bytes_ & 0x7F) == 0x7F] = 0x7E  # NaN
+    w = Weight(bytes_.view(FORMS[form].dtype), torch.full((2, 2), 2.0**-3))
+    y = kernels.linear(torch.eye(256).bfloat16(), kernels.pack_weight(w), torch.float32)
+    assert torch.equal(y.T, w.data.float() / 8) and len(y.unique()) == (253 if form == "fp8" else 256)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_every_nibble_with_every_zero_point(zeros):
+    place = torch.arange(256)
+    bytes_ = (place[:, None] * 3 + place).to(torch.uint8)
+    zero = (torch.arange(256)[:, None] + torch.arange(16)).remainder(16).to(torch.uint8) if zeros else None
+    w = Weight(bytes_, torch.full((256, 16), 2.0**-3, dtype=torch.bfloat16), block=(1, 32), zero=zero)
+    y = kernels.linear(torch.eye(512).bfloat16(), kernels.pack_weight(w), torch.float32)
+    assert torch.equal(y.T, exact(w).float()) and len(y.unique()) == (31 if zeros else 16)
+
+
+@pytest.mark.parametrize("nan", [0x7F, 0xFF])
+def test_nan_stays_in_its_channel(nan):
+    w = random_weight(FORMS["fp8"], 70, 200)
+    w.data.view(torch.uint8)[33, 5] = nan
+    y = kernels.linear(randn(13, 200), kernels.pack_weight(w), torch.float32)
+    assert y[:, 33].isnan().all() and y.isnan().sum() == 13
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_in_its_row(form, bad):
+    w, x = random_weight(FORMS[form], 70, 256), randn(13, 256)
+    x[5, 7] = bad
+    y = kernels.linear(x, kernels.pack_weight(w), torch.float32)
+    assert not y[5].isfinite().any() and y[[*range(5), *range(6, 13)]].isfinite().all()
+
+
+def test_small_numbers_are_not_lost():
+    """The smallest e4m3 by inputs and scales that are small: no step of it is a subnormal float32."""
+    w = Weight(torch.full((32, 128), 2.0**-9).to(torch.float8_e4m3fn), torch.full((1, 1), 2.0**-20))
+    y = kernels.linear(torch.full((2, 128), 2.0**-80).bfloat16(), kernels.pack_weight(w), torch.float32)
+    assert (y == 2.0 ** (-9 - 20 - 80 + 7)).all()
+
+
+def test_a_stack_of_whole_panels_is_packed_where_it_lies():
+    for form in FORMS.values():
+        w = random_weight(form, 3, 256, 384)
+        values, x = exact(w), randn(5, 384)
+        packed = kernels.pack_weight(w)
+        assert packed.data.data_ptr() == w.data.data_ptr() and len(packed) == 3
+        ragged = random_weight(form, 3, 250, 384)
+        others, before = exact(ragged), ragged.data.clone()
+        apart = kernels.pack_weight(ragged)
+        assert torch.equal(ragged.data.view(torch.uint8), before.view(torch.uint8))
+        for e in range(3):
+            assert relative_error(kernels.linear(x, packed[e], torch.float32), x.double() @ values[e].T) < 1e-6
+            assert relative_error(kernels.linear(x, apart[e], torch.float32), x.double() @ others[e].T) < 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_it_takes(form):
+    """Scales of bfloat16 stay so; those of float16 become float32. A matrix is left as it was."""
+    w = random_weight(FORMS[form], 70, 256)
+    before = w.data.clone()
+    packed = kernels.pack_weight(w)
+    tensors = [t for t in (packed.data, packed.scale, packed.zero) if t is not None]
+    assert sum(t.numel() * t.element_size() for t in tensors) == kernels.packed_bytes(FORMS[form], 70, 256)
+    assert packed.scale.dtype == (torch.bfloat16 if FORMS[form].scale == torch.bfloat16 else torch.float32)
+    assert torch.equal(w.data.view(torch.uint8), before.view(torch.uint8))
+    assert kernels.packed_bytes(Form(), 70, 256) == 2 * kernels.packed_numbers(70, 256)
+
+
+def test_what_the_backend_packs():
+    """All but W8A8, and blocks that no panel fills, which are multiplied as they are."""
+    ops = CompiledCpuBackend()
+    for form in FORMS.values():
+        packed = ops.pack_weight(random_weight(form, 128, 256))
+        assert isinstance(packed.data, kernels.Packed) and packed.scale is None and packed.zero is None
+    w8a8 = random_weight(FORMS["fp8"], 128, 256)._replace(gemm="fp8")
+    assert ops.pack_weight(w8a8) is w8a8
+    for odd in (Form("fp8", (8, 128)), Form("int8", (1, 33))):
+        w, x = random_weight(odd, 128, 256), randn(4, 256)
+        assert ops.pack_weight(w) is w
+        assert relative_error(ops.linear(x, w), (x.double() @ exact(w).T).bfloat16()) < 3e-3
+
+
+# ---------------------------------------------------------------- mixture of experts
+
+
+def experts_of(form: Form, n: int, h: int, inter: int) -> tuple[Weight, Weight]:
+    """w13, each half in whole blocks of rows, and w2."""
+    half = -(-inter // form.block[0]) * form.block[0]
+    return random_weight(form, n, 2 * half, h), random_weight(form, n, h, inter, seed=1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("h, inter", [(256, 128), (128, 384), (200, 72)])
+@pytest.mark.parametrize("rows, first, n_local", [(1, 0, 8), (40, 2, 3), (100, 0, 8), (512, 0, 2)])
+def test_experts(form, h, inter, rows, first, n_local):
+    """One token or many, all experts or this rank's; a width that fills no block."""
+    if FORMS[form].kind == "int4" and h % 128:
+        pytest.skip("groups are whole")
+    g = torch.Generator().manual_seed(rows)
+    w13, w2 = experts_of(FORMS[form], n_local, h, inter)
+    x, shared = randn(rows, h), randn(rows, h, seed=2)
+    ids = torch.stack([torch.randperm(8, generator=g)[:3] for _ in range(rows)])
+    weights = torch.rand(rows, 3, generator=g)
+    expected, half = shared.double(), w13.data.shape[1] // 2
+    for e in range(n_local):
+        token, place = (ids == first + e).nonzero(as_tuple=True)
+        gate_up = x[token].double() @ exact(w13.expert(e)).T
+        middle = torch.nn.functional.silu(gate_up[:, :inter]) * gate_up[:, half : half + inter]
+        expected[token] += weights[token, place, None].double() * (middle @ exact(w2.expert(e)).T)
+    packed = [kernels.pack_weight(w) for w in (w13, w2)]
+    y = kernels.experts(x, weights, ids, first, *packed, inter, shared)
+    assert ((y.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-5 * expected.abs().max()).all()
+    few = slice(rows // 2, rows // 2 + 5)
+    assert torch.equal(kernels.experts(x[few], weights[few], ids[few], first, *packed, inter, shared[few]), y[few])
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_experts_of_two_forms(invariant):
+    """One stack that is packed, one that is not."""
+    ops = CompiledCpuBackend(batch_invariant=invariant)
+    w13, w2 = random_weight(FORMS["fp8"], 4, 256, 128), random_weight(Form("int8", (8, 128)), 4, 128, 128)
+    x, weights, ids = randn(9, 128), torch.rand(9, 1), torch.arange(9).remainder(4)[:, None]
+    expected = ReferenceBackend().experts(x, weights, ids, 0, w13, w2, 128)
+    mixed = ops.experts(x, weights, ids, 0, ops.pack_weight(w13), ops.pack_weight(w2), 128)
+    assert relative_error(mixed, expected) < 5e-3
