@@ -1,26 +1,37 @@
-"""Compiles kernel configurations without a GPU and prints what came out, as one JSON object.
+"""Compiles kernel configurations without a GPU, and records what comes out, for tests/ops/test_compile.py.
 
-    python compile_kernels.py [NAME…]    what kernel_configurations.py lists, and controls, which must be found wanting;
-                                         or those of them that are named
+    python tests/support/compile_kernels.py --save         after a change of a kernel, a tile or a configuration:
+                                                           compiles what changed, into compiled_kernels.json
+    python tests/support/compile_kernels.py --save --all   compiles everything (7 minutes), after a change of Triton
+    python tests/support/compile_kernels.py [NAME…]        prints the key of every configuration that
+                                                           kernel_configurations.py lists, and of controls, which must be
+                                                           found wanting, and the reports of those named
 
+A report is used again only while its key is the same: the hash of all that the compiler is given (`key`).
 A program of its own, because Triton's interpreter, in which the other tests run, takes the place of the compiler.
 """
 
+import hashlib
+import inspect
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.nvidia.compiler import get_ptxas_version
+from triton.compiler import ASTSource, make_backend
+from triton.language import constexpr
+from triton.runtime.jit import JITCallable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "inference"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,10 +40,16 @@ from ops.gpu.tiles import Tile
 from support.kernel_configurations import Configuration, configurations, gemm_configuration
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+RECORD = Path(__file__).parent / "compiled_kernels.json"
+Report = dict[str, Any]
+# How the names of the variables begin that Triton, LLVM and ptxas heed; and those that change nothing that is compiled.
+HEEDED = ("TRITON_", "PTXAS_", "NVPTX_", "AMDGCN_", "LLVM_", "MLIR_", "DISABLE_", "ALLOW_", "USE_IR_LOC")
+UNHEEDED = {"TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_ALWAYS_COMPILE", "TRITON_INTERPRET"}
 
 
-def compile_(c: Configuration) -> Any:
-    """Compiles as a launch would: told that all pointers and sizes it may look at (not M) are multiples of 16."""
+def source_of(c: Configuration) -> tuple[ASTSource, GPUTarget]:
+    """What a launch would have compiled: all pointers and sizes it may look at (not M) are multiples of 16."""
+    assert isinstance(c.kernel, JITCallable), "these are the interpreter's kernels"
     names = c.kernel.arg_names
     assert set(names) == set(c.types) | set(c.constexprs), (c.name, names)
     signature = {n: c.types.get(n, "constexpr") for n in names}
@@ -41,23 +58,83 @@ def compile_(c: Configuration) -> Any:
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     amd = c.target.startswith("gfx")
     target = GPUTarget("hip", c.target, 64) if amd else GPUTarget("cuda", int(c.target.removeprefix("sm_")), 32)
-    return triton.compile(ASTSource(c.kernel, signature, c.constexprs, attrs), target=target, options=c.options)
+    return ASTSource(c.kernel, signature, c.constexprs, attrs), target
 
 
-def report(compiled: Any) -> dict[str, Any]:
-    """Registers a thread, bytes of stack (spills are there), bytes of shared memory, how often each instruction occurs,
-    and whether a product or a cast takes subnormal numbers for zeros; warps, and the shapes that groups of warps
-    multiply."""
+def compile_(c: Configuration) -> Any:
+    source, target = source_of(c)
+    return triton.compile(source, target=target, options=c.options)
+
+
+def key(c: Configuration) -> str:
+    """A hash of everything that the report of a configuration follows from: the text of the kernel and of what it calls,
+    the constants they read, types, alignment, constexprs, options, the target, Triton, ptxas, the environment, and how it is compiled and reported here.
+
+    Triton's own key of a kernel is no use here: it changes with the number of the kernel's first line, and leaves out
+    constants that are read through a module or as a parameter's default."""
+    source, target = source_of(c)
+    backend = make_backend(target)
+    options = dict(vars(backend.parse_options(dict(c.options))))
+    options["extern_libs"] = [(name, _digest(Path(path).read_bytes())) for name, path in options["extern_libs"]]
+    given = (
+        *(triton.__version__, backend.hash(), sorted(options.items())),
+        *(_read_by(c.kernel, *c.constexprs.values()), c.kernel.arg_names),
+        *(list(source.signature.items()), sorted(source.constants.items()), sorted(source.attrs.items())),
+        _heeded(),
+        [inspect.getsource(function) for function in (source_of, compile_, report, _run)],
+    )
+    return _digest(repr(given).encode())
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:24]
+
+
+def _read_by(*values: Any) -> list[tuple[str, str | int]]:
+    """Text, with decorators, of the kernels among values and of all they may call, and the constants that these may read:
+    whatever their text names, be it in a comment. What is Triton's own is as its version says."""
+    functions = [value for value in values if isinstance(value, JITCallable)]
+    found: list[tuple[str, str | int]] = []
+    for function in functions:  # grows by those called
+        if _is_library(function.__module__):
+            continue
+        text = "".join(function.raw_src)
+        found.append(("text", text))
+        scopes = [function.get_capture_scope()]
+        for scope in scopes:  # grows by the modules that a dot leads to
+            for name in sorted(set(re.findall(r"\w+", text))):
+                value = scope.get(name)
+                if isinstance(value, JITCallable):
+                    if not any(value is known for known in functions):
+                        functions.append(value)
+                    found.append((name, next(i for i, known in enumerate(functions) if known is value)))
+                elif isinstance(value, ModuleType):
+                    if not _is_library(value.__name__) and not any(vars(value) is known for known in scopes):
+                        scopes.append(vars(value))
+                elif isinstance(value, constexpr) or not (value is None or callable(value)):
+                    found.append((name, repr(value)))
+    return found
+
+
+def _is_library(module: str) -> bool:
+    return module.partition(".")[0] in sys.stdlib_module_names | {"triton", "torch"}
+
+
+def report(compiled: Any) -> Report:
+    """Registers a thread, bytes of stack (spills are there), bytes of shared memory, the names of the instructions, and
+    whether a product or a cast takes subnormal numbers for zeros; warps, and the shapes that groups of warps multiply;
+    and a hash of the code, instruction by instruction."""
     found = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
     products = r"warp_group_dot .*-> tensor<(\d+)x(\d+)xf32"
-    found["products"] = [(int(m), int(n)) for m, n in re.findall(products, compiled.asm["ttgir"])]
+    found["products"] = [[int(m), int(n)] for m, n in re.findall(products, compiled.asm["ttgir"])]
     if "amdgcn" in compiled.asm:
         code = compiled.asm["amdgcn"]
         number = {key: int(value) for key, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", code, re.MULTILINE)}
         found["registers"] = number["vgpr_count"]
         found["stack"] = number["private_segment_fixed_size"] + number["vgpr_spill_count"] + number["sgpr_spill_count"]
         found["flushes"] = not re.search(r"\.amdhsa_float_denorm_mode_32 3\b", code)
-        found["instructions"] = Counter(re.findall(r"^\s+([a-z]\w+)", code, re.MULTILINE))
+        found["instructions"] = sorted(set(re.findall(r"^\s+([a-z]\w+)", code, re.MULTILINE)))
+        found["code"] = _digest("\n".join(re.findall(r"^\s+([a-z]\w+[^;\n]*)", code, re.MULTILINE)).encode())
         return found
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -68,9 +145,10 @@ def report(compiled: Any) -> dict[str, Any]:
     found["registers"] = number["REG"]
     found["stack"] = number["STACK"] + number["LOCAL"]
     found["flushes"] = bool(re.search(r"\b(mul|cvt)\S*\.ftz", compiled.asm["ptx"]))  # exponentials may
-    found["instructions"] = Counter(
-        re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", code, re.MULTILINE)
+    found["instructions"] = sorted(
+        set(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", code, re.MULTILINE))
     )
+    found["code"] = _digest("\n".join(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*;)", code, re.MULTILINE)).encode())
     return found
 
 
@@ -93,9 +171,53 @@ def controls() -> Iterable[Configuration]:
     yield replace(few, name="attention not swapped", constexprs=few.constexprs | {"SWAP": False})
 
 
-def main(*names: str) -> None:
-    chosen = (c for c in (*controls(), *configurations()) if not names or c.name in names)
-    json.dump({c.name: report(compile_(c)) for c in chosen}, sys.stdout)
+def toolchain() -> str:
+    """What compiles here, for people; `key` has it in full."""
+    versions = [re.search(r"\bV([\d.]+)", get_ptxas_version(arch)) for arch in (90, 100)]
+    variables = [f", {name}={value}" for name, value in _heeded()]
+    return f"Triton {triton.__version__}, ptxas {' and '.join(v[1] for v in versions if v)}" + "".join(variables)
+
+
+def _heeded() -> list[tuple[str, str]]:
+    return sorted((n, v) for n, v in os.environ.items() if n.startswith(HEEDED) and n not in UNHEEDED)
+
+
+def read_toolchain() -> str:
+    """What compiled the reports of RECORD."""
+    return json.loads(RECORD.read_text())["toolchain"]
+
+
+def read_record() -> dict[str, Report]:
+    """The reports of RECORD, each with its key, by configuration name."""
+    return json.loads(RECORD.read_text())["reports"]
+
+
+def save(keep: bool) -> None:
+    """Compiles what is not in RECORD under its present key, or everything, and writes it there, each at once."""
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"
+    old = read_record() if keep and RECORD.exists() else {}
+    everything = {c.name: (c, key(c)) for c in (*controls(), *configurations())}
+    reports = {name: old[name] for name, (_, now) in everything.items() if old.get(name, {}).get("key") == now}
+    write_record(reports)
+    for name in [name for name in everything if name not in reports]:
+        c, now = everything[name]
+        reports[name] = {"key": now} | report(compile_(c))
+        print(name, *(f"{what} {reports[name][what]}" for what in ("registers", "stack", "shared")), flush=True)
+        write_record({name: reports[name] for name in everything if name in reports})
+
+
+def write_record(reports: dict[str, Report]) -> None:
+    """A line to a configuration."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(report)}" for name, report in reports.items())
+    RECORD.write_text(f'{{"toolchain": {json.dumps(toolchain())}, "reports": {{\n{lines}\n}}}}\n')
+
+
+def main(*arguments: str) -> None:
+    if "--save" in arguments:
+        return save(keep="--all" not in arguments)
+    found = {c.name: {"key": key(c)} | (report(compile_(c)) if c.name in arguments else {})
+             for c in (*controls(), *configurations())}  # fmt: skip
+    json.dump(found, sys.stdout)
 
 
 if __name__ == "__main__":
