@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import tqdm
 
 HOW_MANY = pytest.mark.parametrize("n", [8, pytest.param(200, marks=pytest.mark.trust)])  # moments, at least
@@ -20,9 +21,10 @@ tqdm.tqdm.monitor_interval = 0  # no thread of its own: we fork
 
 def _fork() -> int:
     """os.fork, where the child does not share a lock with us: tqdm's is one between processes, and a child that is killed
-    while it holds it would leave it held for good."""
+    while it holds it would leave it held for good. Nor does it wait for torch's threads, which it has not."""
     if not (pid := os.fork()):
         tqdm.tqdm.set_lock(threading.RLock())
+        torch.set_num_threads(1)
     return pid
 
 
