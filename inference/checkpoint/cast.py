@@ -7,14 +7,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.manifest import CAST_MARK, HF_INDEX
 from checkpoint.partition import Partition
 from checkpoint.reading import Entry, Reader
-from checkpoint.transform import NewCheckpoint, Output, OutputFile, open_source, small_files, write_checkpoint
+from checkpoint.transform import Output, hf_checkpoint, open_source, plain_config, write_checkpoint
 from core.config import BLOCK_SIZE
 from core.devices import holds
 from core.errors import UserError
-from core.files import read_json
 from core.numerics import Numerics
 from ops.backend import ReferenceBackend, choose_backend
 from parallel.startup import choose_device
@@ -31,21 +29,36 @@ class Copied(Output):
 
 
 @dataclass(slots=True)
-class Dequantised(Output):
-    """BF16 (R, C) of e4m3 (R, C) and its scales (ceil(R/128), ceil(C/128)), which are widened to float32."""
+class FromWeight(Output):
+    """What is made of the weight (R, C) of a linear layer: a plain one, or e4m3 with scales (ceil(R/128), ceil(C/128)),
+    which are widened to float32."""
 
-    scale: Entry
+    scale: Entry | None
     device: torch.device
     ops: ReferenceBackend
     step = BLOCK_SIZE
 
     def begin(self, reader: Reader) -> Callable[[int, torch.Tensor], None]:
-        return functools.partial(self._write, reader.read(self.scale).float())
+        return functools.partial(self.write, None if self.scale is None else reader.read(self.scale).float())
 
-    def _write(self, scale: torch.Tensor, row: int, window: torch.Tensor) -> None:
-        q = window.view(self.source.dtype).to(self.device)
-        s = scale[row // BLOCK_SIZE :][: -(-len(q) // BLOCK_SIZE)].to(self.device)
-        self.put(self.ops.weight_dequant(q, s, torch.bfloat16).cpu(), 2 * row * self.source.row_bytes)
+    def write(self, scale: torch.Tensor | None, row: int, window: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def weights(self, scale: torch.Tensor | None, row: int, window: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A window's rows (n, C) on the device: as they are, or multiplied by their scales and rounded to dtype."""
+        w = window.view(self.source.dtype).to(self.device)
+        if scale is None:
+            return w
+        s = scale[row // BLOCK_SIZE :][: -(-len(w) // BLOCK_SIZE)].to(self.device)
+        return self.ops.weight_dequant(w, s, dtype)
+
+
+@dataclass(slots=True)
+class Dequantised(FromWeight):
+    """The weight in BF16."""
+
+    def write(self, scale: torch.Tensor | None, row: int, window: torch.Tensor) -> None:
+        self.put(self.weights(scale, row, window, self.dtype).cpu(), 2 * row * self.source.row_bytes)
 
 
 def cast(source: Path, target: Path, device: str = "auto") -> None:
@@ -66,27 +79,13 @@ def cast(source: Path, target: Path, device: str = "auto") -> None:
     checkpoint.check(Partition(args))
     entries = checkpoint.tensors(args)
     ops = choose_backend(where, Numerics(torch.float32))  # float32: weight_dequant alone needs no C compiler
-    files: dict[str, list[Output]] = {}
+    outputs: list[Output] = []
     for name, entry in entries.items():
         if 0 in entry.shape:
             continue
-        outputs = files.setdefault(entry.file.name, [])
         if entry.dtype == torch.float8_e4m3fn and (scale := entries.get(name + SCALE)):
             outputs.append(Dequantised(name, entry, torch.bfloat16, entry.shape, scale, where, ops))
         elif not name.endswith(SCALE):
             outputs.append(Copied(name, entry, entry.dtype, entry.shape))
-    new = [OutputFile(file, CAST_MARK, outputs) for file, outputs in sorted(files.items()) if outputs]
-
-    config = read_json(source / "config.json")
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict):
-            part.pop("quantization_config", None)
-    if "dtype" not in config:  # as transformers 5 spells it
-        config["torch_dtype"] = "bfloat16"
-    texts = {"config.json": config}
-    if [file.name for file in new] != ["model.safetensors"]:
-        weight_map = {output.name: file.name for file in new for output in file.outputs}
-        total = sum(output.nbytes for file in new for output in file.outputs)
-        texts[HF_INDEX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    copies = [path for path in small_files(source) if path.name != "config.json"]
-    write_checkpoint(NewCheckpoint(new, config, copies, texts, options=[where.type]), state, target, "casting")
+    new = hf_checkpoint(outputs, plain_config(source), source, "deepseek-v3-bf16", [where.type])
+    write_checkpoint(new, state, target, "casting")

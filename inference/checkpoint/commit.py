@@ -16,10 +16,8 @@ from typing import Any
 
 from checkpoint.atomic import PENDING, TEMPORARY, AtomicWriter
 from checkpoint.manifest import (
-    CAST_FORMAT,
-    CAST_MANIFEST,
-    FORMAT,
     HF_INDEX,
+    HF_MANIFEST,
     VERSION,
     Manifest,
     manifest_name,
@@ -45,7 +43,7 @@ class Source:
     def hashes(self) -> dict[str, str]:
         """Hashes for a manifest, once the checks have passed. Raises UserError for a file that cannot be read."""
         config = {"config_sha256": sha256_of(self.folder / "config.json")}
-        for name in (PENDING + CAST_MANIFEST, CAST_MANIFEST):
+        for name in (PENDING + HF_MANIFEST, HF_MANIFEST):
             if (self.folder / name).exists():
                 return config | {"manifest_sha256": sha256_of(self.folder / name)}
         return config | {"headers_sha256": hash_headers(self.folder, self.files)}
@@ -105,9 +103,11 @@ def check_target(target: Path, mark: dict[str, str], config: dict[str, Any]) -> 
         raise UserError(f"{path}: another model's; choose another directory or remove what is there")
 
 
-def commit(out: AtomicWriter, source: Source, ranks: int | None, experts: ExpertLayout, small: Sequence[str]) -> None:
-    """Makes the finished files, those named in `small` and a manifest the checkpoint of the directory. Raises UserError
-    if the source has changed."""
+def commit(
+    out: AtomicWriter, source: Source, format: str, ranks: int | None, experts: ExpertLayout, small: Sequence[str]
+) -> None:
+    """Makes the finished files, those named in `small` and a manifest of that format the checkpoint of the directory.
+    Raises UserError if the source has changed."""
     source.check_unchanged()
     files: dict[str, dict[str, Any]] = {}
     for name, writer in out.writers.items():
@@ -117,7 +117,7 @@ def commit(out: AtomicWriter, source: Source, ranks: int | None, experts: Expert
     out.write_json(
         name,
         {
-            "format": CAST_FORMAT if ranks is None else FORMAT,
+            "format": format,
             "version": VERSION,
             **({} if ranks is None else {"ranks": ranks, "experts": experts}),
             "written_by": versions(),
@@ -132,9 +132,9 @@ def commit(out: AtomicWriter, source: Source, ranks: int | None, experts: Expert
 
 
 def finish_pending(out: AtomicWriter, replaced: int | None) -> None:
-    """Completes commits that were interrupted. `replaced`: the ranks (None: a cast) whose manifest the next commit
-    replaces, and which may be damaged. Raises UserError for another one that is pending and damaged: it would hide its
-    checkpoint for good."""
+    """Completes commits that were interrupted. `replaced`: the ranks (None: whole tensors) whose manifest the next
+    commit replaces, and which may be damaged. Raises UserError for another one that is pending and damaged: it would
+    hide its checkpoint for good."""
     for ranks in manifests_in(out.folder):
         try:
             manifest = Manifest(out.folder, ranks)

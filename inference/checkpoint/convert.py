@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.directory import choose_args
-from checkpoint.manifest import file_mark
+from checkpoint.manifest import FORMAT, file_mark
 from checkpoint.partition import Partition, Ranges
 from checkpoint.reading import Reader
 from checkpoint.table import fp8_rows
@@ -79,7 +79,7 @@ def convert(
             files.append(OutputFile(f"{name}.safetensors", file_mark(rank, ranks, partition.experts), part))
     copies = [path for path in small_files(source) if COPIED.fullmatch(path.name) and path.suffix != ".py"]
     config = read_json(source / "config.json")
-    new = NewCheckpoint(files, config, copies, ranks=ranks, experts=partition.experts)
+    new = NewCheckpoint(files, config, copies, FORMAT, ranks=ranks, experts=partition.experts)
     write_checkpoint(new, state, target, "converting")
 
 

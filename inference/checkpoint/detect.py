@@ -2,7 +2,7 @@
 
 Three kinds are read: Hugging Face's, those that convert.py writes (marked in each file's metadata, with a manifest),
 and those that the original DeepSeek-V3 repository's converter wrote (no mark, no manifest, no MTP module). What
-fp8_cast_bf16.py writes is of Hugging Face's kind, with a mark and a manifest.
+fp8_cast_bf16.py and quantize.py write is of Hugging Face's kind, with a mark and a manifest.
 """
 
 import re
@@ -29,7 +29,7 @@ class Detected:
     ranks       the numbers of ranks that its files were made for; None: whole tensors, for any number
     owner       the file of each tensor, where an index says it
     files       names of its files of weights
-    manifests   by number of ranks (None: a cast's)
+    manifests   by number of ranks (None: of whole tensors)
     unreadable  names of files of weights whose fault was reported
     notes       sentences worth a warning
     """
@@ -72,11 +72,11 @@ class Detected:
             for extra in (f for f in self.files if not any(f in m.files or m.replaces(f) for m in manifests)):
                 text = f"{self.folder}: {extra} belongs to no index here; remove it or convert again"
                 self.report(CheckpointError(text, self.folder / extra))
-            if cast := self.manifests.get(None):
-                owner = {name: file for file, record in cast.files.items() for name in record["tensors"]}
+            if whole := self.manifests.get(None):
+                owner = {name: file for file, record in whole.files.items() for name in record["tensors"]}
                 at = self.folder / HF_INDEX
-                if at.exists() and not cast.pending and read_json(at).get("weight_map") != owner:
-                    text = f"{at}: places tensors elsewhere than {cast.path.name}; cast again"
+                if at.exists() and not whole.pending and read_json(at).get("weight_map") != owner:
+                    text = f"{at}: places tensors elsewhere than {whole.path.name}; run {whole.command} again"
                     self.report(CheckpointError(text, at))
                 return "hf", None, owner
             return "converted", tuple(n for n in self.manifests if n is not None), None

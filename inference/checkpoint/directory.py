@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.detect import Detected
-from checkpoint.manifest import CAST_MANIFEST, CAST_MARK, HF_INDEX
+from checkpoint.manifest import HF_FORMATS, HF_INDEX, HF_MANIFEST
 from checkpoint.partition import Partition
 from checkpoint.reading import DTYPE_NAMES, Entry, Reader, dtype_and_shape, read_header
 from checkpoint.stacked import unstack
@@ -126,9 +126,11 @@ class Checkpoint:
         found: dict[str, Entry] = {}
         for file in self.files:
             tensors = self._tensors(file)
-            if file not in self.unreadable and CAST_MARK.items() <= self._header(file)[0].items():
-                text = f"{self.path / CAST_MANIFEST}: missing, though the cast wrote {file}; copy it too, or cast again"
-                self.report(CheckpointError(text, self.path / CAST_MANIFEST))
+            author = "" if file in self.unreadable else self._header(file)[0].get("written_by")
+            if author in HF_FORMATS.values():
+                at = self.path / HF_MANIFEST
+                text = f"{at}: missing, though {author}.py wrote {file}; copy it too, or run {author}.py again"
+                self.report(CheckpointError(text, at))
             for name, entry in tensors.items():
                 if self._owner is not None and (where := self._owner.get(name)) != file:
                     said = f"places it in {where}" if where else "does not name it"

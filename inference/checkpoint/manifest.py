@@ -1,10 +1,10 @@
-"""Manifests: the record, byte for byte, of a directory that convert.py or fp8_cast_bf16.py wrote.
+"""Manifests: the record, byte for byte, of a directory that convert.py, fp8_cast_bf16.py or quantize.py wrote.
 
 A manifest is a JSON file. Its appearance makes a directory a checkpoint. Its fields:
 
     format, version   `deepseek-v3-ranks` (convert.py, `model-mp{N}.index.json`, with the number of `ranks` and the
-                      layout of the routed `experts`), or `deepseek-v3-bf16` (fp8_cast_bf16.py,
-                      `model.safetensors.manifest.json`)
+                      layout of the routed `experts`), or `deepseek-v3-bf16` (fp8_cast_bf16.py) or
+                      `deepseek-v3-quantized` (quantize.py), both `model.safetensors.manifest.json`
     written_by        versions of this program, torch and safetensors
     source            `config_sha256`, and `manifest_sha256` of a source with a manifest, else `headers_sha256`: of each
                       weight file its name, size and header, then of the index (see commit.hash_headers)
@@ -33,15 +33,20 @@ from core.files import missing, read_json, require_folder, stand_in
 from core.run_config import ExpertLayout
 
 FORMAT, VERSION = "deepseek-v3-ranks", 2  # in converted files' metadata; a reader refuses a version it does not know
-CAST_FORMAT = "deepseek-v3-bf16"
-CAST_MARK = {"format": "pt", "written_by": "fp8_cast_bf16"}  # metadata of the cast's files; "pt" is for transformers
+HF_FORMATS = {"deepseek-v3-bf16": "fp8_cast_bf16", "deepseek-v3-quantized": "quantize"}  # and the commands behind them
+WRITERS = "convert.py, fp8_cast_bf16.py and quantize.py"
 HF_INDEX = "model.safetensors.index.json"
-CAST_MANIFEST = "model.safetensors.manifest.json"
+HF_MANIFEST = "model.safetensors.manifest.json"
 
 
 def manifest_name(ranks: int | None) -> str:
-    """`ranks` None: the name of a cast's, which any number of ranks can load."""
-    return CAST_MANIFEST if ranks is None else f"model-mp{ranks}.index.json"
+    """`ranks` None: the name of that of whole tensors, which any number of ranks can load."""
+    return HF_MANIFEST if ranks is None else f"model-mp{ranks}.index.json"
+
+
+def hf_mark(format: str) -> dict[str, str]:
+    """The safetensors metadata of a file of one of HF_FORMATS; "pt" is for transformers."""
+    return {"format": "pt", "written_by": HF_FORMATS[format]}
 
 
 def file_mark(rank: int, ranks: int, experts: ExpertLayout) -> dict[str, str]:
@@ -60,10 +65,11 @@ class Manifest:
         self.pending = (folder / (PENDING + name)).exists()
         self.path = folder / (PENDING + name if self.pending else name)
         self.raw = raw = read_json(self.path)
-        format = CAST_FORMAT if ranks is None else FORMAT
-        if raw.get("format") != format or raw.get("version") != VERSION:
-            reads, found = f"{format!r} version {VERSION}", f"{raw.get('format')!r} version {raw.get('version')!r}"
-            raise UserError(f"{self.path}: this program reads {reads}, not {found}: convert again")
+        known = list(HF_FORMATS) if ranks is None else [FORMAT]
+        if raw.get("format") not in known or raw.get("version") != VERSION:
+            reads, found = " or ".join(map(repr, known)), f"{raw.get('format')!r} version {raw.get('version')!r}"
+            raise UserError(f"{self.path}: this program reads {reads} version {VERSION}, not {found}: convert again")
+        self.command = "convert.py" if ranks else f"{HF_FORMATS[raw['format']]}.py"
         if raw.get("pending"):  # as commits were marked before
             old = "an earlier version of this program was interrupted here"
             raise UserError(f"{self.path}: {old}; convert again, into an empty directory")
@@ -100,7 +106,9 @@ class Manifest:
 
     def mark(self, rank: int | None) -> dict[str, str]:
         """The metadata of that rank's files."""
-        return CAST_MARK if rank is None or self.ranks is None else file_mark(rank, self.ranks, self.experts)
+        if rank is None or self.ranks is None:
+            return hf_mark(self.raw["format"])
+        return file_mark(rank, self.ranks, self.experts)
 
     def check_sizes(self) -> None:
         """Raises CheckpointError when a weight file is missing or has another size than it was written with."""
@@ -125,7 +133,8 @@ class Manifest:
             metadata, tensors = header(file, path)
             wanted = self.mark(rank)
             if (mark := {key: metadata.get(key) for key in wanted}) != wanted:
-                what = "written by the cast" if rank is None else f"rank {rank} of {self.ranks}, {self.experts} experts"
+                what = f"rank {rank} of {self.ranks}, {self.experts} experts"
+                what = f"written by {self.command}" if rank is None else what
                 text = f"{path}: its metadata does not mark it as {what}: found {mark}"
                 raise CheckpointError(text, path, "", wanted, mark)
             if tensors.keys() != record["tensors"].keys():
@@ -137,7 +146,7 @@ class Manifest:
 
 
 def read_manifests(folder: Path) -> dict[int | None, Manifest]:
-    """All manifests of a directory by number of ranks (None: a cast's). Raises UserError for a damaged one."""
+    """All manifests of a directory by number of ranks (None: of whole tensors). Raises UserError for a damaged one."""
     require_folder(folder)
     try:
         return {ranks: Manifest(folder, ranks) for ranks in manifests_in(folder)}
@@ -158,10 +167,10 @@ def changed_files(manifests: Iterable[Manifest]) -> list[str]:
 
 
 def manifests_in(folder: Path) -> list[int | None]:
-    """The numbers of ranks (None: a cast) that the directory has manifests for, by their names alone."""
+    """The numbers of ranks (None: whole tensors) that the directory has manifests for, by their names alone."""
     names = {path.name.removeprefix(PENDING) for path in folder.iterdir()}
     ranks = sorted(int(m[1]) for name in names if (m := re.fullmatch(r"model-mp([1-9]\d*)\.index\.json", name)))
-    return [*([None] if CAST_MANIFEST in names else []), *ranks]
+    return [*([None] if HF_MANIFEST in names else []), *ranks]
 
 
 def check_file_name(index: Path, what: str, file: Any) -> None:
@@ -198,7 +207,7 @@ def verify(folder: Path, progress: Callable[[int], object] = lambda _: None) -> 
     """
     manifests = read_manifests(folder)
     if not manifests:
-        raise UserError(f"{folder}: no manifest, so nothing to compare with: convert.py and fp8_cast_bf16.py write one")
+        raise UserError(f"{folder}: no manifest, so nothing to compare with: {WRITERS} write one")
     for path in sorted(folder.glob("*.safetensors")):
         known = any(path.name in manifest.files or manifest.replaces(path.name) for manifest in manifests.values())
         if not known and not path.name.startswith("."):
@@ -261,7 +270,7 @@ def require_hashes(folder: Path, ranks: int, share: tuple[int, int], progress: b
     manifests = read_manifests(folder)
     manifest = manifests.get(ranks) or manifests.get(None)
     if manifest is None:
-        raise UserError(f"{folder}: --verify needs the manifest that convert.py and fp8_cast_bf16.py write")
+        raise UserError(f"{folder}: --verify needs the manifest that {WRITERS} write")
     files = [*manifest.files, *manifest.small][share[0] :: share[1]]
     total = sum(manifest.files[file]["bytes"] for file in files if file in manifest.files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=not progress) as bar:

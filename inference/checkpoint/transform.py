@@ -1,4 +1,4 @@
-"""A new checkpoint written from a Hugging Face one, in bounded memory: the part that conversion and cast share.
+"""A new checkpoint written from a Hugging Face one, in bounded memory: what conversion, cast and quantising share.
 
 Each source tensor is read once, in the order it lies on disk, in windows of a few MiB. Each tensor that is made of it
 takes its rows from the window, transforms them, and writes them to their place in its file, so memory depends neither
@@ -7,7 +7,7 @@ on the size of the checkpoint nor on the number of files.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,16 +18,17 @@ from tqdm import tqdm
 from checkpoint.atomic import AtomicWriter
 from checkpoint.commit import Source, check_target, commit, finish_pending, versions
 from checkpoint.directory import Checkpoint
-from checkpoint.manifest import CAST_MARK, FORMAT
+from checkpoint.manifest import FORMAT, HF_INDEX, HF_MANIFEST, hf_mark
 from checkpoint.reading import Entry, Reader
 from checkpoint.writing import Writer
 from core.errors import UserError, warn
+from core.files import read_json
 from core.run_config import ExpertLayout
 
 
 @dataclass(slots=True)
 class Output:
-    """A tensor to write and the one it is made of. Subclasses say how."""
+    """A tensor to write and the one it is made of. Subclasses say how, and may write others beside it."""
 
     name: str
     source: Entry
@@ -37,18 +38,23 @@ class Output:
     step: ClassVar[int] = 1  # all windows but the last have a multiple of that many rows
 
     @property
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """All that it writes, in order, by name."""
+        return {self.name: (self.dtype, self.shape)}
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.tensors.values())
 
     def begin(self, reader: Reader) -> Callable[[int, torch.Tensor], None]:
         """Reads what is needed besides the source's rows, and returns the function that writes the tensor: it is called
         with windows in order, each the number of its first row and uint8 (n, bytes of a row)."""
         raise NotImplementedError
 
-    def put(self, data: torch.Tensor, at: int) -> None:
-        """Writes data from byte `at` of the tensor on."""
+    def put(self, data: torch.Tensor, at: int, name: str | None = None) -> None:
+        """Writes data from byte `at` of the tensor on, or of the one of that name."""
         assert self.writer is not None
-        self.writer.write(self.name, data, at)
+        self.writer.write(name or self.name, data, at)
 
 
 @dataclass
@@ -65,6 +71,7 @@ class NewCheckpoint:
     files: list[OutputFile]
     config: dict[str, Any]  # its config.json, which a config.json in the directory must equal
     copies: list[Path]  # files that come along from the source
+    format: str  # of its manifest
     texts: dict[str, Any] = field(default_factory=dict)  # JSON files by name
     ranks: int | None = None  # that it is cut for; None: any number can load it
     experts: ExpertLayout = "whole"
@@ -86,6 +93,35 @@ def open_source(source: Path, target: Path) -> tuple[Checkpoint, Source]:
     return checkpoint, Source(source, checkpoint.files)
 
 
+def hf_checkpoint(
+    outputs: Iterable[Output], config: dict[str, Any], source: Path, format: str, options: Sequence[Any]
+) -> NewCheckpoint:
+    """A Hugging Face checkpoint of these tensors, in files that are named as their sources' are, with all else that is
+    in the directory `source`. `config` is its config.json, `format` its manifest's."""
+    files: dict[str, list[Output]] = {}
+    for output in outputs:
+        files.setdefault(output.source.file.name, []).append(output)
+    new = [OutputFile(file, hf_mark(format), outputs) for file, outputs in sorted(files.items())]
+    texts = {"config.json": config}
+    if [file.name for file in new] != ["model.safetensors"]:
+        weight_map = {name: file.name for file in new for output in file.outputs for name in output.tensors}
+        total = sum(output.nbytes for file in new for output in file.outputs)
+        texts[HF_INDEX] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    copies = [path for path in small_files(source) if path.name != "config.json"]
+    return NewCheckpoint(new, config, copies, format, texts, options=options)
+
+
+def plain_config(source: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint in its form without quantised weights."""
+    config = read_json(source / "config.json")
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
+    if "dtype" not in config:  # as transformers 5 spells it
+        config["torch_dtype"] = "bfloat16"
+    return config
+
+
 def write_checkpoint(new: NewCheckpoint, source: Source, target: Path, verb: str) -> None:
     """Writes a checkpoint to `target`, where it appears as a whole, or resumes a run of the same job that was cut
     short. `verb` labels the progress bar.
@@ -93,10 +129,11 @@ def write_checkpoint(new: NewCheckpoint, source: Source, target: Path, verb: str
     Raises UserError for a target that cannot be written to, is too small, or holds something else.
     """
     with AtomicWriter(target) as out:
-        check_target(target, CAST_MARK if new.ranks is None else {"format": FORMAT}, new.config)
+        check_target(target, {"format": FORMAT} if new.format == FORMAT else hf_mark(new.format), new.config)
         finish_pending(out, new.ranks)
         for file in new.files:
-            writer = out.writer(file.name, {o.name: (o.dtype, o.shape) for o in file.outputs}, file.metadata)
+            tensors = {name: tensor for output in file.outputs for name, tensor in output.tensors.items()}
+            writer = out.writer(file.name, tensors, file.metadata)
             for output in file.outputs:
                 output.writer = writer
         out.start([source.state, source.hashes, versions(), *new.options])
@@ -106,7 +143,7 @@ def write_checkpoint(new: NewCheckpoint, source: Source, target: Path, verb: str
             out.copy(path)
         for name, value in new.texts.items():
             out.write_json(name, value)
-        commit(out, source, new.ranks, new.experts, [*(path.name for path in new.copies), *new.texts])
+        commit(out, source, new.format, new.ranks, new.experts, [*(path.name for path in new.copies), *new.texts])
 
 
 def write_outputs(outputs: list[Output], verb: str) -> None:
@@ -127,6 +164,7 @@ def write_outputs(outputs: list[Output], verb: str) -> None:
 
 def small_files(folder: Path) -> list[Path]:
     """The regular files of a checkpoint's folder that are not weights: tokenizer, templates, licences, code."""
-    weights = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-    found = (p for p in folder.iterdir() if not p.name.startswith(".") and not p.name.endswith(weights))
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+    lists = (".index.json", HF_MANIFEST)
+    found = (p for p in folder.iterdir() if not p.name.startswith(".") and not p.name.endswith(weights + lists))
     return sorted(p for p in found if p.is_file())

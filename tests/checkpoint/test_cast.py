@@ -17,7 +17,7 @@ import fp8_cast_bf16
 from checkpoint import transform
 from checkpoint.cast import cast
 from checkpoint.directory import Checkpoint
-from checkpoint.manifest import CAST_MANIFEST, HF_INDEX
+from checkpoint.manifest import HF_INDEX, HF_MANIFEST
 from checkpoint.partition import Partition
 from checkpoint.reading import Reader
 from core.errors import UserError
@@ -110,7 +110,7 @@ def test_single_file(source, tmp_path):
     save_file(whole(source), tmp_path / "a" / "model.safetensors")
     shutil.copy(source / "config.json", tmp_path / "a")
     cast(tmp_path / "a", tmp_path / "b", CPU)
-    assert {p.name for p in (tmp_path / "b").iterdir()} == {"model.safetensors", "config.json", CAST_MANIFEST}
+    assert {p.name for p in (tmp_path / "b").iterdir()} == {"model.safetensors", "config.json", HF_MANIFEST}
     assert_same(whole(tmp_path / "b"), multiplied_out(whole(source), torch.bfloat16))
     cast(source, tmp_path / "b", CPU)  # in shards, over it
     assert not (tmp_path / "b" / "model.safetensors").exists()

@@ -27,7 +27,7 @@ from checkpoint.cast import cast
 from checkpoint.check import check
 from checkpoint.convert import convert
 from checkpoint.directory import Checkpoint
-from checkpoint.manifest import CAST_MANIFEST, HF_INDEX, read_manifests, require_hashes, verify
+from checkpoint.manifest import HF_INDEX, HF_MANIFEST, read_manifests, require_hashes, verify
 from checkpoint.reading import Digest, hash_both, hash_file, read_header
 from checkpoint.writing import Writer
 from core.errors import UserError
@@ -160,7 +160,7 @@ def test_a_manifest_names_every_byte(write, sources, written):
 def test_a_cast_as_the_source(written, tmp_path):
     convert(written[cast_small], tmp_path, 1)
     (manifest,) = read_manifests(tmp_path).values()
-    wanted = hashlib.sha256((written[cast_small] / CAST_MANIFEST).read_bytes()).hexdigest()
+    wanted = hashlib.sha256((written[cast_small] / HF_MANIFEST).read_bytes()).hexdigest()
     assert manifest.raw["source"]["manifest_sha256"] == wanted
 
 
@@ -283,7 +283,7 @@ def test_the_loader_wants_the_manifest_and_its_sizes(write, written, tmp_path, c
     assert refusal() == (
         f"DIR/{first}: its manifest is missing; copy the directory or convert again"
         if write is convert_small
-        else f"DIR/{CAST_MANIFEST}: missing, though the cast wrote {first}; copy it too, or cast again"
+        else f"DIR/{HF_MANIFEST}: missing, though fp8_cast_bf16.py wrote {first}; copy it too, or run fp8_cast_bf16.py again"
     )
 
 
@@ -292,7 +292,7 @@ def test_a_cast_whose_index_says_otherwise(written, tmp_path):
     index = json.loads((folder / HF_INDEX).read_text())
     name, other = next(iter(index["weight_map"])), max(index["weight_map"].values())
     (folder / HF_INDEX).write_text(json.dumps({"weight_map": index["weight_map"] | {name: other}}))
-    with pytest.raises(UserError, match=f"{HF_INDEX}: places tensors elsewhere than {CAST_MANIFEST}; cast again"):
+    with pytest.raises(UserError, match=f"{HF_INDEX}: places tensors elsewhere than {HF_MANIFEST}; run fp8_cast_bf16.py again"):
         Checkpoint(folder)
 
 
@@ -333,7 +333,7 @@ def test_commands(sources, written, tmp_path, monkeypatch, capsys):
     assert status == 1 and out.startswith(f"{file}: {name}: expected CRC32 and SHA-256 ") and out.count("\n") == 1
     assert err.endswith(" GB: 1 difference from what was written\n")
     status, _, err = run("convert", "--verify", sources[0])
-    no = f"error: {sources[0]}: no manifest, so nothing to compare with: convert.py and fp8_cast_bf16.py write one\n"
+    no = f"error: {sources[0]}: no manifest, so nothing to compare with: convert.py, fp8_cast_bf16.py and quantize.py write one\n"
     assert status == 2 and err.endswith(no)
     for script in ("convert", "fp8_cast_bf16"):
         for options in ((), ("--verify", folder, *WANTED[script]), WANTED[script][:2]):

@@ -283,7 +283,7 @@ def test_verify(run: Any, tiny: Path, tmp_path: Path) -> None:
     status, _, err = run("--ckpt-path", folder, *flags)
     assert status == 0 and "verifying: 100%" in err
     status, out, err = run("--ckpt-path", tiny, *flags)
-    message = f"error: {tiny}: --verify needs the manifest that convert.py and fp8_cast_bf16.py write"
+    message = f"error: {tiny}: --verify needs the manifest that convert.py, fp8_cast_bf16.py and quantize.py write"
     assert (status, out, without_progress(err)) == (2, "", message)
     name, entry = list(read_header(folder / "model0-mp1.safetensors")[1].items())[3]
     data = bytearray((folder / "model0-mp1.safetensors").read_bytes())

@@ -832,15 +832,15 @@ add_kinds("converted", ("verify",), {
     "spaces of a header changed": (respace, ""),
     "tokenizer changed since": (tokenise_so, lambda raw: raw.update(version="1.1"), ""),
 })  # fmt: skip
-CAST_MANIFEST = "model.safetensors.manifest.json"
+HF_MANIFEST = "model.safetensors.manifest.json"
 add_kinds("cast", ("load", "convert", "check"), {
-    "cast without its manifest": (remove, CAST_MANIFEST, f"{CAST_MANIFEST}: missing, though the cast wrote"),
+    "cast without its manifest": (remove, HF_MANIFEST, f"{HF_MANIFEST}: missing, though fp8_cast_bf16.py wrote"),
 })  # fmt: skip
 add_kinds("cast", ("load", "convert", "check", "verify"), {
     "cast with a flipped bit": (set_byte, WEIGHT, 0x55, "damaged: its checksum is"),
     "cast cut short": (rank_cut, "bytes, found"),
     "cast with a shard missing": (rank_missing, "missing"),
-    "cast manifest that is no JSON": (write_file, CAST_MANIFEST, "", "not readable as JSON"),
+    "cast manifest that is no JSON": (write_file, HF_MANIFEST, "", "not readable as JSON"),
 })  # fmt: skip
 add_kinds("cast", ("load", "convert", "check"), {
     "cast with an index of another": (lambda folder: (reindex(folder, lambda m: m.popitem()) and HF_INDEX) or HF_INDEX,
