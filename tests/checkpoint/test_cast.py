@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from checkpoint.cast import cast
 from checkpoint.directory import Checkpoint
 from checkpoint.manifest import HF_INDEX, HF_MANIFEST
 from checkpoint.partition import Partition
+from checkpoint.quantize import quantize
 from checkpoint.reading import Reader
 from core.errors import UserError
 from core.numerics import Numerics
@@ -178,12 +180,14 @@ def test_other_refusals(source, tmp_path):
 # Killed, and failed -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> tuple[Path, Path]:
+@pytest.fixture(scope="module", params=["cast", "quantize"])
+def small(request, tmp_path_factory) -> tuple[Path, Path, Callable[[Path, Path], None]]:
+    """Two checkpoints of one config, and the command that makes others of them."""
     folder = tmp_path_factory.mktemp("small")
     for seed, name in enumerate(("old", "new")):
-        make_checkpoint(folder / name, SMALL, fp8=True, seed=seed, shard_bytes=1 << 20)
-    return folder / "old", folder / "new"
+        make_checkpoint(folder / name, SMALL, fp8=request.param == "cast", seed=seed, shard_bytes=1 << 20)
+    write = {"cast": functools.partial(cast, device=CPU), "quantize": functools.partial(quantize, format="fp8", device=CPU)}
+    return folder / "old", folder / "new", write[request.param]
 
 
 def content_for_others(folder: Path) -> dict[str, str] | None:
@@ -201,8 +205,9 @@ def content_for_others(folder: Path) -> dict[str, str] | None:
 @crash_points.HOW_MANY
 def test_killed_at_any_moment(n, small, tmp_path):
     out, before = tmp_path / "out", tmp_path / "before"
-    cast(small[0], before, CPU)
-    cast(small[1], out, CPU)
+    *sources, write = small
+    write(sources[0], before)
+    write(sources[1], out)
     old, new, hashes = content(before), content(out), crash_points.hashes(out)
     others = content_for_others(before), content_for_others(out)
     assert None not in (old, new, *others) and old != new and others[0] != others[1]
@@ -214,33 +219,34 @@ def test_killed_at_any_moment(n, small, tmp_path):
 
     for fresh in (True, False):
         start(fresh)
-        log = crash_points.events(lambda: cast(small[1], out, CPU), tmp_path / f"log{fresh}")
+        log = crash_points.events(lambda: write(sources[1], out), tmp_path / f"log{fresh}")
         seen = []
         for at in crash_points.moments(log, n):
             start(fresh)
-            crash_points.kill(lambda: cast(small[1], out, CPU), at)
+            crash_points.kill(lambda: write(sources[1], out), at)
             found = content(out)
             assert found in (None if fresh else old, new), f"event {at} ({log[at]})"
             before_commit = None if fresh else others[0]
             assert content_for_others(out) in ((before_commit, None, others[1]) if found == new else (before_commit,))
             seen.append(found == new)
-            cast(small[1], out, CPU)
+            write(sources[1], out)
             assert crash_points.hashes(out) == hashes
         assert seen == sorted(seen) and {True, False} == set(seen)  # the new one from one moment on
 
 
 def test_a_full_disk_keeps_what_was_there(small, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    log = crash_points.events(lambda: cast(small[1], out, CPU), tmp_path / "log")
+    *sources, write = small
+    log = crash_points.events(lambda: write(sources[1], out), tmp_path / "log")
     shutil.rmtree(out)
-    cast(small[0], out, CPU)
+    write(sources[0], out)
     before = crash_points.hashes(out)
     writes = sum(name in ("pwrite", "ftruncate") for name in log)
     for at in range(0, writes, writes // 8):
         with monkeypatch.context() as m:
             crash_points.fill_disk(m, at)
             with pytest.raises(UserError, match=f"^{out}: cannot be written: No space left on device"):
-                cast(small[1], out, CPU)
+                write(sources[1], out)
         assert crash_points.hashes(out) == before
 
 

@@ -28,6 +28,7 @@ from checkpoint.check import check
 from checkpoint.convert import convert
 from checkpoint.directory import Checkpoint
 from checkpoint.manifest import HF_INDEX, HF_MANIFEST, read_manifests, require_hashes, verify
+from checkpoint.quantize import quantize
 from checkpoint.reading import Digest, hash_both, hash_file, read_header
 from checkpoint.writing import Writer
 from core.errors import UserError
@@ -39,6 +40,7 @@ PART = 100_000  # bytes of a converted file here
 WANTED = {
     "convert": ("--hf-ckpt-path", "a", "--save-path", "b", "--model-parallel", "2"),
     "fp8_cast_bf16": ("--input-fp8-hf-path", "a", "--output-bf16-hf-path", "b"),
+    "quantize": ("--hf-ckpt-path", "a", "--save-path", "b", "--format", "int4"),
 }
 
 
@@ -50,7 +52,12 @@ def cast_small(source: Path, target: Path) -> None:
     cast(source, target, CPU)
 
 
-BOTH = pytest.mark.parametrize("write", [convert_small, cast_small])
+def quantize_small(source: Path, target: Path) -> None:
+    quantize(source, target, "int4", device=CPU)
+
+
+EVERY = pytest.mark.parametrize("write", [convert_small, cast_small, quantize_small])
+LOADED = pytest.mark.parametrize("write", [convert_small, cast_small])
 
 
 def ranks_of(write: Callable) -> int:
@@ -71,9 +78,10 @@ def sources(tmp_path_factory) -> tuple[Path, Path]:
 def written(sources, tmp_path_factory) -> dict[Callable, Path]:
     """What uninterrupted runs make of the second."""
     folder = tmp_path_factory.mktemp("written")
-    for write in (convert_small, cast_small):
+    writers = (convert_small, cast_small, quantize_small)
+    for write in writers:
         write(sources[1], folder / write.__name__)
-    return {write: folder / write.__name__ for write in (convert_small, cast_small)}
+    return {write: folder / write.__name__ for write in writers}
 
 
 def damaged_copy(folder: Path, to: Path) -> Path:
@@ -129,7 +137,7 @@ def test_large_blocks_are_hashed_beside_each_other(tmp_path):
     assert writer.record["tensors"]["x"] == f"{zlib.crc32(raw):08x} {hashlib.sha256(raw).hexdigest()}"
 
 
-@BOTH
+@EVERY
 def test_a_manifest_names_every_byte(write, sources, written):
     folder = written[write]
     (manifest,) = read_manifests(folder).values()
@@ -164,7 +172,7 @@ def test_a_cast_as_the_source(written, tmp_path):
     assert manifest.raw["source"]["manifest_sha256"] == wanted
 
 
-@BOTH
+@EVERY
 def test_nothing_is_read_twice(write, sources, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pread", lambda *_: pytest.fail("a file that was just written is read again"))
     write(sources[1], tmp_path)
@@ -173,7 +181,7 @@ def test_nothing_is_read_twice(write, sources, tmp_path, monkeypatch):
 # Damage is found ----------------------------------------------------------------------------------------------------
 
 
-@BOTH
+@EVERY
 def test_a_flipped_bit_in_each_tensor_is_found(write, written, tmp_path):
     assert list(verify(written[write])) == []
     folder = damaged_copy(written[write], tmp_path / "copy")
@@ -187,7 +195,7 @@ def test_a_flipped_bit_in_each_tensor_is_found(write, written, tmp_path):
     assert {(f.file, f.tensor) for f in found} == flipped and len(found) == len(flipped)
 
 
-@BOTH
+@EVERY
 def test_everything_else_is_found(write, written, tmp_path):
     folder = damaged_copy(written[write], tmp_path / "copy")
 
@@ -197,7 +205,7 @@ def test_everything_else_is_found(write, written, tmp_path):
 
     file = max(folder.glob("*.safetensors"))
     data = file.read_bytes()
-    mark = b'"rank":"1"' if write is convert_small else b'"written_by":"fp8_cast_bf16"'
+    mark = {convert_small: b'"rank":"1"', cast_small: b'"written_by":"fp8_cast_bf16"'}.get(write, b'"written_by":"quantize"')
     first = next(iter(read_header(file)[1]))
     for change, said in {
         data[:-1]: f"expected {len(data)} bytes, found {len(data) - 1}",
@@ -222,7 +230,7 @@ def test_everything_else_is_found(write, written, tmp_path):
     assert finding() == "DIR/model-9.safetensors: expected no such file, found one that no manifest names"
 
 
-@BOTH
+@EVERY
 def test_ranks_share_the_work_of_verifying(write, written, tmp_path):
     """Together the ranks of a host look at every file, each at its own, before a load."""
     folder = damaged_copy(written[write], tmp_path / "copy")
@@ -256,7 +264,7 @@ def test_verify_cannot_read(written, monkeypatch):
     assert found.problem.endswith("cannot be read (Input/output error)")
 
 
-@BOTH
+@LOADED
 def test_the_loader_wants_the_manifest_and_its_sizes(write, written, tmp_path, capsys):
     folder = damaged_copy(written[write], tmp_path / "copy")
 
@@ -335,7 +343,7 @@ def test_commands(sources, written, tmp_path, monkeypatch, capsys):
     status, _, err = run("convert", "--verify", sources[0])
     no = f"error: {sources[0]}: no manifest, so nothing to compare with: convert.py, fp8_cast_bf16.py and quantize.py write one\n"
     assert status == 2 and err.endswith(no)
-    for script in ("convert", "fp8_cast_bf16"):
+    for script in WANTED:
         for options in ((), ("--verify", folder, *WANTED[script]), WANTED[script][:2]):
             status, _, err = run(script, *options)
             assert status == 2 and "or --verify alone" in err
@@ -356,6 +364,7 @@ def test_a_directory_that_may_not_be_read(name, written, tmp_path, monkeypatch, 
         ("convert", "--verify", folder),
         ("convert", "--hf-ckpt-path", folder, "--save-path", tmp_path / "out", "--model-parallel", 1),
         ("fp8_cast_bf16", "--input-fp8-hf-path", folder, "--output-bf16-hf-path", tmp_path / "out"),
+        ("quantize", "--hf-ckpt-path", folder, "--save-path", tmp_path / "out", "--format", "int4"),
         ("check_checkpoint", folder),
         ("plan", "--ckpt-path", folder),
         ("generate", "--ckpt-path", folder, "--interactive", "--device", "cpu"),
@@ -407,7 +416,7 @@ def cut_short(write: Callable, source: Path, out: Path, log: Path, share: float)
     return finished_in(out)
 
 
-@BOTH
+@EVERY
 def test_finished_files_are_not_written_again(write, sources, written, tmp_path):
     out = tmp_path / "out"
     whole_run = bytes_moved(lambda: write(sources[1], out))
@@ -420,11 +429,11 @@ def test_finished_files_are_not_written_again(write, sources, written, tmp_path)
     for name, record in manifest.files.items():
         assert wrote[name] == (0 if name in finished else record["bytes"]), name
     shards = {path.name for path in sources[1].glob("*.safetensors")}
-    again = sum(read[name] for name in shards) - (sum(read[name] for name in finished) if write is cast_small else 0)
+    again = sum(read[name] for name in shards) - (0 if write is convert_small else sum(read[name] for name in finished))
     assert again < sum(whole_run[1][name] for name in shards) - sum(manifest.files[n]["bytes"] for n in finished) / 4
 
 
-@BOTH
+@EVERY
 def test_the_manifest_is_ready_before_anything_changes(write, sources, tmp_path):
     """An earlier checkpoint's tokenizer is not replaced minutes before its weights are."""
     events = crash_points.events(lambda: write(sources[1], tmp_path / "out"), tmp_path / "log")
@@ -432,7 +441,7 @@ def test_the_manifest_is_ready_before_anything_changes(write, sources, tmp_path)
     assert "pwrite" not in events[config:manifest] and config < tokenizer < manifest
 
 
-@BOTH
+@EVERY
 def test_nothing_is_left_to_do_but_the_commit(write, sources, written, tmp_path):
     out = tmp_path / "out"
     events = crash_points.events(lambda: write(sources[1], out), tmp_path / "log")
@@ -446,7 +455,7 @@ def test_nothing_is_left_to_do_but_the_commit(write, sources, written, tmp_path)
         assert not any(wrote[name] for name in manifest.files)
 
 
-@BOTH
+@EVERY
 def test_another_job_starts_afresh(write, sources, written, tmp_path):
     """A source with the same headers, one that was touched, other options: nothing of the first run is taken."""
     out = tmp_path / "out"
@@ -458,6 +467,8 @@ def test_another_job_starts_afresh(write, sources, written, tmp_path):
         if write is convert_small:
             yield sources[1], lambda: convert(sources[1], out, 2, max_file=PART + 5000)
             yield sources[1], lambda: convert(sources[1], out, 1, max_file=PART)
+        if write is quantize_small:
+            yield sources[1], lambda: quantize(sources[1], out, "int8", 32, device=CPU)
 
     for first, action in jobs():
         shutil.rmtree(out, ignore_errors=True)
@@ -470,7 +481,7 @@ def test_another_job_starts_afresh(write, sources, written, tmp_path):
             assert crash_points.hashes(out) == crash_points.hashes(written[write])
 
 
-@BOTH
+@EVERY
 def test_what_is_kept_is_checked(write, sources, written, tmp_path):
     """Finished files that were damaged, removed or cut, and a damaged journal, cost time and nothing else."""
     out = tmp_path / "out"
@@ -500,7 +511,7 @@ def test_what_is_kept_is_checked(write, sources, written, tmp_path):
         shutil.rmtree(out)
 
 
-@BOTH
+@EVERY
 def test_a_damaged_temporary_beside_the_whole_file(write, sources, written, tmp_path):
     """A second run of the same job was cut short: what it leaves never takes the place of what the first wrote."""
     out = tmp_path / "out"
@@ -514,7 +525,7 @@ def test_a_damaged_temporary_beside_the_whole_file(write, sources, written, tmp_
     assert finished and not any(wrote[name] for name in finished)
 
 
-@BOTH
+@LOADED
 def test_interrupted_by_hand(write, sources, written, tmp_path, monkeypatch, capsys):
     out, earlier = tmp_path / "out", tmp_path / "earlier"
     write(sources[0], earlier)
@@ -542,7 +553,7 @@ def test_interrupted_by_hand(write, sources, written, tmp_path, monkeypatch, cap
     assert not any(wrote[name] for name in finished)
 
 
-@BOTH
+@EVERY
 def test_a_source_that_changes_meanwhile(write, sources, tmp_path, monkeypatch):
     copy, out = Path(shutil.copytree(sources[1], tmp_path / "copy")), tmp_path / "out"
     real = transform.write_outputs
@@ -552,7 +563,7 @@ def test_a_source_that_changes_meanwhile(write, sources, tmp_path, monkeypatch):
     assert content(out, ranks_of(write)) is None
 
 
-@BOTH
+@EVERY
 def test_errors_of_the_source(write, sources, written, tmp_path, monkeypatch):
     """A disk that fails while it is read: one line, what was there stays, and the next run goes on."""
     earlier, out = tmp_path / "earlier", tmp_path / "out"
@@ -582,7 +593,7 @@ def test_errors_of_the_source(write, sources, written, tmp_path, monkeypatch):
         assert crash_points.hashes(out) == crash_points.hashes(written[write])
 
 
-@BOTH
+@EVERY
 def test_a_small_file_that_cannot_be_read(write, sources, tmp_path):
     copy = Path(shutil.copytree(sources[1], tmp_path / "copy"))
     (copy / "tokenizer_config.json").symlink_to("/proc/self/mem")  # reading its first byte is an error
@@ -594,7 +605,7 @@ def test_a_small_file_that_cannot_be_read(write, sources, tmp_path):
 # Killed again and again, and full disks -----------------------------------------------------------------------------
 
 
-@BOTH
+@LOADED
 @crash_points.HOW_MANY
 def test_killed_again_and_again(write, n, sources, written, tmp_path):
     """Runs that are killed and taken up until one comes through, with an earlier checkpoint there and without: at every
@@ -618,7 +629,7 @@ def test_killed_again_and_again(write, n, sources, written, tmp_path):
         assert crash_points.hashes(out) == crash_points.hashes(written[write])
 
 
-@BOTH
+@EVERY
 @crash_points.HOW_MANY
 def test_killed_at_random_times(write, n, sources, written, tmp_path):
     """A real SIGKILL from outside, after a random time, over an earlier checkpoint and without one."""
@@ -653,7 +664,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@BOTH
+@LOADED
 @pytest.mark.parametrize("n", [4, pytest.param(20, marks=pytest.mark.trust)])
 def test_a_disk_that_is_really_full(write, n, sources, written, small_disk, tmp_path, monkeypatch):
     """A disk that fills up after the first look at it: the earlier checkpoint stays, byte for byte, and nothing else."""

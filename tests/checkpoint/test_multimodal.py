@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import save_file
 
 from checkpoint.check import check
+from checkpoint.quantize import quantize
 from core.numerics import Numerics
 from support.checkpoints import fp8_sizes, make_checkpoint
 from support.damaged_checkpoints import add, configure, drop, edit, files, reindex, whole
@@ -50,6 +51,21 @@ def pairs(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
         write_tokenizer(folder / name)
         found[name] = folder / name, wrap(Path(shutil.copytree(folder / name, folder / f"{name}-whole")))
     return found
+
+
+@pytest.mark.parametrize("name", ["fp8", "bf16"])
+def test_quantised(name, pairs, tmp_path):
+    """The text model alone, under its names; the vision model's tensors stay, and the config says that they do."""
+    for folder in pairs[name]:
+        quantize(folder, tmp_path / folder.name, "int4", device="cpu")
+    text, found = whole(tmp_path / name), whole(tmp_path / f"{name}-whole")
+    assert_same({n.removeprefix("language_model."): t for n, t in found.items()}, text | VISION)
+    raw, alone = (json.loads((tmp_path / n / "config.json").read_text()) for n in (f"{name}-whole", name))
+    said = {k: v for k, v in raw["quantization_config"].items() if k != "ignore"}
+    assert said == {k: v for k, v in alone["quantization_config"].items() if k != "ignore"}
+    assert "quantization_config" not in raw["text_config"]
+    ignored = set(raw["quantization_config"]["ignore"]) - set(alone["quantization_config"]["ignore"])
+    assert ignored == {"re:.*lm_head.*", "re:.*vision_tower.*", "re:.*mm_projector.*"}
 
 
 @pytest.mark.parametrize("name", ["fp8", "bf16"])

@@ -18,6 +18,7 @@ from checkpoint.convert import convert
 from checkpoint.directory import Checkpoint
 from checkpoint.manifest import HF_INDEX
 from checkpoint.partition import Partition
+from checkpoint.quantize import quantize
 from checkpoint.reading import Entry
 from checkpoint.stacked import unstack
 from core.config import parse
@@ -112,6 +113,13 @@ def test_cast(pairs, tmp_path):
         cast(folder, tmp_path / which, CPU)
     assert_same(whole(tmp_path / "stacked"), whole(tmp_path / "single"))
     assert check(tmp_path / "stacked").ok
+
+
+@pytest.mark.parametrize(("name", "format"), [("fp8", "int4"), ("bf16", "int8"), ("bf16", "fp8")])
+def test_quantised(name, format, pairs, tmp_path):
+    for which, folder in zip(("single", "stacked"), pairs[name], strict=True):
+        quantize(folder, tmp_path / which, format, None if format == "fp8" else 32, CPU)
+    assert_same(whole(tmp_path / "stacked"), whole(tmp_path / "single"))
 
 
 @pytest.mark.parametrize("name", ["fp8", "bf16"])

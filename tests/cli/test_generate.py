@@ -755,20 +755,21 @@ raise SystemExit("still here")
 """
 
 
-@pytest.mark.parametrize("name", ["generate", "server", "plan", "convert", "fp8_cast_bf16", "check_checkpoint"])
+@pytest.mark.parametrize("name", ["generate", "server", "plan", "convert", "fp8_cast_bf16", "quantize", "check_checkpoint"])
 def test_interrupted_while_torch_is_imported(name: str, tmp_path: Path) -> None:
     """As if Ctrl-C came then: the program ends, without a traceback."""
     (tmp_path / "torch.py").write_text(STUB)
     flags = {"generate": ["--ckpt-path", "C", "--interactive"], "server": ["--ckpt-path", "C"], "plan": ["--ckpt-path", "C"],
-             "convert": ["--verify", "C"], "fp8_cast_bf16": ["--verify", "C"], "check_checkpoint": ["C"]}  # fmt: skip
+             "convert": ["--verify", "C"], "fp8_cast_bf16": ["--verify", "C"], "quantize": ["--verify", "C"],
+             "check_checkpoint": ["C"]}  # fmt: skip
     command = [sys.executable, str(launch.SCRIPT.parent / f"{name}.py"), *flags.get(name, [])]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
-@pytest.mark.parametrize("name", ["convert", "fp8_cast_bf16"])
+@pytest.mark.parametrize("name", ["convert", "fp8_cast_bf16", "quantize"])
 def test_verify_stands_alone(name: str, tmp_path: Path) -> None:
-    target = {"convert": "--save-path", "fp8_cast_bf16": "--output-bf16-hf-path"}[name]
+    target = {"fp8_cast_bf16": "--output-bf16-hf-path"}.get(name, "--save-path")
     command = [sys.executable, str(launch.SCRIPT.parent / f"{name}.py"), "--verify", str(tmp_path), target, "x"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.endswith("or --verify alone\n")
