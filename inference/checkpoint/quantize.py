@@ -150,7 +150,7 @@ def quantize(source: Path, target: Path, format: Format, group_size: int | None 
             outputs.append(Copied(name, entry, entry.dtype, entry.shape))
     multimodal = any(checkpoint.table_name(name) != name for name in entries)  # they have a prefix then
     config = plain_config(source) | {"quantization_config": quantization_config(format, group_size, multimodal)}
-    new = hf_checkpoint(outputs, config, source, "deepseek-v3-quantized", [where.type, format, group_size])
+    new = hf_checkpoint(outputs, config, source, "deepseek-v3-quantized", [where.type])
     write_checkpoint(new, state, target, f"quantizing to {format}")
 
 
