@@ -19,6 +19,7 @@ import convert
 import fp8_cast_bf16
 import generate
 import plan
+import quantize
 import server
 import serving.serve
 from checkpoint.check import check
@@ -97,6 +98,11 @@ def start_server(path: Path) -> Engine:
 
 def run_convert(path: Path, target: Path) -> None:
     convert.run(convert.parse(["--hf-ckpt-path", str(path), "--save-path", str(target), "--model-parallel", "2"]))
+
+
+def run_quantize(path: Path, target: Path) -> None:
+    flags = ["--hf-ckpt-path", str(path), "--save-path", str(target), "--format", "int4", "--device", "cpu"]
+    quantize.run(quantize.parse(flags))
 
 
 def run_cast(path: Path, target: Path) -> None:
@@ -240,6 +246,7 @@ def refusals(who: str, path: Path, target: Path) -> list[str]:
         {
             "generate": start_generate, "server": start_server, "plan": run_plan,
             "convert": lambda path: run_convert(path, target), "cast": lambda path: run_cast(path, target),
+            "quantize": lambda path: run_quantize(path, target),
         }[who](path)  # fmt: skip
     except UserError as e:
         assert not target.exists() or not list(target.iterdir()), who
@@ -271,6 +278,7 @@ def test_exit_status_and_one_line(bases, tmp_path):
         "server": ("--ckpt-path", path, "--port", 0, *ENGINE),
         "convert": ("--hf-ckpt-path", path, "--save-path", tmp_path / "for 2", "--model-parallel", 2),
         "fp8_cast_bf16": ("--input-fp8-hf-path", path, "--output-bf16-hf-path", tmp_path / "cast", "--device", "cpu"),
+        "quantize": ("--hf-ckpt-path", path, "--save-path", tmp_path / "int4", "--format", "int4", "--device", "cpu"),
         "check_checkpoint": (path,),
         "plan": ("--ckpt-path", path, *RUN),
     }

@@ -72,7 +72,7 @@ def test_quantised(name, pairs, tmp_path):
 def test_every_program_takes_the_text_model(name, pairs, tmp_path, capsys):
     text, folder = pairs[name]
     assert_same(loaded(folder, BF16), loaded(text, BF16))
-    names = ("load", "plan", "convert", *(["cast"] if name == "fp8" else []))
+    names = ("load", "plan", "convert", "quantize", *(["cast"] if name == "fp8" else []))
     for program in names:
         capsys.readouterr()
         PROGRAMS[program](folder, tmp_path)
@@ -125,7 +125,7 @@ def test_faults_are_told_by_the_files_own_names(pairs, tmp_path):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     add(copy, {"vision_model.x": torch.ones(2)})
     drop(copy, lambda name: name.endswith("layers.1.self_attn.o_proj.weight"))
-    for program, lines in refusals(copy, tmp_path, ("load", "check", "convert", "cast")).items():
+    for program, lines in refusals(copy, tmp_path, ("load", "check", "convert", "cast", "quantize")).items():
         missing = "DIR: language_model.model.layers.1.self_attn.o_proj.weight is missing"
         assert any(line.startswith(missing) for line in lines), (program, lines)
     assert any(": vision_model.x: the config has no such tensor" in str(f.problem) for f in check(copy).findings)

@@ -27,7 +27,7 @@ from support.damaged_checkpoints import HF_INDEX, add, drop, edit, edit_json, fi
 from support.families import FAMILIES, V3
 from support.tiny_tokenizer import BOS, EOS, TEMPLATE, VOCAB_SIZE, write_tokenizer
 
-ALL = ("generate", "server", "convert", "cast", "check", "plan")
+ALL = ("generate", "server", "convert", "cast", "quantize", "check", "plan")
 TEXT = ("generate", "server", "check")  # converters copy tokenizers and templates as they are; a plan needs none
 CHAT = ("generate",)  # a server answers /v1/completions without a chat template, and check_checkpoint warns
 
