@@ -13,12 +13,12 @@ from core import hf_config
 from core.errors import CheckpointError, UserError
 from core.files import read_json
 from core.hf_config import hf_prefix as hf_prefix
+from core.quantization_config import BLOCK_SIZE as BLOCK_SIZE
+from core.quantization_config import GROUP_SIZES, quantisation
 
 PROGRAM_VERSION = "0.1.0"
-BLOCK_SIZE = 128  # FP8 scales: one per 1x128 activations and per 128x128 weights (technical report, section 3.3.2)
 SCORE_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
-UNCONVERTED = ("modules_to_not_convert", "ignored_layers")  # fields of quantization_config: modules that are not FP8
 MAX_LAYERS, MAX_EXPERTS = 1000, 1 << 17  # in all layers together; V3 has 15,104: more is a damaged number
 HF_NAMES = {  # ModelArgs' fields that Hugging Face names otherwise; those of the rotary embedding depend on the file
     "dim": "hidden_size", "inter_dim": "intermediate_size", "moe_inter_dim": "moe_intermediate_size",
@@ -26,7 +26,7 @@ HF_NAMES = {  # ModelArgs' fields that Hugging Face names otherwise; those of th
     "n_activated_experts": "num_experts_per_tok", "n_expert_groups": "n_group", "n_limited_groups": "topk_group",
     "score_func": "scoring_func", "route_scale": "routed_scaling_factor", "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps", "n_mtp_layers": "num_nextn_predict_layers", "dtype": "torch_dtype",
-    "scale_fmt": "quantization_config.scale_fmt",
+    "scale_fmt": "quantization_config.scale_fmt", "group_size": "quantization_config.group_size",
 }  # fmt: skip
 
 
@@ -81,9 +81,12 @@ class ModelArgs:
     norm_eps: float = 1e-6  # rms_norm_eps; the two inner norms of MLA always use 1e-6
     tie_word_embeddings: bool = False
     n_mtp_layers: int = 0  # num_nextn_predict_layers
-    dtype: Literal["fp8", "bf16", "fp32", "fp16"] = "bf16"  # how the weights are stored; the files know better
+    # how the weights are stored; the files know better
+    dtype: Literal["fp8", "int8", "int4", "bf16", "fp32", "fp16"] = "bf16"
     scale_fmt: Literal["ue8m0"] | None = None  # activation scales rounded up to powers of two (V3.1)
     block_size: int = BLOCK_SIZE
+    group_size: int = 0  # of int8 and int4: a row's channels that share a scale; 0: square blocks of block_size
+    zero_points: bool = False  # of int4: each group has a zero point
     # what a user should know of the file that this was read from; a program prints them once
     warnings: tuple[str, ...] = field(default=(), repr=False, compare=False)
     # what that file calls each field; empty: as here
@@ -100,7 +103,7 @@ class ModelArgs:
                 self._require(type(value) is bool, f.name, "true or false")
         self._choice("score_func", SCORE_FUNCS)
         self._choice("topk_method", TOPK_METHODS)
-        self._choice("dtype", ("fp8", "bf16", "fp32", "fp16"))
+        self._choice("dtype", ("fp8", "int8", "int4", "bf16", "fp32", "fp16"))
         self._choice("scale_fmt", (None, "ue8m0"))
         for name in ("vocab_size", "dim", "inter_dim", "n_layers", "n_heads", "kv_lora_rank", "qk_nope_head_dim",
                      "qk_rope_head_dim", "v_head_dim", "max_seq_len", "original_seq_len"):  # fmt: skip
@@ -112,6 +115,8 @@ class ModelArgs:
         self._require(0 <= self.n_dense_layers <= self.n_layers, "n_dense_layers", f"from 0 to {self.n_layers}")
         self._require(self.n_mtp_layers in (0, 1), "n_mtp_layers", "0 or 1")
         self._require(self.block_size == BLOCK_SIZE, "block_size", str(BLOCK_SIZE))
+        groups = GROUP_SIZES if self.dtype == "int4" else (0, *GROUP_SIZES)
+        self._require(self.group_size in groups, "group_size", f"one of {_join(groups)} where dtype is {self.dtype}")
         self._require(self.rope_factor >= 1, "rope_factor", "at least 1")
         self._require(self.rope_theta > 1, "rope_theta", "a number above 1")
         for name in ("norm_eps", "route_scale", "beta_fast", "beta_slow"):
@@ -153,6 +158,15 @@ class ModelArgs:
     def latent_dim(self) -> int:
         """Values cached per token and layer: compressed key/value and shared rotary key (arXiv 2405.04434, 2.1)."""
         return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.dtype in ("fp8", "int8", "int4")
+
+    @property
+    def weight_block(self) -> tuple[int, int]:
+        """The rows and channels of a quantised weight that share a scale."""
+        return (1, self.group_size) if self.group_size else (self.block_size, self.block_size)
 
     @property
     def n_moe_layers(self) -> int:
@@ -292,7 +306,7 @@ def check_agreement(path: str | Path, checkpoint: ModelArgs) -> None:
     """
     raw, given = read_json(Path(path)), load_config(path)
     explicit = {f.name for f in fields(ModelArgs) if f.compare} if given.names else set(raw)
-    free = {"dtype", "n_mtp_layers", "max_seq_len", "max_batch_size"}
+    free = {"dtype", "group_size", "zero_points", "n_mtp_layers", "max_seq_len", "max_batch_size"}
     if "mscale" in explicit and "mscale_all_dim" not in explicit:
         explicit = (explicit - {"mscale"}) | {"mscale_all_dim"}
     both = {name: (getattr(given, name), getattr(checkpoint, name)) for name in sorted(explicit - free)}
@@ -307,30 +321,14 @@ def check_agreement(path: str | Path, checkpoint: ModelArgs) -> None:
 
 def _hf_storage(raw: dict[str, Any]) -> dict[str, Any]:
     """How the weights are stored, from `quantization_config` or the checkpoint's dtype."""
-    quant = raw.get("quantization_config")
-    if quant and not isinstance(quant, dict):
-        raise UserError(f"config: quantization_config is {quant!r}, expected an object")
-    if not quant:
-        name = raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"
-        dtypes = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
-        if name not in dtypes:
-            raise UserError(f"config: weights in {name!r} are not supported (known: {_join(dtypes)}, or fp8 blocks)")
-        return {"dtype": dtypes[name]}
-    wanted = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-              "weight_block_size": [BLOCK_SIZE, BLOCK_SIZE]}  # fmt: skip
-    for name, value in wanted.items():
-        if quant.get(name, value) != value or (name == "quant_method" and name not in quant):
-            found = f"quantization_config.{name} {quant.get(name)!r}"
-            if name == "quant_method":
-                found += f" ({quant['format']})" if isinstance(quant.get("format"), str) else ""
-                known = f"{value!r}, or no quantization_config: weights in FP8, bfloat16, float16 or float32"
-                raise UserError(f"config: {found} is not supported (known: {known})")
-            raise UserError(f"config: {found} is not supported (known: {value!r})")
-    for name in UNCONVERTED:
-        if not isinstance(quant.get(name) or [], list):
-            raise UserError(f"config: quantization_config.{name} is {quant[name]!r}, expected a list of modules")
-    # transformers 5 writes "float" for scales that are no powers of two
-    return {"dtype": "fp8", "scale_fmt": None if quant.get("scale_fmt") == "float" else quant.get("scale_fmt")}
+    if found := quantisation(raw):
+        names = ("dtype", "scale_fmt", "group_size", "zero_points")
+        return {name: value for name, value in found._asdict().items() if name in names}
+    name = raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"
+    dtypes = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
+    if name not in dtypes:
+        raise UserError(f"config: weights in {name!r} are not supported (known: {_join(dtypes)}, or fp8 blocks)")
+    return {"dtype": dtypes[name]}
 
 
 def _mscale(factor: float, mscale: float) -> float:

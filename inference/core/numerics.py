@@ -47,9 +47,9 @@ class Numerics:
     """How this engine computes, as opposed to what the model is.
 
     `dtype` is that of activations and plain weights. `gemm` None: all weights are plain (quantised ones were
-    dequantised when loaded); otherwise they stay as they are stored, `form`, and the products of FP8 weights are W8A8
-    ("fp8") or W8A16 ("bf16"), those of others W8A16 and W4A16. Norm weights, the router's bias and the scales of FP8
-    are float32 in every case.
+    dequantised when loaded). Otherwise they stay as they are stored, most of them in the form `projections`; products
+    of FP8 weights are W8A8 ("fp8") or W8A16 ("bf16"), those of others W8A16 and W4A16. Norm weights, the router's bias
+    and the scales of 128x128 blocks are float32 in every case.
 
     `exceptions` are the modules, by their names in the model, whose weights lie in another form because a checkpoint
     stores them otherwise: projections that are plain, though the others are quantised ("layers.3.attn.wo", or
@@ -63,7 +63,7 @@ class Numerics:
     fp8_latents: bool = False  # the cache holds the compressed key/value in e4m3, see reference.pack_latents
     experts: ExpertLayout = "whole"  # how ranks share the routed experts, see checkpoint/partition.py
     batch_invariant: bool = False  # a token's result does not depend on the rest of its batch, to the bit
-    quantised: Form = FP8  # the form of projections that stay quantised
+    projections: Form = FP8  # the form of projections that stay as they are stored
     exceptions: tuple[tuple[str, Form], ...] = ()
 
     def inside(self, module: str) -> "Numerics":
@@ -76,7 +76,7 @@ class Numerics:
     @property
     def form(self) -> Form:
         """The form of this module's own weights, if it is a projection."""
-        return dict(self.exceptions).get("", PLAIN if self.gemm is None else self.quantised)
+        return dict(self.exceptions).get("", PLAIN if self.gemm is None else self.projections)
 
     @property
     def exact_dtype(self) -> torch.dtype:

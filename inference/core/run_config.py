@@ -28,8 +28,10 @@ class RunConfig:
     """Names are vLLM's where it has the flag. Raises UserError for values that no model can be run with."""
 
     dtype: Literal["auto", "bfloat16", "float32"] = flag("auto", "what to compute in")
-    gemm: Literal["auto", "fp8", "bf16"] = flag(
-        "auto", "FP8 weights times FP8 (W8A8) or bf16 (W8A16) activations (default: as the GPU allows)"
+    gemm: Literal["auto", "fp8", "bf16", "dequantised"] = flag(
+        "auto",
+        "quantised weights as they are, times FP8 (W8A8) or bf16 (W8A16, W4A16) activations, or dequantised at load "
+        "(default: as the device allows)",
     )
     experts: Literal["auto", "whole", "split"] = flag(
         "auto", "a rank has some whole, or a share of each (default: as converted, else split if that fits)"

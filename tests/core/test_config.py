@@ -263,7 +263,7 @@ def test_the_released_code_decides_what_a_lone_mscale_means():
         ({"rope_theta": 1.0}, "rope_theta is 1.0, expected a number above 1"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"attention_bias": True}, "attention_bias True is not supported"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.quant_method 'gptq' is not supported"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config.quant_method 'bitsandbytes' is not supported"),
         ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "quantization_config.fmt 'e5m2' is not supported"),
         ({"quantization_config": {"quant_method": "fp8", "scale_fmt": "e8"}}, "quantization_config.scale_fmt 'e8' is not supported"),
         ({"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": "lm_head"}}, "modules_to_not_convert is 'lm_head', expected a list"),
