@@ -1,11 +1,10 @@
-"""Time and peak memory of convert.py, fp8_cast_bf16.py and quantize.py on a random FP8 checkpoint of more than 6 GB.
+"""Time and peak memory of convert.py and fp8_cast_bf16.py on a random FP8 checkpoint of more than 6 GB.
 
     python benchmarks/convert_memory.py --output benchmarks/results/convert_memory.json
 
 The checkpoint has the released V3's widths, vocabulary and MTP module, with fewer layers and experts. Each command runs
 in a process of its own, whose /proc/PID/status is read every 10 ms: VmHWM is its peak memory, mapped file pages
-included, RssAnon the anonymous part. quantize.py makes INT4 of it, and FP8 of its cast. Needs about four times the
-checkpoint's size of disk.
+included, RssAnon the anonymous part. Needs about three times the checkpoint's size of disk.
 """
 
 import argparse
@@ -35,7 +34,7 @@ def main() -> int:
     config = V3 | {"num_hidden_layers": options.layers}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.temp) as temp:
-        source, target, cast = (Path(temp, name) for name in ("source", "target", "cast"))
+        source, target = Path(temp, "source"), Path(temp, "target")
         source.mkdir()
         nbytes = write_random(source, config)
         print(f"checkpoint of {nbytes / 1e9:.2f} GB, {options.layers} layers, {config['n_routed_experts']} experts\n")
@@ -49,22 +48,15 @@ def main() -> int:
         ]
         commands: dict[str, list[Any]] = {f"convert for {n}": [*to_ranks, "--model-parallel", n] for n in options.ranks}
         commands["cast to bf16 on the CPU"] = [*to_bf16, "--device", "cpu"]
-        quantize = [INFERENCE / "quantize.py", "--save-path", target, "--device", "cpu", "--hf-ckpt-path"]
-        commands["quantize to int4 on the CPU"] = [*quantize, source, "--format", "int4"]
-        commands["quantize to fp8 on the CPU"] = [*quantize, cast, "--format", "fp8"]
         for name, command in commands.items():
             figures = measure_child([sys.executable, *map(str, command)])
             written = [path.stat().st_size for path in target.glob("*.safetensors")]
-            read = sum(path.stat().st_size for path in (cast if cast in command else source).glob("*.safetensors"))
-            speed = round(read / 1e6 / figures["seconds"])
-            rows.append({"what": name, "bytes_read": read} | figures | {
+            speed = round(nbytes / 1e6 / figures["seconds"])
+            rows.append({"what": name, "bytes_read": nbytes} | figures | {
                 "mb_read_per_second": speed, "files": len(written), "bytes_written": sum(written),
                 "largest_file_bytes": max(written),
             })  # fmt: skip
-            if name.startswith("cast"):
-                target.rename(cast)
-            else:
-                shutil.rmtree(target)
+            shutil.rmtree(target)
     shown = ("what", "seconds", "mb_read_per_second", "peak_mib", "peak_anonymous_mib", "files", "largest_file_bytes")
     print(
         report.table([name.replace("_", " ") for name in shown], [[str(row[name]) for name in shown] for row in rows])

@@ -156,7 +156,6 @@ def convert_memory(record: dict[str, Any]) -> str:
     converted = [row for row in rows if row["what"].startswith("convert for ")]
     ranks = [row["what"].removeprefix("convert for ") for row in converted]
     [cast] = [row for row in rows if row["what"].startswith("cast")]
-    quantised = [row for row in rows if row["what"].startswith("quantize")]
 
     def peaks(*of: dict[str, Any]) -> list[str]:
         return [f"{max(row[key] for row in of)} MiB" for key in ("peak_mib", "peak_anonymous_mib")]
@@ -167,7 +166,6 @@ def convert_memory(record: dict[str, Any]) -> str:
     return report.table(header, [
         [f"`convert.py`, for {names} ranks", *peaks(*converted)],
         ["`fp8_cast_bf16.py`, on the CPU", *peaks(cast)],
-        *([["`quantize.py`, to INT4 or FP8, on the CPU", *peaks(*quantised)]] if quantised else []),
     ])  # fmt: skip
 
 

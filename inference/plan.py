@@ -62,7 +62,7 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
 
     from checkpoint.directory import Checkpoint, choose_args
     from checkpoint.partition import Partition
-    from checkpoint.table import fp8_rows
+    from checkpoint.table import expected_tensors, quantised_rows
     from core import devices
     from core.config import load_config
     from engine import rank_memory, setup
@@ -84,9 +84,10 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
     for text in setup.describe_rounding(specs or {}, num):
         warn(text)
     if checkpoint is None or specs is None:
-        partition = Partition.choose(args, options.tp, options.experts, fp8=num.gemm is not None)
+        rows = quantised_rows(expected_tensors(args, args.is_quantised), num)
+        partition = Partition.choose(args, options.tp, options.experts, quantised=rows)
     else:
-        partition = checkpoint.partition(args, options.tp, options.experts, fp8_rows(specs, num))
+        partition = checkpoint.partition(args, options.tp, options.experts, quantised_rows(specs, num))
         checkpoint.match(partition)
     num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8", experts=partition.experts)
     rank = rank_memory.RankSpec(args, num, options.tp, gpu, has_mtp, not gpu and on.type != "cpu")

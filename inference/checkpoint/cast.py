@@ -1,14 +1,17 @@
-"""An FP8 Hugging Face checkpoint turned into a BF16 one: each weight times its block scales, rounded once."""
+"""A quantised Hugging Face checkpoint turned into a BF16 one: each weight times its block scales, rounded once."""
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from checkpoint.directory import QUANTISED
 from checkpoint.partition import Partition
 from checkpoint.reading import Entry, Reader
+from checkpoint.table import quantised_form
 from checkpoint.transform import Output, hf_checkpoint, open_source, plain_config, write_checkpoint
 from core.config import BLOCK_SIZE
 from core.devices import holds
@@ -17,7 +20,7 @@ from core.numerics import Numerics
 from ops.backend import ReferenceBackend, choose_backend
 from parallel.startup import choose_device
 
-SCALE = "_scale_inv"
+SCALE, ZERO = "_scale_inv", "_zero_point"  # after the name of a weight
 
 
 @dataclass(slots=True)
@@ -30,35 +33,41 @@ class Copied(Output):
 
 @dataclass(slots=True)
 class FromWeight(Output):
-    """What is made of the weight (R, C) of a linear layer: a plain one, or e4m3 with scales (ceil(R/128), ceil(C/128)),
-    which are widened to float32."""
+    """What is made of the weight (R, C) of a linear layer: a plain one, or a quantised one with its block scales, which
+    are widened to float32, and zero points if any."""
 
     scale: Entry | None
     device: torch.device
     ops: ReferenceBackend
+    zero: Entry | None = field(default=None, kw_only=True)
+    block: tuple[int, int] = field(default=(BLOCK_SIZE, BLOCK_SIZE), kw_only=True)
     step = BLOCK_SIZE
 
     def begin(self, reader: Reader) -> Callable[[int, torch.Tensor], None]:
-        return functools.partial(self.write, None if self.scale is None else reader.read(self.scale).float())
+        beside = (None if entry is None else reader.read(entry) for entry in (self.scale, self.zero))
+        return functools.partial(self.write, *beside)
 
-    def write(self, scale: torch.Tensor | None, row: int, window: torch.Tensor) -> None:
+    def write(self, scale: torch.Tensor | None, zero: torch.Tensor | None, row: int, window: torch.Tensor) -> None:
         raise NotImplementedError
 
-    def weights(self, scale: torch.Tensor | None, row: int, window: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def weights(
+        self, scale: torch.Tensor | None, zero: torch.Tensor | None, row: int, window: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
         """A window's rows (n, C) on the device: as they are, or multiplied by their scales and rounded to dtype."""
-        w = window.view(self.source.dtype).to(self.device)
+        w, rows = window.view(self.source.dtype).to(self.device), self.block[0]
         if scale is None:
             return w
-        s = scale[row // BLOCK_SIZE :][: -(-len(w) // BLOCK_SIZE)].to(self.device)
-        return self.ops.weight_dequant(w, s, dtype)
+        s, z = (None if t is None else t[row // rows :][: -(-len(w) // rows)].to(self.device) for t in (scale, zero))
+        assert s is not None
+        return self.ops.weight_dequant(w, s.float(), dtype, self.block, z)
 
 
 @dataclass(slots=True)
 class Dequantised(FromWeight):
     """The weight in BF16."""
 
-    def write(self, scale: torch.Tensor | None, row: int, window: torch.Tensor) -> None:
-        self.put(self.weights(scale, row, window, self.dtype).cpu(), 2 * row * self.source.row_bytes)
+    def write(self, scale: torch.Tensor | None, zero: torch.Tensor | None, row: int, window: torch.Tensor) -> None:
+        self.put(self.weights(scale, zero, row, window, self.dtype).cpu(), 2 * row * self.shape[1])
 
 
 def cast(source: Path, target: Path, device: str = "auto") -> None:
@@ -74,8 +83,8 @@ def cast(source: Path, target: Path, device: str = "auto") -> None:
     checkpoint, state = open_source(source, target)
     args = checkpoint.args
     assert args is not None
-    if args.dtype != "fp8" and not checkpoint.quantised:
-        raise UserError(f"{source}: holds no FP8 weights, so there is nothing to cast")
+    if not args.is_quantised and not checkpoint.quantised:
+        raise UserError(f"{source}: holds no FP8, INT8 or INT4 weights, so there is nothing to cast")
     checkpoint.check(Partition(args))
     entries = checkpoint.tensors(args)
     ops = choose_backend(where, Numerics(torch.float32))  # float32: weight_dequant alone needs no C compiler
@@ -83,9 +92,12 @@ def cast(source: Path, target: Path, device: str = "auto") -> None:
     for name, entry in entries.items():
         if 0 in entry.shape:
             continue
-        if entry.dtype == torch.float8_e4m3fn and (scale := entries.get(name + SCALE)):
-            outputs.append(Dequantised(name, entry, torch.bfloat16, entry.shape, scale, where, ops))
-        elif not name.endswith(SCALE):
+        if entry.dtype in QUANTISED and (scale := entries.get(name + SCALE)):
+            form = quantised_form(args)
+            shape = entry.shape[0], entry.shape[1] * form.packing
+            beside: dict[str, Any] = {"zero": entries.get(name + ZERO), "block": form.block}
+            outputs.append(Dequantised(name, entry, torch.bfloat16, shape, scale, where, ops, **beside))
+        elif not name.endswith((SCALE, ZERO)):
             outputs.append(Copied(name, entry, entry.dtype, entry.shape))
     new = hf_checkpoint(outputs, plain_config(source), source, "deepseek-v3-bf16", [where.type])
     write_checkpoint(new, state, target, "casting")

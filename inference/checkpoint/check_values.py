@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-from checkpoint.directory import scale_error
+from checkpoint.directory import SCALE_NAMES, scale_error
 from checkpoint.reading import Entry, Reader
 from checkpoint.report import Report
 from checkpoint.table import SCALES
@@ -67,7 +67,7 @@ def check_values(entries: list[Entry], args: ModelArgs | None, report: Report) -
 
 
 def is_scale(entry: Entry) -> bool:
-    return entry.name.endswith((".scale", "_scale_inv")) and entry.dtype in SCALES
+    return entry.name.endswith(SCALE_NAMES) and entry.dtype in SCALES
 
 
 def tensor_problems(

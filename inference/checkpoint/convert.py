@@ -12,7 +12,7 @@ from checkpoint.directory import choose_args
 from checkpoint.manifest import FORMAT, file_mark
 from checkpoint.partition import Partition, Ranges
 from checkpoint.reading import Reader
-from checkpoint.table import fp8_rows
+from checkpoint.table import quantised_rows
 from checkpoint.transform import NewCheckpoint, Output, OutputFile, open_source, small_files, write_checkpoint
 from checkpoint.writing import Writer
 from core.errors import UserError, warn
@@ -61,7 +61,7 @@ def convert(
     if n_experts is not None and n_experts != args.n_routed_experts:
         raise UserError(f"--n-experts is {n_experts}, but config.json says {args.n_routed_experts}")
     specs = checkpoint.expected(args)
-    partition = checkpoint.partition(args, ranks, experts, fp8_rows(specs))
+    partition = checkpoint.partition(args, ranks, experts, quantised_rows(specs))
     entries = checkpoint.check(Partition(args))
     if args.n_mtp_layers and not checkpoint.has_mtp:
         warn(f"{source} has no MTP module, though its config names one")

@@ -11,21 +11,35 @@ import torch
 
 from checkpoint.detect import Detected
 from checkpoint.manifest import HF_FORMATS, HF_INDEX, HF_MANIFEST
+from checkpoint.packed import LAYOUTS, contradiction, unpack
 from checkpoint.partition import Partition
 from checkpoint.reading import DTYPE_NAMES, Entry, Reader, dtype_and_shape, read_header
 from checkpoint.stacked import unstack
-from checkpoint.table import FP8, IGNORED, PLAIN, Spec, expected_tensors, fp8_rows, has_experts, stored_dtype
+from checkpoint.table import (
+    FP8,
+    IGNORED,
+    PLAIN,
+    Spec,
+    expected_tensors,
+    has_experts,
+    quantised_form,
+    quantised_rows,
+    stored_dtype,
+)  # fmt: skip
 from checkpoint.unsupported import require_checkpoint
-from core.config import UNCONVERTED, ModelArgs, check_agreement, hf_prefix, load_config
+from core.config import ModelArgs, check_agreement, hf_prefix, load_config
 from core.errors import CheckpointError, CheckWarning, UserError, warn
 from core.files import read_json
 from core.hf_config import text_config
+from core.quantization_config import UNCONVERTED, Quantisation, quantisation
 from core.run_config import AskedLayout, ExpertLayout
 
 # beginnings of names beside the text model's in a multimodal checkpoint (Kimi-K2.5), as released and as transformers
 # has them in memory
 VISION = tuple(f"{model}{part}." for model in ("", "model.") for part in ("vision_tower", "mm_projector"))
 SCALE_NAME = re.compile(r"(weight_scale_inv|scale)$")
+QUANTISED = {FP8: "FP8", torch.int8: "INT8", torch.uint8: "INT4"}
+SCALE_NAMES = (".scale", ".weight_scale_inv", ".weight_scale", ".scales")  # ours, and those of the formats
 
 
 class Checkpoint:
@@ -144,10 +158,11 @@ class Checkpoint:
         return found
 
     def tensors(self, args: ModelArgs, rank: int = 0, ranks: int = 1) -> dict[str, Entry]:
-        """The same with stacked experts as single ones, by the names that released files would have for them."""
+        """The same with stacked experts as single ones and quantised weights in our layout, by the names that released
+        FP8 files would have for them."""
         found: dict[str, Entry] = {}
         seen: dict[str, Entry] = {}
-        for name, entry in self.on_disk(rank, ranks).items():
+        for name, entry in self._unpacked(self.on_disk(rank, ranks)):
             try:
                 for single, part in unstack(name, entry, args):
                     if (other := seen.setdefault(self.table_name(single), part)) is not part:
@@ -156,6 +171,19 @@ class Checkpoint:
             except CheckpointError as e:
                 self.mark_unreadable(str(entry), e)
         return found
+
+    def _unpacked(self, entries: dict[str, Entry]) -> Iterator[tuple[str, Entry]]:
+        try:
+            yield from unpack(entries, self.quantisation if self.kind == "hf" else None)
+        except CheckpointError as e:
+            self.mark_unreadable(str(e.file), e)
+
+    @functools.cached_property
+    def quantisation(self) -> Quantisation | None:
+        """How its config.json says that weights are quantised."""
+        if self.args is None:
+            return None
+        return quantisation(text_config(read_json(self.path / "config.json"))[0])
 
     def mark_unreadable(self, file: str, problem: UserError) -> None:
         """Reports a file that is missing or damaged. Its tensors are not reported as missing."""
@@ -169,28 +197,33 @@ class Checkpoint:
         return None if self.kind == "hf" else "whole"
 
     def partition(
-        self, args: ModelArgs, ranks: int, asked: AskedLayout = "auto", fp8: frozenset[str] = frozenset()
+        self, args: ModelArgs, ranks: int, asked: AskedLayout = "auto", quantised: frozenset[str] = frozenset()
     ) -> Partition:
-        """How its weights are divided over ranks. `fp8`: the rows of the table that stay FP8 when they are loaded or
-        converted.
+        """How its weights are divided over ranks. `quantised`: the rows of the table that stay so when they are loaded
+        or converted.
 
         Raises UserError as Partition.choose does.
         """
-        stored = fp8_rows(self.expected(args))
+        stored = quantised_rows(self.expected(args))
         if self.kind != "hf":  # files made for ranks hold parts of the scales
-            fp8 |= stored
-        return Partition.choose(args, ranks, asked, self.experts(ranks), fp8, has_experts(stored))
+            quantised |= stored
+        return Partition.choose(args, ranks, asked, self.experts(ranks), quantised, has_experts(stored))
 
     def expected(self, args: ModelArgs) -> dict[str, Spec]:
         """Every tensor that the config asks for, by our name, in the dtype that it is stored in, if it may be. The same
         on all ranks. Raises UserError when files are missing or damaged."""
         if args not in self._expected:
-            usual = expected_tensors(args, self.quantised, self.has_mtp)
             found = self._dtypes(args)
-            stored = ((name, found.get(spec.hf if self.kind == "hf" else name)) for name, spec in usual.items())
-            unusual = ((n, d) for n, d in stored if d is not None and d != usual[n].dtype and d in usual[n].allowed)
-            others = frozenset(unusual)
-            self._expected[args] = expected_tensors(args, self.quantised, self.has_mtp, others) if others else usual
+            specs = expected_tensors(args, self.quantised, self.has_mtp)
+            others: frozenset[tuple[str, torch.dtype]] = frozenset()
+            for _ in range(2):  # a weight that is quantised against what is usual has scales, which have a dtype too
+                stored = ((name, found.get(spec.hf if self.kind == "hf" else name)) for name, spec in specs.items())
+                unusual = ((n, d) for n, d in stored if d is not None and d != specs[n].dtype and d in specs[n].allowed)
+                if not (more := frozenset(unusual)):
+                    break
+                others |= more
+                specs = expected_tensors(args, self.quantised, self.has_mtp, others)
+            self._expected[args] = specs
         return self._expected[args]
 
     def _dtypes(self, args: ModelArgs) -> dict[str, torch.dtype]:
@@ -224,8 +257,9 @@ class Checkpoint:
 
     @functools.cached_property
     def quantised(self) -> bool:
-        """Whether the linear layers are stored as FP8 with block scales."""
-        return any(d == FP8 or n.endswith((".scale", ".weight_scale_inv")) for n, d in self._names().items())
+        """Whether linear layers are stored quantised, with scales beside them."""
+        ends = (".scale", ".weight_scale_inv", *(weight for weight, _ in LAYOUTS.values()))
+        return any(d == FP8 or n.endswith(ends) for n, d in self._names().items())
 
     def check(self, partition: Partition, rank: int = 0) -> dict[str, Entry]:
         """Checks what can be known without reading the weights: what `match` checks, and the scales' values.
@@ -236,9 +270,19 @@ class Checkpoint:
         scales = [entry for name, entry in found.items() if name.endswith(".scale")]
         with Reader() as reader:
             for entry in sorted(scales, key=lambda e: (e.file, e.start)):
-                if problem := scale_error(entry, reader.read(entry).float()):
+                if problem := scale_error(entry, reader.read(entry).float(), bool(partition.args.group_size)):
                     self.report(problem)
+            for problem in self._contradictory_values(rank, partition.ranks, reader):
+                self.report(problem)
         return found
+
+    def _contradictory_values(self, rank: int, ranks: int, reader: Reader) -> Iterator[CheckpointError]:
+        if self.kind != "hf" or (quant := self.quantisation) is None or quant.method not in LAYOUTS:
+            return
+        entries = self.on_disk(rank, ranks)
+        for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[1].start)):
+            if wrong := contradiction(name, entry, entries, quant, reader):
+                yield CheckpointError(f"{entry}: {wrong}", entry.file, entry.name)
 
     def match(self, partition: Partition, rank: int = 0) -> dict[str, Entry]:
         """Checks the headers against the config: files, names, shapes, dtypes.
@@ -246,10 +290,15 @@ class Checkpoint:
         Returns the tensors that a rank needs, by our names. In an "hf" directory they are whole, and the rank may need
         a part of each. Raises CheckpointError, which names the file, the tensor, what was expected and what was found.
         """
-        if self.args is not None and (self.args.dtype == "fp8") != self.quantised:
-            said, held = "a", "no FP8 scales (weight_scale_inv); remove it, if they are a BF16 cast"
+        if self.args is not None and self.args.is_quantised != self.quantised:
+            kind = quantised_form(self.args).kind.upper()
+            said, held = "a", f"no {kind} scales (weight_scale_inv); remove it, if they are a BF16 cast"
+            if kind != "FP8":
+                held = f"no {kind} weights; remove it, if they are plain"
             if self.quantised:
-                said, held = "no", "FP8 scales; get the config.json that belongs to them"
+                fp8 = any(name.endswith((".scale", "_scale_inv")) for name in self._names())
+                said = "no"
+                held = f"{'FP8 scales' if fp8 else 'quantised weights'}; get the config.json that belongs to them"
             text = f"{self.path}: config.json has {said} quantization_config, but the files hold {held}"
             self.report(CheckpointError(text, self.path / "config.json"))
         tensors = self.tensors(partition.args, rank, partition.ranks)
@@ -307,15 +356,17 @@ class Checkpoint:
         return re.sub(r"^model\.blocks\.", "model.layers.", name)
 
     def _contradictions(self, tensors: dict[str, Entry]) -> Iterator[CheckpointError]:
-        """FP8 weights of modules that config.json names among those that are not quantised. Only whole names count:
+        """Quantised weights of modules that config.json names among those that are not. Only whole names count:
         programs differ in how they read patterns and parts of names."""
         raw, _ = text_config(read_json(self.path / "config.json") if self.args else {})
         quantisation = raw.get("quantization_config") or {}
         for field in UNCONVERTED:
             for module in quantisation.get(field) or ():
-                if (entry := tensors.get(f"{module}.weight")) is not None and entry.dtype == FP8:
-                    text = f"{entry}: FP8, but config.json's quantization_config.{field} names {module}"
-                    yield CheckpointError(text, entry.file, entry.name, "a weight that is not FP8", "F8_E4M3")
+                if (entry := tensors.get(f"{module}.weight")) is not None and entry.dtype in QUANTISED:
+                    kind = QUANTISED[entry.dtype]
+                    text = f"{entry}: {kind}, but config.json's quantization_config.{field} names {module}"
+                    found = dtype_and_shape(entry.dtype, entry.shape).split()[0]
+                    yield CheckpointError(text, entry.file, entry.name, f"a weight that is not {kind}", found)
 
     def ignores(self, entry: Entry) -> bool:
         """Whether a tensor that the config has not does no harm: it has no elements, is a buffer that follows from the
@@ -328,16 +379,23 @@ class Checkpoint:
             return  # it may be in one of those files
         name = "language_model." * self._is_multimodal + name
         wanted = dtype_and_shape(spec.dtype, spec.shape)
-        why = "missing: an FP8 weight without its scale" if name.endswith((".scale", "_scale_inv")) else "missing"
+        why = "missing"
+        if name.endswith((".scale", "_scale_inv")):
+            kind = self.args and quantised_form(self.args).kind.upper()
+            why = f"missing: an {kind or 'FP8'} weight without its scale"
+        elif name.endswith((".zero", "_zero_point")):
+            why = "missing: an INT4 weight without its zero points"
         self.report(CheckpointError(f"{self.path}: {name} is {why} ({wanted})", self.path, name, wanted, "nothing"))
 
 
-def scale_error(entry: Entry, scale: torch.Tensor) -> CheckpointError | None:
-    """What is wrong with the scales of an FP8 weight, float32 (row blocks, column blocks); None if nothing is."""
-    bad = (~(scale.isfinite() & (scale > 0))).nonzero().tolist()
+def scale_error(entry: Entry, scale: torch.Tensor, of_groups: bool = False) -> CheckpointError | None:
+    """What is wrong with the scales of a quantised weight, float32 (row blocks, column blocks); None if nothing is.
+    `of_groups`: of a few channels each, which may all be zero, and the scale as well."""
+    bad = (~(scale.isfinite() & ((scale >= 0) if of_groups else (scale > 0)))).nonzero().tolist()
     if not bad:
         return None
-    wanted, found = "finite, positive scales", f"{scale[tuple(bad[0])].item()} at {bad[0]}"
+    kind = "finite scales, none negative" if of_groups else "finite, positive scales"
+    wanted, found = kind, f"{scale[tuple(bad[0])].item()} at {bad[0]}"
     return CheckpointError(f"{entry}: expected {wanted}, found {found}", entry.file, entry.name, wanted, found)
 
 

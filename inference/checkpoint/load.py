@@ -12,11 +12,12 @@ from tqdm import tqdm
 from checkpoint.directory import Checkpoint
 from checkpoint.partition import Ranges
 from checkpoint.reading import Entry, Reader, dtype_and_shape, require_equal
-from checkpoint.table import FP8, PLAIN, fp8_rows, scale_name
+from checkpoint.table import PLAIN, Spec, quantised_rows, scale_name, zero_name
 from core import devices
-from core.config import BLOCK_SIZE, ModelArgs
+from core.config import ModelArgs
 from core.errors import UserError, warn
-from core.numerics import Numerics
+from core.numerics import Form, Numerics
+from ops import reference
 from parallel.group import SOLO, Group
 
 
@@ -27,13 +28,16 @@ class TensorCopy:
     entry: Entry
     cut: Ranges
     target: torch.Tensor
-    scale: Entry | None = None  # of an FP8 tensor that is dequantised as it is read
+    # of a quantised tensor that is dequantised as it is read
+    form: Form | None = None
+    scale: Entry | None = None
+    zero: Entry | None = None
 
 
 def load_into(model: nn.Module, checkpoint: Checkpoint, group: Group = SOLO, progress: bool = True) -> None:
     """Fills every parameter of one rank's model in place, and reads only that rank's part of the checkpoint.
 
-    FP8 weights stay FP8 where the parameter is FP8; elsewhere they become float32(q) * scale, rounded once to the
+    Quantised weights stay so where the parameter is; elsewhere they become float32(q) * scale, rounded once to the
     parameter's dtype. Other tensors are widened exactly, or, except for those that the table calls exact, rounded to
     the bfloat16 of their parameter. Everything is checked before any weight is read. Raises UserError when the
     checkpoint is damaged or does not fit the model.
@@ -43,13 +47,11 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, group: Group = SOLO, pro
     total = sum(c.entry.row_bytes * (c.cut[0][1] - c.cut[0][0]) for c in copies)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress or group.rank != 0)
     with bar, Reader() as reader, torch.no_grad():
-        scales = {id(c): reader.read(c.scale).float() for c in sorted(copies, key=_scale_position) if c.scale}
+        beside = sorted({e for c in copies for e in (c.scale, c.zero) if e}, key=lambda e: (e.file, e.start))
+        blocks = {entry: reader.read(entry).float() for entry in beside}
         for copy in sorted(copies, key=lambda c: (c.entry.file, c.entry.start)):
-            _fill(copy, scales.pop(id(copy), None), reader, bar)
-
-
-def _scale_position(copy: TensorCopy) -> tuple[str, int]:
-    return (str(copy.scale.file), copy.scale.start) if copy.scale else ("", 0)
+            scale = blocks.pop(copy.scale) if copy.scale else None
+            _fill(copy, scale, blocks.pop(copy.zero) if copy.zero else None, reader, bar)
 
 
 def plan_load(model: nn.Module, checkpoint: Checkpoint, group: Group) -> list[TensorCopy]:
@@ -59,7 +61,7 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint, group: Group) -> list[Te
     parameters = dict(model.named_parameters())
     num: Numerics = model.num  # type: ignore[assignment]
     expected = checkpoint.expected(args)
-    partition = checkpoint.partition(args, group.size, num.experts, fp8_rows(expected, num))
+    partition = checkpoint.partition(args, group.size, num.experts, quantised_rows(expected, num))
     if checkpoint.kind == "upstream" and group.rank == 0:
         warn(f"{checkpoint.path} was converted by another program: no MTP module, no checksums, no config.json")
     elif args.n_mtp_layers and not checkpoint.has_mtp and group.rank == 0:
@@ -68,7 +70,7 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint, group: Group) -> list[Te
     if args.tie_word_embeddings and "head.weight" in entries:  # then it must be the embedding
         require_equal(entries["embed.weight"], entries["head.weight"])
     if num.gemm is not None and not checkpoint.quantised:
-        raise UserError(f"{checkpoint.path}: the model wants FP8 weights, the checkpoint is not FP8")
+        raise UserError(f"{checkpoint.path}: the model wants quantised weights, the checkpoint's are not")
     copies: list[TensorCopy] = []
     used: set[str] = set()
     for parameter, target in parameters.items():
@@ -77,8 +79,8 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint, group: Group) -> list[Te
                 raise UserError(f"{checkpoint.path}: nothing there for the model's {parameter}")
             # a converted file holds the rank's part already
             cut = partition.cut(expected[name], group.rank) if checkpoint.kind == "hf" else None
-            copies.append(_tensor_copy(name, rows, entries, cut, expected[name].exact))
-            used |= {name} | ({scale_name(name)} if copies[-1].scale else set())
+            copies.append(_tensor_copy(name, rows, entries, cut, expected[name]))
+            used |= {name, *({scale_name(name), zero_name(name)} if copies[-1].scale else ())}
     optional = {name for name, spec in expected.items() if not spec.required or name.startswith("mtp.")}
     if unused := sorted(entries.keys() - used - optional):
         raise UserError(f"{entries[unused[0]]}: the model has no place for it")
@@ -104,7 +106,7 @@ def _disk_names(
         if not (parts := getattr(linear, "parts", None)):
             yield f"{name}.{leaf}" if name else leaf, rows
             continue
-        unit = BLOCK_SIZE if leaf == "scale" else 1
+        unit = linear.block[0] if leaf in ("scale", "zero") else 1
         for start, (part, width) in zip(linear.starts, parts.items(), strict=True):
             first = start // unit
             sibling = ".".join((*name.split(".")[:-1], part, leaf))
@@ -112,7 +114,7 @@ def _disk_names(
 
 
 def zero_padding(model: nn.Module) -> None:
-    """Zeros weights that have padding rows between stacked FP8 projections, as no tensor fills those."""
+    """Zeros weights that have padding rows between stacked quantised projections, as no tensor fills those."""
     for module in model.modules():
         if parts := getattr(module, "parts", None):
             linear: Any = module
@@ -121,26 +123,30 @@ def zero_padding(model: nn.Module) -> None:
 
 
 def _tensor_copy(
-    name: str, target: torch.Tensor, entries: dict[str, Entry], cut: Ranges | None, exact: bool
+    name: str, target: torch.Tensor, entries: dict[str, Entry], cut: Ranges | None, spec: Spec
 ) -> TensorCopy:
-    """The copy of a tensor's `cut` (None: all of it) to `target`. `exact`: it may be widened and not rounded. Raises
-    UserError unless shape and dtype fit."""
+    """The copy of a tensor's `cut` (None: all of it) to `target`. Raises UserError unless shape and dtype fit."""
     entry = entries[name]
     copy = TensorCopy(entry, cut or tuple((0, n) for n in entry.shape), target)
     shape = tuple(b - a for a, b in copy.cut)
+    if spec.form is not None and spec.form.is_quantised and target.dtype != entry.dtype:
+        copy.form, copy.scale, copy.zero = spec.form, entries[scale_name(name)], entries.get(zero_name(name))
+        shape = *shape[:-1], shape[-1] * spec.form.packing
     if shape != target.shape:
         raise UserError(f"{entry}: the model's {name} is {tuple(target.shape)}, the checkpoint's part for it {shape}")
-    if entry.dtype == FP8 and target.dtype != FP8:
-        copy.scale = entries[scale_name(name)]
     widened = target.dtype in (entry.dtype, torch.float32)  # which holds all numbers of the others
-    rounded = not exact and entry.dtype in PLAIN and target.dtype == torch.bfloat16  # choose_numerics says so
+    # choose_numerics says so
+    rounded = not spec.exact and entry.dtype in PLAIN and target.dtype == torch.bfloat16
     if not (copy.scale or widened or rounded):
         wanted, got = dtype_and_shape(target.dtype, shape), dtype_and_shape(entry.dtype, shape)
         raise UserError(f"{entry}: the model's {name} is {wanted}, the checkpoint's is {got}")
     return copy
 
 
-def _fill(copy: TensorCopy, scale: torch.Tensor | None, reader: Reader, bar: Any) -> None:
+def _fill(
+    copy: TensorCopy, scale: torch.Tensor | None, zero: torch.Tensor | None, reader: Reader, bar: Any
+) -> None:
+    """Reads a tensor's cut and writes it to its target. `scale`, `zero`: those of the whole tensor, float32."""
     entry, target = copy.entry, copy.target
     (first, last), columns = copy.cut[0], copy.cut[1:]
     raw = target.dtype == entry.dtype
@@ -150,16 +156,33 @@ def _fill(copy: TensorCopy, scale: torch.Tensor | None, reader: Reader, bar: Any
         flat = flat.view(torch.uint8)
     unit = width // (entry.shape[1] if columns else 1)
     start, stop = (columns[0][0] * unit, columns[0][1] * unit) if columns else (0, width)
-    if scale is not None:
-        across = torch.arange(start, stop) // BLOCK_SIZE
     for row, window in reader.rows(entry, first, last):
         data = window if raw else window.view(entry.dtype)
         data = data[:, start:stop]
         if entry.dtype == torch.float8_e8m0fnu or not devices.holds(target.device, data.dtype):
             data = data.float()  # while it is on the CPU: other devices have no casts of this type
-        data = data.to(target.device)
-        if scale is not None:
-            down = torch.arange(row, row + len(data)) // BLOCK_SIZE
-            data = data.float() * scale[down][:, across].to(target.device)
+        if copy.form is None or copy.form.kind == "fp8":
+            data = data.to(target.device)
+        if copy.form is not None and scale is not None:
+            data = _dequantised(data, copy.form, row, start, scale, zero)
         flat[row - first : row - first + len(data)].copy_(data)
         bar.update(window.numel())
+
+
+def _dequantised(
+    data: torch.Tensor, form: Form, row: int, column: int, scale: torch.Tensor, zero: torch.Tensor | None
+) -> torch.Tensor:
+    """What rows of a quantised tensor stand for, from `row` and the number `column` in each row on: float32."""
+    device = data.device
+    if form.kind == "int4":
+        data = reference.unpack_int4(data)
+    down = torch.arange(row, row + len(data)) // form.block[0]
+    across = (torch.arange(data.shape[1]) + column * form.packing) // form.block[1]
+
+    def spread(blocks: torch.Tensor) -> torch.Tensor:
+        return blocks[down][:, across].to(device)
+
+    values = data.float()
+    if form.kind == "int4":
+        values -= reference.INT4_ZERO if zero is None else spread(zero)
+    return values * spread(scale)

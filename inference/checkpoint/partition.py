@@ -15,23 +15,24 @@ class Partition:
     """The part of each tensor that each of `ranks` ranks holds.
 
     Raises UserError unless heads, vocabulary, widths and experts divide by the number of ranks and, where weights stay
-    FP8, each part consists of whole 128x128 blocks. The message lists the numbers of ranks that work, and the other
-    layout of the experts if that one does.
+    quantised, each part consists of whole blocks that share a scale. The message lists the numbers of ranks that work,
+    and the other layout of the experts if that one does.
     """
 
     args: ModelArgs
     ranks: int = 1
     experts: ExpertLayout = "whole"
-    fp8: frozenset[str] | bool = False  # the rows of the table that stay FP8; True: all that can be
+    quantised: frozenset[str] | bool = False  # the rows of the table that stay so; True: all that can be
     reason: str = field(default="", compare=False)  # one line for people: why the experts have this layout
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
             raise UserError(f"the number of ranks is {self.ranks}, expected at least 1")
-        if error := _error(self.args, self.ranks, self.experts, self.fp8):
-            works = (n for n in range(1, self.args.n_heads + 1) if not _error(self.args, n, self.experts, self.fp8))
+        if error := _error(self.args, self.ranks, self.experts, self.quantised):
+            counts = range(1, self.args.n_heads + 1)
+            works = (n for n in counts if not _error(self.args, n, self.experts, self.quantised))
             other: ExpertLayout = "whole" if self.experts == "split" else "split"
-            hint = "" if _error(self.args, self.ranks, other, self.fp8) else f"; --experts {other} works"
+            hint = "" if _error(self.args, self.ranks, other, self.quantised) else f"; --experts {other} works"
             raise UserError(f"{error} (it works with {', '.join(map(str, works))}){hint}")
 
     @classmethod
@@ -41,12 +42,12 @@ class Partition:
         ranks: int,
         asked: AskedLayout = "auto",
         converted: ExpertLayout | None = None,
-        fp8: frozenset[str] | bool = False,
-        fp8_experts: bool | None = None,
+        quantised: frozenset[str] | bool = False,
+        quantised_experts: bool | None = None,
     ) -> "Partition":
         """The partition that `choose_experts` decides on. Raises UserError as both do."""
-        experts, reason = choose_experts(args, ranks, asked, converted, fp8_experts)
-        return cls(args, ranks, experts, fp8, reason)
+        experts, reason = choose_experts(args, ranks, asked, converted, quantised_experts)
+        return cls(args, ranks, experts, quantised, reason)
 
     def held_experts(self, rank: int) -> range:
         """The numbers of the routed experts that a rank holds, whole or a slice of each."""
@@ -72,13 +73,13 @@ def choose_experts(
     ranks: int,
     asked: AskedLayout = "auto",
     converted: ExpertLayout | None = None,
-    fp8: bool | None = None,
+    quantised: bool | None = None,
 ) -> tuple[ExpertLayout, str]:
     """The layout of the routed experts, and one line that gives the reason.
 
     Files that were converted for ranks decide it: `converted` is their layout. Otherwise "auto" splits the experts
-    where their inner width divides by the ranks, into whole 128-wide blocks if they are stored as `fp8` (None: if the
-    checkpoint is FP8). One token reads
+    where their inner width divides by the ranks, into whole blocks if they are stored `quantised` (None: if the
+    checkpoint is). One token reads
     8 experts, 352 MB of FP8 in a layer of V3. Split over 8 ranks, that is 44 MB on each. Whole, the experts lie on at
     most 4 ranks, and all ranks wait for the busiest, which reads at least two of them, 88 MB. With many tokens every
     rank reads all it holds in either layout.
@@ -92,16 +93,22 @@ def choose_experts(
         return converted, f"experts: {converted}, as the files were converted"
     if asked != "auto":
         return asked, f"experts: {asked}, as asked"
-    width, fp8 = args.moe_inter_dim, args.dtype == "fp8" if fp8 is None else fp8
+    width, quantised = args.moe_inter_dim, args.is_quantised if quantised is None else quantised
     if ranks <= 1:
         return "whole", "experts: whole, on one rank"
-    if width % (ranks * (BLOCK_SIZE if fp8 else 1)):
-        how = f"in whole {BLOCK_SIZE}-wide FP8 blocks" if fp8 else "evenly"
+    if width % (ranks * (args.weight_block[1] if quantised else 1)):
+        how = f"in whole {_blocks(args)}" if quantised else "evenly"
         return "whole", f"experts: whole, as {ranks} ranks cannot share their width of {width} {how}"
     return "split", f"experts: split, a rank has {width // ranks} of each one's width of {width}"
 
 
-def _error(args: ModelArgs, ranks: int, experts: ExpertLayout, fp8: frozenset[str] | bool) -> str | None:
+def _blocks(args: ModelArgs) -> str:
+    """What is cut in wholes only, in words."""
+    kind = {"int8": "INT8", "int4": "INT4"}.get(args.dtype, "FP8")
+    return f"groups of {args.group_size} channels" if args.group_size else f"{BLOCK_SIZE}-wide {kind} blocks"
+
+
+def _error(args: ModelArgs, ranks: int, experts: ExpertLayout, quantised: frozenset[str] | bool) -> str | None:
     """Why the model does not divide over the ranks, by its config's names and without the ways out; None if it does."""
     size = sizes(args)
     counts = {"n_heads": args.n_heads, "vocab_size": args.vocab_size}
@@ -116,18 +123,24 @@ def _error(args: ModelArgs, ranks: int, experts: ExpertLayout, fp8: frozenset[st
     for name, count in counts.items():
         if count % ranks:
             return f"{args.names.get(name, name)} {count} does not divide by {ranks} ranks"
-    if not fp8 or ranks == 1:
+    if not quantised or ranks == 1:
         return None
 
-    def stays_fp8(row: Row) -> bool:
-        return row.fp8 if fp8 is True else row.ours in fp8
+    def stays(row: Row) -> bool:
+        return row.quantised if quantised is True else row.ours in quantised
 
-    blocks = f"which {ranks} ranks cannot share in whole {BLOCK_SIZE}-wide FP8 blocks"
+    blocks = f"which {ranks} ranks cannot share in whole {_blocks(args)}"
     for row in (*BLOCK, *(DENSE if args.n_dense_layers else ()), *MOE):
-        if stays_fp8(row) and row.split is not None and size[row.shape[row.split]] // ranks % BLOCK_SIZE:
+        if stays(row) and row.split is not None and _width(row, size) // ranks % args.weight_block[row.split]:
             dimension = ("rows", "columns")[row.split]
             name = (row.hf if args.names else row.ours).removesuffix(".weight")
-            return f"{name} has {size[row.shape[row.split]]} {dimension}, {blocks}"
-    if any(map(stays_fp8, EXPERT)) and counts.get("moe_inter_dim", 0) // ranks % BLOCK_SIZE:
+            return f"{name} has {_width(row, size)} {dimension}, {blocks}"
+    if any(map(stays, EXPERT)) and counts.get("moe_inter_dim", 0) // ranks % args.weight_block[1]:
         return f"{args.names.get('moe_inter_dim', 'moe_inter_dim')} is {args.moe_inter_dim}, {blocks}"
     return None
+
+
+def _width(row: Row, size: dict[str, int]) -> int:
+    """Of a tensor, along the dimension that ranks split."""
+    assert row.split is not None
+    return size[row.shape[row.split]]

@@ -46,8 +46,8 @@ class Quantised(FromWeight):
         """Rows (n, C) as they are written, (n, …), and their scales."""
         raise NotImplementedError
 
-    def write(self, scale: torch.Tensor | None, row: int, window: torch.Tensor) -> None:
-        data, s = self.quantise(self.weights(scale, row, window, torch.float32))
+    def write(self, scale: torch.Tensor | None, zero: torch.Tensor | None, row: int, window: torch.Tensor) -> None:
+        data, s = self.quantise(self.weights(scale, zero, row, window, torch.float32))
         if not s.isfinite().all():
             wanted, found = "finite numbers", f"NaN or infinity in rows {row} to {row + len(data) - 1}"
             text = f"{self.source}: expected {wanted}, found {found}"
@@ -138,7 +138,7 @@ def quantize(source: Path, target: Path, format: Format, group_size: int | None 
             continue
         spec = specs.get(checkpoint.table_name(name))
         scale = entries.get(name + SCALE)
-        if spec is not None and format == "fp8" and FP8 in spec.allowed:
+        if spec is not None and format == "fp8" and spec.form is not None:
             outputs.append(Blocks(name, entry, FP8, entry.shape, scale, where, ops, []))
         elif spec is not None and format != "fp8" and spec.expert is not None:
             require_divisible(entry, spec, group_size)

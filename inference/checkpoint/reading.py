@@ -15,7 +15,7 @@ import stat
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Entry:
     nbytes: int
     crc: str | None = None  # CRC-32 of its bytes in hex, where a manifest has it
     part: str = ""  # of a stacked tensor: which part this is, as an index ("[5, :64]"); see stacked.py
+    # of a tensor that is made of others' bytes: reads it whole, in this dtype and shape; see packed.py
+    remake: "Callable[[Reader], torch.Tensor] | None" = field(default=None, compare=False)
 
     @property
     def rows(self) -> int:
@@ -159,13 +161,18 @@ class Reader:
         self, entry: Entry, first: int = 0, last: int | None = None, step: int = 1
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """The rows [first, last) in windows: (number of the window's first row, uint8 (n, row_bytes)). All windows but
-        the last have a multiple of `step` rows. The next window overwrites the one before it.
+        the last have a multiple of `step` rows. The next window overwrites the one before it. A tensor that is made of
+        others is read whole.
 
         Raises CheckpointError when the file cannot be read or ends early, and, after the last window of a whole tensor
         with a known checksum, when the bytes have another one.
         """
         last = entry.rows if last is None else last
         n = max(self.window // max(entry.row_bytes, 1) // step, 1) * step
+        if entry.remake is not None:
+            whole = entry.remake(self).view(-1).view(torch.uint8).view(entry.rows, entry.row_bytes)
+            yield from ((row, whole[row : min(row + n, last)]) for row in range(first, last, n))
+            return
         need = min(n, last - first) * entry.row_bytes
         if need > len(self.buffer):
             self.buffer = torch.empty(need, dtype=torch.uint8)

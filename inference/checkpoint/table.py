@@ -10,11 +10,11 @@ tensor by tensor (`Checkpoint.expected`), and decides in what form a weight lies
 import functools
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from core.config import BLOCK_SIZE, ModelArgs
+from core.config import ModelArgs
 from core.numerics import FLOAT32, Form, Numerics
 from core.numerics import PLAIN as PLAIN_FORM
 
@@ -36,7 +36,7 @@ class Row(NamedTuple):
     hf: str
     shape: tuple[str, ...]
     split: int | None = None
-    fp8: bool = False  # in an FP8 checkpoint, unless that stores it plain
+    quantised: bool = False  # in a quantised checkpoint, unless that stores it plain
     required: bool = True
     exact: bool = False  # in memory it loses nothing of what is stored; so does everything of one dimension
 
@@ -100,7 +100,7 @@ def sizes(args: ModelArgs) -> dict[str, int]:
 class Spec(NamedTuple):
     """What the table says of one tensor of one model, whole."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # in which it is stored
     dtype: torch.dtype  # in which it is stored
     hf: str  # its name in a Hugging Face checkpoint
     split: int | None  # the dimension that ranks split
@@ -108,6 +108,7 @@ class Spec(NamedTuple):
     required: bool  # False: a checkpoint may lack it
     allowed: tuple[torch.dtype, ...]  # in which it may be stored
     exact: bool  # see Row
+    form: Form | None = None  # of a projection's weight: how it is stored
 
 
 Stored = frozenset[tuple[str, torch.dtype]]  # tensors, by our names, and dtypes
@@ -117,10 +118,12 @@ Stored = frozenset[tuple[str, torch.dtype]]  # tensors, by our names, and dtypes
 def expected_tensors(
     args: ModelArgs, quantised: bool, mtp: bool = True, stored: Stored = frozenset()
 ) -> dict[str, Spec]:
-    """Every tensor of a checkpoint by our name. `quantised`: linear layers are FP8 and have scales. `mtp` False leaves
-    the MTP module out. `stored`: the tensors that are stored in another dtype than is usual then."""
+    """Every tensor of a checkpoint by our name. `quantised`: linear layers are, and have scales; of INT4 and INT8 in
+    groups those of the routed experts. `mtp` False leaves the MTP module out. `stored`: the tensors that are stored in
+    another dtype than is usual then."""
     size, unusual = sizes(args), dict(stored)
     plain = {"fp32": torch.float32, "fp16": torch.float16}.get(args.dtype, torch.bfloat16)
+    few = quantised_form(args)  # bits
     found: dict[str, Spec] = {}
 
     def add(row: Row, ours: str = "", hf: str = "", expert: int | None = None) -> None:
@@ -131,14 +134,23 @@ def expected_tensors(
         tied = args.tie_word_embeddings and row in TOP
         required = row.required and not (row.hf == "lm_head.weight" and tied)
         exact = row.exact or len(shape) == 1 or tied
-        usual = FP8 if row.fp8 and quantised else torch.float32 if name.endswith(".bias") else plain
+        usual = torch.float32 if name.endswith(".bias") else plain
+        if row.quantised and quantised and (expert is not None or not args.group_size):
+            usual = few.dtype
         dtype = unusual.get(name, usual)
-        allowed = (*PLAIN, FP8) if row.fp8 else PLAIN
-        found[name] = Spec(shape, dtype, theirs, row.split, expert, required, allowed, exact)
-        if dtype == FP8:
-            name, blocks = scale_name(name), tuple(math.ceil(n / BLOCK_SIZE) for n in shape)
-            dtype = unusual.get(name, torch.float32)
-            found[name] = Spec(blocks, dtype, theirs + "_scale_inv", row.split, expert, required, SCALES, True)
+        if not row.quantised:
+            found[name] = Spec(shape, dtype, theirs, row.split, expert, required, PLAIN, exact)
+            return
+        form = None
+        if dtype == few.dtype:
+            form = few._replace(scale=held_scale(unusual.get(scale_name(name)), few))
+            shape = *shape[:-1], shape[-1] // form.packing
+        allowed = (*PLAIN, few.dtype)
+        found[name] = Spec(shape, dtype, theirs, row.split, expert, required, allowed, exact, form or PLAIN_FORM)
+        if form is not None:
+            for part, spec in block_specs(found[name]).items():
+                part = name.removesuffix("weight") + part
+                found[part] = spec._replace(dtype=unusual.get(part, spec.dtype))
 
     for row in TOP:
         add(row)
@@ -154,8 +166,40 @@ def expected_tensors(
     return found
 
 
+def quantised_form(args: ModelArgs) -> Form:
+    """The form of the weights that a checkpoint has quantised, if it has some."""
+    kind: Any = args.dtype if args.dtype in ("int8", "int4") else "fp8"
+    return Form(kind, args.weight_block, zeros=args.zero_points)
+
+
+def held_scale(stored: torch.dtype | None, form: Form) -> torch.dtype:
+    """The dtype in memory of scales that are stored so (None: as usual). One of 128x128 weights is small; one of 32 is
+    not, and stays as it is."""
+    if form.block[0] > 1:
+        return torch.float32
+    return torch.bfloat16 if stored is None else stored if stored in PLAIN else torch.float32
+
+
+def block_specs(weight: Spec) -> dict[str, Spec]:
+    """The tensors beside a quantised weight, by the last word of our names: its scales and, of INT4 that has them, its
+    zero points, one each for every block of rows and columns."""
+    form = weight.form
+    assert form is not None and form.is_quantised
+    values = weight.shape[0], weight.shape[1] * form.packing
+    blocks = tuple(math.ceil(n / b) for n, b in zip(values, form.block, strict=True))
+    beside = weight._replace(shape=blocks, exact=True, form=None)
+    found = {"scale": beside._replace(dtype=form.scale, hf=weight.hf + "_scale_inv", allowed=SCALES)}
+    if form.zeros:
+        found["zero"] = beside._replace(dtype=torch.uint8, hf=weight.hf + "_zero_point", allowed=(torch.uint8,))
+    return found
+
+
 def scale_name(weight: str) -> str:
     return weight.removesuffix("weight") + "scale"
+
+
+def zero_name(weight: str) -> str:
+    return weight.removesuffix("weight") + "zero"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -174,13 +218,14 @@ def module_of(name: str) -> str:
     return ".".join((*path, STACKED.get(module, module)))
 
 
-def stored_dtype(specs: Mapping[str, Spec]) -> Literal["fp8", "bf16", "fp32", "fp16"]:
-    """ModelArgs.dtype of a checkpoint that stores its tensors so: FP8 if any is, else the widest of the weights that
-    are multiplied in the activations' dtype. Norms, routers, embedding and head have no say: in any run they lose
-    nothing that shows."""
+def stored_dtype(specs: Mapping[str, Spec]) -> Literal["fp8", "int8", "int4", "bf16", "fp32", "fp16"]:
+    """ModelArgs.dtype of a checkpoint that stores its tensors so: that of quantised weights if there are any, else the
+    widest of the weights that are multiplied in the activations' dtype. Norms, routers, embedding and head have no say:
+    in any run they lose nothing that shows."""
+    for spec in specs.values():
+        if spec.form is not None and spec.form.is_quantised:
+            return spec.form.kind  # type: ignore[return-value]  # which are three of these
     dtypes = {spec.dtype for name, spec in specs.items() if is_rounded(name, spec)}
-    if any(spec.dtype == FP8 for spec in specs.values()):
-        return "fp8"
     return "fp32" if torch.float32 in dtypes else "fp16" if torch.float16 in dtypes else "bf16"
 
 
@@ -193,32 +238,43 @@ def is_rounded(name: str, spec: Spec) -> bool:
 def exceptions(specs: Mapping[str, Spec], num: Numerics) -> tuple[tuple[str, Form], ...]:
     """Numerics.exceptions of a checkpoint that stores its tensors so, in a run with these numerics.
 
-    A stack is FP8 only if all its parts are stored so. If some are, they are dequantised, each product rounded once:
-    one of the forms must give way, and this one loses less. w13 and w2 of routed experts count as one stack, as kernels
-    choose their tiles for both.
+    A stack is quantised only if all its parts are stored in one form. If some are in another, it is dequantised, each
+    product rounded once: one of the forms must give way, and this one loses less. w13 and w2 of routed experts count as
+    one stack, as kernels choose their tiles for both.
     """
+    projections: dict[str, Form] = {}
+    found: dict[str, Form] = {}
+    for name, spec in specs.items():
+        if spec.form is not None:
+            module = module_of(name)
+            alike = projections.setdefault(module, spec.form) == spec.form
+            projections[module] = spec.form if alike else PLAIN_FORM
+        elif num.dtype == torch.bfloat16 and spec.dtype != torch.bfloat16 and spec.exact:
+            if name.endswith("ffn.gate.weight"):
+                found[module_of(name)] = FLOAT32
+            elif name in ("head.weight", "embed.weight"):
+                found["head"] = FLOAT32
+    if num.gemm is not None:
+        found |= {module: form for module, form in projections.items() if form != num.projections}
+    return tuple(sorted(found.items()))
 
-    def is_exception(name: str, spec: Spec) -> bool:
-        if FP8 in spec.allowed:
-            return num.gemm is not None and spec.dtype != FP8
-        wide = num.dtype == torch.bfloat16 and spec.dtype != torch.bfloat16 and spec.exact
-        return wide and (name.endswith("ffn.gate.weight") or name in ("head.weight", "embed.weight"))
 
-    found = {module_of(name): PLAIN_FORM if FP8 in spec.allowed else FLOAT32 for name, spec in specs.items()
-             if is_exception(name, spec)}  # fmt: skip
-    return tuple(sorted({"head" if module == "embed" else module: form for module, form in found.items()}.items()))
-
-
-def fp8_rows(specs: Mapping[str, Spec], num: Numerics | None = None) -> frozenset[str]:
-    """The rows of which some tensor is FP8, by our names without the layer's or the expert's: in the files, or with
-    `num` in memory."""
+def quantised_rows(specs: Mapping[str, Spec], num: Numerics | None = None) -> frozenset[str]:
+    """The rows of which some tensor is quantised, by our names without the layer's or the expert's: in the files, or
+    with `num` in memory."""
     if num is not None and num.gemm is None:
         return frozenset()
-    plain = set() if num is None else dict(num.exceptions).keys()
-    found = (name for name, spec in specs.items() if spec.dtype == FP8 and module_of(name) not in plain)
+    others = {} if num is None else dict(num.exceptions)
+
+    def is_quantised(name: str, spec: Spec) -> bool:
+        if num is None or spec.form is None:
+            return spec.form is not None and spec.form.is_quantised
+        return others.get(module_of(name), num.projections).is_quantised
+
+    found = (name for name, spec in specs.items() if is_quantised(name, spec))
     return frozenset(name.split(".", 5 if ".experts." in name else 2)[-1] for name in found)
 
 
 def has_experts(rows: frozenset[str]) -> bool:
-    """Whether these rows, as fp8_rows names them, have some of the routed experts'."""
+    """Whether these rows, as quantised_rows names them, have some of the routed experts'."""
     return not rows.isdisjoint(row.ours for row in EXPERT)

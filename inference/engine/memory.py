@@ -157,15 +157,15 @@ def check_fits(rank: RankSpec, config: RunConfig, free: int, cache: int | None =
 
 def with_ranks(rank: RankSpec, ranks: int, asked: AskedLayout = "auto") -> RankSpec:
     """The same run on another number of ranks."""
-    fp8 = has_experts(rank.fp8_rows) if rank.num.gemm else None
-    experts, _ = choose_experts(rank.args, ranks, asked, fp8=fp8)
+    quantised = has_experts(rank.quantised_rows) if rank.num.gemm else None
+    experts, _ = choose_experts(rank.args, ranks, asked, quantised=quantised)
     return replace(rank, ranks=ranks, num=replace(rank.num, experts=experts))
 
 
 def partition_error(rank: RankSpec) -> str | None:
     """Why the model does not divide over its ranks, in Partition's words; None if it does."""
     try:
-        Partition(rank.args, rank.ranks, rank.experts, rank.fp8_rows)
+        Partition(rank.args, rank.ranks, rank.experts, rank.quantised_rows)
     except UserError as e:
         return re.sub(r" \(it works with [^)]*\)", "", str(e))
     return None

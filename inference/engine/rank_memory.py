@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from checkpoint.partition import Partition
-from checkpoint.table import FP8, Spec, expected_tensors, fp8_rows, module_of
+from checkpoint.table import Spec, expected_tensors, module_of, quantised_rows
 from core.config import BLOCK_SIZE, ModelArgs
-from core.numerics import Form, Numerics
+from core.numerics import FLOAT32, PLAIN, Form, Numerics
 from core.run_config import PAGE_SIZE, ExpertLayout
 from ops import formats
 from ops.cpu import kernels as kernel_cpu
@@ -47,8 +47,8 @@ class RankSpec:
 
     @property
     def packs(self) -> bool:
-        """All projections are plain, and lie packed as ops/cpu/kernels.c has them."""
-        return self.compiled and self.num.gemm is None
+        """All projections lie packed as ops/cpu/kernels.c has them."""
+        return self.compiled and self.num.gemm != "fp8"
 
     @property
     def packs_experts(self) -> bool:
@@ -56,13 +56,14 @@ class RankSpec:
         return self.packs or (self.compiled and any(name.endswith(".experts") for name, _ in self.num.exceptions))
 
     @property
-    def fp8_rows(self) -> frozenset[str]:
-        """The rows of the table that stay FP8 in memory."""
-        return _fp8_rows(self.args, self.num.gemm is not None, self.mtp, self.num.exceptions)
+    def quantised_rows(self) -> frozenset[str]:
+        """The rows of the table that stay quantised in memory."""
+        return quantised_rows(expected_tensors(self.args, False, self.mtp), self.num)
 
     @property
     def kinds(self) -> "Counter[_Kind]":
-        return _kinds(self.args, self.num.gemm is not None, self.mtp, self.num.exceptions)
+        num = Numerics(gemm=self.num.gemm, projections=self.num.projections, exceptions=self.num.exceptions)
+        return _kinds(self.args, num, self.mtp)
 
     @property
     def compiled(self) -> bool:
@@ -81,35 +82,26 @@ class RankSpec:
 
 
 class _Kind(NamedTuple):
-    """Tensors that are alike: `spec` without its name."""
+    """Weights that are alike: `spec` without its name, as if nothing were quantised, and the form in memory (None: of
+    a weight that has no choice)."""
 
     mtp: bool
     part: str
     leaf: str  # the last two words of the name
     spec: Spec
-    exception: bool  # see Numerics
+    form: Form | None
 
 
 @functools.lru_cache(maxsize=4)
-def _kinds(args: ModelArgs, quantised: bool, mtp: bool, exceptions: tuple[tuple[str, Form], ...]) -> Counter[_Kind]:
-    """The table's tensors, counted by kind: thousands where V3 has 92 thousand names. An exception's are plain."""
+def _kinds(args: ModelArgs, num: Numerics, mtp: bool) -> Counter[_Kind]:
+    """The table's tensors, counted by kind: thousands where V3 has 92 thousand names."""
     found: Counter[_Kind] = Counter()
-    others = dict(exceptions)
-    for name, spec in expected_tensors(args, quantised, mtp).items():
+    others, usual = dict(num.exceptions), PLAIN if num.gemm is None else num.projections
+    for name, spec in expected_tensors(args, False, mtp).items():
         leaf = ".".join(name.split(".")[-2:])
-        exception = module_of(name) in others
-        if exception and name.endswith(".scale"):
-            continue
-        if exception and spec.dtype == FP8:
-            spec = spec._replace(dtype=torch.bfloat16)
-        found[_Kind(name.startswith("mtp."), _part(name, leaf), leaf, spec._replace(hf=""), exception)] += 1
+        form = others.get(module_of(name), None if spec.form is None else usual)
+        found[_Kind(name.startswith("mtp."), _part(name, leaf), leaf, spec._replace(hf="", form=None), form)] += 1
     return found
-
-
-@functools.lru_cache(maxsize=4)
-def _fp8_rows(args: ModelArgs, quantised: bool, mtp: bool, exceptions: tuple[tuple[str, Form], ...]) -> frozenset[str]:
-    num = Numerics(gemm="bf16" if quantised else None, exceptions=exceptions)
-    return fp8_rows(expected_tensors(args, quantised, mtp), num)
 
 
 def _part(name: str, leaf: str) -> str:
@@ -124,14 +116,14 @@ def _part(name: str, leaf: str) -> str:
 
 def weight_bytes(rank: RankSpec) -> dict[tuple[bool, str], int]:
     """Every rank's weights as they lie in memory after `prepare`, by (of the MTP module, part); scales are counted
-    with what they scale, and the zeros between stacked FP8 projections with the first of them.
+    with what they scale, and the zeros between stacked projections with the first of them.
 
-    Unlike on disk, wkv_b is never FP8 and norms are float32; a CPU packs plain weights, and keeps router and head for
-    products in float32; a tied head, and the MTP module's copies of embedding and head, do not exist. The packed form
-    is filled up to whole panels.
+    Unlike on disk, wkv_b is never quantised and norms are float32; a CPU packs projections, and keeps router and head
+    for products in float32; a tied head, and the MTP module's copies of embedding and head, do not exist. The packed
+    form is filled up to whole panels.
     """
     found: Counter[tuple[bool, str]] = Counter()
-    partition = Partition(rank.args, rank.ranks, rank.experts, rank.fp8_rows)
+    partition = Partition(rank.args, rank.ranks, rank.experts, rank.quantised_rows)
     for kind, n in rank.kinds.items():
         cut = partition.cut(kind.spec, 0)  # the ranks' parts are equal
         if cut is not None:
@@ -144,48 +136,66 @@ def _held_bytes(kind: _Kind, shape: tuple[int, ...], rank: RankSpec) -> int:
     plain, size = rank.num.dtype.itemsize, math.prod(shape)
     if kind.leaf == "wkv_b.weight":
         return size * plain
-    if kind.leaf == "wkv_b.scale" or (kind.mtp and kind.part in (EMBEDDING, HEAD)):
+    if kind.mtp and kind.part in (EMBEDDING, HEAD):
         return 0
     tied = rank.args.tie_word_embeddings and "head" in dict(rank.num.exceptions)
     if kind.part == EMBEDDING and tied:
         return size * 4
     if kind.part == HEAD or kind.leaf == "gate.weight":
-        as_loaded = rank.as_loaded or kind.exception
+        as_loaded = rank.as_loaded or kind.form == FLOAT32
         if rank.args.tie_word_embeddings and kind.part == HEAD and as_loaded:
             return 0
         if as_loaded:
-            return size * (4 if kind.exception else plain)
+            return size * (4 if kind.form == FLOAT32 else plain)
         return 2 * kernel_cpu.packed_numbers(*shape) if rank.compiled else size * 4
-    if kind.leaf.endswith((".scale", ".bias")) or len(shape) == 1:  # bias and norms
+    if kind.leaf.endswith(".bias") or len(shape) == 1:  # bias and norms
         return size * 4
-    if kind.spec.dtype == FP8:
-        stacked = kind.leaf in ("w1.weight", "w3.weight", "wq_a.weight", "wq.weight")
-        return (in_blocks(shape[0]) if stacked else shape[0]) * shape[1]
-    if rank.compiled and len(shape) == 2 and kind.part not in (EMBEDDING, SMALL):
-        before = _rows_before(kind.leaf, shape, rank)
-        if before is not None:
-            return 2 * (kernel_cpu.packed_numbers(before + shape[0], shape[1]) - before * shape[1])
-    return size * plain
+    if kind.part == EMBEDDING:
+        return size * plain
+    form = kind.form or PLAIN
+    if rank.packs or (rank.compiled and not form.is_quantised):
+        return _packed_bytes(kind.leaf, shape, form, rank)
+    return _loaded_bytes(kind.leaf, shape, form, plain)
 
 
-def _rows_before(leaf: str, shape: tuple[int, ...], rank: RankSpec) -> int | None:
-    """Of the projection whose last part a tensor is; None if another part follows, which is filled up for both."""
-    if leaf in ("w1.weight", "wq_a.weight", "wq.weight"):
-        return None
-    if leaf == "wkv_a.weight":
-        return rank.args.q_lora_rank or rank.args.n_heads // rank.ranks * rank.args.qk_head_dim
-    return shape[0] if leaf == "w3.weight" else 0
+FIRST = ("w1.weight", "wq_a.weight", "wq.weight")  # parts of a projection after which another follows
 
 
-def in_blocks(n: int) -> int:
-    return -(-n // BLOCK_SIZE) * BLOCK_SIZE
+def _loaded_bytes(leaf: str, shape: tuple[int, ...], form: Form, plain: int) -> int:
+    """Of a projection's part (N, K) with its scales and zero points. Parts are filled up to blocks where they meet."""
+    n, k = shape
+    if not form.is_quantised:
+        return n * k * plain
+    blocks = math.ceil(n / form.block[0]) * math.ceil(k / form.block[1])
+    rows = in_blocks(n, form.block[0]) if leaf in (*FIRST, "w3.weight") else n
+    return rows * k // form.packing + blocks * (form.scale.itemsize + form.zeros)
+
+
+def _packed_bytes(leaf: str, shape: tuple[int, ...], form: Form, rank: RankSpec) -> int:
+    """The same as ops/cpu/kernels.c has it: a projection is filled up to panels, which its last part counts."""
+    n, k = shape
+    if leaf in FIRST:
+        return _loaded_bytes(leaf, shape, form, 2)
+    before, first = 0, ""
+    if leaf == "w3.weight":
+        before, first = n, FIRST[0]
+    elif leaf == "wkv_a.weight":
+        before, first = rank.args.q_lora_rank or rank.args.n_heads // rank.ranks * rank.args.qk_head_dim, FIRST[1]
+    end = (in_blocks(before, form.block[0]) if form.is_quantised else before) + n
+    if leaf == "w3.weight" and form.is_quantised:
+        end = in_blocks(end, form.block[0])
+    return kernel_cpu.packed_bytes(form, end, k) - (_loaded_bytes(first, (before, k), form, 2) if before else 0)
+
+
+def in_blocks(n: int, block: int = BLOCK_SIZE) -> int:
+    return -(-n // block) * block
 
 
 def parameters(rank: RankSpec, mtp: bool = False) -> int:
     """How many weights the main model has, all ranks' together, or the MTP module alone, whose embedding and head are
     the main model's."""
     return sum(n * math.prod(kind.spec.shape) for kind, n in rank.kinds.items()
-               if kind.mtp == mtp and kind.spec.required and not kind.leaf.endswith(".scale"))  # fmt: skip
+               if kind.mtp == mtp and kind.spec.required)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------

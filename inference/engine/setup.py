@@ -13,11 +13,21 @@ import torch
 
 from checkpoint.directory import Checkpoint, choose_args
 from checkpoint.load import load_into
-from checkpoint.table import FP8, PLAIN, Spec, exceptions, expected_tensors, fp8_rows, is_rounded, module_of
+from checkpoint.table import (
+    PLAIN,
+    Spec,
+    exceptions,
+    expected_tensors,
+    is_rounded,
+    module_of,
+    quantised_form,
+    quantised_rows,
+)  # fmt: skip
 from core import devices
 from core.config import ModelArgs
 from core.errors import UserError, warn
-from core.numerics import Numerics
+from core.numerics import PLAIN as PLAIN_FORM
+from core.numerics import Form, Numerics
 from core.run_config import PAGE_SIZE, RunConfig
 from core.sampling_params import SamplingParams, params_from_generation_config
 from engine import host_memory, memory, rank_memory
@@ -78,7 +88,7 @@ def _choose(
     args = choose_args(checkpoint, config)
     specs = checkpoint.expected(args)
     num, says = choose_numerics(args, device, run.dtype, run.gemm, specs=specs)
-    partition = checkpoint.partition(args, tp.size, run.experts, fp8_rows(specs, num))
+    partition = checkpoint.partition(args, tp.size, run.experts, quantised_rows(specs, num))
     fp8_latents = run.kv_cache_dtype == "fp8"
     if fp8_latents and not devices.holds(device, torch.float8_e4m3fn):
         raise UserError(f"--kv-cache-dtype fp8: {device.type} has no such type in torch; leave it out")
@@ -135,7 +145,7 @@ def choose_numerics(
     """What to compute in, and a line that says so. `dtype` and `gemm` are RunConfig's; `has_fp8` answers for a GPU that
     is not here; `specs` are a checkpoint's tensors as they are stored (None: as `args` says). Raises UserError for what
     the device cannot compute."""
-    specs = expected_tensors(args, args.dtype == "fp8") if specs is None else specs
+    specs = expected_tensors(args, args.is_quantised) if specs is None else specs
     wide = args.dtype in ("fp32", "fp16")  # bfloat16 does not hold them
     plain = torch.float32 if dtype == "float32" or (dtype == "auto" and wide) else torch.bfloat16
     on = f"on {device.type}"
@@ -148,43 +158,71 @@ def choose_numerics(
         raise UserError(f"--gemm fp8 needs FP8 weights, and this checkpoint's are {args.dtype}")
     if gemm == "fp8" and plain == torch.float32:
         raise UserError("--gemm fp8 and --dtype float32 contradict each other; leave one out")
-    num = Numerics(plain)
-    if args.dtype != "fp8":
-        says = f"numerics: {name} weights and activations {on}"
-    elif plain == torch.float32:
-        says = f"numerics: float32 throughout, FP8 weights dequantised exactly, {on}"
-    elif device.type == "cpu" or (has_fp8 is None and why_reference(device)):  # no kernel multiplies FP8
-        says = f"numerics: {name}, FP8 weights dequantised once at load, {on}"
-        if gemm == "fp8" and not devices.holds(device, FP8):
-            raise UserError(f"--gemm fp8: {device.type} has no FP8 in torch; without it they are dequantised at load")
-        if gemm == "fp8":
-            says = f"numerics: W8A8, FP8 products emulated by the reference (slow, for comparison), {on}"
-            num = Numerics(plain, "fp8", args.scale_fmt)
-    else:
-        if has_fp8 is None and gemm != "bf16":
-            has_fp8 = device_has_fp8(device)
-        if gemm == "auto":
-            gemm = "fp8" if has_fp8 else "bf16"
+    if not args.is_quantised:
+        return _numerics(Numerics(plain), specs, f"{name} weights and activations {on}")
+    kind = args.dtype.upper()
+    if plain == torch.float32:
+        return _numerics(Numerics(plain), specs, f"float32 throughout, {kind} weights dequantised exactly, {on}")
+    kernels = _multiplies_quantised(device, has_fp8)
+    on_gpu = kernels and device.type == "cuda"
+    if on_gpu and args.dtype == "fp8" and gemm in ("auto", "fp8"):
+        has_fp8 = device_has_fp8(device) if has_fp8 is None else has_fp8
         if gemm == "fp8" and not has_fp8:
             name = torch.cuda.get_device_name(device)
             raise UserError(f"--gemm fp8 needs FP8 tensor cores, and {name} has none; use bf16")
-        says = {"fp8": "W8A8 (FP8 weights and activations)", "bf16": "W8A16 (FP8 weights widened in the product)"}[gemm]
-        says = f"numerics: {says} {on}"
-        num = Numerics(plain, "fp8" if gemm == "fp8" else "bf16", args.scale_fmt)
+        gemm = "fp8" if has_fp8 else "bf16"
+    if gemm == "auto":
+        gemm = "bf16" if kernels else "dequantised"
+    if gemm == "dequantised":
+        return _numerics(Numerics(plain), specs, f"{name}, {kind} weights dequantised once at load, {on}")
+    if not kernels and not devices.holds(device, quantised_form(args).dtype):
+        why = f"{device.type} has no {kind} in torch"
+        raise UserError(f"--gemm {gemm}: {why}; without it they are dequantised at load")
+    if gemm == "fp8":
+        says = "W8A8 (FP8 weights and activations)"
+        if not on_gpu:
+            says = "W8A8, FP8 products emulated by the reference (slow, for comparison),"
+    else:
+        says = f"W{4 if args.dtype == 'int4' else 8}A16 ({kind} weights widened in the product)"
+        if not kernels:
+            says += ", computed by the reference (slow, for comparison),"
+    num = Numerics(plain, "fp8" if gemm == "fp8" else "bf16", args.scale_fmt)
+    if args.dtype != "fp8":  # of weights in groups, those of the routed experts are, and so few modules
+        num = replace(num, projections=PLAIN_FORM if args.group_size else quantised_form(args))
+    return _numerics(num, specs, f"{says} {on}")
+
+
+def _numerics(num: Numerics, specs: Mapping[str, Spec], says: str) -> tuple[Numerics, str]:
     num = replace(num, exceptions=exceptions(specs, num))
-    return num, says + _plain_projections(specs, num)
+    return num, f"numerics: {says}{_plain_projections(specs, num)}"
+
+
+def _multiplies_quantised(device: torch.device, has_fp8: bool | None) -> bool:
+    """Whether there are kernels that multiply by quantised weights as they are stored. `has_fp8` answers for a GPU that
+    is not here."""
+    if device.type == "cpu":
+        return kernel_cpu.serve(torch.bfloat16)
+    return device.type == "cuda" and (has_fp8 is not None or not why_reference(device))
 
 
 def _plain_projections(specs: Mapping[str, Spec], num: Numerics) -> str:
-    """What a line about the numerics says of projections that are not FP8 though others are; empty without them."""
-    said = ""
-    plain = [name for name, _ in num.exceptions if not name.endswith((".gate", "head"))]
-    if plain:
-        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in plain}))
-        said = f"; {len(plain)} projections in bfloat16, as they are stored ({kinds})"
-        mixed = {module_of(name) for name, spec in specs.items() if spec.dtype == FP8}.intersection(plain)
-        said += f", the FP8 parts of {len(mixed)} of them dequantised" if mixed else ""
-    return said
+    """What a line about the numerics says of projections that are plain though others are quantised; empty without
+    them."""
+    if num.gemm is None:
+        return ""
+    forms: dict[str, set[Form]] = {}
+    for name, spec in specs.items():
+        if spec.form is not None:
+            forms.setdefault(module_of(name), set()).add(spec.form)
+    others = dict(num.exceptions)
+    plain = {name for name in forms if not others.get(name, num.projections).is_quantised}
+    if not plain:
+        return ""
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in plain}))
+    said = f"; {len(plain)} projections in bfloat16, as they are stored ({kinds})"
+    mixed = [name for name in plain if any(form.is_quantised for form in forms[name])]
+    kind = next(form for some in forms.values() for form in some if form.is_quantised).kind.upper()
+    return said + (f", the {kind} parts of {len(mixed)} of them dequantised" if mixed else "")
 
 
 def describe_rounding(specs: Mapping[str, Spec], num: Numerics) -> Iterator[str]:

@@ -80,7 +80,7 @@ def widened(w: torch.Tensor, block: tuple[int, int] = BLOCK, zero: torch.Tensor 
     uint8 (..., N, K/2), whose byte has the even k in its low four bits, less its zero points, int8 from -15 to 15."""
     if w.dtype != torch.uint8:
         return w
-    values = torch.stack((w & 15, w >> 4), dim=-1).flatten(-2).to(torch.int8)
+    values = unpack_int4(w).to(torch.int8)
     if zero is None:
         return values - INT4_ZERO
     return values - _per_column(zero.to(torch.int8), block, values)
@@ -102,6 +102,11 @@ def fp8_gemm(
         partial = a[:, channels].float() @ b[:, channels].float().T  # (M, N)
         out += partial * (a_s[:, k, None] * _per_row(b_s[:, k], b))
     return out.to(out_dtype)
+
+
+def unpack_int4(w: torch.Tensor) -> torch.Tensor:
+    """INT4 (..., N, K/2) as it is stored, each number by itself: uint8 (..., N, K), from 0 to 15."""
+    return torch.stack((w & 15, w >> 4), dim=-1).flatten(-2)
 
 
 def w8a16_gemm(

@@ -167,7 +167,7 @@ def test_other_refusals(source, tmp_path):
     assert refusal(source, source) == "TARGET: the output cannot go where the checkpoint is"
     assert refusal(tmp_path / "x", out) == "SOURCE: no such directory"
     cast(source, out, CPU)
-    assert refusal(out, tmp_path / "again") == "SOURCE: holds no FP8 weights, so there is nothing to cast"
+    assert refusal(out, tmp_path / "again") == "SOURCE: holds no FP8, INT8 or INT4 weights, so there is nothing to cast"
     first = min(path.name for path in source.glob("*.safetensors"))
     message = f"TARGET/{first}: not written by this program; choose another directory or remove it"
     assert refusal(source, copy) == message

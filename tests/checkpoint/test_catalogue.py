@@ -19,11 +19,10 @@ import convert
 import fp8_cast_bf16
 import generate
 import plan
-import quantize
 import server
 import serving.serve
 from checkpoint.check import check
-from checkpoint.directory import Checkpoint
+from checkpoint.directory import Checkpoint, choose_args
 from cli import main as cli
 from core.batch import Batch
 from core.errors import UserError
@@ -98,11 +97,6 @@ def start_server(path: Path) -> Engine:
 
 def run_convert(path: Path, target: Path) -> None:
     convert.run(convert.parse(["--hf-ckpt-path", str(path), "--save-path", str(target), "--model-parallel", "2"]))
-
-
-def run_quantize(path: Path, target: Path) -> None:
-    flags = ["--hf-ckpt-path", str(path), "--save-path", str(target), "--format", "int4", "--device", "cpu"]
-    quantize.run(quantize.parse(flags))
 
 
 def run_cast(path: Path, target: Path) -> None:
@@ -182,7 +176,8 @@ def expect_loads(entry: Entry, path: Path, form: Path, reference: Any, tmp_path:
         found = engine.tokenizer
         assert (found.bos_id, tuple(sorted(found.eos_ids)), found.encode_text("Hi")) == entry.text
 
-    fp8 = Checkpoint(path).quantised
+    checkpoint = Checkpoint(path)
+    fp8 = choose_args(checkpoint, None).dtype == "fp8"
     few = reference(torch.tensor([IDS[:8]])).logits[0]
     model = start_server(path).model  # bfloat16, where nothing is wider
     assert relative_error(model.logits(hidden_states(model, IDS[:8])), few) < 0.05
@@ -196,12 +191,12 @@ def expect_loads(entry: Entry, path: Path, form: Path, reference: Any, tmp_path:
     for rank in range(2):
         group, numerics = Group(rank, 2), Numerics(torch.float32, experts=experts)
         assert_same(loaded(tmp_path / "converted", numerics, group), loaded(path, numerics, group))
-    if fp8:
+    if checkpoint.quantised:
         run_cast(path, tmp_path / "cast")
         assert check(tmp_path / "cast", quick=True).ok
         assert_same(loaded(tmp_path / "cast", Numerics()), loaded(path, Numerics()))
     else:
-        with pytest.raises(UserError, match="holds no FP8 weights, so there is nothing to cast"):
+        with pytest.raises(UserError, match="holds no FP8, INT8 or INT4 weights, so there is nothing to cast"):
             run_cast(path, tmp_path / "cast")
 
     capsys.readouterr()
@@ -246,7 +241,6 @@ def refusals(who: str, path: Path, target: Path) -> list[str]:
         {
             "generate": start_generate, "server": start_server, "plan": run_plan,
             "convert": lambda path: run_convert(path, target), "cast": lambda path: run_cast(path, target),
-            "quantize": lambda path: run_quantize(path, target),
         }[who](path)  # fmt: skip
     except UserError as e:
         assert not target.exists() or not list(target.iterdir()), who
@@ -262,7 +256,7 @@ def test_refused(name, bases, tmp_path):
         lines = refusals(who, path, tmp_path / who)
         assert all(line.isprintable() and len(line) < 1000 for line in lines), lines
         lines = [line.replace(str(tmp_path), "") for line in lines]  # which has the test's name in it
-        if who == "cast" and any("holds no FP8 weights, so there is nothing to cast" in line for line in lines):
+        if who == "cast" and any("holds no FP8, INT8 or INT4 weights, so there is nothing to cast" in line for line in lines):
             continue
         assert bool(lines) == (who in entry.by), (who, lines)
         if lines:
@@ -278,7 +272,6 @@ def test_exit_status_and_one_line(bases, tmp_path):
         "server": ("--ckpt-path", path, "--port", 0, *ENGINE),
         "convert": ("--hf-ckpt-path", path, "--save-path", tmp_path / "for 2", "--model-parallel", 2),
         "fp8_cast_bf16": ("--input-fp8-hf-path", path, "--output-bf16-hf-path", tmp_path / "cast", "--device", "cpu"),
-        "quantize": ("--hf-ckpt-path", path, "--save-path", tmp_path / "int4", "--format", "int4", "--device", "cpu"),
         "check_checkpoint": (path,),
         "plan": ("--ckpt-path", path, *RUN),
     }

@@ -93,7 +93,7 @@ def test_examples():
         works = []
         for ranks in range(1, V3.n_heads + 1):
             try:
-                works.append(Partition(V3, ranks, layout, fp8=True).ranks)
+                works.append(Partition(V3, ranks, layout, quantised=True).ranks)
             except Exception:
                 continue
         assert works == [1, 2, 4, 8, 16]

@@ -390,7 +390,8 @@ def test_a_run_says_what_is_not_fp8(mixed):
     assert num.gemm == "fp8" and num.exceptions == tuple((module, PLAIN) for module in sorted(modules))
     assert says.startswith("numerics: W8A8 (FP8 weights and activations) on cuda; ")
     assert f"; {len(modules)} projections in bfloat16, as they are stored (" in says and ("dequantised" in says) == some
-    num, says = setup.choose_numerics(args, torch.device("cpu"), "auto", "auto", specs=checkpoint.expected(args))
+    cpu = torch.device("cpu")
+    num, says = setup.choose_numerics(args, cpu, "auto", "dequantised", specs=checkpoint.expected(args))
     assert says == "numerics: bfloat16, FP8 weights dequantised once at load, on cpu"
 
 

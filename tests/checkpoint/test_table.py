@@ -71,7 +71,7 @@ def test_table_names_every_tensor_of_every_family(family, fp8, tmp_path):
 def test_rank_counts(changes, ranks, message):
     args = ModelArgs.from_hf(V3_671B | changes)
     with pytest.raises(UserError) as e:
-        Partition(args, ranks, fp8=True)
+        Partition(args, ranks, quantised=True)
     assert str(e.value) == message
 
 
@@ -79,7 +79,7 @@ def test_rank_counts_that_work():
     args = ModelArgs.from_hf(V3_671B)
     for experts in ("whole", "split"):
         for ranks in (1, 2, 4, 8, 16):
-            Partition(args, ranks, experts, fp8=True)
+            Partition(args, ranks, experts, quantised=True)
         Partition(args, 32, experts)
 
 
@@ -105,7 +105,7 @@ def test_rank_counts_with_split_experts(changes, ranks, fp8, message):
 
 def test_split_experts_need_not_divide_in_number():
     args = ModelArgs.from_hf(V3_671B | {"n_routed_experts": 264})
-    assert Partition.choose(args, 16, fp8=True).experts == "split"
+    assert Partition.choose(args, 16, quantised=True).experts == "split"
 
 
 @pytest.mark.parametrize(

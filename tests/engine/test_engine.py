@@ -15,7 +15,7 @@ import torch
 from checkpoint.convert import convert
 from core.batch import DECODE_ROWS, Batch, BatchBounds
 from core.errors import UserError
-from core.numerics import Numerics
+from core.numerics import PLAIN, Form, Numerics
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import host_memory
@@ -24,6 +24,7 @@ from engine.graphs import Graphs, cuda_capture, records
 from engine.setup import choose_numerics, free_memory
 from ops import reference
 from ops.backend import choose_backend
+from ops.cpu import kernels
 from ops.formats import Routing
 from parallel.group import Group
 from parallel.startup import choose_threads
@@ -268,12 +269,43 @@ def test_choice_of_numerics(model):
     fp8 = dataclasses.replace(bf16, dtype="fp8", scale_fmt="ue8m0")
     assert choose_numerics(bf16, cpu, "auto", "auto")[0] == Numerics(torch.bfloat16)
     assert choose_numerics(dataclasses.replace(bf16, dtype="fp32"), cpu, "auto", "auto")[0] == Numerics(torch.float32)
-    assert choose_numerics(fp8, cpu, "auto", "auto")[0] == Numerics(torch.bfloat16)
+    assert choose_numerics(fp8, cpu, "auto", "dequantised")[0] == Numerics(torch.bfloat16)
+    kept = Numerics(torch.bfloat16, "bf16", "ue8m0")
+    assert choose_numerics(fp8, cpu, "auto", "auto")[0] == (kept if kernels.serve(torch.bfloat16) else Numerics())
+    numerics, says = choose_numerics(fp8, cpu, "auto", "bf16")
+    assert numerics == kept and says.startswith("numerics: W8A16 (FP8 weights widened in the product)")
     assert choose_numerics(fp8, cpu, "float32", "auto")[0] == Numerics(torch.float32)
     numerics, says = choose_numerics(fp8, cpu, "auto", "fp8")
     assert numerics == Numerics(torch.bfloat16, "fp8", "ue8m0") and "emulated" in says
-    with pytest.raises(UserError, match="--gemm fp8 needs FP8 weights, and this checkpoint's are bf16"):
-        choose_numerics(bf16, cpu, "auto", "fp8")
+    for dtype, group in (("bf16", 0), ("int8", 0), ("int8", 128), ("int4", 32)):
+        args = dataclasses.replace(bf16, dtype=dtype, group_size=group)
+        with pytest.raises(UserError, match=f"--gemm fp8 needs FP8 weights, and this checkpoint's are {dtype}"):
+            choose_numerics(args, cpu, "auto", "fp8")
+
+
+def test_numerics_of_integers(model, monkeypatch):
+    """Weights in groups are those of routed experts, as exceptions; blocks are the form of all projections."""
+    monkeypatch.setattr(kernels, "serve", lambda dtype: True)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    int4 = dataclasses.replace(model.args, dtype="int4", group_size=32)
+    for device, has_fp8 in ((cpu, None), (gpu, True), (gpu, False)):
+        numerics, says = choose_numerics(int4, device, "auto", "auto", has_fp8)
+        assert numerics.gemm == "bf16" and numerics.projections == PLAIN
+        form = Form("int4", (1, 32), torch.bfloat16)
+        layers = [*(f"layers.{i}" for i in range(1, int4.n_layers)), "mtp.0"]
+        assert set(numerics.exceptions) == {(f"{layer}.ffn.experts", form) for layer in layers}
+        assert says.startswith(f"numerics: W4A16 (INT4 weights widened in the product) on {device.type}; ")
+        assert "projections in bfloat16, as they are stored" in says
+    numerics, says = choose_numerics(dataclasses.replace(model.args, dtype="int8"), cpu, "auto", "auto")
+    assert numerics == Numerics(gemm="bf16", projections=Form("int8")) and "W8A16 (INT8" in says
+    monkeypatch.setattr(kernels, "serve", lambda dtype: False)
+    assert choose_numerics(int4, cpu, "auto", "auto")[0] == Numerics()
+    numerics, says = choose_numerics(int4, cpu, "auto", "bf16")
+    assert numerics.exceptions and "computed by the reference (slow, for comparison), on cpu" in says
+
+
+def test_contradicting_numerics(model):
+    cpu, fp8 = torch.device("cpu"), dataclasses.replace(model.args, dtype="fp8")
     with pytest.raises(UserError, match="--gemm fp8 and --dtype float32 contradict each other"):
         choose_numerics(fp8, cpu, "float32", "fp8")
 

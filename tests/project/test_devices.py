@@ -142,7 +142,8 @@ def test_numerics_where_types_are_missing(monkeypatch: pytest.MonkeyPatch) -> No
     args, xpu = replace(parse(V3), dtype="fp8"), torch.device("xpu", 0)
     monkeypatch.setattr(devices, "holds", lambda device, dtype: True)
     assert setup.choose_numerics(args, xpu, "auto", "auto") == (Numerics(), "numerics: bfloat16, FP8 weights dequantised once at load, on xpu")
-    assert setup.choose_numerics(args, xpu, "auto", "bf16")[0] == Numerics()
+    numerics, says = setup.choose_numerics(args, xpu, "auto", "bf16")
+    assert numerics.gemm == "bf16" and "computed by the reference (slow, for comparison), on xpu" in says
     assert setup.choose_numerics(args, xpu, "auto", "fp8")[0].gemm == "fp8"
     monkeypatch.setattr(devices, "holds", lambda device, dtype: dtype == torch.float32)
     with pytest.raises(UserError, match=r"^--gemm fp8 and --dtype float32|^--gemm fp8: xpu has no FP8 in torch"):

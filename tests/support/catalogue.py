@@ -25,9 +25,10 @@ if __name__ == "__main__":
 from support.checkpoints import dequantise, fp8_sizes, make_checkpoint
 from support.damaged_checkpoints import HF_INDEX, add, drop, edit, edit_json, files, reindex, whole
 from support.families import FAMILIES, V3
+from support.packed_checkpoints import LAYOUTS, make_packed
 from support.tiny_tokenizer import BOS, EOS, TEMPLATE, VOCAB_SIZE, write_tokenizer
 
-ALL = ("generate", "server", "convert", "cast", "quantize", "check", "plan")
+ALL = ("generate", "server", "convert", "cast", "check", "plan")
 TEXT = ("generate", "server", "check")  # converters copy tokenizers and templates as they are; a plan needs none
 CHAT = ("generate",)  # a server answers /v1/completions without a chat template, and check_checkpoint warns
 
@@ -86,6 +87,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "v3": _V3,
     "v3-fp8": _V3,
     "v3.1-fp8": _V3 | {"quantization_config": {"scale_fmt": "ue8m0"}},
+    "v3-experts-128": _V3 | {"hidden_size": 256},  # whole groups of 128
     "v3-without-mtp": _V3 | {"num_nextn_predict_layers": 0},
     "v3-tied": _V3 | {"num_nextn_predict_layers": 0, "tie_word_embeddings": True},
     "v2": FAMILIES["v2"] | _SMALL | _GROUPS,
@@ -112,6 +114,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 FP8 = ("v3-fp8", "v3.1-fp8")
+PACKED = {  # the config, and the layout of the weights
+    "kimi-k2-int4": ("kimi-k2", "int4, groups of 32"), "v3-int4-zeros": ("v3", "int4, zero points"),
+    "v3-int8": ("v3-experts-128", "int8, groups of 128"), "v3-int8-blocks": ("v3", "int8, blocks"), "v3-awq": ("v3", "awq"),
+    "v3-gptq": ("v3", "gptq"),
+}  # fmt: skip
 
 
 class Bases:
@@ -126,10 +133,16 @@ class Bases:
         if folder.exists():
             return folder
         if name.endswith(" float32"):
-            plain(self[name.removesuffix(" float32")], folder)
+            source = self[name.removesuffix(" float32")]
+            if not folder.exists():
+                plain(source, folder)
             return folder
         making = folder.with_name(f"{name} unfinished")
-        make_checkpoint(making, CONFIGS[name], fp8=name in FP8, shard_bytes=1 << 21)
+        if name in PACKED:
+            config, layout = PACKED[name]
+            write_plain(making, make_packed(making, LAYOUTS[layout], CONFIGS[config]), self.root / f"{name} float32")
+        else:
+            make_checkpoint(making, CONFIGS[name], fp8=name in FP8, shard_bytes=1 << 21)
         write_tokenizer(making)
         (making / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 1}')
         if name == "kimi-tiktoken":
@@ -149,7 +162,13 @@ def plain(source: Path, target: Path) -> None:
     for name in scales:
         weight = name.removesuffix("_scale_inv")
         found[weight] = dequantise(tensors[weight], tensors[name].float())
+    write_plain(source, found, target)
+
+
+def write_plain(source: Path, tensors: dict[str, torch.Tensor], target: Path) -> None:
+    """Writes tensors in float32, in one file, with the config of `source` but for its quantisation."""
     target.mkdir()
+    found = {name: t.float().contiguous() for name, t in tensors.items()}
     save_file(found, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     config.pop("quantization_config", None)
@@ -792,13 +811,12 @@ entry("no tokenizer", "a folder of weights alone", base("v3", lambda folder: (fo
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def nested(folder: Path, quantization_config: dict[str, Any] | None = None) -> None:
+def nested(folder: Path) -> None:
     """Kimi-K2.5's layout: the text model's config in `text_config`, its tensors below `language_model.`, a vision tower
     and its projector beside it."""
     raw = json.loads((folder / "config.json").read_text())
-    text = raw if quantization_config is None else raw | {"quantization_config": quantization_config}
     (folder / "config.json").write_text(json.dumps({
-        "architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "text_config": text,
+        "architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "text_config": raw,
         "vision_config": {"hidden_size": 32, "num_hidden_layers": 1}, "media_placeholder_token_id": 163605,
         "bos_token_id": raw["bos_token_id"], "eos_token_id": raw["eos_token_id"], "tie_word_embeddings": False, "dtype": "bfloat16",
     }))  # fmt: skip
@@ -830,11 +848,6 @@ def nested_saved(folder: Path, bases: Bases, **options: Any) -> None:
         shutil.copy(source / file, folder)
 
 
-INT4 = {
-    "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head", "re:.*self_attn.*"],
-    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {
-        "num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}}},
-}  # fmt: skip
 CHANNEL = {
     "quant_method": "compressed-tensors", "format": "float-quantized",
     "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}},
@@ -852,14 +865,14 @@ def renamed(folder: Path, old: str, new: str) -> None:
 
 
 def method(name: str) -> tuple[str, ...]:
-    return (f"quantization_config.quant_method '{name}'", "is not supported (known: 'fp8', or no quantization_config")
+    return (f"quantization_config.quant_method '{name}'", "is not supported (known: 'fp8', 'blockwise_int8', 'compressed-tensors'")
 
 
 group("Nested models")
 entry("Kimi-K2.5's layout", "a text model inside a vision model; its text is answered", base("kimi-k2", nested), equals="kimi-k2", warns=("the vision model are left out",),
       source="https://github.com/PrimeIntellect-ai/prime-rl/pull/3065")  # fmt: skip
-entry("Kimi-K2.5 as released", "the same with experts of four bits", base("kimi-k2", partial(nested, quantization_config=INT4)),
-      refused=method("compressed-tensors"), source="https://huggingface.co/moonshotai/Kimi-K2.5")  # fmt: skip
+entry("Kimi-K2.5 as released", "the same with experts of four bits", base("kimi-k2-int4", nested),
+      equals="kimi-k2-int4 float32", warns=("the vision model are left out",), source="https://huggingface.co/moonshotai/Kimi-K2.5")  # fmt: skip
 
 entry("Kimi-K2.5 saved by transformers 5", "`save_pretrained` of the whole; it calls the text model's `layers` `blocks`, as it does the "
       "vision model's", nested_saved, equals="kimi-k2", warns=("the vision model are left out",))  # fmt: skip
@@ -867,14 +880,21 @@ entry("Kimi-K2.5, experts stacked", "the same with `save_original_format=False`:
       partial(nested_saved, save_original_format=False), equals="kimi-k2", warns=("the vision model are left out",))  # fmt: skip
 
 group("Other quantisations")
-entry("INT4, compressed-tensors", "Kimi-K2-Thinking and Red Hat's casts", base("kimi-k2", quant(**INT4)), refused=method("compressed-tensors"),
-      source="https://huggingface.co/moonshotai/Kimi-K2-Thinking")  # fmt: skip
-entry("AWQ", "casts for eight GPUs of 80 GB", base("v3", quant(quant_method="awq", bits=4, group_size=128, zero_point=True, version="gemm")),
-      refused=method("awq"), source="https://huggingface.co/cognitivecomputations/DeepSeek-R1-AWQ")  # fmt: skip
-entry("GPTQ", "the same", base("v3", quant(quant_method="gptq", bits=4, group_size=128, desc_act=False, sym=True)), refused=method("gptq"))  # fmt: skip
-entry("INT8 blocks", "casts of R1 for A100", base("v3", quant(quant_method="blockwise_int8", activation_scheme="dynamic", weight_block_size=[128, 128])),
-      refused=method("blockwise_int8"), source="https://github.com/sgl-project/sglang/pull/3730")  # fmt: skip
-entry("FP8 by channel, compressed-tensors", "llm-compressor's casts", base("v3-fp8", quant(**CHANNEL)), refused=method("compressed-tensors"))  # fmt: skip
+entry("INT4, compressed-tensors", "Kimi-K2-Thinking and Red Hat's casts: routed experts, `pack-quantized`", base("kimi-k2-int4"),
+      equals="kimi-k2-int4 float32", source="https://huggingface.co/moonshotai/Kimi-K2-Thinking")  # fmt: skip
+entry("INT4 with zero points", "the same, asymmetric", base("v3-int4-zeros"), equals="v3-int4-zeros float32", mtp=True)  # fmt: skip
+entry("INT8, compressed-tensors", "the same of eight bits", base("v3-int8"), equals="v3-int8 float32", mtp=True)  # fmt: skip
+entry("AWQ", "casts for eight GPUs of 80 GB: every projection", base("v3-awq"), equals="v3-awq float32", mtp=True,
+      source="https://huggingface.co/cognitivecomputations/DeepSeek-R1-AWQ")  # fmt: skip
+entry("GPTQ", "the same", base("v3-gptq"), equals="v3-gptq float32", mtp=True)  # fmt: skip
+entry("GPTQ in act-order", "GPTQ with `desc_act: true`", base("v3-gptq", add_quant(desc_act=True)),
+      refused=("quantization_config.desc_act is true: act-order, which scatters a group's channels over the row, is not supported",))  # fmt: skip
+entry("GPTQ of three bits", "GPTQ with `bits: 3`", base("v3-gptq", add_quant(bits=3)),
+      refused=("quantization_config.bits 3 is not supported (known: 4)",))  # fmt: skip
+entry("INT8 blocks", "casts of R1 for A100", base("v3-int8-blocks"), equals="v3-int8-blocks float32", mtp=True,
+      source="https://github.com/sgl-project/sglang/pull/3730")  # fmt: skip
+entry("FP8 by channel, compressed-tensors", "llm-compressor's casts", base("v3-fp8", quant(**CHANNEL)),
+      refused=("quantization_config.format 'float-quantized' is not supported (known: 'pack-quantized')",))  # fmt: skip
 entry("FP8 by channel, fbgemm", "transformers' FbgemmFp8Config", base("v3-fp8", quant(quant_method="fbgemm_fp8", activation_scale_ub=1200.0)),
       refused=method("fbgemm_fp8"))  # fmt: skip
 entry("NVFP4", "NVIDIA's casts", base("v3", quant(quant_method="modelopt", quant_algo="NVFP4")), refused=method("modelopt"),
@@ -884,7 +904,7 @@ entry("scales called `weight_scale`", "casts that use compressed-tensors' names 
       base("v3-fp8", partial(renamed, old="_scale_inv", new="_scale")), refused=("the files hold no FP8 scales (weight_scale_inv)",))  # fmt: skip
 entry("packed weights, no quantization_config", "INT4 tensors beside the config of the BF16 model",
       base("v3", partial(renamed, old=".mlp.experts.0.up_proj.weight", new=".mlp.experts.0.up_proj.weight_packed")),
-      refused=("mlp.experts.0.up_proj.weight is missing",))  # fmt: skip
+      refused=("config.json has no quantization_config, but the files hold quantised weights; get the config.json that belongs to them",))  # fmt: skip
 entry("FP8 blocks of another size", "casts with `weight_block_size: [64, 64]`", base("v3-fp8", add_quant(weight_block_size=[64, 64])),
       refused=("quantization_config.weight_block_size [64, 64] is not supported (known: [128, 128])",))  # fmt: skip
 entry("FP8 by tensor", "casts with `weight_block_size: null`: one scale a weight", base("v3-fp8", add_quant(weight_block_size=None)),

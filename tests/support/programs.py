@@ -9,7 +9,6 @@ import plan as plan_command
 from checkpoint.cast import cast
 from checkpoint.check import check
 from checkpoint.convert import convert
-from checkpoint.quantize import quantize
 from core.errors import UserError
 from engine.engine import Engine
 
@@ -37,7 +36,6 @@ PROGRAMS: dict[str, Program] = {
     "check": check_all,
     "convert": lambda folder, out: convert(folder, out / "convert", 2),
     "cast": lambda folder, out: cast(folder, out / "cast", "cpu"),
-    "quantize": lambda folder, out: quantize(folder, out / "quantize", "int4", device="cpu"),
 }
 
 
