@@ -19,7 +19,7 @@ from checkpoint.table import expected_tensors
 from core.batch import DECODE_ROWS, Batch
 from core.config import ModelArgs, load_config, parse
 from core.errors import UserError
-from core.numerics import FLOAT32, PLAIN, Numerics
+from core.numerics import FLOAT32, PLAIN, Form, Numerics
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import memory, rank_memory, setup, step_memory
@@ -102,7 +102,7 @@ def test_drafts_read_more_experts_and_the_module():
 def sizes_of(value: object) -> dict[int, int]:
     """Bytes of the tensors in a module's attribute, packed ones and lists of them too."""
     if isinstance(value, kernels.Packed):
-        return sizes_of(value.data)
+        return sizes_of([value.data, value.scale, value.zero])
     if isinstance(value, list):
         return {key: n for each in value for key, n in sizes_of(each).items()}
     if isinstance(value, torch.Tensor):
@@ -129,6 +129,17 @@ WIDE = Numerics(exceptions=tuple((name, FLOAT32) for name in ("head", "layers.1.
 PLAIN_ONES = ("layers.0.attn.wqkv_a", "layers.0.ffn.w13", "layers.1.attn.wkv_b", "layers.1.attn.wo",
               "layers.1.ffn.experts", "layers.1.ffn.shared_experts.w2", "mtp.0.ffn.experts")  # fmt: skip
 MIXED = replace(FP8, exceptions=(*WIDE.exceptions, *((name, PLAIN) for name in PLAIN_ONES)))
+INT8 = Numerics(gemm="bf16", projections=Form("int8"))
+ROUTED_EXPERTS = ("layers.0.ffn.experts", "layers.1.ffn.experts", "layers.2.ffn.experts", "mtp.0.ffn.experts")
+
+
+def in_groups(form: Form) -> Numerics:
+    """As choose_numerics has it for a checkpoint whose routed experts are in groups."""
+    return Numerics(gemm="bf16", projections=PLAIN, exceptions=tuple((name, form) for name in ROUTED_EXPERTS))
+
+
+INT4 = in_groups(Form("int4", (1, 32), torch.bfloat16))
+ZEROS = in_groups(Form("int4", (1, 32), torch.float16, True))
 
 
 @pytest.fixture(params=SIDES)
@@ -151,7 +162,7 @@ def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("numerics", [Numerics(), Numerics(torch.float32), Numerics(fp8_latents=True), FP8, SPLIT, WIDE, MIXED])
+@pytest.mark.parametrize("numerics", [Numerics(), Numerics(torch.float32), Numerics(fp8_latents=True), FP8, replace(FP8, gemm="bf16"), INT8, INT4, ZEROS, SPLIT, WIDE, MIXED])
 def test_a_rank_holds_what_is_said(family, ranks, side, numerics):
     untied = parse(FAMILIES[family] | (fp8_sizes(2) if numerics.gemm else {}))
     for args in (untied, replace(untied, tie_word_embeddings=True)):
@@ -230,6 +241,7 @@ STEPS = {  # what differs from SIZES; numerics, sequences, new tokens of each, c
     "sampling": ({"vocab_size": 65536}, FLOAT32, 8, 1, 64, 0, 1),
     "batch-invariant": ({}, Numerics(batch_invariant=True), 2, 300, 2048, 0, 1),
     "W8A8": ({}, FP8, 1, 512, 1024, 0, 1),
+    "W8A16": ({}, replace(FP8, gemm="bf16"), 1, 512, 1024, 0, 1),
 }
 
 
@@ -255,7 +267,7 @@ def test_a_step_never_takes_more_than_its_bound(step, side):
     assert_between(peak, bound, 7 if new == 1 else 2.5, constant)  # of little, the parts of split keys weigh most
 
 
-@pytest.mark.parametrize("numerics", [WIDE, MIXED, replace(FP8, exceptions=(("layers.1.ffn.experts", PLAIN),))])
+@pytest.mark.parametrize("numerics", [WIDE, MIXED, INT4, ZEROS, replace(FP8, exceptions=(("layers.1.ffn.experts", PLAIN),))])
 def test_a_step_with_exceptions_never_takes_more(numerics, side):
     """The bound may lie far above, as it counts with what the other layers take."""
     for width in (64, 2048):
@@ -275,8 +287,10 @@ def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> in
     device = "meta" if gpu else "cpu"
     model = Transformer(rank.args, rank.num, Alone(0, rank.ranks), device, mtp=rank.mtp)
     for parameter in model.parameters():
-        if parameter.dtype != torch.float8_e4m3fn:
+        if parameter.dtype.itemsize > 1:
             parameter.data.normal_(std=0.02)
+        else:
+            parameter.data.view(torch.uint8).zero_()
     model.prepare()
     ends = list(itertools.accumulate(-(-length // 64) for _, length in sequences))
     pages = torch.randperm(ends[-1], generator=torch.Generator().manual_seed(0)).tolist()
