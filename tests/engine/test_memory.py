@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import weakref
@@ -242,6 +243,8 @@ STEPS = {  # what differs from SIZES; numerics, sequences, new tokens of each, c
     "batch-invariant": ({}, Numerics(batch_invariant=True), 2, 300, 2048, 0, 1),
     "W8A8": ({}, FP8, 1, 512, 1024, 0, 1),
     "W8A16": ({}, replace(FP8, gemm="bf16"), 1, 512, 1024, 0, 1),
+    "a token of bfloat16": ({"vocab_size": 8192, "dim": 2048}, Numerics(), 1, 1, 64, 0, 1),
+    "a token, batch-invariant": ({"dim": 1024, "inter_dim": 4096}, Numerics(batch_invariant=True), 1, 1, 512, 0, 4),
 }
 
 
@@ -274,6 +277,18 @@ def test_a_step_with_exceptions_never_takes_more(numerics, side):
         args = ModelArgs(**SIZES | ROUTED | {"moe_inter_dim": width})
         peak = peak_of(RankSpec(args, numerics, 1, side == "GPU"), [(512, 512)], 0)
         assert peak <= step_memory.step_bytes(RankSpec(args, numerics, 1, side == "GPU"), limits_of(512, 1, 512))
+
+
+def test_a_shorter_sequence_may_take_more(side, monkeypatch):
+    """A CPU expands keys and values all at once only where they are few: a sequence that is shorter than the run allows
+    may be the one that takes the most."""
+    if side == "GPU":
+        pytest.skip("a GPU expands them in slabs of one size")
+    monkeypatch.setattr(cpu_attention, "EXPANDED_BYTES", 12 << 20)
+    rank = RankSpec(ModelArgs(**SIZES), Numerics(), 1, False, reference=side == "another device")
+    peaks = [peak_of(rank, [(128, length)], 0) for length in (2048, 4096)]
+    assert side == "another device" or peaks[0] > peaks[1]
+    assert max(peaks) <= step_memory.step_bytes(rank, limits_of(4096, 1, 128))
 
 
 def assert_between(peak: int, bound: int, loose: float, constant: int = 0) -> None:
@@ -336,6 +351,14 @@ def test_a_step_of_deepseek_v3_never_takes_more(step, numerics, ranks, experts, 
     assert_between(peak_of(rank, sequences, drafts), bound, above)
 
 
+@pytest.mark.parametrize("side", ["GPU"], indirect=True)
+def test_batch_invariant_decoding_of_deepseek_v3(side):
+    """Its splits have one size, so that there are more of them the longer the sequences are."""
+    rank = RankSpec(replace(V3, n_layers=4), replace(FP8, batch_invariant=True), 8, mtp=True)
+    bound = step_memory.step_bytes(rank, limits_of(163840, 8, 8), decode=True)
+    assert_between(peak_of(rank, [(1, 163840)] * 8, 0), bound, 3)
+
+
 def test_the_bound_grows_with_what_a_run_is_asked_to_hold(side):
     for numerics in (Numerics(), FLOAT32, PACKED, FP8, Numerics(batch_invariant=True)):
         rank = RankSpec(ModelArgs(**SIZES), numerics, 1, side == "GPU", True, side == "another device")
@@ -349,13 +372,15 @@ def test_the_bound_grows_with_what_a_run_is_asked_to_hold(side):
 
 
 def test_constants_are_the_ops():
-    for name in ("SPLIT_BYTES", "SLAB_BYTES", "PROGRAMS"):
+    for name in ("SPLIT_BYTES", "SLAB_BYTES", "PROGRAMS", "FIXED_SPLIT"):
         assert getattr(step_memory, name) == getattr(attention, name)
     rows = max(tile.rows for tiles in attention.DECODE.values() for tile in tiles)
-    assert rows == step_memory.DECODE_TILE_ROWS
-    for name in ("EXPANDED_BYTES", "TORCH_DECODE_ROWS"):
-        assert getattr(step_memory, name) == getattr(cpu_attention, name)
+    assert rows == step_memory.TILE_ROWS
     assert 4 * tiles.SPLITS[-1] <= 64 and 2 * max(tiles.SM_COUNT.values()) * 64 * 64 * 4 <= step_memory.SPLIT_K_BYTES
+    c = {name: int(value) for name, value in re.findall(r"\b([A-Z]+) = (\d+)[,} ]", kernels.SOURCE.read_text())}
+    assert c["SPLIT"] == step_memory.SPLIT and c["KEYS"] + c["QUERIES"] <= step_memory.THREAD_ROWS
+    lanes = max(map(int, re.findall(r"\bLANES = (\d+)", kernels.SOURCE.read_text())))
+    assert lanes == step_memory.LANES and c["BLOCK"] * c["PARTS"] * lanes == step_memory.PART_ROWS
 
 
 def test_graphs_keep_a_step_and_a_page(side):
