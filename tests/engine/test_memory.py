@@ -445,25 +445,25 @@ def refusal(rank: RankSpec, limits: RunConfig, gb: float, **more) -> str:
 
 def test_what_cannot_fit_is_refused_with_what_would_help(monkeypatch):
     assert refusal(TP8, LIMITS, 80) == (
-        "a rank needs 91.32 GB of memory and 80.00 GB are free (weights 86.93 GB, a step 1.79 GB, latents of 32768 tokens "
+        "a rank needs 91.41 GB of memory and 80.00 GB are free (weights 86.93 GB, a step 1.88 GB, latents of 32768 tokens "
         "2.34 GB, kept free 0.26 GB); 16 ranks with as much memory each would do"
     )
     assert refusal(TP8, LIMITS, 90.5).endswith(
-        "; 16 ranks with as much memory each or --kv-cache-dtype fp8 or --max-model-len 22400 would do"
+        "; 16 ranks with as much memory each or --kv-cache-dtype fp8 or --max-model-len 21248 would do"
     )
     assert "latents of one page" in refusal(TP8, LIMITS, 80, shrink=True)
     assert refusal(TP8, LIMITS, 141, cache=100 << 30).endswith("); --kv-cache-gib 48.6 would do")
     assert refusal(replace(TP8, ranks=16), LIMITS, 20).endswith("; more memory would do")
     on_cpu = RankSpec(V3, Numerics(), gpu=False, mtp=True)
     if kernels.library() is not None:
-        assert "packing them 1.85 GB); 2 ranks with" in refusal(on_cpu, limits_of(64), 1366)
+        assert "packing them 1.85 GB); 2 ranks with" in refusal(on_cpu, limits_of(64, 8, 512), 1366)
     monkeypatch.setattr(kernels, "library", lambda: None)
-    assert "packing them 3.71 GB); 2 ranks with" in refusal(on_cpu, limits_of(64), 1366)
+    assert "packing them 3.71 GB); 2 ranks with" in refusal(on_cpu, limits_of(64, 8, 512), 1366)
 
 
 def test_what_is_proposed_fits_and_no_more_would():
-    memory.check_fits(TP8, replace(LIMITS, max_model_len=22400), int(90.5e9))
-    refusal(TP8, replace(LIMITS, max_model_len=22400 + 64), 90.5)
+    memory.check_fits(TP8, replace(LIMITS, max_model_len=21248), int(90.5e9))
+    refusal(TP8, replace(LIMITS, max_model_len=21248 + 64), 90.5)
     memory.check_fits(replace(TP8, num=replace(FP8, fp8_latents=True)), LIMITS, int(90.5e9))
     memory.check_fits(TP8, LIMITS, int(141e9), cache=int(48.6 * 2**30))
 
