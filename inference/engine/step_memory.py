@@ -31,7 +31,8 @@ def step_bytes(rank: RankSpec, config: RunConfig, decode: bool = False) -> int:
     args, num, sampled = rank.args, rank.num, config.max_num_seqs * (1 + config.mtp)
     tokens, rows = (sampled, 1 + config.mtp) if decode else (config.max_step_tokens, config.max_step_tokens)
     scored = min(tokens, max(sampled, 0 if decode else SCORED_ROWS))
-    row, head = 4 * args.vocab_size, 4 * HEAD_ROWS * args.dim if rank.reference else 0  # of logits, float32; widened
+    row = 4 * args.vocab_size  # of logits, float32
+    head = 4 * min(args.vocab_size, HEAD_ROWS) * args.dim if rank.reference else 0
     peaks = {
         "attention": _attention(rank, config, tokens, rows),
         "dense MLP": _layer(rank, tokens, -(-args.inter_dim // rank.ranks)) if args.n_dense_layers else 0,
