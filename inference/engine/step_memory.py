@@ -50,7 +50,7 @@ def _layer(rank: RankSpec, tokens: int, inner: int, values: int = 0, widest: int
     the `widest` values of a token that it reads or makes, with sums and a block of the weight where that is FP8."""
     args, num, b = rank.args, rank.num, rank.num.dtype.itemsize
     inner, widest = in_blocks(inner), max(widest, 2 * in_blocks(inner), args.dim)
-    of_value = 0 if rank.gpu else 16 if num.gemm else 4 if rank.compiled else 8
+    of_value = 0 if rank.gpu else 4 if rank.packs else 16 if num.gemm else 8
     beside = of_value * (tokens + 32 + torch.get_num_threads()) * max(widest, 2 * args.dim)
     beside += SPLIT_K_BYTES if rank.gpu and num.gemm else 0
     if num.batch_invariant:  # a product's blocks of rows before they are one, or all ranks' parts of a sum
