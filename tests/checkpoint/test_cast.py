@@ -24,7 +24,7 @@ from checkpoint.quantize import quantize
 from checkpoint.reading import Reader
 from core.errors import UserError
 from core.numerics import Numerics
-from support import crash_points
+from support import crash_points, fork_server
 from support.checkpoints import fp8_sizes, make_checkpoint
 from support.damaged_checkpoints import drop, replace, whole
 from support.families import FAMILIES
@@ -252,8 +252,7 @@ def test_a_full_disk_keeps_what_was_there(small, tmp_path, monkeypatch):
 
 def test_command_line(source, tmp_path):
     def run(*options: str) -> subprocess.CompletedProcess:
-        script = Path(fp8_cast_bf16.__file__)
-        return subprocess.run([sys.executable, script, *options], capture_output=True, text=True, cwd=tmp_path)
+        return fork_server.run([sys.executable, fp8_cast_bf16.__file__, *options], cwd=tmp_path)
 
     paths = ["--input-fp8-hf-path", str(source), "--output-bf16-hf-path", "out"]
     done = run(*paths, "--device", "cpu")

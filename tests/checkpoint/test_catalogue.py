@@ -4,7 +4,6 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -31,6 +30,7 @@ from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from model import Transformer
 from parallel.group import SOLO, Group
+from support import fork_server, processes
 from support.catalogue import ALL, CATALOGUE, FP8, Bases, Entry, base, mixture, nested, plain, table, theirs
 from support.model_pairs import hidden_states, relative_error, their_mtp, tokens
 from support.rank_weights import assert_same, loaded
@@ -340,8 +340,8 @@ def test_by_hand(tmp_path, capsys):
 
 def test_by_hand_from_anywhere(tmp_path):
     """Both scripts find the project's modules by themselves."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in processes.environment().items() if name != "PYTHONPATH"}
     for script, *arguments in (("catalogue.py",), ("damaged_checkpoints.py", "config with another router", "c")):
         command = [sys.executable, ROOT / "tests" / "support" / script, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = fork_server.run(command, cwd=tmp_path, env=environment)
         assert done.returncode == 0 and done.stdout, done.stderr

@@ -19,12 +19,12 @@ from checkpoint.check import check
 from checkpoint.manifest import HF_INDEX
 from checkpoint.report import CHECKS
 from support import damaged_checkpoints as damage
+from support import fork_server
 from support.damaged_checkpoints import KINDS, change_tensor, edit, good_checkpoint, place, put
 
 
 def run(*flags: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, check_checkpoint.__file__, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=120)
+    return fork_server.run([sys.executable, check_checkpoint.__file__, *flags])
 
 
 def found(folder: Path, quick: bool = False) -> list[str]:

@@ -22,7 +22,7 @@ from checkpoint.directory import Checkpoint
 from checkpoint.manifest import HF_INDEX, read_manifests, verify
 from checkpoint.reading import Reader
 from core.errors import UserError
-from support import crash_points
+from support import crash_points, fork_server
 from support.checkpoints import fp8_sizes, make_checkpoint
 from support.damaged_checkpoints import drop, replace, whole
 from support.families import FAMILIES, two_layers
@@ -393,8 +393,7 @@ def test_a_number_of_ranks_that_begins_with_another(tmp_path):
 
 def test_command_line(small, tmp_path):
     def run(*options: str) -> subprocess.CompletedProcess:
-        script = Path(command.__file__)
-        return subprocess.run([sys.executable, script, *options], capture_output=True, text=True, cwd=tmp_path)
+        return fork_server.run([sys.executable, command.__file__, *options], cwd=tmp_path)
 
     source = ["--hf-ckpt-path", str(small[0]), "--save-path", "out"]
     done = run(*source, "--n-experts", "4", "--model-parallel", "2", "--experts", "whole")

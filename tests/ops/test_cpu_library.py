@@ -1,5 +1,6 @@
 """How the C kernels come to be: compiled once, where nobody else writes, and done without where there is no compiler."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ops.cpu import kernels
+from support import fork_server
 from support import processes as launch
 from support.limits import LAST_RESORT, run_within
 from support.processes import environment
@@ -20,10 +22,11 @@ if kernels.library() is None:
 INFERENCE = kernels.SOURCE.parents[2]
 
 
-def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, alone: bool = False, **variables: str) -> subprocess.CompletedProcess[str]:
     quickly = "kernels.FLAGS += ('-O0',)"  # the last of these counts
     command = [sys.executable, "-c", f"from ops.cpu import kernels\n{quickly}\n{code}"]
-    return run_within(120, command, env=environment(PYTHONPATH=str(INFERENCE), **variables))
+    env = environment(PYTHONPATH=str(INFERENCE), **variables)
+    return run_within(120, command, env=env) if alone else fork_server.run(command, env=env, limit=120)
 
 
 WHERE = "print(kernels.library()._name if kernels.library() else None)"
@@ -63,7 +66,7 @@ def test_tiles_are_not_touched_before_the_process_has_asked():
 
 
 def test_any_locale(tmp_path):
-    found = run(WHERE, XDG_CACHE_HOME=str(tmp_path), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    found = run(WHERE, alone=True, XDG_CACHE_HOME=str(tmp_path), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert Path(found.stdout.strip()).is_relative_to(tmp_path), found.stderr
 
 
@@ -151,9 +154,11 @@ def test_the_engine_says_why_it_is_slower(tmp_path):
     flags = ["--ckpt-path", INFERENCE.parent / "demo" / "checkpoint", "--input-file", tmp_path / "prompts"]
     flags += ["--device", "cpu", "--threads", "1", "--max-new-tokens", "1", "--dtype"]
     alone, float32 = launch.command(*flags, "bfloat16"), launch.command(*flags, "float32")
-    for command, notes in ((alone, 1), (float32, 0), (launch.torchrun(*flags, "bfloat16"), 1)):
+    torchrun = launch.torchrun(*flags, "bfloat16")
+    for command, notes in ((alone, 1), (float32, 0), (torchrun, 1)):
         variables = environment(XDG_CACHE_HOME=str(tmp_path), CC="/nowhere/cc")
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        run = fork_server.run if command is not torchrun else functools.partial(run_within, 300)
+        done = run(command, env=variables)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("note: on this CPU bfloat16 is slower") == done.stderr.count("/nowhere/cc") == notes
     assert done.stderr.count("experts: ") == 1
