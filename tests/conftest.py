@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,25 @@ def own_sums(monkeypatch: pytest.MonkeyPatch) -> None:
             return np.einsum("...mk,...kn->...mn", a.astype(dtype), b.astype(dtype))
 
     monkeypatch.setattr(interpreter, "np", Numpy())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def templates_are_compiled_once() -> Iterator[None]:
+    """Hundreds of checkpoints here have the same chat template, which takes 50 ms to compile and is then only read."""
+    from text import tokenizer
+    from text.chat_template import ChatTemplate
+
+    made: dict[str, ChatTemplate] = {}
+
+    def template(*arguments: Any) -> ChatTemplate:
+        key = repr(arguments)
+        if key not in made:
+            made[key] = ChatTemplate(*arguments)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "ChatTemplate", template)
+        yield
 
 
 class Record:

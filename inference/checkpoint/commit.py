@@ -83,6 +83,7 @@ def hash_headers(folder: Path, files: Iterable[Path]) -> str:
     return sha.hexdigest()
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "safetensors")}
     return {"program": PROGRAM_VERSION, **libraries}

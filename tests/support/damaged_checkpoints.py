@@ -147,7 +147,8 @@ def reindex(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def drop(folder: Path, where: Callable[[str], bool]) -> None:
     """Takes tensors out of the files and the index."""
     for file in files(folder):
-        edit(file, lambda tensors: [tensors.pop(name) for name in list(tensors) if where(name)])
+        if any(where(name) for name in header_of(file)[0] if name != "__metadata__"):
+            edit(file, lambda tensors: [tensors.pop(name) for name in list(tensors) if where(name)])
         if not load_file(file):
             file.unlink()
     if (folder / HF_INDEX).exists():

@@ -17,7 +17,7 @@ from core.numerics import Numerics
 from model import Transformer
 from parallel.group import SOLO, Group
 from support.checkpoints import dequantise, fp8_sizes, make_checkpoint
-from support.damaged_checkpoints import drop, edit, files, whole
+from support.damaged_checkpoints import drop, edit, files, header_of, whole
 from support.families import FAMILIES
 
 FP8 = Numerics(torch.bfloat16, gemm="fp8")
@@ -173,7 +173,8 @@ def unquantise(folder: Path, where: Callable[[str], bool], dtype: torch.dtype = 
              if t.dtype == torch.float8_e4m3fn and where(n)}  # fmt: skip
     assert plain
     for file in files(folder):
-        edit(file, lambda held: held.update({n: plain[n] for n in held if n in plain}))
+        if header_of(file)[0].keys() & plain.keys():
+            edit(file, lambda held: held.update({n: plain[n] for n in held if n in plain}))
     drop(folder, lambda n: n.removesuffix("_scale_inv") in plain and n not in plain)
 
 
