@@ -15,7 +15,7 @@ from support.processes import environment
 pytestmark = pytest.mark.timeout(LAST_RESORT)  # the processes have their own limits, of processor time
 
 TESTS = Path(__file__).parents[1]
-SAMPLE = ("routing-bias-in-weights", "text-half-characters", "sampling-residual")
+SAMPLE = ("config-upstream-yarn", "mla-mask", "sampling-top-p-crossing")  # of tests that take little time
 OTHERS = """
 import sys
 from mutation.mutants import MUTANTS, Mutant, main
