@@ -16,6 +16,7 @@ import json
 import sys
 from pathlib import Path
 
+from cli.flags import output_errors
 from cli.main import discard_output, run_command
 
 
@@ -37,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the check has threads of its own
     report = check(options.checkpoint, options.quick, options.config)
     try:
-        print(json.dumps(report.as_json(), indent=1) if options.json else "\n".join(report.lines()), flush=True)
+        with output_errors():
+            print(json.dumps(report.as_json(), indent=1) if options.json else "\n".join(report.lines()), flush=True)
     except BrokenPipeError:  # the reader of our output has gone
         discard_output()
     return 0 if report.ok else 1

@@ -21,6 +21,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from cli.flags import output_errors
 from cli.main import run_command
 
 
@@ -50,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
     from checkpoint.manifest import verify_command
 
     if options.verify:
-        return verify_command(options.verify)
+        with output_errors():
+            return verify_command(options.verify)
     convert(options.hf_ckpt_path, options.save_path, options.model_parallel, options.n_experts, experts=options.experts)
     return 0
 

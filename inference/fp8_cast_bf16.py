@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cli.flags import device
+from cli.flags import device, output_errors
 from cli.main import run_command
 
 
@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> int:
     from checkpoint.manifest import verify_command
 
     if options.verify:
-        return verify_command(options.verify)
+        with output_errors():
+            return verify_command(options.verify)
     cast(options.input_fp8_hf_path, options.output_bf16_hf_path, options.device)
     return 0
 

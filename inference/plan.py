@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cli.flags import Parser, add_run_flags, device, positive, run_config
+from cli.flags import Parser, add_run_flags, device, output_errors, positive, run_config
 from cli.main import run_command
 from core.errors import warn
 from core.run_config import PAGE_SIZE, RunConfig
@@ -250,7 +250,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 def main() -> int:
     def run(options: argparse.Namespace) -> int:
         found = plan(options)
-        print(json.dumps(found, indent=2) if options.json else "\n".join(lines(found)), flush=True)
+        with output_errors():
+            print(json.dumps(found, indent=2) if options.json else "\n".join(lines(found)), flush=True)
         return 0
 
     return run_command(parse, run)

@@ -18,7 +18,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cli.flags import device
+from cli.flags import device, output_errors
 from cli.main import run_command
 
 
@@ -43,7 +43,8 @@ def run(options: argparse.Namespace) -> int:
     from checkpoint.quantize import quantize
 
     if options.verify:
-        return verify_command(options.verify)
+        with output_errors():
+            return verify_command(options.verify)
     quantize(options.hf_ckpt_path, options.save_path, options.format, options.group_size, options.device)
     return 0
 

@@ -1,9 +1,10 @@
 """Flags of the command lines. Those of the engine are made from the fields of core/run_config.RunConfig."""
 
 import argparse
+import contextlib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any, NoReturn, get_args
 
@@ -28,16 +29,26 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if os.environ.get("RANK", "0") == "0":
-            try:
+            with output_errors():
                 print(message, end="", file=file, flush=True)
-            except BrokenPipeError:
-                raise
-            except OSError as e:
-                raise OutputError(e.strerror) from None
 
 
 class OutputError(Exception):
     """Standard output cannot be written to; the text says why."""
+
+
+@contextlib.contextmanager
+def output_errors() -> Iterator[None]:
+    """Around what a command prints: a full device is an OutputError, which ends the command with one line. That nobody
+    reads the output any more stays BrokenPipeError; an error that names a file is not about the output."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        if e.filename is not None:
+            raise
+        raise OutputError(e.strerror or str(e)) from None
 
 
 def add_checkpoint_flags(parser: Parser) -> None:
