@@ -5,6 +5,7 @@ an order that turns round. A case is a prefill and the decoding after it. The me
 each, and with what the engine counts that a step reads gives the limit of decoding.
 """
 
+import itertools
 import os
 import statistics
 import sys
@@ -19,7 +20,9 @@ from lib.llama_side import FLAGS, Case, Llama
 from lib.machine import memory_read
 
 BITS = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4}
-THEIRS = {16: "bf16", 8: "Q8_0", 4: "Q4_0"}
+THEIRS = {  # -experts: these alone, as INT8 and INT4 are made here, and the rest in bf16
+    16: ["bf16"], 8: ["Q8_0", "Q8_0-experts"], 4: ["Q4_0", "Q4_0-experts"],
+}  # fmt: skip
 ENGINE = Path(__file__).parent / "engine_side.py"
 ENVIRONMENT = ("CC", "GLIBC_TUNABLES", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 
@@ -90,15 +93,16 @@ def rows(case: Case, taken: Taken, ours: dict[str, int], read_gb_s: float) -> li
 
 
 def find_peers(folder: Path, bits: int, threads: int) -> dict[str, Llama]:
-    """Those of FLAGS that `folder` has: NAME/llama-batched-bench with NAME-FORM.gguf. Says which are left out."""
+    """Those of FLAGS and THEIRS that `folder` has: NAME/llama-batched-bench with NAME-FORM.gguf. Says which are left
+    out."""
     found = {}
-    for name in FLAGS:
-        binary, gguf = folder / name / "llama-batched-bench", folder / f"{name}-{THEIRS[bits]}.gguf"
+    for name, form in itertools.product(FLAGS, THEIRS[bits]):
+        binary, gguf = folder / name / "llama-batched-bench", folder / f"{name}-{form}.gguf"
         missing = [str(path) for path in (binary, gguf) if not path.exists()]
         if missing:
-            print(f"{name} is left out: there is no {' and no '.join(missing)}", flush=True)
+            print(f"{name} {form} is left out: there is no {' and no '.join(missing)}", flush=True)
         else:
-            found[f"{name} {THEIRS[bits]}"] = Llama(name, binary, gguf, threads)
+            found[f"{name} {form}"] = Llama(name, binary, gguf, threads)
     return found
 
 

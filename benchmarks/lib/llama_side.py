@@ -55,9 +55,9 @@ class Llama:
         """Seconds of prefill and decode as it reports them."""
         shape = {"-npp": case.prompt, "-ntg": case.new, "-npl": case.sequences, "-c": case.room, "-t": self.threads}
         flags = [str(word) for pair in shape.items() for word in pair]
-        with tempfile.TemporaryFile("w+") as output:
-            command = [str(self.binary), "-m", str(self.gguf), *FLAGS[self.name], *flags]
-            took = measure_child(command, output, errors=output, every=0.1)
+        command = [str(self.binary.resolve()), "-m", str(self.gguf.resolve()), *FLAGS[self.name], *flags]
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as output:  # one leaves a log behind
+            took = measure_child(command, output, errors=output, every=0.1, folder=folder)
             output.seek(0)
             prefill, decode = parse(output.read())
         self.start_s = min(self.start_s, took["seconds"] - prefill - decode)

@@ -47,13 +47,18 @@ def memory_read(turns: int = 3, nbytes: int = 1 << 30) -> float:
 
 
 def measure_child(
-    command: list[str], output: Any = None, status: int = 0, errors: Any = subprocess.DEVNULL, every: float = 0.01
+    command: list[str],
+    output: Any = None,
+    status: int = 0,
+    errors: Any = subprocess.DEVNULL,
+    every: float = 0.01,
+    folder: str | None = None,
 ) -> dict[str, float]:
     """Runs a command, which has to end with that status: seconds, and its peak memory in MiB, whole (VmHWM of
-    /proc/PID/status, mapped file pages included) and anonymous (RssAnon), both read every `every` seconds. `output` and
-    `errors` are Popen's stdout and stderr."""
+    /proc/PID/status, mapped file pages included) and anonymous (RssAnon), both read every `every` seconds. `output`,
+    `errors` and `folder` are Popen's stdout, stderr and cwd."""
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=output, stderr=errors)
+    process = subprocess.Popen(command, stdout=output, stderr=errors, cwd=folder)
     peak = {"VmHWM": 0, "RssAnon": 0}
     while process.poll() is None:
         for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():

@@ -321,7 +321,7 @@ def test_the_forms_run_beside_their_peers(
     make_checkpoint(tmp_path / "small", SMALL)
     binary = tmp_path / "ik_llama.cpp" / "llama-batched-bench"
     binary.parent.mkdir()
-    binary.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\ncat >&2 <<'END'\n{TABLE}END\nsleep 0.2\n")
+    binary.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\ntouch llama.log\ncat >&2 <<'END'\n{TABLE}END\nsleep 0.2\n")
     binary.chmod(0o755)
     (tmp_path / "ik_llama.cpp-bf16.gguf").touch()
     monkeypatch.setattr(forms, "memory_read", lambda: 10.0)
@@ -330,8 +330,9 @@ def test_the_forms_run_beside_their_peers(
     found = forms.measure({"bf16": tmp_path / "small"}, tmp_path, 2, 1, [case], lambda r: kept.append(json.dumps(r)))
     assert len(kept) == 2 and json.loads(kept[-1]) == found
     printed = capsys.readouterr().out
-    assert "llama.cpp is left out: there is no" in printed and printed.count("turn 2, ") == 2
+    assert "llama.cpp bf16 is left out: there is no" in printed and printed.count("turn 2, ") == 2
     assert (tmp_path / "asked").read_text().count("-npp 96 -ntg 4 -npl 2 -c 512 -t 1") == 2
+    assert not Path("llama.log").exists()  # what they leave in the working directory
     [group] = found["groups"]
     prefill, decode = group["rows"]
     assert (prefill["name"], decode["name"]) == ("prefill 2 x 96", "decode, 2 sequences")
