@@ -57,7 +57,6 @@ def quantize_small(source: Path, target: Path) -> None:
 
 
 EVERY = pytest.mark.parametrize("write", [convert_small, cast_small, quantize_small])
-LOADED = pytest.mark.parametrize("write", [convert_small, cast_small])
 
 
 def ranks_of(write: Callable) -> int:
@@ -264,7 +263,7 @@ def test_verify_cannot_read(written, monkeypatch):
     assert found.problem.endswith("cannot be read (Input/output error)")
 
 
-@LOADED
+@EVERY
 def test_the_loader_wants_the_manifest_and_its_sizes(write, written, tmp_path, capsys):
     folder = damaged_copy(written[write], tmp_path / "copy")
 
@@ -288,10 +287,11 @@ def test_the_loader_wants_the_manifest_and_its_sizes(write, written, tmp_path, c
     file.write_bytes(data)
     manifest.path.unlink()
     first = min(folder.glob("*.safetensors")).name
+    command = "fp8_cast_bf16.py" if write is cast_small else "quantize.py"
     assert refusal() == (
         f"DIR/{first}: its manifest is missing; copy the directory or convert again"
         if write is convert_small
-        else f"DIR/{HF_MANIFEST}: missing, though fp8_cast_bf16.py wrote {first}; copy it too, or run fp8_cast_bf16.py again"
+        else f"DIR/{HF_MANIFEST}: missing, though {command} wrote {first}; copy it too, or run {command} again"
     )
 
 
@@ -525,7 +525,7 @@ def test_a_damaged_temporary_beside_the_whole_file(write, sources, written, tmp_
     assert finished and not any(wrote[name] for name in finished)
 
 
-@LOADED
+@EVERY
 def test_interrupted_by_hand(write, sources, written, tmp_path, monkeypatch, capsys):
     out, earlier = tmp_path / "out", tmp_path / "earlier"
     write(sources[0], earlier)
@@ -605,7 +605,7 @@ def test_a_small_file_that_cannot_be_read(write, sources, tmp_path):
 # Killed again and again, and full disks -----------------------------------------------------------------------------
 
 
-@LOADED
+@EVERY
 @crash_points.HOW_MANY
 def test_killed_again_and_again(write, n, sources, written, tmp_path):
     """Runs that are killed and taken up until one comes through, with an earlier checkpoint there and without: at every
@@ -664,7 +664,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@LOADED
+@EVERY
 @pytest.mark.parametrize("n", [4, pytest.param(20, marks=pytest.mark.trust)])
 def test_a_disk_that_is_really_full(write, n, sources, written, small_disk, tmp_path, monkeypatch):
     """A disk that fills up after the first look at it: the earlier checkpoint stays, byte for byte, and nothing else."""

@@ -191,6 +191,7 @@ def test_transformers_loads_it(format, at_load, packed, tmp_path):
     found = model(torch.tensor([ids])).logits[0]
     wanted = theirs(plain).state_dict()
     assert_same({n: t.float() for n, t in model.state_dict().items()}, wanted)
+    assert_same(loaded(packed[format], Numerics()), loaded(plain, Numerics()))
     reference = ours(plain)
     assert relative_error(found, reference.logits(hidden_states(reference, ids))) < 1e-5
 

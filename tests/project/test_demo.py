@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from checkpoint.directory import Checkpoint
+from checkpoint.quantize import quantize
 from core.config import ModelArgs, check_agreement, load_config
 from core.numerics import Numerics
 from core.run_config import RunConfig
@@ -94,6 +95,13 @@ def test_same_network_as_transformers(in_float32, tokenizer):
 def test_answers_are_right(how):
     """In bfloat16, with exactly dequantised weights, and with FP8 activations as well."""
     assert right(Engine.from_pretrained(DEMO, max_model_len=1024, **how)) >= len(QUESTIONS) - 1
+
+
+@pytest.mark.parametrize(("format", "group_size"), [("int4", 32), ("int4", 128), ("int8", 128)])
+def test_quantised_answers_are_right(format, group_size, tmp_path):
+    """With routed experts in integers, as quantize.py writes them, and everything else in bfloat16."""
+    quantize(DEMO, tmp_path, format, group_size, "cpu")
+    assert right(Engine.from_pretrained(tmp_path, max_model_len=1024)) >= len(QUESTIONS) - 1
 
 
 def test_fp8_latents_answer_as_well(tokenizer):
