@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered 
     from engine import rank_memory
 
 GPUS = (80, 96, 141, 192)  # GB a card is sold with; its driver may report more
+GPU_BANDWIDTHS = [3.35, 4.8]  # TB/s: H100 and H200
 SEQUENCES = (1, 8, 32, 128)
 RUN_FLAGS = ("max_num_seqs", "max_num_batched_tokens", "mtp", "dtype", "gemm", "kv_cache_dtype", "experts", "eager")
 RANKS = (*range(1, 17), 24, 32, 48, 64, 128)
@@ -39,8 +40,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--max-model-len", type=positive, metavar="N", help="tokens of a sequence (default: as the model allows)")
     add_run_flags(parser, RUN_FLAGS)
     add("--context", type=positive, metavar="N", help="tokens of each sequence while decoding (default: 4096 at most)")
-    add("--bandwidth", type=bandwidth, nargs="+", default=[3.35, 4.8], metavar="TB/S",
-        help="of a rank's memory, for the decode limit (default: 3.35 4.8)")  # fmt: skip
+    add("--bandwidth", type=bandwidth, nargs="+", metavar="TB/S",
+        help="of a rank's memory, for the decode limit (default: on GPUs 3.35 4.8, else none shown)")  # fmt: skip
     add("--json", action="store_true", help="one JSON object; sizes in bytes, times in seconds")
     options = parser.parse_args(arguments)
     if options.ckpt_path is None and options.config is None:
@@ -110,6 +111,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     sizes = {f"{n} GB": n * 10**9 for n in GPUS}
     if not rank.gpu and (free := setup.free_memory(devices.parse(options.device))):
         sizes = {"free here": free}
+    bandwidths = options.bandwidth or (GPU_BANDWIDTHS if rank.gpu else [])
     context = min(options.context or 4096, config.max_model_len or rank.args.max_seq_len)
     return {
         "model": {
@@ -132,7 +134,7 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
         },
         "fits": {name: room(rank, config, size) for name, size in sizes.items()},
         "ranks": list(other_ranks(rank, config, sizes, options.experts)),
-        "decode": [decode(rank, config, sequences, context, options.bandwidth) for sequences in SEQUENCES],
+        "decode": [decode(rank, config, sequences, context, bandwidths) for sequences in SEQUENCES],
     }  # fmt: skip
 
 
@@ -234,7 +236,10 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"not {', '.join(counts)}: {said}"
     yield ""
     context = found["decode"][0]["context"]
-    yield f"decode at most, {context:,} tokens of context a sequence; communication left out"
+    if found["decode"][0]["seconds"]:
+        yield f"decode at most, {context:,} tokens of context a sequence; communication left out"
+    else:
+        yield f"a decode step reads, {context:,} tokens of context a sequence (--bandwidth says how fast that can be)"
     times = "".join(f"{'ms at ' + tb + ' TB/s':>18}{'tokens/s':>10}" for tb in found["decode"][0]["seconds"])
     yield f"sequences  experts read  weights, GB  latents, GB{times}"
     for step in found["decode"]:

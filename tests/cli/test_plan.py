@@ -149,3 +149,10 @@ def test_wrong_use(capsys, flags, text):
 def test_wrong_use_is_answered_without_torch():
     code = "import sys, plan; sys.argv[1:] = ['--tp']; assert plan.main() == 2; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], env=environment(PYTHONPATH=str(INFERENCE)), check=True)
+
+
+def test_a_cpu_gets_no_limits_at_a_gpus_bandwidths(capsys):
+    flags = "--config", INFERENCE / "configs" / "config_16B.json", "--device", "cpu"
+    status, out, err = command(capsys, *flags)
+    assert (status, err) == (0, "") and "a decode step reads, 4,096 tokens" in out and "TB/s " not in out
+    assert "ms at 0.02 TB/s" in command(capsys, *flags, "--bandwidth", 0.02)[1]

@@ -17,6 +17,8 @@ MUTANTS = (
      'if not re.fullmatch(r"[a-z_]+(:\\d+)?", text):',
      "if False:",
      "project/test_devices.py::test_a_mistyped_device_is_answered_without_torch", "torch is imported to answer a mistyped device"),
+    ("plan-gpu-limits-of-a-cpu", "plan.py", "(GPU_BANDWIDTHS if rank.gpu else [])", "GPU_BANDWIDTHS",
+     "cli/test_plan.py::test_a_cpu_gets_no_limits_at_a_gpus_bandwidths", "a CPU's decode limits are at GPUs' bandwidths"),
     ("output-error-unsaid", "cli/flags.py", "        raise OutputError(e.strerror or str(e)) from None", "        raise",
      "cli/test_output_errors.py::test_an_answer_to_a_full_device_is_one_line", "a full device shows a traceback"),
 )  # fmt: skip
