@@ -44,8 +44,8 @@ class FromWeight(Output):
     step = BLOCK_SIZE
 
     def begin(self, reader: Reader) -> Callable[[int, torch.Tensor], None]:
-        beside = (None if entry is None else reader.read(entry) for entry in (self.scale, self.zero))
-        return functools.partial(self.write, *beside)
+        scale, zero = (None if entry is None else reader.read(entry) for entry in (self.scale, self.zero))
+        return functools.partial(self.write, scale, zero)
 
     def write(self, scale: torch.Tensor | None, zero: torch.Tensor | None, row: int, window: torch.Tensor) -> None:
         raise NotImplementedError
