@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -173,9 +174,8 @@ def controls() -> Iterable[Configuration]:
 
 def toolchain() -> str:
     """What compiles here, for people; `key` has it in full."""
-    versions = [re.search(r"\bV([\d.]+)", get_ptxas_version(arch)) for arch in (90, 100)]
-    variables = [f", {name}={value}" for name, value in _heeded()]
-    return f"Triton {triton.__version__}, ptxas {' and '.join(v[1] for v in versions if v)}" + "".join(variables)
+    ptxas = " and ".join(re.findall(r"\bV([\d.]+)", get_ptxas_version(90) + get_ptxas_version(100)))
+    return ", ".join([f"Triton {triton.__version__}, ptxas {ptxas} on {platform.machine()}", *map("=".join, _heeded())])
 
 
 def _heeded() -> list[tuple[str, str]]:
