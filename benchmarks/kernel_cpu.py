@@ -27,12 +27,21 @@ from lib.timing import take_turns, timed
 
 from core.batch import Batch
 from core.errors import UserError
+from core.numerics import Form
 from ops import reference
 from ops.cpu import kernels as kernel_cpu
+from ops.formats import Weight
 
 BYTES = 1 << 30
 SHAPES = [(2048, 2048), (7168, 2048), (1536, 7168)]  # (N, K): of a small model, and two of DeepSeek-V3's
 ROWS = (1, 4, 8, 64, 512)
+FORMS = {
+    "FP8": Form("fp8"), "INT8": Form("int8"), "INT8, groups of 128": Form("int8", (1, 128), torch.bfloat16),
+    "INT4, groups of 32": Form("int4", (1, 32), torch.bfloat16),
+    "INT4, groups of 128": Form("int4", (1, 128), torch.bfloat16),
+    "INT4, groups of 128, zero points": Form("int4", (1, 128), torch.bfloat16, True),
+}  # fmt: skip
+FORM_SHAPE, FORM_ROWS = (1536, 2048), (1, 8, 512)
 EXPERTS = (2048, 1024, 32, 4)  # hidden size, width, how many, for a token: bench_cpu.py's
 HEADS, DN, R, C, DV = 16, 128, 64, 512, 128  # DeepSeek-V3's at TP8
 by_clang: Any = None  # the library that Clang made, where that is compared
@@ -84,14 +93,14 @@ def swapped(ours: Callable[[int], torch.Tensor]) -> Callable[[int], torch.Tensor
 def products(n: int, k: int, turns: int) -> list[dict[str, Any]]:
     copies = BYTES // (2 * n * k)
     weights = [torch.randn(n, k).bfloat16() for _ in range(copies)]
-    packed, tiles = [kernel_cpu.pack(w) for w in weights], kernel_cpu.may_use_tiles()
+    packed, units = [kernel_cpu.pack(w) for w in weights], kernel_cpu.may_use_units()
     can_pack = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     onednn = [torch.ops.mkldnn._reorder_linear_weight(w) for w in weights] if can_pack else []
 
     def product(rows: int) -> dict[str, Any]:
         x = torch.randn(rows, k).bfloat16()
         sides: Sides = {
-            "ours": lambda i: kernel_cpu.linear(x, packed[i], torch.bfloat16, tiles),
+            "ours": lambda i: kernel_cpu.linear(x, packed[i], torch.bfloat16, units),
             "F.linear": lambda i: F.linear(x, weights[i]),
         }
         if onednn:
@@ -105,6 +114,42 @@ def products(n: int, k: int, turns: int) -> list[dict[str, Any]]:
     return [product(rows) for rows in ROWS]
 
 
+def forms(n: int, k: int, turns: int) -> list[dict[str, Any]]:
+    """Weights of 8 and 4 bits beside those of bfloat16; GB/s are each form's own bytes, with its scales."""
+    made = {"bfloat16": (Form(), Weight(torch.randn(n, k).bfloat16()))}
+    made |= {name: (form, _quantised(form, n, k)) for name, form in FORMS.items()}
+    units, copies = kernel_cpu.may_use_units(), BYTES // len(made) // (2 * n * k)
+    packed = {name: [kernel_cpu.pack_weight(w) for _ in range(copies)] for name, (_, w) in made.items()}
+
+    def product(rows: int) -> list[dict[str, Any]]:
+        x, some = torch.randn(rows, k).bfloat16(), max(2, min(copies, 4096 // rows))
+        sides: Sides = {}
+        for name, (_, w) in made.items():
+            scale = w.scale
+            plain = w.data if scale is None else reference.weight_dequant(w.data, scale, torch.float64, w.block, w.zero)
+            sides[name] = lambda i, name=name: kernel_cpu.linear(x, packed[name][i], torch.bfloat16, units)
+            check(sides[name](1), x.double() @ plain.double().T, name)
+        size = {name: kernel_cpu.packed_bytes(form, n, k) for name, (form, _) in made.items()}
+        row = compare(f"{rows} x {k} by {n} x {k}, forms", sides, some, size["bfloat16"], 2 * rows * n * k, turns)
+        for name, of in row.items():
+            if isinstance(of, dict):
+                of["gb_s"] *= size[name] / size["bfloat16"]
+        return [row]
+
+    return [row for rows in FORM_ROWS for row in product(rows)]
+
+
+def _quantised(form: Form, n: int, k: int) -> Weight:
+    """Random: e4m3 as of normal numbers, the others' values all as likely."""
+    scale = (torch.rand(-(-n // form.block[0]), -(-k // form.block[1])) + 0.5).to(form.scale)
+    if form.kind == "fp8":
+        data = (torch.randn(n, k) * 100).to(torch.float8_e4m3fn)
+    else:
+        data = torch.randint(256, (n, k // form.packing), dtype=torch.uint8).view(form.dtype)
+    zero = torch.randint(16, scale.shape, dtype=torch.uint8) if form.zeros else None
+    return Weight(data, scale, block=form.block, zero=zero)
+
+
 def experts(turns: int) -> list[dict[str, Any]]:
     """A layer's routed experts; beside them a loop over those that are chosen."""
     h, inter, n, top = EXPERTS
@@ -113,7 +158,7 @@ def experts(turns: int) -> list[dict[str, Any]]:
     w13 = [torch.randn(n, 2 * inter, h).div(h**0.5).bfloat16() for _ in range(copies)]
     w2 = [torch.randn(n, h, inter).div(inter**0.5).bfloat16() for _ in range(copies)]
     packed = [(kernel_cpu.pack(a.clone()), kernel_cpu.pack(b.clone())) for a, b in zip(w13, w2, strict=True)]
-    tiles = kernel_cpu.may_use_tiles()
+    units = kernel_cpu.may_use_units()
 
     def layer(tokens: int) -> dict[str, Any]:
         x, weights = torch.randn(tokens, h).bfloat16(), torch.rand(tokens, top)
@@ -128,7 +173,7 @@ def experts(turns: int) -> list[dict[str, Any]]:
             return reference.experts(x, weights, ids, 0, n, run).bfloat16()
 
         sides: Sides = {
-            "ours": lambda i: kernel_cpu.experts(x, weights, ids, 0, *packed[i], inter, tiles=tiles),
+            "ours": lambda i: kernel_cpu.experts(x, weights, ids, 0, *packed[i], inter, units=units),
             "loop over F.linear": loop,
         }
         expected = torch.zeros(tokens, h, dtype=torch.float64)
@@ -213,6 +258,8 @@ def main() -> int:
     found["rows"] = []
     for n, k in SHAPES:
         found["rows"] += products(n, k, args.turns)
+    if not args.clang:
+        found["rows"] += forms(*FORM_SHAPE, args.turns)
     found["rows"] += experts(args.turns) + attention(args.turns)
     report.save(args.output, found)
     return 0

@@ -153,6 +153,57 @@ def test_what_the_backend_packs():
         assert relative_error(ops.linear(x, w), (x.double() @ exact(w).T).bfloat16()) < 3e-3
 
 
+# ---------------------------------------------------------------- instructions for pairs of bfloat16
+
+needs_pairs = pytest.mark.skipif(
+    not kernels.may_use_pairs(), reason="this processor has no AVX512_BF16, or a matrix unit"
+)
+
+
+@needs_pairs
+@pytest.mark.parametrize("form", [*FORMS, "plain"])
+@pytest.mark.parametrize("n, k", [(1, 128), (70, 640), (300, 256)])
+def test_linear_in_pairs(form, n, k, vectors, monkeypatch):
+    """Whatever the number of rows, a row's bits are the same; floats go another way."""
+    w = Weight(randn(n, k)) if form == "plain" else random_weight(FORMS[form], n, k)
+    values, x = w.data.double() if form == "plain" else exact(w), randn(300, k + 8, seed=1)[:, 3 : k + 3]
+    packed = kernels.pack_weight(w)
+    y = kernels.linear(x, packed, torch.float32, units=True)
+    assert ((y - x.double() @ values.T).abs() <= 1e-6 * (x.double().abs() @ values.abs().T)).all()
+    for rows in (*range(1, 15), 40, 100):
+        assert torch.equal(kernels.linear(x[:rows], packed, torch.float32, units=True), y[:rows])
+    assert torch.equal(kernels.linear(x, packed, torch.bfloat16, units=True), y.bfloat16())
+    plain = kernels.linear(x, packed, torch.float32)
+    assert torch.equal(kernels.linear(x.float(), packed, torch.float32, units=True), plain)
+    if vectors != "shorter vectors" and n > 1:
+        assert not torch.equal(y, plain)  # they were used
+    monkeypatch.setattr(kernels, "CHUNK_BYTES", 1)
+    assert torch.equal(kernels.linear(x, packed, torch.float32, units=True), y)
+
+
+@needs_pairs
+@pytest.mark.parametrize("n, k", [(1, 1), (67, 515), (33, 77)])
+def test_an_odd_number_of_channels_in_pairs(n, k):
+    w, x = randn(n, k), randn(30, k, seed=1)
+    y = kernels.linear(x, kernels.pack(w), torch.float32, units=True)
+    assert ((y - x.double() @ w.double().T).abs() <= 1e-6 * (x.double().abs() @ w.double().abs().T)).all()
+
+
+@needs_pairs
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [1, 9, 200])
+def test_experts_in_pairs(form, rows):
+    """As without, but for a rounding of what SwiGLU makes; a token's bits do not depend on the others."""
+    g = torch.Generator().manual_seed(rows)
+    w13, w2 = (kernels.pack_weight(w) for w in experts_of(FORMS[form], 8, 256, 128))
+    x, ids = randn(rows, 256), torch.rand(rows, 8, generator=g).topk(3).indices
+    weights, shared = torch.rand(rows, 3, generator=g), randn(rows, 256, seed=2)
+    plain, y = (kernels.experts(x, weights, ids, 0, w13, w2, 128, shared, units) for units in (False, True))
+    assert relative_error(y, plain.double()) < 4e-3
+    last = slice(rows - 1, rows)
+    assert torch.equal(kernels.experts(x[last], weights[last], ids[last], 0, w13, w2, 128, shared[last], True), y[last])
+
+
 # ---------------------------------------------------------------- mixture of experts
 
 

@@ -78,6 +78,7 @@ def check(found: dict[str, Any], capability: str, onednn: str, marches: list[str
     for form, error in errors.items():
         coarse = {"W8A8": 3, "FP8 latents": 2.5}.get(form, 1.5)
         assert error < (1e-5 if form.startswith("float32") else coarse * errors["reference"]), (form, errors)
+    assert {*found["products"]} == {*marches} and all(error < 1e-6 for error in found["products"].values()), found["products"]
     print(errors)
     assert errors["reference"] < 0.1
 

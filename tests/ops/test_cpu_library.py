@@ -61,7 +61,7 @@ def test_a_directory_that_others_write_to_is_not_used(tmp_path, mode):
 def test_tiles_are_not_touched_before_the_process_has_asked():
     """The processor would end it."""
     code = "import torch\nw = kernels.pack(torch.eye(64).bfloat16())\n"
-    done = run(code + "print(kernels.linear(torch.ones(32, 64).bfloat16(), w, torch.float32, tiles=True).sum().item())")
+    done = run(code + "print(kernels.linear(torch.ones(32, 64).bfloat16(), w, torch.float32, units=True).sum().item())")
     assert (done.returncode, done.stdout) == (0, "2048.0\n"), done.stderr
 
 

@@ -59,14 +59,14 @@ def test_linear_in_tiles(n, k, rows, vectors, monkeypatch):
     w, x = randn(n, k), randn(rows, k + 8, seed=1)[:, 3 : k + 3]
     expected, magnitude = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
     packed = kernels.pack(w)
-    y = kernels.linear(x, packed, torch.float32, tiles=True)
+    y = kernels.linear(x, packed, torch.float32, units=True)
     assert y.shape == (rows, n) and ((y - expected).abs() <= 1e-6 * magnitude).all()
-    assert torch.equal(kernels.linear(x, packed, torch.bfloat16, tiles=True), y.bfloat16())
-    assert torch.equal(kernels.linear(x.float(), packed, torch.float32, tiles=True), plain := kernels.linear(x, packed, torch.float32))
-    assert torch.equal(kernels.linear(x[:15], packed, torch.float32, tiles=True), plain[:15])
+    assert torch.equal(kernels.linear(x, packed, torch.bfloat16, units=True), y.bfloat16())
+    assert torch.equal(kernels.linear(x.float(), packed, torch.float32, units=True), plain := kernels.linear(x, packed, torch.float32))
+    assert torch.equal(kernels.linear(x[:15], packed, torch.float32, units=True), plain[:15])
     monkeypatch.setattr(kernels, "TILE_CHUNK_BYTES", 1)
     assert kernels.tile_chunk_rows(k) == 96
-    assert torch.equal(kernels.linear(x, packed, torch.float32, tiles=True), y)
+    assert torch.equal(kernels.linear(x, packed, torch.float32, units=True), y)
     if vectors != "shorter vectors" and n > 1 and k > 100:
         assert not torch.equal(y, plain)  # they were used
     else:
@@ -77,7 +77,7 @@ def test_linear_in_tiles(n, k, rows, vectors, monkeypatch):
 def test_channels_that_fill_no_tile_go_another_way():
     w, x = randn(64, 40), randn(50, 40, seed=1)
     y = kernels.linear(x, kernels.pack(w), torch.float32)
-    assert torch.equal(kernels.linear(x, kernels.pack(w), torch.float32, tiles=True), y)
+    assert torch.equal(kernels.linear(x, kernels.pack(w), torch.float32, units=True), y)
 
 
 @needs_tiles
@@ -85,14 +85,14 @@ def test_channels_that_fill_no_tile_go_another_way():
 def test_what_is_not_finite_stays_in_its_row_of_a_tile(bad):
     w, x = randn(70, 64), randn(40, 64, seed=1)
     w[33, 4] = x[18, 7] = bad
-    y = kernels.linear(x, kernels.pack(w), torch.float32, tiles=True)
+    y = kernels.linear(x, kernels.pack(w), torch.float32, units=True)
     expected = x.float() @ w.float().T
     assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
 
 
-def test_only_a_backend_that_need_not_be_batch_invariant_uses_tiles(monkeypatch):
-    monkeypatch.setattr(kernels, "may_use_tiles", lambda: True)
-    assert CompiledCpuBackend().tiles and not CompiledCpuBackend(batch_invariant=True).tiles
+def test_only_a_backend_that_need_not_be_batch_invariant_uses_units(monkeypatch):
+    monkeypatch.setattr(kernels, "may_use_units", lambda: True)
+    assert CompiledCpuBackend().units and not CompiledCpuBackend(batch_invariant=True).units
 
 
 def test_an_odd_number_of_channels_is_filled_up():
@@ -208,11 +208,11 @@ def test_experts_in_tiles(rows, first, n_local, h, inter, monkeypatch):
     ids = torch.rand(rows, 8, generator=g).mul(torch.tensor([9.0, 9, 9, 9, 2, 2, 1, 1])).topk(3).indices
     weights = torch.rand(rows, 3, generator=g)
     inputs = x, weights, ids, first, kernels.pack(w13), kernels.pack(w2), inter, shared
-    plain, y = (kernels.experts(*inputs, tiles=tiles) for tiles in (False, True))
+    plain, y = (kernels.experts(*inputs, units=units) for units in (False, True))
     assert relative_error(y, plain.double()) < 4e-3
     for bundle in (1, 40):
         monkeypatch.setattr(kernels, "BUNDLE_ROWS", bundle)
-        assert torch.equal(kernels.experts(*inputs, tiles=True), y)
+        assert torch.equal(kernels.experts(*inputs, units=True), y)
     if h % 32 or inter % 32:
         assert torch.equal(y, plain)
 

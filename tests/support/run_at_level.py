@@ -11,13 +11,23 @@ from pathlib import Path
 
 import torch
 
-from core.numerics import Numerics
+from core.numerics import Form, Numerics
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from ops.cpu import kernels
 from ops.cpu.backend import CompiledCpuBackend, CpuBackend
 from ops.reference_backend import ReferenceBackend
 from support.model_pairs import hidden_states, ours, relative_error
+from support.quantised_weights import FORMS, exact, random_weight
+
+
+def product_error(form: Form) -> float:
+    """The largest error of products of few rows and many, as floats and in the processor's units, by float64."""
+    w = random_weight(form, 130, 384)
+    x, values = torch.randn(40, 384).bfloat16(), exact(w)
+    expected, packed = x.double() @ values.T, kernels.pack_weight(w)
+    found = [(x[:n], units) for n in (1, 2, 5, 40) for units in (False, kernels.may_use_units())]
+    return max(relative_error(kernels.linear(rows, packed, torch.float32, units), expected[: len(rows)]) for rows, units in found)
 
 
 def main() -> None:
@@ -39,12 +49,15 @@ def main() -> None:
         "W8A8": error(Numerics(torch.bfloat16, "fp8"), CpuBackend()),
         "FP8 latents": error(Numerics(fp8_latents=True), CpuBackend()),
     }
+    products = {}
     for march in asked["marches"]:
         flags = tuple(f"-march={march}" if flag == kernels.NATIVE[0] else flag for flag in kernels.FLAGS)
         found = kernels.load(kernels.build(kernels.compilers()[0], flags))
         kernels.library = lambda found=found: found
         kernels.may_use_tiles.cache_clear()
         errors[f"compiled for {march}"] = error(half, CompiledCpuBackend())
+        errors[f"FP8 as it is, compiled for {march}"] = error(Numerics(torch.bfloat16, "bf16"), CompiledCpuBackend())
+        products[march] = max(product_error(form) for form in FORMS.values())
     answers = []
     if asked["questions"]:
         if asked["compiled"] is False:
@@ -58,6 +71,7 @@ def main() -> None:
                 "level": torch.backends.cpu.get_cpu_capability(),
                 "onednn packs bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported(),
                 "errors": errors,
+                "products": products,
                 "answers": answers,
             }
         )

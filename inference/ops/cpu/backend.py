@@ -48,11 +48,12 @@ class CpuBackend(ReferenceBackend):
 
 class CompiledCpuBackend(CpuBackend):
     """For activations in bfloat16. Products by a packed weight do not depend, to the bit, on the other rows, except
-    that outside batch-invariant mode many rows go through the processor's matrix unit, where it has one."""
+    that outside batch-invariant mode many rows go through the processor's matrix unit, where it has one. There all rows
+    go through its instructions for pairs of bfloat16 instead, where it has those alone."""
 
     def __init__(self, batch_invariant: bool = False):
         super().__init__(batch_invariant)
-        self.tiles = not batch_invariant and kernels.may_use_tiles()
+        self.units = not batch_invariant and kernels.may_use_units()
 
     def pack_weight(self, w: Weight) -> Weight:
         """In panels of rows, which kernels.c reads at the memory's speed even for one token; of W8A8 as it is. A stack
@@ -66,7 +67,7 @@ class CompiledCpuBackend(CpuBackend):
     def linear(self, x: torch.Tensor | Quantised, w: Weight) -> torch.Tensor:
         if isinstance(w.data, kernels.Packed):
             assert isinstance(x, torch.Tensor), "quantised activations by a weight that takes plain ones"
-            return kernels.linear(x, w.data, x.dtype, self.tiles)
+            return kernels.linear(x, w.data, x.dtype, self.units)
         return super().linear(x, w)
 
     def project_float32(self, x: torch.Tensor, w: Any) -> torch.Tensor:
@@ -108,7 +109,7 @@ class CompiledCpuBackend(CpuBackend):
         if not (isinstance(w13.data, kernels.Packed) and isinstance(w2.data, kernels.Packed)):
             return super().experts(x, weights, ids, first, w13, w2, inter, shared, n_experts)
         extra = None if shared is None else shared()
-        return kernels.experts(plain_tokens(x), weights, ids, first, w13.data, w2.data, inter, extra, self.tiles)
+        return kernels.experts(plain_tokens(x), weights, ids, first, w13.data, w2.data, inter, extra, self.units)
 
     def latent_write(
         self,

@@ -28,8 +28,10 @@ static int omp_get_thread_num(void) { return 0; }
 static int omp_get_num_threads(void) { return 1; }
 #endif
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#ifdef __AVX512F__
 enum { LANES = 16, ROWS = 12 }; /* of a product at once: ROWS * 2 sums and a line's two halves fill the registers */
 #else
 enum { LANES = 8, ROWS = 6 };
@@ -119,14 +121,9 @@ INLINE float sum_v(vf x) { /* of halves, halves of these, ... */
 
 /* ------------------------------------------------------------------------------------------------ matrix products */
 
-/* A packed weight (n, k) of one of a stack's. Its numbers take, for two k of a panel:
- *   BF16  two lines;
- *   FP8   e4m3, the bytes of both lines in turn, the second line's first, so that shifts make the two lines of them;
- *   INT8  each line's first k, then its second;
- *   INT4  as INT8, but for four k: a byte's high half has the value of two k later.
- * Its scales, float or bfloat16, are for blocks of `rows` rows and `block` k: (blocks of rows, blocks of k) for whole
- * panels that share one; with rows 1 a line, (panels, blocks of k, WIDTH). zeros: INT4's zero points, in such lines, or
- * none, for 8. stack_*: bytes from a weight to the next one. */
+/* A packed weight (n, k), or a stack of them. Its scales, float or bfloat16, are for blocks of `rows` rows and `block` k:
+ * (blocks of rows, blocks of k) where whole panels share one; with rows 1 lines, (panels, blocks of k, WIDTH). zeros:
+ * INT4's zero points, in such lines, or none, for 8. stack_*: bytes from a weight to the next one. */
 enum { BF16, FP8, INT8, INT4 };
 typedef struct {
     const void *data, *scales;
@@ -147,19 +144,34 @@ INLINE int64_t panel_bytes(int64_t form, int64_t k) {
     return form == BF16 ? 2 * WIDTH * k : form == INT4 ? WIDTH / 2 * k : WIDTH * k;
 }
 
-/* Where a form of 8 bits has the byte of row i of a panel for the first or second of two k. */
-INLINE int64_t byte_at(int64_t form, int i, int second) {
-    const int line = i / LANES, lane = i % LANES;
-    return form == FP8 ? 2 * (2 * lane + second) + 1 - line : (2 * line + second) * LANES + lane;
+/* Two lines of 8 bits, or four of 4, lie together, so that few instructions make them lines of bfloat16: */
+typedef struct {
+    int byte, shift;
+} Place;
+
+/* where they have what row i of the panel has for k, 0 to 1, or 0 to 3. */
+INLINE Place place_of(int form, int i, int k) {
+    const int line = i / LANES, lane = i % LANES, number = 2 * lane + k % 2, pair = k / 2;
+    if (form == FP8) return (Place){2 * number + 1 - line, 0}; /* both lines in turn, the second one first */
+    if (form == INT8) return (Place){(2 * line + k) * LANES + lane, 0}; /* each line's first k, and its second */
+#if defined(__AVX512BW__)
+    return (Place){2 * number + pair, 4 * line};
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    return (Place){number / 8 * 16 + line * 8 + number % 8, 4 * pair};
+#else
+    return (Place){(2 * line + k % 2) * LANES + lane, 4 * pair};
+#endif
 }
 
 /* w (n, k) to panels; in place where n is a multiple of WIDTH and k even. INT4: k a multiple of 4, w (n, k / 2) with
- * the even k in the low half of a byte. scratch: (threads, panel_bytes(form, even(k))). */
+ * the even k in the low half of a byte. scratch: (threads, panel_bytes(form, even(k))). What fills them up is any
+ * number. */
 void pack(const void *w, int64_t n, int64_t k, int form, void *out, void *scratch, int threads) {
     const int64_t size = panel_bytes(form, even(k));
+    const uint8_t filling = form == FP8 ? 0x38 : 0; /* 1, as nothing would be unusual */
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t p = 0; p < in_wholes(n, WIDTH); p++) {
-        char *panel = (char *)scratch + omp_get_thread_num() * size;
+        uint8_t *panel = (uint8_t *)scratch + omp_get_thread_num() * size;
         for (int i = 0; i < WIDTH; i++) {
             const int64_t row = p * WIDTH + i;
             if (form == BF16) {
@@ -169,18 +181,21 @@ void pack(const void *w, int64_t n, int64_t k, int form, void *out, void *scratc
                     column[j / 2 * 2 * WIDTH + j % 2] = row < n && j < k ? from[j] : 0;
             } else if (form == INT4) {
                 const uint8_t *from = (const uint8_t *)w + row * (k / 2);
-                uint8_t *first = (uint8_t *)panel + byte_at(form, i, 0), *second = (uint8_t *)panel + byte_at(form, i, 1);
-                for (int64_t j = 0; j < k / 2; j += 2) {
-                    const uint8_t a = row < n ? from[j] : 0, b = row < n ? from[j + 1] : 0;
-                    first[j * WIDTH] = (a & 15) | (b & 15) << 4;
-                    second[j * WIDTH] = a >> 4 | (b & 0xf0);
+                Place to[4];
+                for (int l = 0; l < 4; l++) to[l] = place_of(form, i, l);
+                for (int64_t j = 0; j < k; j += 4) {
+                    uint8_t *four = panel + j * WIDTH / 2;
+                    for (int l = 0; l < 4; l++) {
+                        const int nibble = row < n ? from[(j + l) / 2] >> 4 * (l % 2) & 15 : 0;
+                        four[to[l].byte] = (four[to[l].byte] & (0xf0 >> to[l].shift)) | nibble << to[l].shift;
+                    }
                 }
             } else {
                 const uint8_t *from = (const uint8_t *)w + row * k;
-                uint8_t *first = (uint8_t *)panel + byte_at(form, i, 0), *second = (uint8_t *)panel + byte_at(form, i, 1);
+                uint8_t *first = panel + place_of(form, i, 0).byte, *second = panel + place_of(form, i, 1).byte;
                 for (int64_t j = 0; j < k; j += 2) {
-                    first[j * WIDTH] = row < n ? from[j] : 0;
-                    second[j * WIDTH] = row < n && j + 1 < k ? from[j + 1] : 0;
+                    first[j * WIDTH] = row < n ? from[j] : filling;
+                    second[j * WIDTH] = row < n && j + 1 < k ? from[j + 1] : filling;
                 }
             }
         }
@@ -192,118 +207,208 @@ void pack(const void *w, int64_t n, int64_t k, int form, void *out, void *scratc
 INLINE bf16 widen_e4m3(uint8_t x) {
     const int sign = x >> 7 << 15, bits = x & 0x7f;
     if (bits == 0x7f) return sign | 0x7fc0;
-    if (bits > 7) return sign | ((bits << 4) + (120 << 7)); /* the exponent's bias: 127 for 7 */
+    if (bits > 7) return sign | ((bits << 4) + (120 << 7)); /* its exponent is 7 larger, and bfloat16's 127 */
     return sign | narrow(bits * 0x1p-9f);
 }
 
 typedef int16_t vs __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-typedef uint8_t v2b __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
 
-/* Whether a number of these is zero, subnormal or NaN. */
-INLINE int any_unusual(v2b x) {
-    x = ((x + 1) & 0x7f) < 9;
-    uint64_t words[LANES / 2], any = 0;
-    memcpy(words, &x, sizeof(x));
-    for (int i = 0; i < LANES / 2; i++) any |= words[i];
-    return any != 0;
+/* Which of these are zero, subnormal or NaN: a bit for each, or for some of them. */
+INLINE uint64_t unusual(const uint8_t *from) {
+#if defined(__AVX512BW__)
+    __m512i x = _mm512_add_epi8(_mm512_loadu_si512(from), _mm512_set1_epi8(1));
+    return _mm512_cmplt_epu8_mask(_mm512_and_si512(x, _mm512_set1_epi8(0x7f)), _mm512_set1_epi8(9));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+    __m256i x = _mm256_add_epi8(_mm256_loadu_si256((const __m256i *)from), _mm256_set1_epi8(1));
+    x = _mm256_cmpgt_epi8(_mm256_set1_epi8(9), _mm256_and_si256(x, _mm256_set1_epi8(0x7f)));
+    return (uint32_t)_mm256_movemask_epi8(x);
+#else
+    uint64_t found = 0;
+    for (int i = 0; i < 2 * WIDTH; i++) found |= (uint64_t)((uint8_t)(from[i] + 1) % 128 < 9) << i;
+    return found;
+#endif
 }
 
-/* Two k of a panel as lines of bfloat16. */
-INLINE void widen_fp8(const uint8_t *from, bf16 *lines) {
-    vs x = *(const vs *)from;
-    if (any_unusual((v2b)x)) {
-        for (int i = 0; i < WIDTH; i++) {
-            lines[i] = widen_e4m3(from[2 * i + 1]);
-            lines[WIDTH + i] = widen_e4m3(from[2 * i]);
+/* Two lines of e4m3. A shift brings sign, exponent and mantissa into place; the few others are made one by one. */
+INLINE void widen_fp8(const uint8_t *from, vu *lines) {
+    const vs x = *(const vs *)from, mask = (vs){0} + (int16_t)0x87f0;
+    lines[0] = (vu)((x >> 4 & mask) + (120 << 7));
+    lines[1] = (vu)((x << 8 >> 4 & mask) + (120 << 7));
+    uint64_t left = unusual(from);
+    if (__builtin_expect(left != 0, 0)) {
+        bf16 numbers[2 * WIDTH];
+        memcpy(numbers, lines, sizeof(numbers));
+        for (; left; left &= left - 1) {
+            const int at = __builtin_ctzll(left);
+            numbers[(at % 2 ? 0 : WIDTH) + at / 2] = widen_e4m3(from[at]);
+        }
+        memcpy(lines, numbers, sizeof(numbers));
+    }
+}
+
+/* A line of bfloat16 of values for the first k and for the second, which it can hold. */
+INLINE vu join_v(vf first, vf second) { return (vu)first >> 16 | (vu)second; }
+
+INLINE vf float_of_int8(const uint8_t *x) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
+#else
+    return __builtin_convertvector(*(const vc *)x, vf);
+#endif
+}
+
+INLINE void widen_int8(const uint8_t *from, vu *lines) {
+    lines[0] = join_v(float_of_int8(from), float_of_int8(from + LANES));
+    lines[1] = join_v(float_of_int8(from + 2 * LANES), float_of_int8(from + 3 * LANES));
+}
+
+/* The zero points of a panel's rows as widen_int4 takes them. */
+typedef struct {
+    uint8_t bytes[4 * WIDTH] __attribute__((aligned(64)));
+} Zeros;
+
+#if defined(__AVX512BW__)
+static const bf16 NUMBERS[32] = { /* 0 to 15 */
+    0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160,
+    0x4170, /* and -16 to -1 */ 0xc180, 0xc170, 0xc160, 0xc150, 0xc140, 0xc130, 0xc120, 0xc110, 0xc100, 0xc0e0, 0xc0c0,
+    0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+};
+
+static Zeros zeros_of(const uint8_t *zeros) { /* of each number of the two lines */
+    Zeros z;
+    for (int i = 0; i < WIDTH; i++) {
+        const uint16_t both[2] = {zeros ? zeros[i] : 8, zeros ? zeros[i] : 8};
+        memcpy(z.bytes + 4 * i, both, 4);
+    }
+    return z;
+}
+
+INLINE void widen_int4(const uint8_t *from, const Zeros *zeros, vu *lines) {
+    const __m512i table = _mm512_loadu_si512(NUMBERS);
+#pragma GCC unroll 4
+    for (int l = 0; l < 4; l++) {
+        const vs number = (*(const vs *)from >> 4 * l & 15) - *(const vs *)(zeros->bytes + l % 2 * 2 * WIDTH);
+        lines[l] = (vu)_mm512_permutexvar_epi16((__m512i)number, table);
+    }
+}
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+static Zeros zeros_of(const uint8_t *zeros) {
+    Zeros z;
+    for (int i = 0; i < WIDTH; i++)
+        for (int j = 0; j < 2; j++) z.bytes[place_of(INT4, i, j).byte] = zeros ? zeros[i] : 8;
+    return z;
+}
+
+INLINE void widen_int4(const uint8_t *from, const Zeros *zeros, vu *lines) {
+    const __m256i x = _mm256_loadu_si256((const __m256i *)from), fifteen = _mm256_set1_epi8(15);
+    const __m256i zero = _mm256_load_si256((const __m256i *)zeros->bytes), sign = _mm256_set1_epi8(-128);
+    const __m256i upper = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41));
+    const __m256i lower = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, -128, 0, 0x40, -128, -96, -64, -32, 0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70));
+#pragma GCC unroll 2
+    for (int l = 0; l < 2; l++) {
+        const __m256i number = _mm256_sub_epi8(_mm256_and_si256(l ? _mm256_srli_epi16(x, 4) : x, fifteen), zero);
+        const __m256i size = _mm256_abs_epi8(number), low = _mm256_shuffle_epi8(lower, size);
+        const __m256i high = _mm256_or_si256(_mm256_shuffle_epi8(upper, size), _mm256_and_si256(number, sign));
+        lines[2 * l] = (vu)_mm256_unpacklo_epi8(low, high);
+        lines[2 * l + 1] = (vu)_mm256_unpackhi_epi8(low, high);
+    }
+}
+#else
+static Zeros zeros_of(const uint8_t *zeros) {
+    Zeros z;
+    for (int i = 0; i < WIDTH; i++) z.bytes[i] = zeros ? zeros[i] : 8;
+    return z;
+}
+
+INLINE void widen_int4(const uint8_t *from, const Zeros *zeros, vu *lines) {
+    for (int i = 0; i < 2; i++, from += WIDTH) {
+        const vb zero = *(const vb *)(zeros->bytes + i * LANES), a = *(const vb *)from, b = *(const vb *)(from + LANES);
+        lines[i] = join_v(__builtin_convertvector((vc)((a & 15) - zero), vf),
+                          __builtin_convertvector((vc)((b & 15) - zero), vf));
+        lines[i + 2] = join_v(__builtin_convertvector((vc)((a >> 4) - zero), vf),
+                              __builtin_convertvector((vc)((b >> 4) - zero), vf));
+    }
+}
+#endif
+
+/* How rows of x are multiplied, and lie: as floats, interleaved in blocks; as pairs of bfloat16, interleaved too; or in
+ * tiles. */
+typedef enum { FLOATS, PAIRS, TILES } Way;
+INLINE int64_t bytes_of(Way way) { return way == FLOATS ? sizeof(float) : sizeof(bf16); }
+
+/* Lines, two or of INT4 four, as bfloat16. */
+INLINE void widen_lines(int form, const uint8_t *from, const Zeros *zeros, vu *lines) {
+    if (form == FP8) widen_fp8(from, lines);
+    else if (form == INT8) widen_int8(from, lines);
+    else if (form == INT4) widen_int4(from, zeros, lines);
+    else lines[0] = *(const vu *)from, lines[1] = *(const vu *)(from + 2 * WIDTH);
+}
+
+/* Part of a weight, k of some panels: their lines, `stride` bytes from a panel to the next; scales (panels, WIDTH), or
+ * none; zero points; and from where on memory is fetched meanwhile, so many bytes a k, and to the next panel. */
+typedef struct {
+    const uint8_t *lines;
+    int64_t stride, k;
+    const float *scales;
+    const Zeros *zeros;
+    const uint8_t *ahead;
+    int64_t ahead_step, ahead_stride;
+} Part;
+
+/* r rows' two k by two lines, added to every p-th of the sums. */
+INLINE void multiply_lines(const float *x, vu a, vu b, Way way, int r, int p, vf *low, vf *high) {
+#ifdef __AVX512BF16__
+    if (way == PAIRS) {
+#pragma GCC unroll 12
+        for (int i = 0; i < r; i++) {
+            const __m512bh pair = (__m512bh)_mm512_set1_ps(x[i]);
+            low[i * p] = (vf)_mm512_dpbf16_ps((__m512)low[i * p], (__m512bh)a, pair);
+            high[i * p] = (vf)_mm512_dpbf16_ps((__m512)high[i * p], (__m512bh)b, pair);
         }
         return;
     }
-    *(vs *)lines = ((x >> 4) & (int16_t)0x87f0) + (120 << 7);
-    *(vs *)(lines + WIDTH) = (((vs)((vu)x << 8) >> 4) & (int16_t)0x87f0) + (120 << 7);
-}
-
-/* A line of bfloat16, of values for the first k and the second that it can hold. */
-INLINE void join_v(vf first, vf second, bf16 *line) { *(vu *)line = (vu)first >> 16 | (vu)second; }
-
-INLINE void widen_int8(const uint8_t *from, bf16 *lines) {
-    for (int i = 0; i < 2; i++, from += WIDTH, lines += WIDTH)
-        join_v(__builtin_convertvector(*(const vc *)from, vf), __builtin_convertvector(*(const vc *)(from + LANES), vf),
-               lines);
-}
-
-/* Four k. zeros: of each row. */
-INLINE void widen_int4(const uint8_t *from, const float *zeros, bf16 *lines) {
-    for (int i = 0; i < 2; i++, from += WIDTH, lines += WIDTH) {
-        const vf zero = *(const vf *)(zeros + i * LANES);
-        vi a = __builtin_convertvector(*(const vb *)from, vi), b = __builtin_convertvector(*(const vb *)(from + LANES), vi);
-        join_v(__builtin_convertvector(a & 15, vf) - zero, __builtin_convertvector(b & 15, vf) - zero, lines);
-        join_v(__builtin_convertvector(a >> 4, vf) - zero, __builtin_convertvector(b >> 4, vf) - zero, lines + 2 * WIDTH);
+#endif
+    (void)way;
+    vf first = (vf)(a << 16), second = (vf)(b << 16);
+#pragma GCC unroll 12
+    for (int i = 0; i < r; i++) {
+        low[i * p] += x[i] * first;
+        high[i * p] += x[i] * second;
+    }
+    first = (vf)(a & 0xffff0000u), second = (vf)(b & 0xffff0000u);
+#pragma GCC unroll 12
+    for (int i = 0; i < r; i++) {
+        low[i * p] += x[r + i] * first;
+        high[i * p] += x[r + i] * second;
     }
 }
 
-enum { CHUNK = 128 /* k of a panel that are widened together, at most */ };
-
-/* k [k0, k0 + n) of panel p, all of one block, as lines of bfloat16; their scales (WIDTH). */
-static void widen_chunk(const Matrix *w, int64_t p, int64_t k0, int64_t n, bf16 *lines, float *scales) {
-    const int64_t blocks = in_wholes(w->k, w->block), at = k0 / w->block;
-    const int64_t line = (p * blocks + at) * WIDTH, shared = p * WIDTH / w->rows * blocks + at;
-    for (int i = 0; i < WIDTH; i++) {
-        const int64_t place = w->rows == 1 ? line + i : shared;
-        scales[i] = w->bf16_scales ? widen(((const bf16 *)w->scales)[place]) : ((const float *)w->scales)[place];
-    }
-    const int64_t size = panel_bytes(w->form, even(w->k)), begin = panel_bytes(w->form, k0);
-    const uint8_t *from = (const uint8_t *)w->data + p * size + begin;
-    if (w->form == INT4) {
-        float zeros[WIDTH];
-        for (int i = 0; i < WIDTH; i++) zeros[i] = w->zeros ? w->zeros[line + i] : 8;
-        for (int64_t j = 0; j < n; j += 4, from += 2 * WIDTH, lines += 4 * WIDTH) {
-            __builtin_prefetch(from + AHEAD * 2 * WIDTH);
-            widen_int4(from, zeros, lines);
-        }
-    } else if (w->form == FP8) {
-        for (int64_t j = 0; j < n; j += 2, from += 2 * WIDTH, lines += 2 * WIDTH) {
-            __builtin_prefetch(from + AHEAD * 2 * WIDTH);
-            widen_fp8(from, lines);
-        }
-    } else {
-        for (int64_t j = 0; j < n; j += 2, from += 2 * WIDTH, lines += 2 * WIDTH) {
-            __builtin_prefetch(from + AHEAD * 2 * WIDTH);
-            widen_int8(from, lines);
-        }
-    }
-}
-
-/* r rows of x, interleaved as (k, r), by p panels, k even: sums to out (r, p * WIDTH), or, with scales (p, WIDTH), these
- * times the sums added there. r and p are constants where it is used. */
-INLINE void product_of(const float *x, const bf16 *w, int64_t k, const float *scales, int r, int p, float *out) {
+/* r rows of x, interleaved, by p panels: sums to out (r, p * WIDTH), or, with scales, these times the sums added there.
+ * form, way, r and p are constants where it is used. */
+INLINE void product_of(const float *x, const Part *w, int form, Way way, int r, int p, float *out) {
     vf low[ROWS], high[ROWS];
+    const int step = form == INT4 ? 4 : 2, pair = way == PAIRS ? r : 2 * r; /* numbers of x */
+    const int64_t k = w->k, stride = w->stride, of_panel = w->ahead_stride, of_step = w->ahead_step * step;
+    const uint8_t *from = w->lines, *ahead = w->ahead;
     for (int i = 0; i < r * p; i++) low[i] = high[i] = (vf){0};
-    for (int64_t j = 0; j < k; j += 2)
+    for (int64_t j = 0; j < k; j += step, x += step / 2 * pair, from += panel_bytes(form, step), ahead += of_step)
 #pragma GCC unroll 4
         for (int q = 0; q < p; q++) {
-            const bf16 *lines = w + (q * k + j) * WIDTH;
-            if (!scales) { /* they come from memory */
-                __builtin_prefetch(lines + AHEAD * WIDTH);
-                __builtin_prefetch(lines + (AHEAD + 1) * WIDTH);
-            }
-            vu a = *(const vu *)lines, b = *(const vu *)(lines + WIDTH);
-            vf first = (vf)(a << 16), second = (vf)(b << 16);
-#pragma GCC unroll 12
-            for (int i = 0; i < r; i++) {
-                low[i * p + q] += x[j * r + i] * first;
-                high[i * p + q] += x[j * r + i] * second;
-            }
-            first = (vf)(a & 0xffff0000u), second = (vf)(b & 0xffff0000u);
-#pragma GCC unroll 12
-            for (int i = 0; i < r; i++) {
-                low[i * p + q] += x[(j + 1) * r + i] * first;
-                high[i * p + q] += x[(j + 1) * r + i] * second;
-            }
+            vu lines[4];
+            __builtin_prefetch(ahead + q * of_panel);
+            if (form == BF16 && LANES == 16) __builtin_prefetch(ahead + q * of_panel + 64);
+            widen_lines(form, from + q * stride, w->zeros + q, lines);
+            multiply_lines(x, lines[0], lines[1], way, r, p, low + q, high + q);
+            if (form == INT4) multiply_lines(x + pair, lines[2], lines[3], way, r, p, low + q, high + q);
         }
     for (int i = 0; i < r * p; i++, out += WIDTH) {
-        if (scales) {
-            low[i] = *(vf *)out + low[i] * *(const vf *)(scales + i % p * WIDTH);
-            high[i] = *(vf *)(out + LANES) + high[i] * *(const vf *)(scales + i % p * WIDTH + LANES);
+        if (w->scales) {
+            low[i] = *(vf *)out + low[i] * *(const vf *)(w->scales + i % p * WIDTH);
+            high[i] = *(vf *)(out + LANES) + high[i] * *(const vf *)(w->scales + i % p * WIDTH + LANES);
         }
         *(vf *)out = low[i];
         *(vf *)(out + LANES) = high[i];
@@ -317,19 +422,30 @@ INLINE int panels_at_once(int r, int64_t left) {
     return p;
 }
 
-static void product(const float *x, int r, const bf16 *w, int64_t k, const float *scales, int p, float *out) {
-#define CASE(r)                                                                   \
+/* form is BF16, or the panels are four: so few rows take lines of 8 or 4 bits as they are. */
+static __attribute__((noinline, noclone)) void product(const float *x, int r, const Part *w, int form, Way way, int p, float *out) {
+#define CASE(r, way)                                                              \
     case r:                                                                       \
-        if (r * 4 <= ROWS && p == 4) product_of(x, w, k, scales, r, 4, out);      \
-        else if (r * 2 <= ROWS && p == 2) product_of(x, w, k, scales, r, 2, out); \
-        else product_of(x, w, k, scales, r, 1, out);                              \
-        break;
-    switch (r) {
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if defined(__AVX512F__)
-        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        if (r * 4 <= ROWS && p == 4) {                                            \
+            if (form == BF16) product_of(x, w, BF16, way, r, 4, out);             \
+            else if (form == FP8) product_of(x, w, FP8, way, r, 4, out);          \
+            else if (form == INT8) product_of(x, w, INT8, way, r, 4, out);        \
+            else product_of(x, w, INT4, way, r, 4, out);                          \
+        } else if (r * 2 <= ROWS && p == 2) product_of(x, w, BF16, way, r, 2, out); \
+        else product_of(x, w, BF16, way, r, 1, out);                              \
+        return;
+#define CASES(way) CASE(1, way) CASE(2, way) CASE(3, way) CASE(4, way) CASE(5, way) CASE(6, way)
+#define MORE(way) CASE(7, way) CASE(8, way) CASE(9, way) CASE(10, way) CASE(11, way) CASE(12, way)
+#ifdef __AVX512BF16__
+    if (way == PAIRS) switch (r) { CASES(PAIRS) MORE(PAIRS) }
 #endif
-    }
+#ifdef __AVX512F__
+    switch (r) { CASES(FLOATS) MORE(FLOATS) }
+#else
+    switch (r) { CASES(FLOATS) }
+#endif
+#undef MORE
+#undef CASES
 #undef CASE
 }
 
@@ -337,16 +453,22 @@ static void product(const float *x, int r, const bf16 *w, int64_t k, const float
 INLINE int64_t blocks_of(int64_t n) { return in_wholes(n, ROWS); }
 INLINE int64_t block_start(int64_t n, int64_t b) { return n * b / blocks_of(n); }
 
-/* Row `row` of x (·, k) to row i of r that lie interleaved, (even(k), r). */
-INLINE void interleave(const void *x, int is_float, int64_t row, int64_t stride, int64_t k, int i, int r, float *out) {
+/* Row `row` of x (·, k) to row i of r that lie interleaved: (even(k), r) floats, or (even(k) / 2, r) pairs. */
+INLINE void interleave(const void *x, int is_float, int64_t row, int64_t stride, int64_t k, int i, int r, Way way,
+                       void *out) {
+    float *to = (float *)out + i;
+    const bf16 *half = (const bf16 *)x + row * stride;
+    if (way == PAIRS) {
+        for (int64_t j = 0; j < k / 2; j++) memcpy(to + j * r, half + 2 * j, sizeof(float));
+        if (k & 1) memcpy(to + k / 2 * r, (bf16[2]){half[k - 1], 0}, sizeof(float));
+        return;
+    }
     if (is_float) {
         const float *from = (const float *)x + row * stride;
-        for (int64_t j = 0; j < k; j++) out[j * r + i] = from[j];
-    } else {
-        const bf16 *from = (const bf16 *)x + row * stride;
-        for (int64_t j = 0; j < k; j++) out[j * r + i] = widen(from[j]);
-    }
-    if (k & 1) out[k * r + i] = 0;
+        for (int64_t j = 0; j < k; j++) to[j * r] = from[j];
+    } else
+        for (int64_t j = 0; j < k; j++) to[j * r] = widen(half[j]);
+    if (k & 1) to[k * r] = 0;
 }
 
 /* This thread's share [*begin, *end) of n things. */
@@ -384,44 +506,71 @@ static void store_rows(const float *sums, int64_t first, int64_t r, int64_t widt
     }
 }
 
-/* Rows of x, interleaved in blocks, by plain w: this thread's share of the columns. */
-static void multiply_plain(const float *x, int64_t rows, const Matrix *w, Target to) {
-    const int64_t k = even(w->k);
-    int64_t begin, end, p;
-    my_share(in_wholes(w->n, WIDTH), &begin, &end);
-    for (; rows && begin < end; begin += p) {
-        p = panels_at_once(in_wholes(rows, blocks_of(rows)), end - begin);
-        const int64_t column = begin * WIDTH, width = least(p * WIDTH, w->n - column);
-        for (int64_t b = 0; b < blocks_of(rows); b++) {
-            float out[ROWS * WIDTH];
-            const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
-            product(x + first * k, r, (const bf16 *)w->data + begin * k * WIDTH, k, 0, p, out);
-            store_rows(out, first, r, width, p * WIDTH, column, to);
-        }
-    }
+enum {
+    CHUNK = 128, /* k of a panel that are multiplied, or widened, together, at most */
+    BLOCKS = 8,  /* of rows, that what a chunk was widened to serves */
+};
+
+/* Of k [k0, k0 + n) of panel p, all of one block, the scales (WIDTH) and zero points. */
+INLINE void scales_of(const Matrix *w, int64_t p, int64_t k0, float *scales, Zeros *zeros) {
+    const int64_t blocks = in_wholes(w->k, w->block), at = k0 / w->block;
+    const int64_t line = (p * blocks + at) * WIDTH, place = w->rows == 1 ? line : p * WIDTH / w->rows * blocks + at;
+    const bf16 *half = (const bf16 *)w->scales + place;
+    const float *whole = (const float *)w->scales + place;
+    for (int i = 0; i < WIDTH; i += LANES)
+        if (w->rows > 1) *(vf *)(scales + i) = (vf){0} + (w->bf16_scales ? widen(*half) : *whole);
+        else if (w->bf16_scales) *(vf *)(scales + i) = widen_v(half + i);
+        else *(vf *)(scales + i) = *(const vf *)(whole + i);
+    if (w->form == INT4) *zeros = zeros_of(w->zeros ? w->zeros + line : 0);
 }
 
-/* The same by w of 8 or 4 bits. What a chunk of it was widened to serves so many blocks of rows. */
-enum { BLOCKS = 8 };
-static void multiply_widened(const float *x, int64_t rows, const Matrix *w, Target to) {
-    const int64_t k = even(w->k), blocks = blocks_of(rows);
+/* k lines of a panel to lines of bfloat16. */
+static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *zeros, bf16 *lines) {
+#define LINES(form, step)                                                               \
+    for (int64_t j = 0; j < k; j += step, from += 2 * WIDTH, lines += step * WIDTH) { \
+        vu out[4];                                                                      \
+        widen_lines(form, from, zeros, out);                                            \
+        memcpy(lines, out, step * WIDTH * sizeof(bf16));                                \
+    }
+    if (form == FP8) LINES(FP8, 2)
+    else if (form == INT8) LINES(INT8, 2)
+    else LINES(INT4, 4)
+#undef LINES
+}
+
+/* Rows of x, interleaved in blocks, by w: this thread's share of the columns. */
+static void multiply(const void *x, int64_t rows, const Matrix *w, Way way, Target to) {
+    const int64_t k = even(w->k), blocks = blocks_of(rows), of_k = panel_bytes(w->form, 1), size = panel_bytes(w->form, k);
+    const int is_plain = w->form == BF16;
     int64_t begin, end, p;
     my_share(in_wholes(w->n, WIDTH), &begin, &end);
     for (; rows && begin < end; begin += p) {
         p = panels_at_once(in_wholes(rows, blocks), end - begin);
         const int64_t column = begin * WIDTH, width = least(p * WIDTH, w->n - column), line = p * WIDTH;
+        const int as_it_is = is_plain || p == 4;
         for (int64_t b0 = 0; b0 < blocks; b0 += BLOCKS) {
-            bf16 lines[4 * CHUNK * WIDTH] __attribute__((aligned(64)));
+            bf16 widened[2 * CHUNK * WIDTH] __attribute__((aligned(64)));
             float scales[4 * WIDTH], sums[BLOCKS * ROWS * WIDTH] __attribute__((aligned(64)));
+            Zeros zeros[4];
             const int64_t b1 = least(b0 + BLOCKS, blocks), row = block_start(rows, b0);
-            memset(sums, 0, (block_start(rows, b1) - row) * line * sizeof(float));
+            if (!is_plain) memset(sums, 0, (block_start(rows, b1) - row) * line * sizeof(float));
             for (int64_t k0 = 0, n; k0 < k; k0 += n) {
-                n = least(least(CHUNK, w->block - k0 % w->block), k - k0);
-                for (int q = 0; q < p; q++)
-                    widen_chunk(w, begin + q, k0, n, lines + q * n * WIDTH, scales + q * WIDTH);
+                n = is_plain ? k : least(least(CHUNK, w->block - k0 % w->block), k - k0);
+                const uint8_t *own = (const uint8_t *)w->data + begin * size + k0 * of_k;
+                Part part = {own, size, n, is_plain ? 0 : scales, zeros, own, of_k, size};
+                for (int q = 0; q < p && !is_plain; q++) scales_of(w, begin + q, k0, scales + q * WIDTH, zeros + q);
+                if (as_it_is) part.ahead += AHEAD * 2 * WIDTH;
+                else {
+                    for (int q = 0; q < p; q++)
+                        widen_panel(w->form, own + q * size, n, zeros + q, widened + q * n * WIDTH);
+                    part.lines = (const uint8_t *)widened, part.stride = n * WIDTH * sizeof(bf16);
+                    part.ahead += n * of_k;
+                }
                 for (int64_t b = b0; b < b1; b++) {
                     const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
-                    product(x + first * k + k0 * r, r, lines, n, scales, p, sums + (first - row) * line);
+                    const char *from = (const char *)x + (first * k + k0 * r) * bytes_of(way);
+                    product((const float *)from, r, &part, as_it_is ? w->form : BF16, way, p, sums + (first - row) * line);
+                    if (!as_it_is) part.ahead = part.lines;
                 }
             }
             for (int64_t b = b0; b < b1; b++) {
@@ -432,9 +581,13 @@ static void multiply_widened(const float *x, int64_t rows, const Matrix *w, Targ
     }
 }
 
-static void multiply(const float *x, int64_t rows, const Matrix *w, Target to) {
-    if (w->form == BF16) multiply_plain(x, rows, w, to);
-    else multiply_widened(x, rows, w, to);
+/* Whether rows are multiplied as pairs, with instructions that have bfloat16's products added up in float32, twice as many
+ * as those of floats. They take subnormal numbers for zeros. */
+int64_t may_use_pairs(void) {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    return 1;
+#endif
+    return 0;
 }
 
 /* The matrix unit of Intel's servers (AMX) multiplies tiles of 16 rows of x and 16 of w, 32 k at a time. It adds up in
@@ -519,19 +672,27 @@ static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, Targ
 INLINE int fills_tiles(int64_t rows, const Matrix *w) { return 0 * rows * w->k; }
 #endif
 
+/* How so many rows by w are multiplied where they are bfloat16, and its units may be used. */
+INLINE Way way_of(int64_t rows, const Matrix *w) {
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+    return PAIRS;
+#endif
+    return fills_tiles(rows, w) ? TILES : FLOATS;
+}
+
 /* Copies a row of k numbers to row i of x, which lies in tiles. */
 INLINE void put_in_tiles(const bf16 *row, int64_t k, int64_t i, bf16 *x) {
     x += i / (2 * TILE) * 2 * TILE * k + i % (2 * TILE) * TILE_K;
     for (int64_t j = 0; j < k; j += TILE_K) memcpy(x + j * 2 * TILE, row + j, TILE_K * sizeof(bf16));
 }
 
-/* x (t, k) by w (n, k) to y (t, n), either bf16 or float; in tiles where asked to and there are rows for them.
+/* x (t, k) by w (n, k) to y (t, n), either bf16 or float; with `units`, in those of the processor for bfloat16.
  * scratch: (min(t, chunk), even(k)) floats; chunk, a multiple of ROWS and of two tiles, is how many rows are multiplied
  * by all of w before the next ones come. */
 void linear(const void *x, int x_float, int64_t t, int64_t stride, const Matrix *w, void *y, int y_float,
-            float *scratch, int64_t chunk, int tiles, int threads) {
+            float *scratch, int64_t chunk, int units, int threads) {
     const int64_t n = w->n, k = w->k, size = even(k);
-    tiles = tiles && !x_float && fills_tiles(t, w);
+    const Way way = units && !x_float ? way_of(t, w) : FLOATS;
 #pragma omp parallel num_threads(threads)
     for (int64_t t0 = 0; t0 < t; t0 += chunk) {
         const int64_t rows = least(chunk, t - t0);
@@ -540,7 +701,7 @@ void linear(const void *x, int x_float, int64_t t, int64_t stride, const Matrix 
         if (t0) {
 #pragma omp barrier
         }
-        if (tiles) {
+        if (way == TILES) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < rows; i++)
                 put_in_tiles((const bf16 *)x + (t0 + i) * stride, k, i, (bf16 *)scratch);
@@ -552,9 +713,9 @@ void linear(const void *x, int x_float, int64_t t, int64_t stride, const Matrix 
             int64_t b = i * blocks_of(rows) / rows;
             while (block_start(rows, b + 1) <= i) b++;
             const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
-            interleave(x, x_float, t0 + i, stride, k, i - first, r, scratch + first * size);
+            interleave(x, x_float, t0 + i, stride, k, i - first, r, way, (char *)scratch + first * size * bytes_of(way));
         }
-        multiply(scratch, rows, w, to);
+        multiply(scratch, rows, w, way, to);
     }
 }
 
@@ -603,22 +764,27 @@ static void sort_by_expert(const int64_t *ids, int64_t n, int64_t first, int64_t
     starts[0] = 0;
 }
 
+/* Both of its products go one way. */
+INLINE Way way_of_expert(int64_t rows, const Matrix *w13, const Matrix *w2) {
+    const Way way = way_of(rows, w13);
+    return way == TILES && (w2->form != BF16 || w2->k % TILE_K) ? FLOATS : way;
+}
+
 /* x (t, h) through the experts [first, first + n_experts) that ids (t, top) name, weighted and summed, with
  * `shared` (t, h) added if there is one: y (t, h). w13 (n_experts, 2 half, h), of which the first `inter` of each half
  * count, and w2 (n_experts, h, inter), each expert's rows from a panel on.
  *
  * Experts go in bundles of at most `bundle` rows, or one alone that has more: rows of x, interleaved, by w13; SwiGLU,
  * times the router's weight; by w2, added up. A thread has the same columns of every expert: nobody else adds to them.
- * An expert whose rows fill tiles, where those are asked for, has them as they are, and SwiGLU's result rounded.
+ * With `units` an expert's rows go through those of the processor for bfloat16, with SwiGLU's result rounded.
  * scratch: (rows, even(h) + 2 half + even(inter)) floats, rows the most of a bundle, and sums (t, h) floats; numbers:
  * t * top + n_experts + 1. */
 void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t *ids, const float *weights, int64_t top,
              int64_t first, int64_t n_experts, const Matrix *w13, const Matrix *w2, const bf16 *shared, bf16 *y,
-             int64_t bundle, float *sums, float *scratch, int64_t *numbers, int tiles, int threads) {
+             int64_t bundle, float *sums, float *scratch, int64_t *numbers, int units, int threads) {
     const int64_t inter = w2->k, two_halves = w13->n, half = two_halves / 2;
     int64_t *starts = numbers, *order = numbers + n_experts + 1;
     const int64_t size_h = even(h), size_i = even(inter);
-    tiles = tiles && w2->form == BF16 && inter % TILE_K == 0;
     sort_by_expert(ids, t * top, first, n_experts, order, starts);
 #pragma omp parallel num_threads(threads)
     {
@@ -635,14 +801,16 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
 #pragma omp barrier
             for (int64_t e = e0; e < e1; e++) {
                 const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
-                const int as_tiles = tiles && fills_tiles(count, w13);
+                const Way way = units ? way_of_expert(count, w13, w2) : FLOATS;
 #pragma omp for schedule(static) nowait
                 for (int64_t b = 0; b < blocks_of(count); b++) {
                     const int64_t row = at + block_start(count, b), r = at + block_start(count, b + 1) - row;
                     for (int64_t i = 0; i < r; i++) {
                         const int64_t token = own[row + i] / top;
-                        if (as_tiles) put_in_tiles(x + token * stride, h, row + i - at, (bf16 *)(rows + at * size_h));
-                        else interleave(x, 0, token, stride, h, i, r, rows + row * size_h);
+                        float *to = rows + at * size_h;
+                        if (way == TILES) put_in_tiles(x + token * stride, h, row + i - at, (bf16 *)to);
+                        else interleave(x, 0, token, stride, h, i, r, way,
+                                        (char *)to + (row - at) * size_h * bytes_of(way));
                     }
                 }
             }
@@ -652,23 +820,26 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
                 const Target to = {STORED, gate_up + at * two_halves, two_halves, 0, 0};
                 const float *from = rows + at * size_h;
                 const Matrix own13 = of_stack(w13, e);
-                if (tiles && fills_tiles(count, w13)) multiply_in_tiles((const bf16 *)from, count, &own13, to);
-                else multiply(from, count, &own13, to);
+                const Way way = units ? way_of_expert(count, w13, w2) : FLOATS;
+                if (way == TILES) multiply_in_tiles((const bf16 *)from, count, &own13, to);
+                else multiply(from, count, &own13, way, to);
             }
 #pragma omp barrier
             for (int64_t e = e0; e < e1; e++) {
                 const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
-                const int as_tiles = tiles && fills_tiles(count, w13);
+                const Way way = units ? way_of_expert(count, w13, w2) : FLOATS;
 #pragma omp for schedule(static) nowait
                 for (int64_t b = 0; b < blocks_of(count); b++) {
                     const int64_t row = at + block_start(count, b), r = at + block_start(count, b + 1) - row;
                     for (int64_t i = 0; i < r; i++) {
                         float *gate = gate_up + (row + i) * two_halves;
                         swiglu(gate, gate + half, inter, weights[own[row + i]], gate);
-                        if (as_tiles) { /* rounded where it is: the float that is read is never behind */
+                        float *to = middle + at * size_i;
+                        if (way != FLOATS) /* rounded where it is: the float that is read is never behind */
                             narrow_row(gate, inter, (bf16 *)gate);
-                            put_in_tiles((bf16 *)gate, inter, row + i - at, (bf16 *)(middle + at * size_i));
-                        } else interleave(gate, 1, 0, 0, inter, i, r, middle + row * size_i);
+                        if (way == TILES) put_in_tiles((bf16 *)gate, inter, row + i - at, (bf16 *)to);
+                        else interleave(gate, way == FLOATS, 0, 0, inter, i, r, way,
+                                        (char *)to + (row - at) * size_i * bytes_of(way));
                     }
                 }
             }
@@ -678,8 +849,9 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
                 const Target to = {ADDED, sums, h, own + at, top};
                 const float *from = middle + at * size_i;
                 const Matrix own2 = of_stack(w2, e);
-                if (tiles && fills_tiles(count, w13)) multiply_in_tiles((const bf16 *)from, count, &own2, to);
-                else multiply(from, count, &own2, to);
+                const Way way = units ? way_of_expert(count, w13, w2) : FLOATS;
+                if (way == TILES) multiply_in_tiles((const bf16 *)from, count, &own2, to);
+                else multiply(from, count, &own2, way, to);
             }
         }
 #pragma omp barrier

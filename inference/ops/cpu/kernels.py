@@ -369,24 +369,37 @@ def may_use_tiles() -> bool:
     return bool(_kernels().may_use_tiles())
 
 
-def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, tiles: bool = False) -> torch.Tensor:
-    """x (T, K), bfloat16 or float32, by w (N, K), in one of these dtypes: (T, N). `tiles`: bfloat16 rows that are
-    enough for it go through the matrix unit, which adds up in another order."""
+def may_use_pairs() -> bool:
+    """Whether the kernels were compiled for instructions that add up products of bfloat16 (AVX512_BF16)."""
+    return bool(_kernels().may_use_pairs())
+
+
+def may_use_units() -> bool:
+    """Whether the kernels may multiply bfloat16 in units that this processor has for it."""
+    return may_use_tiles() or may_use_pairs()
+
+
+def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, units: bool = False) -> torch.Tensor:
+    """x (T, K), bfloat16 or float32, by w (N, K), in one of these dtypes: (T, N). `units`: bfloat16 rows go through the
+    processor's units for them, which add up in another order: its matrix unit, if they are enough for it and w is
+    plain, or its instructions for pairs."""
     x, (t, k) = _rows(x), x.shape
     assert k == w.k and not w.is_stack, (x.shape, w.data.shape)
     assert {x.dtype, dtype} <= {torch.bfloat16, torch.float32}, (x.dtype, dtype)
     out = x.new_empty(t, w.n, dtype=dtype)
-    chunk = tile_chunk_rows(k) if tiles else chunk_rows(k)
-    scratch = x.new_empty(min(t, chunk) * _even(k), dtype=torch.float32)
+    pairs = units and x.dtype == torch.bfloat16 and may_use_pairs()
+    chunk = tile_chunk_rows(k) if units and not pairs else chunk_rows(k, pairs)
+    scratch = x.new_empty(min(t, chunk) * _even(k) // (2 if pairs else 1), dtype=torch.float32)
     flags = x.dtype == torch.float32, dtype == torch.float32
     threads = _threads(w.n * k)
-    _kernels().linear(x, flags[0], t, x.stride(0), w.matrix(), out, flags[1], scratch, chunk, tiles, threads)
+    _kernels().linear(x, flags[0], t, x.stride(0), w.matrix(), out, flags[1], scratch, chunk, units, threads)
     return out
 
 
-def chunk_rows(k: int) -> int:
-    """How many rows of K channels a product takes at a time: a multiple of every processor's row block."""
-    return max(1, CHUNK_BYTES // (4 * k) // 12) * 12
+def chunk_rows(k: int, pairs: bool = False) -> int:
+    """How many rows of K channels a product takes at a time: a multiple of every processor's row block. Pairs are of
+    bfloat16."""
+    return max(1, CHUNK_BYTES // ((2 if pairs else 4) * k) // 12) * 12
 
 
 def tile_chunk_rows(k: int) -> int:
@@ -433,10 +446,10 @@ def experts(
     w2: Packed,
     inter: int,
     shared: torch.Tensor | None = None,
-    tiles: bool = False,
+    units: bool = False,
 ) -> torch.Tensor:
     """As reference.experts on packed weights, plus `shared` (T, H): (T, H) in x's dtype, rounded once, at the end.
-    w13's halves, gate and up, may end in filling. `tiles`: as in `linear`, of an expert's rows; what SwiGLU makes of
+    w13's halves, gate and up, may end in filling. `units`: as in `linear`, of an expert's rows; what SwiGLU makes of
     those is rounded too."""
     x, (t, h), top = _rows(x), x.shape, ids.shape[1]
     assert w13.n % 2 == 0 and w13.n >= 2 * inter and w13.k == w2.n == h, (w13.n, w13.k, inter, w2.n, h)
@@ -447,7 +460,7 @@ def experts(
     shared = None if shared is None else shared.contiguous()
     _kernels().experts(
         x, t, x.stride(0), h, ids.contiguous(), weights.contiguous(), top, first, len(w13), w13.matrix(), w2.matrix(),
-        shared, out, BUNDLE_ROWS, sums, scratch, numbers, tiles, torch.get_num_threads(),
+        shared, out, BUNDLE_ROWS, sums, scratch, numbers, units, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
