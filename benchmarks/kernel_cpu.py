@@ -16,6 +16,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,22 +122,25 @@ def forms(n: int, k: int, turns: int) -> list[dict[str, Any]]:
     units, copies = kernel_cpu.may_use_units(), BYTES // len(made) // (2 * n * k)
     packed = {name: [kernel_cpu.pack_weight(w) for _ in range(copies)] for name, (_, w) in made.items()}
 
-    def product(rows: int) -> list[dict[str, Any]]:
+    def by(x: torch.Tensor, w: list[kernel_cpu.Packed], i: int) -> torch.Tensor:
+        return kernel_cpu.linear(x, w[i], torch.bfloat16, units)
+
+    def product(rows: int) -> dict[str, Any]:
         x, some = torch.randn(rows, k).bfloat16(), max(2, min(copies, 4096 // rows))
         sides: Sides = {}
         for name, (_, w) in made.items():
             scale = w.scale
             plain = w.data if scale is None else reference.weight_dequant(w.data, scale, torch.float64, w.block, w.zero)
-            sides[name] = lambda i, name=name: kernel_cpu.linear(x, packed[name][i], torch.bfloat16, units)
+            sides[name] = partial(by, x, packed[name])
             check(sides[name](1), x.double() @ plain.double().T, name)
         size = {name: kernel_cpu.packed_bytes(form, n, k) for name, (form, _) in made.items()}
         row = compare(f"{rows} x {k} by {n} x {k}, forms", sides, some, size["bfloat16"], 2 * rows * n * k, turns)
         for name, of in row.items():
             if isinstance(of, dict):
                 of["gb_s"] *= size[name] / size["bfloat16"]
-        return [row]
+        return row
 
-    return [row for rows in FORM_ROWS for row in product(rows)]
+    return [product(rows) for rows in FORM_ROWS]
 
 
 def _quantised(form: Form, n: int, k: int) -> Weight:

@@ -27,7 +27,10 @@ def product_error(form: Form) -> float:
     x, values = torch.randn(40, 384).bfloat16(), exact(w)
     expected, packed = x.double() @ values.T, kernels.pack_weight(w)
     found = [(x[:n], units) for n in (1, 2, 5, 40) for units in (False, kernels.may_use_units())]
-    return max(relative_error(kernels.linear(rows, packed, torch.float32, units), expected[: len(rows)]) for rows, units in found)
+    return max(
+        relative_error(kernels.linear(rows, packed, torch.float32, units), expected[: len(rows)])
+        for rows, units in found
+    )
 
 
 def main() -> None:
