@@ -55,8 +55,10 @@ def check(y: torch.Tensor, expected: torch.Tensor, what: str) -> None:
     assert error < 8e-3, f"{what} is {error:.1e} off"
 
 
-def compare(name: str, sides: Sides, copies: int, size: int, operations: int, turns: int) -> dict[str, Any]:
-    """One row: size bytes and so many operations a call."""
+def compare(
+    name: str, sides: Sides, copies: int, size: int | dict[str, int], operations: int, turns: int
+) -> dict[str, Any]:
+    """One row: size bytes, a side's or all sides', and so many operations a call."""
 
     if by_clang is not None:
         sides = {"ours": sides["ours"], "Clang": swapped(sides["ours"])}
@@ -68,7 +70,8 @@ def compare(name: str, sides: Sides, copies: int, size: int, operations: int, tu
     row: dict[str, Any] = {"name": name}
     for side, taken in seconds.items():
         best = min(taken) / copies
-        row[side] = {"us": best * 1e6, "gb_s": size / best / 1e9, "gflops": operations / best / 1e9}
+        of_side = size[side] if isinstance(size, dict) else size
+        row[side] = {"us": best * 1e6, "gb_s": of_side / best / 1e9, "gflops": operations / best / 1e9}
         row[side]["ratio"] = statistics.median(ratios.get(side, [1.0]))
     text = "   ".join(
         f"{side} {f['us']:8.0f} us {f['gb_s']:5.1f} GB/s {f['gflops']:4.0f} GFLOPS ({f['ratio']:.2f} x ours)"
@@ -134,11 +137,7 @@ def forms(n: int, k: int, turns: int) -> list[dict[str, Any]]:
             sides[name] = partial(by, x, packed[name])
             check(sides[name](1), x.double() @ plain.double().T, name)
         size = {name: kernel_cpu.packed_bytes(form, n, k) for name, (form, _) in made.items()}
-        row = compare(f"{rows} x {k} by {n} x {k}, forms", sides, some, size["bfloat16"], 2 * rows * n * k, turns)
-        for name, of in row.items():
-            if isinstance(of, dict):
-                of["gb_s"] *= size[name] / size["bfloat16"]
-        return row
+        return compare(f"{rows} x {k} by {n} x {k}, forms", sides, some, size, 2 * rows * n * k, turns)
 
     return [product(rows) for rows in FORM_ROWS]
 
