@@ -86,10 +86,29 @@ def widened(q: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
     return q.float().double() * s.double().repeat_interleave(BLOCK, dim=-1)[..., : q.shape[-1]]
 
 
-def dequantised(w: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-    """FP8 weights (N, K) and their block scales as float64."""
-    rows = s.double().repeat_interleave(BLOCK, -2)[: w.shape[-2]]
-    return w.float().double() * rows.repeat_interleave(BLOCK, -1)[:, : w.shape[-1]]
+def dequantised(w: torch.Tensor, s: torch.Tensor, block: tuple[int, int] = reference.BLOCK) -> torch.Tensor:
+    """Quantised weights (N, K) and the scales of their blocks as float64."""
+    values = reference.widened(w, block).float().double()
+    rows = s.double().repeat_interleave(block[0], -2)[: values.shape[-2]]
+    return values * rows.repeat_interleave(block[1], -1)[:, : values.shape[-1]]
+
+
+GROUP = 32  # channels of INT4 that share a scale, as Kimi-K2-Thinking's do
+
+
+def int4(draw: torch.Generator, *shape: int) -> Weight:
+    """Random INT4 (…, N, K) with bfloat16 scales, of about K ** -0.5."""
+    *stack, n, k = shape
+    data = torch.randint(256, (*stack, n, k // 2), generator=draw, dtype=torch.uint8, device=draw.device)
+    s = (0.1 + 0.2 * torch.rand(*stack, n, k // GROUP, generator=draw, device=draw.device)) * k**-0.5
+    return Weight(data, s.bfloat16(), block=(1, GROUP))
+
+
+def int8(draw: torch.Generator, n: int, k: int) -> Weight:
+    """Random INT8 (N, K) with a scale for each 128 x 128."""
+    data = torch.randint(-128, 128, (n, k), generator=draw, dtype=torch.int8, device=draw.device)
+    s = 0.01 + 0.01 * torch.rand(math.ceil(n / BLOCK), math.ceil(k / BLOCK), generator=draw, device=draw.device)
+    return Weight(data, s)
 
 
 def fp8_type(device: torch.device) -> torch.dtype:
@@ -135,6 +154,22 @@ def dense_case(m: int, n: int, k: int, sets: int, device: torch.device) -> Case:
     exact = data.exact()
     rounded = widened(data.q, data.q_s).bfloat16()
     exact_rounded = rounded.double() @ dequantised(data.ws[0], data.scales[0]).T
+    forms = {kind: [kind(random(device, m + 1 + i), n, k) for i in range(sets)] for kind in (int8, int4)}
+
+    def by(kind: Callable[..., Weight], name: str) -> Contestant:
+        """Our product by weights of another form."""
+        first = forms[kind][0]
+        assert first.scale is not None
+        meant = rounded.double() @ dequantised(first.data, first.scale, first.block).T
+        nbytes = 2 * m * k + first.data.nbytes + first.scale.nbytes + m * n * 2
+
+        def build() -> Run:
+            ops = ours_by_name("GpuBackend").GpuBackend()
+
+            weights = [ops.pack_weight(w) for w in forms[kind]]
+            return lambda i: ops.linear(rounded, weights[i])
+
+        return Contestant(name, build, meant, nbytes, 2.0 * m * n * k)
 
     def fp8_gemm() -> Run:
         kernel = ours_by_name("kernel")
@@ -183,6 +218,8 @@ def dense_case(m: int, n: int, k: int, sets: int, device: torch.device) -> Case:
     return Case({"m": m, "n": n, "k": k}, sets, [
         Contestant("fp8_gemm", fp8_gemm, exact, fp8, flops, "fp8"),
         Contestant("w8a16_gemm", w8a16_gemm, exact_rounded, 2 * m * k + weight + out, flops),
+        by(int8, "w8a16_gemm INT8"),
+        by(int4, "w4a16_gemm"),
         Contestant("V3 repository", request, exact, fp8, flops, "fp8", gpu=True),
         Contestant("cuBLASLt", cublas, exact, fp8, flops, "fp8", gpu=True),
         Contestant("DeepGEMM", deep_gemm, exact, fp8, flops, "fp8", gpu=True),
@@ -216,11 +253,13 @@ class Experts:
                               device=device)) * w.shape[2] ** -0.5
             for w in (self.w13, self.w2)
         )  # fmt: skip
+        self.fp8 = Weight(self.w13, self.s13), Weight(self.w2, self.s2)
         self.xs = [normal(draw, m, h) for _ in range(sets)]
         self.ids = [torch.rand(m, total, generator=draw, device=device).topk(top).indices for _ in range(sets)]
         if not (self.ids[0] < local).any():
             self.ids[0][0, 0] = 0  # there has to be something to compare
         self.weights = [torch.rand(m, top, generator=draw, device=device) + 0.5 for _ in range(sets)]
+        self.int4 = int4(draw, local, 2 * self.pitch, h), int4(draw, local, h, inter)
 
     def touched(self) -> float:
         """Experts of this rank that a call reads, on average."""
@@ -236,19 +275,22 @@ class Experts:
         here = (self.ids[0] < len(self.w13)).any(dim=1).nonzero().flatten().tolist()
         return here[:: max(1, len(here) // 4)][:4] + here[-1:]
 
-    def exact(self, rows: list[int], quantise: bool) -> torch.Tensor:
-        """Set 0's result for some of its tokens in float64, the FP8 roundings of W8A8 included or not."""
+    def exact(self, rows: list[int], quantise: bool, by: tuple[Weight, Weight] | None = None) -> torch.Tensor:
+        """Set 0's result for some of its tokens in float64, by FP8 weights or others, the FP8 roundings of W8A8
+        included or not."""
+        w13, w2 = by or self.fp8
         x = self.xs[0][rows]
         given = widened(*reference.act_quant(x)) if quantise else x.double()
         out = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
         for i, token in enumerate(rows):
             for e, weight in zip(self.ids[0][token].tolist(), self.weights[0][token].tolist(), strict=True):
                 if e < len(self.w13):
-                    gate_up = dequantised(self.w13[e], self.s13[e]) @ given[i]
+                    up, down = (dequantised(w.data[e], w.scale[e], w.block) for w in (w13, w2) if w.scale is not None)
+                    gate_up = up @ given[i]
                     hidden = F.silu(gate_up[: self.inter]) * gate_up[self.pitch : self.pitch + self.inter]
                     if quantise:
                         hidden = widened(*reference.act_quant(hidden[None].float()))[0]
-                    out[i] += weight * (dequantised(self.w2[e], self.s2[e]) @ hidden)
+                    out[i] += weight * (down @ hidden)
         return out
 
 
@@ -268,6 +310,7 @@ def moe_case(m: int, layout: str, h: int, inter: int, local: int, total: int, to
     data = Experts(m, h, inter, local, total, top, sets, device)
     rows = data.compared()
     quantised, plain = data.exact(rows, True), data.exact(rows, False)
+    plain_int4 = data.exact(rows, False, data.int4)
 
     def ours(gemm: Gemm) -> Callable[[], Run]:
         def build() -> Run:
@@ -280,6 +323,12 @@ def moe_case(m: int, layout: str, h: int, inter: int, local: int, total: int, to
             return lambda i: ops.experts(data.xs[i], data.weights[i], data.ids[i], 0, w13, w2, inter)
 
         return build
+
+    def w4a16() -> Run:
+        ops = ours_by_name("ops")
+
+        w13, w2 = (ops.pack_weight(w) for w in data.int4)
+        return lambda i: ops.experts(data.xs[i], data.weights[i], data.ids[i], 0, w13, w2, inter)
 
     def grouped() -> Run:
         product = getattr(F, "grouped_mm", None) or torch._grouped_mm
@@ -308,11 +357,14 @@ def moe_case(m: int, layout: str, h: int, inter: int, local: int, total: int, to
     ends = m * h * 4 + m * top * 12
     read = data.touched() * (expert + scales) + ends
     flops = 2.0 * assigned * 3 * inter * h
+    packed = sum(t[0].nbytes for w in data.int4 for t in (w.data, w.scale) if t is not None)
+    read_int4 = data.touched() * packed + ends
     request = {"what": "moe", "m": m, "h": h, "inter": inter, "local": local, "total": total, "top": top}
     pick = lambda y: y[rows]  # noqa: E731
     return Case({"layout": layout, "m": m}, sets, [
         Contestant("experts", ours("fp8"), quantised, read, flops, "fp8", QUANTISED, pick=pick),
         Contestant("experts W8A16", ours("bf16"), plain, read, flops, tolerance=QUANTISED, pick=pick),
+        Contestant("experts W4A16", w4a16, plain_int4, read_int4, flops, tolerance=QUANTISED, pick=pick),
         Contestant("V3 repository", request, quantised, read, flops, "fp8", 2 * QUANTISED, gpu=True),
         Contestant("grouped_mm bf16", grouped, plain, data.touched() * 2 * expert + ends, flops, tolerance=QUANTISED,
                    gpu=True, pick=pick),

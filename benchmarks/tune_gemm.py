@@ -31,7 +31,7 @@ from lib.timing import between_events, relative_error
 
 from core.config import BLOCK_SIZE
 from core.errors import UserError
-from kernel_gpu import SHAPES, dequantised, widened
+from kernel_gpu import GROUP, SHAPES, dequantised, int4, widened
 from ops import reference
 from ops.gpu import tiles
 
@@ -65,12 +65,19 @@ def candidates(op: str, arch: str, n: int, k: int, up_to: float) -> Iterator[til
 
 
 class Set:
-    """One weight (N, K), as both products take it."""
+    """One weight (N, K) of FP8, as both products take it, and one of INT4, where K is a number of whole groups."""
 
     def __init__(self, n: int, k: int, device: torch.device, fnuz: bool) -> None:
+        from ops.gpu.backend import GpuBackend
+
         self.w = torch.randn(n, k, device=device).to(torch.float8_e4m3fn)
         self.s = 0.01 + 0.01 * torch.rand(math.ceil(n / BLOCK_SIZE), math.ceil(k / BLOCK_SIZE), device=device)
         self.w_fp8, self.s_fp8 = reference.to_fnuz(self.w, self.s) if fnuz else (self.w, self.s)
+        if k % GROUP == 0:
+            self.int4 = int4(torch.Generator(device).manual_seed(0), n, k)
+            assert self.int4.scale is not None
+            copy = self.int4._replace(data=self.int4.data.clone(), scale=self.int4.scale.clone())
+            self.packed = GpuBackend().pack_weight(copy)
 
 
 class Problem:
@@ -81,14 +88,22 @@ class Problem:
 
         self.op, self.sets = op, sets
         q, q_s = act_quant(torch.randn(m, sets[0].w.shape[1], device=sets[0].w.device).bfloat16())
-        meant = widened(q, q_s)
-        self.exact = meant @ dequantised(sets[0].w, sets[0].s).T
+        meant, first = widened(q, q_s), sets[0]
+        if op == "w4a16_gemm":
+            assert first.int4.scale is not None
+            w = dequantised(first.int4.data, first.int4.scale, first.int4.block)
+        else:
+            w = dequantised(first.w, first.s)
+        self.exact = meant @ w.T
         self.x: torch.Tensor = q if op == "fp8_gemm" else meant.bfloat16()
         self.x_s: torch.Tensor | None = q_s if op == "fp8_gemm" else None
 
     def run(self, tile: tiles.Tile, w: Set) -> torch.Tensor:
         from ops.gpu import gemm
 
+        if self.op == "w4a16_gemm":
+            assert w.packed.scale is not None
+            return gemm.gemm(self.x, None, w.packed.data, w.packed.scale, torch.bfloat16, tile, w.packed.block)
         data, scale = (w.w_fp8, w.s_fp8) if self.op == "fp8_gemm" else (w.w, w.s)
         return gemm.gemm(self.x, self.x_s, data, scale, torch.bfloat16, tile)
 
@@ -142,7 +157,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="default: all of V3's")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="M", help="one in each bucket to tune; default: all")
-    parser.add_argument("--op", choices=list(tiles.DEFAULTS), action="append", help="default: both")
+    parser.add_argument("--op", choices=list(tiles.DEFAULTS), action="append", help="default: all")
     parser.add_argument("--table", type=Path, help="default: the table that ops/gpu/tiles.py reads")
     parser.add_argument("--smoke", action="store_true", help="on a CPU, small and untimed; needs --table")
     parser.add_argument("--output", help="JSON file for the times")
@@ -162,7 +177,7 @@ def main() -> int:
     torch.manual_seed(0)
     path = options.table or tiles.TABLE
     cache = 0 if options.smoke else torch.cuda.get_device_properties(device).L2_cache_size
-    shapes = options.shape or ([(100, 1040)] if options.smoke else SHAPES)
+    shapes = options.shape or ([(100, 1056)] if options.smoke else SHAPES)
     tokens = options.tokens or ([5, 40] if options.smoke else tiles.BUCKETS)
     records = []
     try:
@@ -171,7 +186,7 @@ def main() -> int:
             fnuz = fp8_dtype(device) == torch.float8_e4m3fnuz
             sets = [Set(n, k, device, fnuz) for _ in range(max(2, math.ceil(4 * cache / (n * k))))]
             for up_to, op in product(dict.fromkeys(map(tiles.bucket, tokens)), options.op or tiles.DEFAULTS):
-                if arch not in tiles.DEFAULTS[op]:
+                if arch not in tiles.DEFAULTS[op] or (op == "w4a16_gemm" and k % GROUP):
                     continue
                 record = tune(op, arch, int(min(up_to, MOST_TOKENS)), up_to, sets, timed=not options.smoke)
                 key = (op, arch, n, k, up_to)

@@ -47,7 +47,8 @@ FP8 = {"sm_89": ("QMMA", "HMMA"), "sm_90": ("QGMMA", "HMMA"), "sm_100": ("UTCQMM
        "gfx942": ("v_mfma_f32_32x32x16_fp8_fp8", "")}  # fmt: skip
 TENSOR_CORE = {
     **dict.fromkeys(("fp8_gemm", "grouped_w8a8"), FP8),
-    **dict.fromkeys(("w8a16_gemm", "grouped_w8a16", "grouped_plain", "router", "decode", "prefill"), BF16),
+    **dict.fromkeys(("w8a16_gemm", "w4a16_gemm", "grouped_w8a16", "grouped_w4a16", "grouped_plain"), BF16),
+    **dict.fromkeys(("router", "decode", "prefill"), BF16),
 }
 
 

@@ -17,11 +17,13 @@ import torch
 from core.errors import UserError
 from ops import reference
 from support.kernel_launches import only_listed_launches
+from support.quantised_weights import FORMS, random_weight
 
 pytest.importorskip("triton")
 from triton.runtime import interpreter
 
 from ops.gpu import device, gemm, quantisation, tiles
+from ops.gpu.backend import GpuBackend
 from ops.gpu.tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +41,7 @@ POISON = -(1 << 30)  # what stands for NaN among integers
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.empty gives NaN (integers: POISON), and a tail of it behind that nobody may write, nor an interpreted kernel read."""
+    """torch.empty gives NaN (integers: POISON, bytes: 0x80), and a tail of it behind that nobody may write, nor an interpreted kernel read."""
     tails: list[torch.Tensor] = []
     plain = torch.empty
 
@@ -57,7 +59,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if INTERPRETED:
         monkeypatch.setattr(interpreter, "_interpreter", Sentry(interpreter._interpreter, tails))
     yield
-    assert all((tail.float().isnan() if tail.is_floating_point() else tail == POISON).all() for tail in tails)
+    for tail in tails:
+        poison = -128 if tail.dtype == torch.int8 else 0x80 if tail.dtype == torch.uint8 else POISON
+        assert (tail.float().isnan() if tail.is_floating_point() else tail == poison).all()
 
 
 class Sentry:
@@ -78,7 +82,7 @@ class Sentry:
         self.memory.store(addresses, value, mask)
 
     def check(self, addresses: np.ndarray, mask: np.ndarray) -> None:
-        used = addresses[np.broadcast_to(mask, addresses.shape)]
+        used = addresses[np.broadcast_to(mask.astype(bool), addresses.shape)]  # masks may be integers
         for tail in self.tails:
             start = tail.data_ptr()
             assert not ((used >= start) & (used < start + tail.nbytes)).any(), "out of bounds"
@@ -389,13 +393,17 @@ def test_unserved_architecture_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
 def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = GpuBackend()
     with only_listed_launches(gemm, monkeypatch), only_listed_launches(quantisation, monkeypatch):
-        for n, k in ((8192, 32), (100, 1024), (100, 2048), (100, 4096), (100, 8192)):  # parts: 1, 2, 4, 8, 16
+        for n, k in ((8192, 128), (100, 1024), (100, 2048), (100, 4096), (100, 8192)):  # parts: 1, 2, 4, 8, 16
             b, b_s = torch.zeros(n, k, dtype=E4M3), torch.zeros(-(-n // BLOCK), -(-k // BLOCK))
             quantisation.weight_dequant(b, b_s)
+            packed = [ops.pack_weight(random_weight(form, n, k)) for form in FORMS.values() if form.block[0] == 1]
             for m in (1, 16, 17, 32, 33, 64, 65, 256, 257, 5000):
                 x = torch.zeros(m, k, dtype=torch.bfloat16)
                 q, s = quantisation.act_quant(x)
                 quantisation.act_quant(x, scale_fmt="ue8m0")
                 gemm.fp8_gemm(q, s, b, b_s)
                 gemm.w8a16_gemm(x, b, b_s)
+                for w in packed:
+                    ops.linear(x, w)

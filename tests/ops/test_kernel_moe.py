@@ -17,6 +17,8 @@ from ops import reference
 from ops.formats import Quantised, Routing, Weight
 from ops.reference_backend import ReferenceBackend
 from support.kernel_launches import only_listed_launches
+from support.quantised_weights import FORMS, random_weight
+from support.quantised_weights import exact as exact_values
 
 pytest.importorskip("triton")
 from test_kernel import DEVICE, E4M3, INTERPRETED, PRECISE, PRECISE_BF16, guarded, poisoned, same, wide
@@ -25,6 +27,7 @@ from test_kernel import seeded as seeded
 from test_kernel import weights as quantised_weights
 
 from ops.gpu import device, moe, quantisation, router, tiles
+from ops.gpu.backend import GpuBackend
 from ops.gpu.tiles import Tile
 from support.kernel_configurations import RULES as RELEASED_RULES
 
@@ -211,10 +214,12 @@ def test_there_are_always_tiles_enough() -> None:
 needs_fp8 = pytest.mark.skipif(
     not INTERPRETED and not device.has_fp8(torch.device(DEVICE)), reason="this GPU has no FP8 tensor cores"
 )
-KINDS = [pytest.param("w8a8", marks=needs_fp8), "w8a16", "bf16", "float32"]
+UNPACKED = [pytest.param("w8a8", marks=needs_fp8), "w8a16", "bf16", "float32"]  # which the reference takes as they are
+KINDS = [*UNPACKED, "w4a16"]
 TABLES = {"w8a8": tiles.GROUPED_W8A8, "w8a16": tiles.GROUPED_W8A16, "bf16": tiles.GROUPED_PLAIN}
+TABLES |= {"w4a16": tiles.GROUPED_W4A16}
 TABLES |= {"float32": {arch: tiles.GROUPED_FLOAT32 for arch in tiles.GROUPED_PLAIN}}
-LIMITS = {"w8a8": PRECISE, "w8a16": PRECISE_BF16, "bf16": PRECISE_BF16, "float32": PRECISE_BF16}
+LIMITS = {"w8a8": PRECISE} | dict.fromkeys(("w8a16", "w4a16", "bf16", "float32"), PRECISE_BF16)
 
 
 def stacked(kind: str, *shape: int) -> tuple[Weight, torch.Tensor]:
@@ -222,6 +227,10 @@ def stacked(kind: str, *shape: int) -> tuple[Weight, torch.Tensor]:
     if kind in ("bf16", "float32"):
         w = (torch.randn(shape) / math.sqrt(shape[-1])).to(torch.bfloat16 if kind == "bf16" else torch.float32)
         return Weight(guarded(w)), w.double()
+    if kind == "w4a16":
+        packed = random_weight(FORMS["int4 groups of 32, zero points"], *shape)
+        meant, (data, s, zero) = exact_values(packed), (guarded(t) for t in (packed.data, packed.scale, packed.zero))
+        return GpuBackend().pack_weight(packed._replace(data=data, scale=s, zero=zero)), meant
     w, s = quantised_weights(*shape)
     s /= 16 * math.sqrt(shape[-1])
     exact = w.double() * torch.stack([wide(s[e], w[e].shape, BLOCK_SIZE) for e in range(shape[0])])
@@ -373,7 +382,7 @@ def token_rows(kind: str, tokens: int) -> torch.Tensor:
     return torch.randn(tokens, H).to(torch.float32 if kind == "float32" else torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", UNPACKED)
 @pytest.mark.parametrize("first, n_local", [(0, N_EXPERTS), (5, 4)])
 def test_experts(kind: str, first: int, n_local: int) -> None:
     w13, w2 = layer(kind, n_local)
@@ -506,13 +515,15 @@ def test_tables_serve_every_size() -> None:
     for table in (t for tables in (*TABLES.values(), router.ROUTER) for t in tables.values()):
         bounds = [tile.max_rows for tile in table]
         assert bounds == sorted(set(bounds)) and bounds[-1] == math.inf
-    for tables in (tiles.GROUPED_W8A8, tiles.GROUPED_W8A16):
+    for tables in (tiles.GROUPED_W8A8, tiles.GROUPED_W8A16, tiles.GROUPED_W4A16):
         assert all(BLOCK_SIZE % tile.block_n == 0 for table in tables.values() for tile in table)  # one scale to a tile
-    assert tiles.GROUPED_W8A8.keys() < tiles.GROUPED_W8A16.keys() == tiles.GROUPED_PLAIN.keys() == router.ROUTER.keys()
+    assert tiles.GROUPED_W8A8.keys() < tiles.GROUPED_W8A16.keys() == tiles.GROUPED_W4A16.keys()
+    assert tiles.GROUPED_W8A16.keys() == tiles.GROUPED_PLAIN.keys() == router.ROUTER.keys()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
 def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = GpuBackend()
     with only_listed_launches(moe, monkeypatch), only_listed_launches(router, monkeypatch):
         for n_experts, rule in RELEASED_RULES.values():
             for tokens in (1, 4, 5, 64, 65, 512, 513, None):
@@ -527,6 +538,7 @@ def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch)
                 Weight(torch.zeros(256, 1, k, dtype=E4M3), torch.zeros(256, 1, k // BLOCK_SIZE)),
                 Weight(torch.zeros(256, 1, k, dtype=torch.bfloat16)),
                 Weight(torch.zeros(256, 1, k)),
+                *(ops.pack_weight(random_weight(form, 256, 1, k)) for form in FORMS.values() if form.block[0] == 1),
             ):
                 tile = tiles.tile_for(moe.grouped_tiles(w, ids.device), ids.numel() // 256)
                 order, row_tiles = moe.sort(ids, 0, 256, tile.block_m)

@@ -62,8 +62,35 @@ def of_quantisation() -> Iterator[Configuration]:
         )
 
 
+WEIGHTS = {  # by table of tiles: a weight's type, None for that of FP8, its GROUP, and whether it has zero points
+    "fp8_gemm": {"": (None, 0, False)},
+    "w8a16_gemm": {"": (None, 0, False), " int8": ("*i8", 0, False)},
+    "w4a16_gemm": {
+        " int8 G=32": ("*i8", 32, False),
+        " int8 G=128": ("*i8", 128, False),
+        " G=32": ("*i32", 32, False),
+        " G=128": ("*i32", 128, False),
+        " G=32 zeros": ("*i32", 32, True),
+        " G=128 zeros": ("*i32", 128, True),
+    },
+}
+
+
+SELECTED = {  # what else than Hopper compiles of them: the kinds that take the most registers
+    "sm_80": ("", " int8", " int8 G=32", " G=128", " G=32 zeros"),
+    "sm_89": ("", " G=32 zeros"),
+    "sm_100": ("", " int8 G=32", " G=128", " G=32 zeros"),
+    "gfx942": ("", " int8 G=32", " G=128 zeros"),
+}
+
+
+def forms(op: str, target: str) -> list[str]:
+    """The forms of weights that an op is compiled for."""
+    return [form for form in WEIGHTS[op] if form in SELECTED.get(target, WEIGHTS[op])]
+
+
 def of_gemm() -> Iterator[Configuration]:
-    """Every tile that can be chosen for the two GEMMs, and the sum of the parts of K."""
+    """Every tile that can be chosen for the GEMMs, by every form of weights, and the sum of the parts of K."""
     for target in tiles.W8A16:
         for split in tiles.SPLITS[1:]:
             yield Configuration(
@@ -74,22 +101,35 @@ def of_gemm() -> Iterator[Configuration]:
                 {"PARTS": split, "SUMS": gemm.SUMS},
                 {},
             )
-    gemms = [gemm_configuration(*reached) for reached in tiles.reachable()]
+    gemms = [gemm_configuration(*one, form) for one in tiles.reachable() for form in forms(*one[:2])]
     yield from {c.name: c for c in gemms}.values()  # a tile can serve several buckets, and any number of parts
 
 
-def gemm_configuration(op: str, target: str, tile: Tile) -> Configuration:
+def weight_types(op: str, form: str, target: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types of the arguments that are a weight, and constants: those that are absent, and its GROUP."""
+    w, group, zeros = WEIGHTS[op][form]
+    types = {"w_ptr": w or (_native(target) if op == "fp8_gemm" else _e4m3(target))}
+    types |= {"w_s_ptr": "*bf16" if group else "*fp32"} | ({"w_z_ptr": "*u8"} if zeros else {})
+    return types, {"GROUP": group} | ({} if zeros else {"w_z_ptr": None})
+
+
+def gemm_configuration(op: str, target: str, tile: Tile, form: str = "") -> Configuration:
     """What `gemm` asks for with a tile: where it splits K, that is partial sums, otherwise bfloat16."""
-    x, w = (_native(target), _native(target)) if op == "fp8_gemm" else ("*bf16", _e4m3(target))
-    types = {"x_ptr": x, "w_ptr": w, "w_s_ptr": "*fp32", "out_ptr": "*fp32" if tile.split > 1 else "*bf16"}
-    types |= {"M": "i32", "N": "i32", "K": "i32"}
-    scale = {"x_s_ptr": "*fp32"} if op == "fp8_gemm" else {}
+    weight, constant = weight_types(op, form, target)
+    types = {"x_ptr": _native(target) if op == "fp8_gemm" else "*bf16", "out_ptr": "*fp32" if tile.split > 1 else "*bf16"}
+    types |= weight | {"M": "i32", "N": "i32", "K": "i32"}
+    if op == "fp8_gemm":
+        types["x_s_ptr"] = "*fp32"
+    else:
+        constant["x_s_ptr"] = None
+    if tile.persistent:
+        constant = {}  # for FP8 by FP8 alone
     return Configuration(
-        f"{op} {target} {tile}",
+        f"{op}{form} {target} {tile}",
         gemm.gemm_persistent_kernel if tile.persistent else gemm.gemm_kernel,
         target,
-        types | scale,
-        tile.constexprs() | ({} if scale else {"x_s_ptr": None}),
+        types,
+        tile.constexprs() | constant,
         tile.options(),
     )
 
@@ -214,28 +254,33 @@ def of_moe() -> Iterator[Configuration]:
             types |= {"n": "i32", "first": "i32", "n_tiles": "i32", "block_m": "i32"}
             constant = {"N_LOCAL": 256, "CHUNK": chunk}
             yield Configuration(f"sort {target} {chunk}", moe.sort_kernel, target, types, constant, {})
-        weights = "*fp8e4nv" if converts_fp8(torch.float8_e4m3fn, target) else "*u8"
-        native = "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"
-        for op, tables, x, w in (
-            ("w8a8", tiles.GROUPED_W8A8, native, native),
-            ("w8a16", tiles.GROUPED_W8A16, plain, weights),
-            ("plain", tiles.GROUPED_PLAIN, plain, plain),
-            ("float32", {target: tiles.GROUPED_FLOAT32}, scale, scale),
-        ):
+        grouped = (
+            ("w8a8", "", tiles.GROUPED_W8A8, "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"),
+            *(("w8a16", form, tiles.GROUPED_W8A16, plain) for form in forms("w8a16_gemm", target)),
+            *(("w4a16", form, tiles.GROUPED_W4A16, plain) for form in forms("w4a16_gemm", target)),
+            ("plain", "", tiles.GROUPED_PLAIN, plain),
+            ("float32", "", {target: tiles.GROUPED_FLOAT32}, scale),
+        )
+        for op, form, tables, x in grouped:
             table = tables.get(target, ())
             for row in table:
                 # gate and up, and down when the inner width is split 8 ways; gate and up for the fewest rows in parts
                 halved = [(replace(row, split=2), 7168, 8)] if row is table[0] else []
                 for tile, k, share in [(row, 7168, 8), (row, 256, 1), *halved]:
                     out = scale if op == "float32" or tile.split > 1 else plain
-                    types = {"x_ptr": x, "x_s_ptr": scale, "w_ptr": w, "w_s_ptr": scale, "out_ptr": out}
-                    types |= {"order_ptr": index, "tiles_ptr": index, "m_tiles": "i32", "assignments": "i32"}
-                    types |= {"N": "i32", "K": "i32"}
-                    constant = tile.for_channels(k).constexprs() | {"SHARE": share}
-                    for absent in {"w8a8": (), "w8a16": ("x_s_ptr",)}.get(op, ("x_s_ptr", "w_s_ptr")):
-                        del types[absent]
-                        constant[absent] = None
-                    name = f"grouped_{op} {target} {tile.block_m}x{tile.block_n} K={k}{' split' * (tile.split > 1)}"
+                    if op in ("plain", "float32"):
+                        weight, constant = {"w_ptr": x}, {"w_s_ptr": None, "w_z_ptr": None, "GROUP": 0}
+                    else:
+                        weight, constant = weight_types("fp8_gemm" if op == "w8a8" else f"{op}_gemm", form, target)
+                    types = {"x_ptr": x, "out_ptr": out, "order_ptr": index, "tiles_ptr": index} | weight
+                    types |= dict.fromkeys(("m_tiles", "assignments", "N", "K"), "i32")
+                    constant |= tile.for_channels(k).constexprs() | {"SHARE": share}
+                    if op == "w8a8":
+                        types["x_s_ptr"] = scale
+                    else:
+                        constant["x_s_ptr"] = None
+                    size = f"{tile.block_m}x{tile.block_n} K={k}{' split' * (tile.split > 1)}"
+                    name = f"grouped_{op}{form} {target} {size}"
                     yield Configuration(name, moe.grouped_gemm_kernel, target, types, constant, tile.options())
         types = {"y_ptr": plain, "weights_ptr": scale, "ids_ptr": "*i64", "shared_ptr": plain, "out_ptr": plain}
         types |= {"H": "i32", "first": "i32", "n_local": "i32"}

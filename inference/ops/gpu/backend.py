@@ -23,7 +23,14 @@ class GpuBackend(ReferenceBackend):
         return ROW_BLOCK if self.batch_invariant else None
 
     def pack_weight(self, w: Weight) -> Weight:
-        """FP8 weights of W8A8 in the FP8 type that the device multiplies."""
+        """FP8 weights of W8A8 in the FP8 type that the device multiplies; INT4, and scales and zero points of groups of
+        channels, in the order in which the kernels read them."""
+        if w.scale is not None and w.block[0] == 1:
+            int4 = w.data.dtype == torch.uint8
+            if gemm.serves(w.data.shape[-1] * (2 if int4 else 1), w.block):
+                data = quantisation.interleave(w.data) if int4 else w.data
+                zero = None if w.zero is None else quantisation.by_groups(w.zero)
+                return w._replace(data=data, scale=quantisation.by_groups(w.scale), zero=zero)
         if w.fp8 and w.scale is not None and fp8_dtype(w.data.device) == torch.float8_e4m3fnuz:
             data, scale = reference.to_fnuz(w.data, w.scale)
             return w._replace(data=data, scale=scale)
@@ -48,9 +55,25 @@ class GpuBackend(ReferenceBackend):
         assert w.scale is not None
         return gemm.fp8_gemm(q, s, w.data, w.scale, dtype, self._rows)
 
+    def linear(self, x: torch.Tensor | Quantised, w: Weight) -> torch.Tensor:
+        if w.data.dtype == torch.int32:
+            assert isinstance(x, torch.Tensor), "quantised activations by a weight that takes plain ones"
+            return self.w4a16_gemm(x, w)
+        return super().linear(x, w)
+
     def w8a16_gemm(self, x: torch.Tensor, w: Weight) -> torch.Tensor:
         assert w.scale is not None
-        return gemm.w8a16_gemm(x, w.data, w.scale, x.dtype, self._rows)
+        if not _in_triton(x, w):
+            return super().w8a16_gemm(x, w)
+        return gemm.w8a16_gemm(x, w.data, w.scale, x.dtype, self._rows, w.block)
+
+    def w4a16_gemm(self, x: torch.Tensor, w: Weight) -> torch.Tensor:
+        """Of a weight that pack_weight has had; another, or in float32, as the reference."""
+        assert w.scale is not None
+        if not _in_triton(x, w):
+            stored = quantisation.natural(w.data) if w.data.dtype == torch.int32 else w.data
+            return super().w4a16_gemm(x, w._replace(data=stored))
+        return gemm.w4a16_gemm(x, w.data, w.scale, w.zero, x.dtype, self._rows)
 
     def project_float32(self, x: torch.Tensor, w: Any) -> torch.Tensor:
         """In bfloat16 one product that returns its float32 sums."""
@@ -90,6 +113,8 @@ class GpuBackend(ReferenceBackend):
         shared: Callable[[], torch.Tensor] | None = None,
         n_experts: int | None = None,
     ) -> torch.Tensor:
+        if not all(_in_triton(x, w) for w in (w13, w2)):
+            return super().experts(x, weights, ids, first, w13, w2, inter, shared, n_experts)
         return moe.experts(x, weights, ids, first, w13, w2, inter, shared, n_experts, self.batch_invariant)
 
     def latent_write(
@@ -122,3 +147,12 @@ class GpuBackend(ReferenceBackend):
             return super().mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale)
         by_rows = in_row_blocks if self.batch_invariant else None
         return attention.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, by_rows)
+
+
+def _in_triton(x: torch.Tensor | Quantised, w: Weight) -> bool:
+    """Whether the kernels multiply x by w: not float32 by quantised weights, which occurs in comparisons only, nor
+    groups of an odd size."""
+    if w.scale is None or w.fp8:
+        return True
+    k, stored = (x.q if isinstance(x, Quantised) else x).shape[1], w.data.dtype
+    return x.dtype == torch.bfloat16 and gemm.serves(k, w.block) and stored != torch.uint8

@@ -87,6 +87,37 @@ def quantise(x, dtype: tl.constexpr, UE8M0: tl.constexpr, FNUZ: tl.constexpr):
 
 
 @triton.jit
+def widen_int4(words, zero):
+    """int32 words (N, W) of quantisation.interleave to their values less each row's zero point, uint8 (N,), or 8 where
+    it is None: bfloat16 (N, 8 W), exactly.
+
+    Bits 0x4300 before a nibble are 128 plus its value. Two nibbles that follow one another lie 16 bits apart, so that
+    a mask makes a pair of bfloat16 numbers of both; and the order of the words is that in which the threads of a tensor
+    core instruction hold channels, so that no number changes its thread.
+    """
+    first, second = _pairs(words), _pairs(words >> 4)
+    third, fourth = _pairs(words >> 8), _pairs(words >> 12)
+    pairs = tl.join(tl.join(first, second), tl.join(third, fourth))  # N, W, which of a pair, channels + 8, + 16
+    units = tl.reshape(pairs, (words.shape[0], words.shape[1] // 4, 4, 2, 2, 2))
+    order = tl.permute(units, (0, 1, 5, 4, 2, 3))
+    values = tl.reshape(order, (words.shape[0], words.shape[1] * 8)).to(tl.bfloat16, bitcast=True)
+    if INTERPRETED:  # its bfloat16 arithmetic is wrong
+        values = values.to(tl.float32)
+    if zero is None:
+        return values - 136.0
+    else:
+        bias = (zero.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)[:, None]
+        return values - (bias.to(tl.float32) if INTERPRETED else bias)
+
+
+@triton.jit
+def _pairs(words):
+    """The lowest nibbles of both halves of int32 words (…) as the bits of bfloat16 128 + nibble: int16 (…, 2)."""
+    pair = (words & 0x000F000F) | 0x43004300
+    return tl.join(pair.to(tl.int16), (pair >> 16).to(tl.int16))
+
+
+@triton.jit
 def dot_operand(tile, FP8: tl.constexpr):
     """A tile as the tensor core takes it: as it is in a product of FP8 by FP8, otherwise as bfloat16."""
     if tile.dtype == tl.uint8:

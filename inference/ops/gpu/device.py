@@ -58,7 +58,9 @@ def converts_fp8(dtype: torch.dtype, arch: str) -> bool:
 
 
 def kernel_view(t: torch.Tensor) -> torch.Tensor:
-    """An FP8 tensor as the kernels take it: itself where the target can convert it, or its bytes."""
+    """A tensor as the kernels take it: itself, but of an FP8 tensor its bytes where the target cannot convert it."""
+    if not (t.is_floating_point() and t.element_size() == 1):
+        return t
     if interpreted() or not converts_fp8(t.dtype, architecture(t.device)):
         return t.view(torch.uint8)
     return t

@@ -1,4 +1,5 @@
-"""The two GEMMs by FP8 weights in Triton, as reference.py specifies them: fp8_gemm (W8A8) and w8a16_gemm.
+"""The GEMMs by weights of 8 and 4 bits in Triton, as reference.py specifies them: fp8_gemm (W8A8), w8a16_gemm and
+w4a16_gemm.
 
 Two things shape this file.
 
@@ -7,7 +8,7 @@ Two things shape this file.
 - Hopper's FP8 tensor core wants at least 64 rows in its first operand; with fewer, Triton falls back to Ampere's
   half-precision instruction. For few tokens the weights therefore come first (`swap`): the transposed tile is computed.
 
-Names: M tokens, N output channels, K input channels; BLOCK = 128 of them share a scale.
+Names: M tokens, N output channels, K input channels; 128 x 128 weights share a scale, or GROUP channels of a row.
 """
 
 import torch
@@ -16,9 +17,10 @@ import triton.language as tl
 
 from core.config import BLOCK_SIZE
 from ops.gpu import tiles
-from ops.gpu.casts import SCALE_BLOCK, cast, dot_operand
+from ops.gpu.casts import SCALE_BLOCK, cast, dot_operand, widen_int4
 from ops.gpu.device import architecture, fp8_dtype, kernel_view
 from ops.gpu.tiles import Tile
+from ops.reference import BLOCK
 
 SUMS = 1024  # numbers to a sum_splits program
 
@@ -30,20 +32,29 @@ SUMS = 1024  # numbers to a sum_splits program
 
 @triton.jit
 def multiply_rows(
-    x_ptr, x_s_ptr, x_row, w_ptr, w_s_ptr, w_row, K,
+    x_ptr, x_s_ptr, x_row, w_ptr, w_s_ptr, w_z_ptr, w_row, n, N, K, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Rows x_row (BLOCK_M,) of x (…, K) times rows w_row (BLOCK_N,) of w (…, K) transposed: float32 (BLOCK_M, BLOCK_N),
     or with SWAP (BLOCK_N, BLOCK_M). The inner loop of the dense and of the grouped GEMM.
 
-    FP8 by FP8, whose 128-channel products are promoted to float32 (W8A8); bfloat16 by FP8 widened in the loop where
-    x_s_ptr is None (W8A16); bfloat16 or float32 by the same where w_s_ptr is None too. x_s_ptr: scales of x
-    (…, K blocks), w_s_ptr: the row of block scales that all of w_row have. With SPLIT the grid's second axis cuts K in
-    parts, and this is the sum of the program's own part. Channels past the end are zeros.
+    With x_s_ptr, scales of x (…, K blocks): FP8 by FP8, whose 128-channel products are promoted to float32 (W8A8).
+    Without: bfloat16 by FP8 or int8, widened in the loop (W8A16), or by int32 w (…, K/8), INT4 as `interleave` has it
+    (W4A16). Without w_s_ptr either: bfloat16 or float32 by the same.
+    Where GROUP is 0, w_s_ptr is the row of block scales that all of w_row have. Otherwise each row has a scale for
+    every GROUP channels, 32, 64 or 128, of which K is a multiple: w_s_ptr is (K / GROUP, N), of which columns n
+    (BLOCK_N,) are w_row's, and w_z_ptr the zero points of INT4, of the same shape, or None where all are 8.
+    With SPLIT the grid's second axis cuts K in parts, and this is the sum of the program's own part. Channels past the
+    end are zeros.
     """
     FP8: tl.constexpr = x_s_ptr is not None
     SCALED: tl.constexpr = w_s_ptr is not None
-    k = tl.arange(0, SCALE_BLOCK)
+    INT4: tl.constexpr = w_ptr.dtype.element_ty == tl.int32
+    FLOAT32: tl.constexpr = w_ptr.dtype.element_ty == tl.float32
+    SPAN: tl.constexpr = GROUP if GROUP else SCALE_BLOCK  # channels to a product
+    WORD: tl.constexpr = 8 if INT4 else 1  # channels to a number of w
+    PRODUCTS: tl.constexpr = SCALE_BLOCK // SPAN
+    k = tl.arange(0, SPAN)
     k_blocks = tl.cdiv(K, SCALE_BLOCK)  # in a row, that is; `blocks` are this program's, `channels` as far as the end
     blocks, channels = k_blocks, K
     if SPLIT:
@@ -52,47 +63,87 @@ def multiply_rows(
         blocks = tl.minimum(per_part, k_blocks - first)  # below 1 where earlier parts took them all
         channels -= first * SCALE_BLOCK
         x_ptr += first * SCALE_BLOCK
-        w_ptr += first * SCALE_BLOCK
-        if SCALED:
+        w_ptr += first * (SCALE_BLOCK // WORD)
+        if GROUP:
+            w_s_ptr += first * PRODUCTS * N
+            if w_z_ptr is not None:
+                w_z_ptr += first * PRODUCTS * N
+        elif SCALED:
             w_s_ptr += first
         if FP8:
             x_s_ptr += first
     x_ptrs = x_ptr + x_row[:, None] * K + k[None, :]
-    w_ptrs = w_ptr + w_row[:, None] * K + k[None, :]
+    w_ptrs = w_ptr + w_row[:, None] * (K // WORD) + tl.arange(0, SPAN // WORD)[None, :]
     if FP8:
         x_s_ptrs = x_s_ptr + x_row * k_blocks
+    if GROUP:
+        next_scales = group_scales(w_s_ptr, n, N, channels, GROUP)
+        if w_z_ptr is not None:
+            next_zeros = group_scales(w_z_ptr, n, N, channels, GROUP)
 
     acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
     for i in tl.range(0, blocks, num_stages=STAGES):  # said here, not at the launch, it holds for the scales too
-        inside = (k < channels - i * SCALE_BLOCK)[None, :]
-        x, w = tl.load(x_ptrs, mask=inside, other=0.0), tl.load(w_ptrs, mask=inside, other=0.0)
-        if w.dtype != tl.float32:
-            x, w = dot_operand(x, FP8), dot_operand(w, FP8)
-        if SCALED:
-            scale = tl.load(w_s_ptr + i)
-            if FP8:
-                scale = tl.load(x_s_ptrs + i) * scale
-                scale = scale[None, :] if SWAP else scale[:, None]
-            acc += (tl.dot(w, x.T) if SWAP else tl.dot(x, w.T)) * scale
-        else:
-            if SWAP:
-                acc = tl.dot(w, x.T, acc, input_precision="ieee")
+        left = channels - i * SCALE_BLOCK
+        if GROUP:  # two bytes or one to a thread are too few for the pipeline: the next block's are asked for by hand
+            scales = next_scales
+            w_s_ptr += PRODUCTS * N
+            next_scales = group_scales(w_s_ptr, n, N, left - SCALE_BLOCK, GROUP)
+            if w_z_ptr is not None:
+                zeros = next_zeros
+                w_z_ptr += PRODUCTS * N
+                next_zeros = group_scales(w_z_ptr, n, N, left - SCALE_BLOCK, GROUP)
+        for product in tl.static_range(PRODUCTS):
+            if GROUP:
+                inside = left > product * SPAN
             else:
-                acc = tl.dot(x, w.T, acc, input_precision="ieee")
+                inside = (k < left)[None, :]
+            x = tl.load(x_ptrs + product * SPAN, mask=inside, other=0.0)
+            w = tl.load(w_ptrs + product * (SPAN // WORD), mask=inside, other=0.0)
+            if INT4:
+                w = widen_int4(w, None if w_z_ptr is None else zeros[product])
+            elif not FLOAT32:
+                w = dot_operand(w, FP8)
+            if not FLOAT32:
+                x = dot_operand(x, FP8)
+            if SCALED:
+                if GROUP:
+                    scale = scales[product].to(tl.float32)
+                    scale = scale[:, None] if SWAP else scale[None, :]
+                else:
+                    scale = tl.load(w_s_ptr + i)
+                    if FP8:
+                        scale = tl.load(x_s_ptrs + i) * scale
+                        scale = scale[None, :] if SWAP else scale[:, None]
+                acc += (tl.dot(w, x.T) if SWAP else tl.dot(x, w.T)) * scale
+            else:
+                if SWAP:
+                    acc = tl.dot(w, x.T, acc, input_precision="ieee")
+                else:
+                    acc = tl.dot(x, w.T, acc, input_precision="ieee")
         x_ptrs += SCALE_BLOCK
-        w_ptrs += SCALE_BLOCK
+        w_ptrs += SCALE_BLOCK // WORD
     return acc
+
+
+@triton.jit
+def group_scales(ptr, n, N, channels, GROUP: tl.constexpr):
+    """The scales or zero points of columns n of a block's groups, one after another; zeros past `channels` and N."""
+    found = ()
+    for group in tl.static_range(SCALE_BLOCK // GROUP):
+        inside = (n < N) & (group * GROUP < channels)
+        found += (tl.load(ptr + group * N + n, mask=inside, other=0),)  # type: ignore[assignment]
+    return found
 
 
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
-    x_ptr, x_s_ptr, w_ptr, w_s_ptr, out_ptr, M, N, K,
+    x_ptr, x_s_ptr, w_ptr, w_s_ptr, w_z_ptr, out_ptr, M, N, K, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """out (M, N) = x (M, K) times w (N, K) transposed; FP8 by FP8, or bfloat16 by FP8 where x_s_ptr is None.
+    """out (M, N) = x (M, K) times w (N, K) transposed; FP8 by FP8, or bfloat16 by 8 or 4 bits where x_s_ptr is None.
 
-    See reference.fp8_gemm and reference.w8a16_gemm. With SPLIT out (parts, M, N) takes the sum of each part of K, and
+    See reference.fp8_gemm, w8a16_gemm and w4a16_gemm. With SPLIT out (parts, M, N) takes the sum of each part of K, and
     sum_splits_kernel does the rest. Rows past the end repeat the last one and are not stored.
     """
     m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -103,9 +154,10 @@ def gemm_kernel(
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     x_row = tl.minimum(m, M - 1).to(tl.int64)
     w_row = tl.minimum(n, N - 1).to(tl.int64)
-    w_s_ptr += (pid_n * BLOCK_N // SCALE_BLOCK) * tl.cdiv(K, SCALE_BLOCK)  # BLOCK_N divides 128: one scale to a tile
+    if not GROUP:  # BLOCK_N divides 128: one scale to a tile
+        w_s_ptr += (pid_n * BLOCK_N // SCALE_BLOCK) * tl.cdiv(K, SCALE_BLOCK)
     acc = multiply_rows(
-        x_ptr, x_s_ptr, x_row, w_ptr, w_s_ptr, w_row, K, BLOCK_M, BLOCK_N, STAGES, SWAP, SPLIT
+        x_ptr, x_s_ptr, x_row, w_ptr, w_s_ptr, w_z_ptr, w_row, n, N, K, GROUP, BLOCK_M, BLOCK_N, STAGES, SWAP, SPLIT
     )  # fmt: skip
 
     out = cast(acc, out_ptr.dtype.element_ty)
@@ -189,15 +241,38 @@ def w8a16_gemm(
     b_s: torch.Tensor,
     out_dtype: torch.dtype | None = None,
     as_for: int | None = None,
+    block: tuple[int, int] = BLOCK,
 ) -> torch.Tensor:
-    """As reference.w8a16_gemm, for bfloat16 x and float8_e4m3fn b; `as_for` as in fp8_gemm."""
-    assert x.dtype == torch.bfloat16 and b.dtype == torch.float8_e4m3fn, (x.dtype, b.dtype)
-    return gemm(x, None, b, b_s, out_dtype or x.dtype, _choose("w8a16_gemm", x, b, as_for))
+    """As reference.w8a16_gemm, for bfloat16 x and a block that `serves` takes; `as_for` as in fp8_gemm."""
+    assert x.dtype == torch.bfloat16 and b.dtype in (torch.float8_e4m3fn, torch.int8), (x.dtype, b.dtype)
+    tile = _choose("w8a16_gemm" if block == BLOCK else "w4a16_gemm", x, b, as_for)
+    return gemm(x, None, b, b_s, out_dtype or x.dtype, tile, block)
+
+
+def w4a16_gemm(
+    x: torch.Tensor,
+    b: torch.Tensor,
+    b_s: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    as_for: int | None = None,
+) -> torch.Tensor:
+    """As reference.w4a16_gemm, for bfloat16 x and b (N, K/8) as `interleave` made it; `as_for` as in fp8_gemm."""
+    assert x.dtype == torch.bfloat16 and b.dtype == torch.int32, (x.dtype, b.dtype)
+    tile = _choose("w4a16_gemm", x, b, as_for)
+    return gemm(x, None, b, b_s, out_dtype or x.dtype, tile, (1, x.shape[1] // b_s.shape[1]), zero)
+
+
+GROUPS = (32, 64, 128)  # channels of a row that may share a scale
+
+
+def serves(k: int, block: tuple[int, int]) -> bool:
+    """Whether the kernels multiply by quantised weights (N, K) whose blocks (rows, columns) have scales."""
+    return block == BLOCK or (block[0] == 1 and block[1] in GROUPS and k % block[1] == 0)
 
 
 def _choose(op: str, x: torch.Tensor, w: torch.Tensor, rows: int | None) -> Tile:
-    n, k = w.shape
-    return tiles.choose(op, architecture(x.device), n, k, rows or len(x))
+    return tiles.choose(op, architecture(x.device), len(w), x.shape[1], rows or len(x))
 
 
 def gemm(
@@ -207,19 +282,18 @@ def gemm(
     w_s: torch.Tensor,
     out_dtype: torch.dtype,
     tile: Tile,
+    block: tuple[int, int] = BLOCK,
+    zero: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """fp8_gemm, or without x_s w8a16_gemm, by a tile of the caller's choice.
+    """fp8_gemm, or without x_s w8a16_gemm, or by int32 w w4a16_gemm, by a tile of the caller's choice.
 
     With one and the same tile a row of the result does not depend, to the bit, on the other rows. A persistent tile
     gives way to a plain one where rows do not begin at multiples of 16 bytes.
     """
     (m, k), n = x.shape, w.shape[0]
-    assert w.shape == (n, k) and w_s.shape == (triton.cdiv(n, BLOCK_SIZE), triton.cdiv(k, BLOCK_SIZE)), (
-        w.shape,
-        w_s.shape,
-    )
     assert x_s is None or x_s.shape == (m, triton.cdiv(k, BLOCK_SIZE)), x_s.shape
-    assert all(t is None or t.is_contiguous() for t in (x, x_s, w, w_s))
+    assert all(t is None or t.is_contiguous() for t in (x, x_s, w))
+    *w_scales, group = weight_scales(k, w, w_s, block, zero)
     out = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if not out.numel():
         return out
@@ -235,12 +309,27 @@ def gemm(
         triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.uint8, device=device))
         gemm_persistent_kernel[(programs,)](x, x_s, w, w_s, out, m, n, k, **constexprs)
     elif tile.split == 1:
-        gemm_kernel[(count,)](x, x_s, w, w_s, out, m, n, k, **constexprs)
+        gemm_kernel[(count,)](x, x_s, w, *w_scales, out, m, n, k, GROUP=group, **constexprs)
     else:
         parts = torch.empty(tile.split, m, n, dtype=torch.float32, device=x.device)
-        gemm_kernel[(count, tile.split)](x, x_s, w, w_s, parts, m, n, k, **constexprs)
+        gemm_kernel[(count, tile.split)](x, x_s, w, *w_scales, parts, m, n, k, GROUP=group, **constexprs)
         sum_splits_kernel[(triton.cdiv(m * n, SUMS),)](parts, out, m, n, PARTS=tile.split, SUMS=SUMS)
     return out
+
+
+def weight_scales(
+    k: int, w: torch.Tensor, s: torch.Tensor, block: tuple[int, int], zero: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """Scales and zero points of w (…, N, K), or INT4 (…, N, K/8), as multiply_rows reads them, and its GROUP."""
+    n, stored = w.shape[-2:]
+    expected = (*w.shape[:-2], triton.cdiv(n, block[0]), triton.cdiv(k, block[1]))
+    assert serves(k, block) and stored * (8 if w.dtype == torch.int32 else 1) == k, (w.shape, w.dtype, k, block)
+    assert s.shape == expected and (zero is None or zero.shape == expected), (w.shape, s.shape)
+    if block[0] != 1:
+        assert s.is_contiguous() and zero is None
+        return s, None, 0
+    # What by_groups has put in order is contiguous already.
+    return s.mT.contiguous(), None if zero is None else zero.mT.contiguous(), block[1]
 
 
 def _in_sixteens(t: torch.Tensor) -> bool:

@@ -25,9 +25,10 @@ from ops.formats import Quantised, Weight
 from ops.gpu import fused, tiles
 from ops.gpu.casts import SCALE_BLOCK, cast
 from ops.gpu.device import architecture, kernel_view
-from ops.gpu.gemm import multiply_rows
+from ops.gpu.gemm import multiply_rows, weight_scales
 from ops.gpu.quantisation import act_quant
 from ops.gpu.tiles import Tile, split_for_few_rows, tile_for
+from ops.reference import BLOCK
 
 # --------------------------------------------------------------------------------------------------------------------
 # Sorting assignments by expert
@@ -102,13 +103,13 @@ def sort(ids: torch.Tensor, first: int, n_local: int, block_m: int) -> tuple[tor
 
 @triton.jit(do_not_specialize=["m_tiles", "assignments"])
 def grouped_gemm_kernel(
-    x_ptr, x_s_ptr, w_ptr, w_s_ptr, out_ptr, order_ptr, tiles_ptr, m_tiles, assignments, N, K, SHARE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr,
-    SPLIT: tl.constexpr,
+    x_ptr, x_s_ptr, w_ptr, w_s_ptr, w_z_ptr, out_ptr, order_ptr, tiles_ptr, m_tiles, assignments, N, K,
+    GROUP: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    SWAP: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out[a] = x[a // SHARE] times its expert's w (N, K) transposed, for the assignments a of one row tile.
 
-    FP8 by FP8; without x_s_ptr bfloat16 by FP8; without w_s_ptr as well, bfloat16 or float32 by the same. See
+    FP8 by FP8; without x_s_ptr bfloat16 by 8 or 4 bits; without w_s_ptr as well, bfloat16 or float32 by the same. See
     reference.grouped_gemm. Rows past a tile's end repeat its last one and are not stored. With SPLIT out[part, a] takes
     the sum of each part of K.
     """
@@ -125,11 +126,15 @@ def grouped_gemm_kernel(
     x_row = a // SHARE
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     w_row = expert * N + tl.minimum(n, N - 1).to(tl.int64)
-    if w_s_ptr is not None:  # BLOCK_N divides 128: one scale to a tile
+    if GROUP:
+        w_s_ptr += expert * (K // GROUP) * N
+        if w_z_ptr is not None:
+            w_z_ptr += expert * (K // GROUP) * N
+    elif w_s_ptr is not None:  # BLOCK_N divides 128: one scale to a tile
         s_row = expert * tl.cdiv(N, SCALE_BLOCK) + pid_n * BLOCK_N // SCALE_BLOCK
         w_s_ptr += s_row * tl.cdiv(K, SCALE_BLOCK)
     acc = multiply_rows(
-        x_ptr, x_s_ptr, x_row, w_ptr, w_s_ptr, w_row, K, BLOCK_M, BLOCK_N, STAGES, SWAP, SPLIT
+        x_ptr, x_s_ptr, x_row, w_ptr, w_s_ptr, w_z_ptr, w_row, n, N, K, GROUP, BLOCK_M, BLOCK_N, STAGES, SWAP, SPLIT
     )  # fmt: skip
 
     out = cast(acc, out_ptr.dtype.element_ty)
@@ -143,8 +148,11 @@ def grouped_tiles(w: Weight, device: torch.device) -> tuple[Tile, ...]:
     """The table of tiles for a weight, by the type of its product."""
     if w.data.dtype == torch.float32:
         return tiles.GROUPED_FLOAT32
-    tables = tiles.GROUPED_PLAIN if w.scale is None else tiles.GROUPED_W8A8 if w.fp8 else tiles.GROUPED_W8A16
-    return tables[architecture(device)]
+    if w.scale is None:
+        return tiles.GROUPED_PLAIN[architecture(device)]
+    if w.fp8:
+        return tiles.GROUPED_W8A8[architecture(device)]
+    return (tiles.GROUPED_W8A16 if w.block == BLOCK else tiles.GROUPED_W4A16)[architecture(device)]
 
 
 def grouped_gemm(
@@ -160,20 +168,20 @@ def grouped_gemm(
     Where the tile splits K: to float32 sums (parts, R * share, N), which silu_mul adds up.
     """
     values, scales, dtype = (x.q, x.s, x.dtype) if isinstance(x, Quantised) else (x, None, x.dtype)
-    (rows, k), (n_experts, n, _) = values.shape, w.data.shape
-    blocks = triton.cdiv(n, BLOCK_SIZE), triton.cdiv(k, BLOCK_SIZE)
-    assert w.data.shape == (n_experts, n, k), (values.shape, w.data.shape)
-    assert w.scale is None or w.scale.shape == (n_experts, *blocks), (w.data.shape, w.scale.shape)
-    assert (scales is not None) == (w.fp8 is not None) and (scales is None or scales.shape == (rows, blocks[1]))
+    (rows, k), n = values.shape, w.data.shape[1]
+    w_s, w_z, group = (None, None, 0) if w.scale is None else weight_scales(k, w.data, w.scale, w.block, w.zero)
+    assert w.scale is not None or w.data.shape[2] == k, (values.shape, w.data.shape)
+    assert (scales is not None) == (w.fp8 is not None)
+    assert scales is None or scales.shape == (rows, triton.cdiv(k, BLOCK_SIZE)), scales.shape
     assert len(order) == rows * share and all(t.is_contiguous() for t in (values, w.data, order, row_tiles))
     assert values.dtype == (w.data.dtype if w.scale is None or w.fp8 else torch.bfloat16), (values.dtype, w.data.dtype)
     shape, dtype = ((tile.split, rows * share, n), torch.float32) if tile.split > 1 else ((rows * share, n), dtype)
     out = torch.empty(shape, dtype=dtype, device=values.device)
     if out.numel():
         grouped_gemm_kernel[(len(row_tiles) * triton.cdiv(n, tile.block_n), tile.split)](
-            values if scales is None else kernel_view(values), scales,
-            w.data if w.scale is None else kernel_view(w.data), w.scale,
-            out, order, row_tiles, len(row_tiles), rows * share, n, k, SHARE=share,
+            kernel_view(values), scales,
+            kernel_view(w.data), w_s, w_z, out, order, row_tiles, len(row_tiles), rows * share, n, k,
+            GROUP=group, SHARE=share,
             **tile.for_channels(k).constexprs(), **tile.options(),
         )  # fmt: skip
     return out
@@ -245,7 +253,7 @@ def experts(
 ) -> torch.Tensor:
     """As ReferenceBackend.experts. With `invariant` the tile is the same for any T and K is not split, so that a
     token's bits do not depend on the rest of its batch."""
-    n_local, (n, k) = len(w13.data), w13.data.shape[1:]
+    (n_local, n), k = w13.data.shape[:2], (x if isinstance(x, torch.Tensor) else x.q).shape[1]
     table = grouped_tiles(w13, weights.device)
     rows = ids.numel() / (n_experts or n_local)  # of an expert, in the mean
     tile = up_tile = table[0] if invariant else tile_for(table, math.ceil(rows))

@@ -1,4 +1,7 @@
-"""act_quant and weight_dequant in Triton, as reference.py specifies them. Tensors are on the current device."""
+"""act_quant and weight_dequant in Triton, as reference.py specifies them; the order of packed weights.
+
+Tensors are on the current device.
+"""
 
 import torch
 import triton
@@ -10,6 +13,8 @@ from ops.gpu.device import fp8_dtype, kernel_view
 
 GROUPS = 8  # blocks of 128 channels to an act_quant program
 DEQUANT_ROWS = 64  # rows to a weight_dequant program
+UNIT = 32  # channels of INT4 that are put in order together, 16 bytes
+AT_A_TIME = 1 << 26  # bytes of INT4 that are put in order
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -73,3 +78,40 @@ def weight_dequant(w: torch.Tensor, s: torch.Tensor, dtype: torch.dtype = torch.
         grid = (triton.cdiv(k, BLOCK_SIZE), triton.cdiv(n, DEQUANT_ROWS), w.numel() // (n * k))
         weight_dequant_kernel[grid](kernel_view(w), s, out, n, k, ROWS=DEQUANT_ROWS)
     return out
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# INT4 in the order of casts.widen_int4
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def interleave(w: torch.Tensor) -> torch.Tensor:
+    """INT4 uint8 (…, N, K/2) in the kernels' order, in place: the same memory as int32 (…, N, K/8). K: whole UNITs.
+
+    Of each 32 channels, k = 16 t + 8 h + 2 q + e, word q has k in its nibble 4 e + 2 t + h, counted from the lowest.
+    """
+    for part in _rows(w):
+        units = part.unflatten(-1, (-1, 2, 2, 4))  # rows, units, t, h, q; e is the nibble
+        even, odd = ((nibble[:, :, :, 0] | nibble[:, :, :, 1] << 4) for nibble in (units & 15, units >> 4))
+        part.copy_(torch.stack((even, odd), 2).permute(0, 1, 4, 2, 3).reshape(part.shape))  # rows, units, q, e, t
+    return w.view(torch.int32)
+
+
+def natural(words: torch.Tensor) -> torch.Tensor:
+    """What was given to `interleave`, as a tensor of its own: uint8 (…, N, K/2)."""
+    even, odd = words.view(torch.uint8).unflatten(-1, (-1, 4, 2, 2)).movedim(-3, -1).unbind(-3)  # …, units, t, q
+    halves = [even >> 4 * h & 15 | (odd >> 4 * h & 15) << 4 for h in (0, 1)]
+    return torch.stack(halves, -2).flatten(-4)  # …, units, t, h, q
+
+
+def _rows(w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return w.view(-1, w.shape[-1]).split(max(1, AT_A_TIME // w.shape[-1]))
+
+
+def by_groups(s: torch.Tensor) -> torch.Tensor:
+    """Scales or zero points (…, N, K/G) with all rows' of one group behind one another, in place: the same shape, and
+    other strides."""
+    assert s.is_contiguous(), s.stride()
+    for one in s.view(-1, *s.shape[-2:]):
+        one.view(-1).copy_(one.mT.reshape(-1))
+    return s.view(*s.shape[:-2], s.shape[-1], s.shape[-2]).mT

@@ -134,7 +134,35 @@ W8A16 = {
         Tile(math.inf, 64, 64, False, 4, 2),
     ),
 }
-DEFAULTS = {"fp8_gemm": W8A8, "w8a16_gemm": W8A16}
+W4A16 = {  # of INT4, and of INT8 in groups of channels: a scale for each row takes registers
+    "sm_80": (
+        Tile(16, 16, 64, False, 4, 5),
+        Tile(32, 32, 64, False, 4, 4, registers=255),
+        Tile(math.inf, 64, 128, False, 8, 3),
+    ),
+    "sm_89": (
+        Tile(16, 16, 64, False, 4, 5),
+        Tile(32, 32, 64, False, 4, 4, registers=255),
+        Tile(math.inf, 64, 128, False, 8, 3),
+    ),
+    "sm_90": (
+        Tile(16, 16, 64, True, 4, 6),
+        Tile(32, 32, 64, True, 4, 5),
+        Tile(64, 64, 64, True, 4, 4),
+        Tile(math.inf, 128, 64, True, 8, 4),
+    ),
+    "sm_100": (
+        Tile(16, 16, 64, True, 4, 6),
+        Tile(32, 32, 64, True, 4, 5, registers=168),
+        Tile(64, 64, 64, True, 4, 4),
+        Tile(math.inf, 128, 64, True, 8, 4),
+    ),
+    "gfx942": (
+        Tile(64, 16, 64, False, 4, 2),
+        Tile(math.inf, 64, 64, False, 4, 2),
+    ),
+}
+DEFAULTS = {"fp8_gemm": W8A8, "w8a16_gemm": W8A16, "w4a16_gemm": W4A16}
 
 # The tiles of the grouped GEMM are keyed on the mean number of rows an expert gets. Both products of a layer have the
 # same block_m, since they share its table of row tiles.
@@ -182,6 +210,32 @@ GROUPED_W8A16 = {
         Tile(math.inf, 64, 64, False, 4, 2),
     ),
 }
+GROUPED_W4A16 = {
+    "sm_80": (
+        Tile(12, 16, 64, False, 4, 5),
+        Tile(32, 32, 64, False, 4, 4, registers=255),
+        Tile(math.inf, 64, 128, False, 8, 3),
+    ),
+    "sm_89": (
+        Tile(12, 16, 64, False, 4, 5, registers=168),
+        Tile(32, 32, 64, False, 4, 4, registers=255),
+        Tile(math.inf, 64, 128, False, 8, 3),
+    ),
+    "sm_90": (
+        Tile(12, 16, 64, True, 4, 6),
+        Tile(32, 32, 64, True, 4, 5),
+        Tile(math.inf, 64, 64, True, 4, 4),
+    ),
+    "sm_100": (
+        Tile(12, 16, 64, True, 4, 6),
+        Tile(32, 32, 64, True, 4, 5, registers=168),
+        Tile(math.inf, 64, 64, True, 4, 4),
+    ),
+    "gfx942": (
+        Tile(12, 16, 64, False, 4, 2),
+        Tile(math.inf, 64, 64, False, 4, 2),
+    ),
+}
 GROUPED_PLAIN = {
     "sm_80": (
         Tile(12, 16, 64, False, 4, 4),
@@ -217,7 +271,8 @@ GROUPED_FLOAT32 = (Tile(math.inf, 16, 32, False, 4, 2),)  # for comparisons, not
 def choose(op: str, arch: str, n: int, k: int, m: int) -> Tile:
     """The tile for M tokens by a weight (N, K): the measured one if tiles.json has it, otherwise the default.
 
-    op: "fp8_gemm" or "w8a16_gemm"; arch: a key of its table. Raises UserError for a tiles.json that cannot be used.
+    op: "fp8_gemm", "w8a16_gemm" or "w4a16_gemm"; arch: a key of its table. Raises UserError for a tiles.json that
+    cannot be used.
     """
     return _choice(op, arch, n, k, bucket(m))
 
@@ -362,7 +417,8 @@ def fault(op: str, arch: str, tile: Tile) -> str | None:
     groups = 2 if tile.specialised and arch == "sm_90" else 1
     if tile.block_m * tile.block_n > 64 * 32 * tile.warps * groups:
         return f"{tile.block_m} x {tile.block_n} sums are too many for {tile.warps} warps' registers"
-    shared = tile.stages * (tile.block_m * (1 if op == "fp8_gemm" else 2) + tile.block_n) * BLOCK_SIZE
+    x_bytes, w_bytes = {"fp8_gemm": (1, 1), "w8a16_gemm": (2, 1), "w4a16_gemm": (2, 0.5)}[op]
+    shared = int(tile.stages * (tile.block_m * x_bytes + tile.block_n * w_bytes) * BLOCK_SIZE)
     if shared * max(1, tile.persistent) > SHARED_LIMIT[arch]:
         return f"{shared} bytes of shared memory, {max(1, tile.persistent)} times, of {SHARED_LIMIT[arch]}"
     return None
