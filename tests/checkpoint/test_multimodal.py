@@ -143,7 +143,7 @@ def test_the_text_model_s_quantization_config_counts(pairs, tmp_path):
     """A config that says INT4, as Kimi-K2.5's does, beside plain weights."""
     copy = Path(shutil.copytree(pairs["bf16"][1], tmp_path / "copy"))
     text = json.loads((copy / "config.json").read_text())["text_config"]
-    configure({"text_config": text | {"quantization_config": quantization_config(LAYOUTS["int4, groups of 32"])}}, copy)
+    configure({"text_config": text | {"quantization_config": quantization_config(LAYOUTS["int4-groups-of-32"])}}, copy)
     message = "config.json has a quantization_config, but the files hold no INT4 weights; remove it, if they are plain"
     for program, lines in refusals(copy, tmp_path).items():
         assert any(line.endswith(message) for line in lines), (program, lines)

@@ -11,7 +11,10 @@ from checkpoint.cast import cast
 from checkpoint.check import check
 from checkpoint.convert import convert
 from checkpoint.directory import Checkpoint, choose_args
-from checkpoint.table import quantised_form
+from checkpoint.partition import Partition
+from checkpoint.table import expected_tensors, quantised_form, quantised_rows
+from core.config import parse
+from core.errors import UserError
 from core.numerics import PLAIN, Numerics
 from ops.reference_backend import ReferenceBackend
 from support.damaged_checkpoints import drop, edit, edit_json, files, whole
@@ -100,6 +103,17 @@ def test_converted(packed, experts, tmp_path):
     assert_no_fault(tmp_path / "two")
 
 
+def test_ranks_share_whole_groups():
+    args = replace(parse(CONFIG), dtype="int4", group_size=128)
+    assert Partition.choose(args, 2).experts == "split"  # 128 channels each
+    partition = Partition.choose(args, 4)
+    assert partition.experts == "whole"
+    assert partition.reason == "experts: whole, as 4 ranks cannot share their width of 256 in whole groups of 128 channels"
+    assert Partition.choose(replace(args, group_size=64), 4).experts == "split"
+    with pytest.raises(UserError, match="moe_intermediate_size is 256, which 4 ranks cannot share in whole groups of 128 channels"):
+        Partition(args, 4, "split", quantised_rows(expected_tensors(args, True)))
+
+
 def test_checked_and_cast(packed, tmp_path):
     folder, _, means, _ = packed
     assert_no_fault(folder)
@@ -145,36 +159,36 @@ def added(name, tensor):
 
 
 DAMAGE = {  # layout, what is done, what loading says
-    "weight_shape": ("int4, groups of 32", changed(f"{EXPERT}.weight_shape", lambda t: torch.tensor([256, 120])),
+    "weight_shape": ("int4-groups-of-32", changed(f"{EXPERT}.weight_shape", lambda t: torch.tensor([256, 120])),
         f"{FILE}: {EXPERT}.weight_shape: expected [256, 128], as {EXPERT}.weight_packed has them, found [256, 120]"),
-    "scales of another group size": ("int4, groups of 32", changed(f"{EXPERT}.weight_scale", lambda t: t[:, :2]),
+    "scales of another group size": ("int4-groups-of-32", changed(f"{EXPERT}.weight_scale", lambda t: t[:, :2]),
         f"{FILE}: {EXPERT}.weight_scale: expected BF16 256x4, found BF16 256x2"),
-    "packed along another dimension": ("int4, groups of 32", changed(f"{EXPERT}.weight_packed", lambda t: t.T),
+    "packed along another dimension": ("int4-groups-of-32", changed(f"{EXPERT}.weight_packed", lambda t: t.T),
         f"{FILE}: {EXPERT}.weight_scale: expected BF16 16x64, found BF16 256x4"),
-    "packed in bytes": ("int4, groups of 32", changed(f"{EXPERT}.weight_packed", lambda t: t.contiguous().view(torch.uint8)),
+    "packed in bytes": ("int4-groups-of-32", changed(f"{EXPERT}.weight_packed", lambda t: t.contiguous().view(torch.uint8)),
         f"{FILE}: {EXPERT}.weight_packed: expected I32 256x64, found U8 256x64"),
-    "half a group": ("int4, groups of 128", changed(f"{EXPERT}.weight_packed", lambda t: t[:, :8]),
+    "half-a-group": ("int4-groups-of-128", changed(f"{EXPERT}.weight_packed", lambda t: t[:, :8]),
         f"{FILE}: {EXPERT}.weight_packed: expected whole groups of 128 channels, found 64 channels"),
-    "a scale that is no number": ("int4, groups of 32", changed(f"{EXPERT}.weight_scale", set_to(float("nan"), 5, 1)),
+    "a scale that is no number": ("int4-groups-of-32", changed(f"{EXPERT}.weight_scale", set_to(float("nan"), 5, 1)),
         f"{FILE}: {EXPERT}.weight_scale: expected finite scales, none negative, found nan at [5, 1]"),
-    "a negative scale": ("int4, groups of 32", changed(f"{EXPERT}.weight_scale", set_to(-1.0, 5, 1)),
+    "a negative scale": ("int4-groups-of-32", changed(f"{EXPERT}.weight_scale", set_to(-1.0, 5, 1)),
         f"{FILE}: {EXPERT}.weight_scale: expected finite scales, none negative, found -1.0 at [5, 1]"),
-    "an infinite scale of blocks": ("int8, blocks", changed(f"{EXPERT}.weight_scale_inv", set_to(float("inf"), 1, 0)),
+    "an infinite scale of blocks": ("int8-blocks", changed(f"{EXPERT}.weight_scale_inv", set_to(float("inf"), 1, 0)),
         f"{FILE}: {EXPERT}.weight_scale_inv: expected finite, positive scales, found inf at [1, 0]"),
-    "no scale": ("int4, groups of 32", lambda folder: drop(folder, lambda n: n == f"{EXPERT}.weight_scale"),
+    "no scale": ("int4-groups-of-32", lambda folder: drop(folder, lambda n: n == f"{EXPERT}.weight_scale"),
         f"DIR: {EXPERT}.weight_scale_inv is missing: an INT4 weight without its scale (BF16 256x4)"),
-    "no zero points": ("int4, zero points", lambda folder: drop(folder, lambda n: n == f"{EXPERT}.weight_zero_point"),
+    "no zero points": ("int4-zero-points", lambda folder: drop(folder, lambda n: n == f"{EXPERT}.weight_zero_point"),
         f"DIR: {EXPERT}.weight_zero_point is missing: an INT4 weight without its zero points (U8 256x4)"),
-    "act-order": ("int4, groups of 32", added(f"{EXPERT}.weight_g_idx", torch.arange(128, dtype=torch.int32)),
+    "act-order": ("int4-groups-of-32", added(f"{EXPERT}.weight_g_idx", torch.arange(128, dtype=torch.int32)),
         f"{FILE}: {EXPERT}.weight_g_idx: act-order, which scatters a group's channels over the row, is not supported"),
-    "act-order of GPTQ": ("gptq", changed(f"{EXPERT}.g_idx", lambda t: t.flip(0)),
+    "act-order-of-gptq": ("gptq", changed(f"{EXPERT}.g_idx", lambda t: t.flip(0)),
         f"{FILE}: {EXPERT}.g_idx: channel 0 is of group 3, expected 0: act-order is not supported"),
     "zero points of another shape": ("awq", changed(f"{EXPERT}.qzeros", lambda t: t[:, :16]),
         f"{FILE}: {EXPERT}.qzeros: expected I32 4x32, found I32 4x16"),
-    "no quantization_config": ("int4, groups of 32",
+    "no quantization_config": ("int4-groups-of-32",
         lambda folder: edit_json(folder / "config.json", lambda raw: raw.pop("quantization_config")),
         "DIR: config.json has no quantization_config, but the files hold quantised weights; get the config.json that belongs to them"),
-    "a module that shall be plain": ("int4, groups of 32",
+    "a module that shall be plain": ("int4-groups-of-32",
         lambda folder: edit_json(folder / "config.json", lambda raw: raw["quantization_config"]["ignore"].append(EXPERT)),
         f"{FILE}: {EXPERT}.weight_packed: INT4, but config.json's quantization_config.ignore names {EXPERT}"),
 }  # fmt: skip
@@ -190,7 +204,7 @@ def test_refused(kind, tmp_path):
 
 
 def test_plain_weights_under_a_quantization_config(tmp_path):
-    make_packed(tmp_path / "c", LAYOUTS["int4, groups of 32"], CONFIG)
+    make_packed(tmp_path / "c", LAYOUTS["int4-groups-of-32"], CONFIG)
     cast(tmp_path / "c", tmp_path / "plain", "cpu")
     config = json.loads((tmp_path / "c" / "config.json").read_text())
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))

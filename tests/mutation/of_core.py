@@ -3,9 +3,9 @@
 from mutation.tests_named import LOGITS, STORED
 
 MUTANTS = (
-    ("stored-scale-format-float", "core/config.py",
-     'None if quant.get("scale_fmt") == "float" else quant.get("scale_fmt")',
-     'quant.get("scale_fmt")',
+    ("stored-scale-format-float", "core/quantization_config.py",
+     'None if scale_fmt == "float" else scale_fmt',
+     "scale_fmt",
      f"{STORED}test_scale_formats_of_a_config", "scale_fmt \"float\", which transformers 5 writes, is refused"),
     ("stored-layer-11-is-layer-1", "core/numerics.py",
      'f"{name}.".startswith(f"{module}.")',
@@ -48,7 +48,7 @@ MUTANTS = (
      "if raw.get(field) not in (None, *routers):",
      "if False:",
      "core/test_config.py::test_refused_by_name", "V3 with a router that transformers does not look at"),
-    ("config-modules-as-one-word", "core/config.py",
+    ("config-modules-as-one-word", "core/quantization_config.py",
      "if not isinstance(quant.get(name) or [], list):",
      "if False:",
      "core/test_config.py::test_refused_by_name", "modules_to_not_convert as a word is read letter by letter"),
@@ -194,4 +194,12 @@ MUTANTS = (
      "except (RuntimeError, TypeError, NotImplementedError):\n        return False",
      "except (RuntimeError, TypeError, NotImplementedError):\n        return True",
      "project/test_devices.py::test_a_run_on_a_device_that_there_are_no_kernels_for", "a device without bfloat16 is a traceback"),
+    ("config-act-order", "core/quantization_config.py",
+     'if quant.get("desc_act"):',
+     "if False:",
+     "core/test_quantization_config.py::test_what_is_refused", "GPTQ in act-order is taken for one in order"),
+    ("config-any-value", "core/quantization_config.py",
+     "if not any(value == one and type(value) is type(one) for one in values):",
+     "if False:",
+     "core/test_quantization_config.py::test_what_is_refused", "three bits are read as four"),
 )  # fmt: skip

@@ -115,8 +115,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FP8 = ("v3-fp8", "v3.1-fp8")
 PACKED = {  # the config, and the layout of the weights
-    "kimi-k2-int4": ("kimi-k2", "int4, groups of 32"), "v3-int4-zeros": ("v3", "int4, zero points"),
-    "v3-int8": ("v3-experts-128", "int8, groups of 128"), "v3-int8-blocks": ("v3", "int8, blocks"), "v3-awq": ("v3", "awq"),
+    "kimi-k2-int4": ("kimi-k2", "int4-groups-of-32"), "v3-int4-zeros": ("v3", "int4-zero-points"),
+    "v3-int8": ("v3-experts-128", "int8-groups-of-128"), "v3-int8-blocks": ("v3", "int8-blocks"), "v3-awq": ("v3", "awq"),
     "v3-gptq": ("v3", "gptq"),
 }  # fmt: skip
 

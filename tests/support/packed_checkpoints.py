@@ -29,11 +29,11 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {
-    "int4, groups of 32": Layout("compressed-tensors", 4, 32),
-    "int4, groups of 128": Layout("compressed-tensors", 4, 128, scale=torch.float32),
-    "int4, zero points": Layout("compressed-tensors", 4, 32, zeros=True),
-    "int8, groups of 128": Layout("compressed-tensors", 8, 128),
-    "int8, blocks": Layout("blockwise_int8", 8, scale=torch.float32),
+    "int4-groups-of-32": Layout("compressed-tensors", 4, 32),
+    "int4-groups-of-128": Layout("compressed-tensors", 4, 128, scale=torch.float32),
+    "int4-zero-points": Layout("compressed-tensors", 4, 32, zeros=True),
+    "int8-groups-of-128": Layout("compressed-tensors", 8, 128),
+    "int8-blocks": Layout("blockwise_int8", 8, scale=torch.float32),
     "awq": Layout("awq", 4, 32, True, torch.float16),
     "gptq": Layout("gptq", 4, 32, True, torch.float16, "gptq"),
     "gptq_v2": Layout("gptq", 4, 32, True, torch.float16, "gptq_v2"),
