@@ -112,8 +112,9 @@ def main() -> int:
                        "--max-new-tokens", "64", "--temperature", "0", "--raw"]  # fmt: skip
             figures = measure_child(list(map(str, command)))
             gpu, cpu = planned(folder, "--device", "cuda"), planned(folder, "--device", "cpu")
-        rows.append({"form": form, "checkpoint_bytes": nbytes, "planned_cpu": cpu, "planned_gpu": gpu} | figures | {
-            "limit_gb": LIMITS[form], "fits": figures["peak_mib"] * 2**20 <= LIMITS[form] * 10**9 and gpu <= 24e9})  # fmt: skip
+        fits = figures["peak_mib"] * 2**20 <= LIMITS[form] * 10**9 and gpu <= 24e9
+        rows.append({"form": form, "checkpoint_bytes": nbytes, "planned_cpu": cpu, "planned_gpu": gpu} | figures
+                    | {"limit_gb": LIMITS[form], "fits": fits})  # fmt: skip
         print(json.dumps(rows[-1]))
     report.save(options.output, rows)
     return 0 if all(row["fits"] for row in rows) else 1
