@@ -90,8 +90,8 @@ def write(folder: Path, form: str) -> int:
 
 def planned(folder: Path, *where: str) -> int:
     """Bytes that plan.py says a run takes."""
-    flags = ["--ckpt-path", folder, *RUN, "--json", *where]
-    said = subprocess.run([sys.executable, INFERENCE / "plan.py", *flags], capture_output=True, text=True, check=True)
+    command = [sys.executable, str(INFERENCE / "plan.py"), "--ckpt-path", str(folder), *RUN, "--json", *where]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(said.stdout)["rank"]["total"]
 
 

@@ -62,8 +62,8 @@ def contradiction(name: str, entry: Entry, entries: dict[str, Entry], quant: Qua
         return "" if found == wanted else f"expected {wanted}, as {weight.name} has them, found {found}"
     for channel, group in enumerate(found):
         if group != channel // quant.group_size:
-            wanted = channel // quant.group_size
-            return f"channel {channel} is of group {group}, expected {wanted}: act-order is not supported"
+            right = channel // quant.group_size
+            return f"channel {channel} is of group {group}, expected {right}: act-order is not supported"
     return ""
 
 

@@ -50,16 +50,16 @@ def quantisation(raw: dict[str, Any]) -> Quantisation | None:
 
 
 def _fp8(quant: dict[str, Any]) -> Quantisation:
-    usual = {"fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": BLOCK}
-    _require(usual | quant, **{name: (value,) for name, value in usual.items()})
+    usual: dict[str, Any] = {"fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": BLOCK}
+    _require(usual | quant, "", **{name: (value,) for name, value in usual.items()})
     # transformers 5 writes "float" for scales that are no powers of two
     scale_fmt = quant.get("scale_fmt")
     return Quantisation("fp8", "fp8", None if scale_fmt == "float" else scale_fmt)
 
 
 def _blockwise_int8(quant: dict[str, Any]) -> Quantisation:
-    usual = {"activation_scheme": "dynamic", "weight_block_size": BLOCK}
-    _require(usual | quant, **{name: (value,) for name, value in usual.items()})
+    usual: dict[str, Any] = {"activation_scheme": "dynamic", "weight_block_size": BLOCK}
+    _require(usual | quant, "", **{name: (value,) for name, value in usual.items()})
     return Quantisation("blockwise_int8", "int8")
 
 
