@@ -3,7 +3,8 @@
     python benchmarks/bench.py                       # all that this machine can run
     python benchmarks/bench.py cpu convert-memory    # some of: cpu, compiled-reference, kernel-cpu, kernel-cpu-clang,
                                                      # offline-throughput, online-serving,
-                                                     # check-speed, convert-memory, demo, draft-acceptance; on a GPU
+                                                     # check-speed, convert-memory, quantised-memory, demo,
+                                                     draft-acceptance; on a GPU
                                                      # kernel-dense, kernel-moe, kernel-fused, kernel-router,
                                                      # kernel-decode, kernel-prefill, rank-step, model-v2-lite,
                                                      # model-moonlight
@@ -27,6 +28,7 @@ COMMANDS: dict[str, list[Path | str]] = {
     "online-serving": [HERE / "online_serving.py", "--output", RESULTS / "online_serving.json"],
     "check-speed": [HERE / "check_speed.py", "--output", RESULTS / "check_speed.json"],
     "convert-memory": [HERE / "convert_memory.py", "--output", RESULTS / "convert_memory.json"],
+    "quantised-memory": [HERE / "quantised_memory.py", "--output", RESULTS / "quantised_memory.json"],
     "demo": [HERE.parent / "demo" / "evaluate.py", "--output", RESULTS / "demo.json"],
     "draft-acceptance": [HERE / "draft_acceptance.py", "--output", RESULTS / "draft_acceptance.json"],
 }

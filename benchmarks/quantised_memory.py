@@ -11,7 +11,6 @@ tokens, with room for 4,096; plan.py says beforehand what that takes. The proces
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +22,7 @@ from lib import INFERENCE, report
 from lib.checkpoints import random_block
 from lib.machine import measure_child
 
+import plan
 from checkpoint.manifest import HF_INDEX
 from checkpoint.quantize import quantization_config
 from checkpoint.table import expected_tensors
@@ -90,9 +90,7 @@ def write(folder: Path, form: str) -> int:
 
 def planned(folder: Path, *where: str) -> int:
     """Bytes that plan.py says a run takes."""
-    command = [sys.executable, str(INFERENCE / "plan.py"), "--ckpt-path", str(folder), *RUN, "--json", *where]
-    said = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(said.stdout)["rank"]["total"]
+    return plan.plan(plan.parse(["--ckpt-path", str(folder), *RUN, *where]))["rank"]["total"]
 
 
 def main() -> int:

@@ -39,7 +39,7 @@ from core.run_config import AskedLayout, ExpertLayout
 VISION = tuple(f"{model}{part}." for model in ("", "model.") for part in ("vision_tower", "mm_projector"))
 SCALE_NAME = re.compile(r"(weight_scale_inv|scale)$")
 QUANTISED = {FP8: "FP8", torch.int8: "INT8", torch.uint8: "INT4"}
-SCALE_NAMES = (".scale", ".weight_scale_inv", ".weight_scale", ".scales")  # ours, and those of the formats
+SCALE_NAMES = (".scale", "_scale_inv", ".weight_scale", ".scales")  # ours, and those of the formats
 
 
 class Checkpoint:

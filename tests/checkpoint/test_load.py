@@ -171,7 +171,7 @@ def test_plain_checkpoints(tmp_path):
     for dtype in (torch.bfloat16, torch.float32):
         wanted = in_memory(multiplied_out(whole(tmp_path / "bf16"), dtype), 1, 2, CONFIG)
         assert_same(loaded(tmp_path / "bf16", Numerics(dtype), Group(1, 2)), wanted)
-    assert refusal(tmp_path / "bf16") == "DIR: the model wants FP8 weights, the checkpoint is not FP8"
+    assert refusal(tmp_path / "bf16") == "DIR: the model wants quantised weights, the checkpoint's are not"
 
     config = CONFIG | {"torch_dtype": "float32"}
     make_checkpoint(tmp_path / "fp32", config)

@@ -82,7 +82,7 @@ class Sentry:
         self.memory.store(addresses, value, mask)
 
     def check(self, addresses: np.ndarray, mask: np.ndarray) -> None:
-        used = addresses[np.broadcast_to(mask.astype(bool), addresses.shape)]  # masks may be integers
+        used = addresses[np.broadcast_to(np.asarray(mask).astype(bool), addresses.shape)]  # masks may be integers
         for tail in self.tails:
             start = tail.data_ptr()
             assert not ((used >= start) & (used < start + tail.nbytes)).any(), "out of bounds"

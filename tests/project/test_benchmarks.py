@@ -246,12 +246,14 @@ def test_the_cpu_kernels_bench(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     """On sizes that take no time; a kernel that is wrong ends it."""
     monkeypatch.setattr(kernel_cpu, "BYTES", 1 << 20)
     monkeypatch.setattr(kernel_cpu, "SHAPES", [(64, 96)])
+    monkeypatch.setattr(kernel_cpu, "FORM_SHAPE", (64, 256))
     monkeypatch.setattr(kernel_cpu, "EXPERTS", (64, 32, 8, 2))
     results, printed, code = run(kernel_cpu, "--turns", "2")
-    assert code == 0 and len(results["rows"]) == len(kernel_cpu.ROWS) + 6
+    assert code == 0 and len(results["rows"]) == len(kernel_cpu.ROWS) + len(kernel_cpu.FORM_ROWS) + 6
     assert len(printed.splitlines()) == len(results["rows"]) + 1
     for row in results["rows"]:
-        assert row["ours"]["ratio"] == 1 and row["ours"]["us"] > 0
+        ours = row.get("ours") or row["bfloat16"]
+        assert ours["ratio"] == 1 and ours["us"] > 0
     right = kernel_cpu.kernel_cpu.linear
     monkeypatch.setattr(kernel_cpu.kernel_cpu, "linear", lambda *args: right(*args) * 1.02)
     with pytest.raises(AssertionError, match="ours is"):

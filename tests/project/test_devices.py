@@ -43,13 +43,15 @@ NAMED = {
     "parallel/group.py": 3,  # CPUs record what they sum; sums by way of the host
     "ops/backend.py": 7,  # the choice of kernels
     "ops/cpu/kernels.py": 1,  # C is given the host's tensors
-    "engine/setup.py": 5,  # the note about C; which FP8 products there are; the host's memory
+    "engine/setup.py": 7,  # the note about C; which products of quantised weights there are; the host's memory
     "engine/graphs.py": 8,  # CUDA graphs
     "engine/runner.py": 1,  # sampling, where there is float64
     "engine/sampling.py": 1,  # CPUs look before they sort
     "model.py": 1,  # where tensors are, unless somebody says
     "plan.py": 5,  # GPUs that are not here
     "checkpoint/cast.py": 1,  # from a device to a file
+    "checkpoint/quantize.py": 2,  # the same
+    "ops/weight_quant.py": 1,  # a table on the CPU
 }
 
 

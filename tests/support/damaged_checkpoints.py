@@ -631,7 +631,7 @@ add_kinds("fp8", EVERYBODY, {
     "config that denies FP8": (unset, "quantization_config", "no quantization_config, but the files hold FP8 scales"),
     "config with other blocks": (quantise_so, {"weight_block_size": [64, 64]}, "weight_block_size [64, 64] is not"),
     "config with another FP8": (quantise_so, {"fmt": "e5m2"}, "fmt 'e5m2' is not supported"),
-    "config with another quantisation": (quantise_so, {"quant_method": "awq"}, "quant_method 'awq' is not supported"),
+    "config with another quantisation": (quantise_so, {"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported"),
     "config with static activations": (quantise_so, {"activation_scheme": "static"}, "activation_scheme 'static' is not"),
     "config with unknown scales": (quantise_so, {"scale_fmt": "e5m3"}, "scale_fmt 'e5m3' is not supported"),
     "config with text for quantisation": (quantise_so, "fp8", "quantization_config is 'fp8', expected an object"),
