@@ -151,6 +151,17 @@ def kernel_cpu(record: dict[str, Any]) -> str:
     return report.table(header, rows)
 
 
+def quantised_memory(record: dict[str, Any]) -> str:
+    rows = [
+        [row["form"].upper(), *(f"{row[key] / 1e9:.1f} GB" for key in ("checkpoint_bytes", "planned_cpu", "planned_gpu")),
+         f"{row['peak_mib'] * 2**20 / 1e9:.1f} GB", f"{row['limit_gb']} GB"]
+        for row in record["results"]
+    ]  # fmt: skip
+    return report.table(
+        ["routed experts in", "checkpoint", "planned, CPU", "planned, GPU", "the process's peak, CPU", "limit"], rows
+    )
+
+
 def convert_memory(record: dict[str, Any]) -> str:
     rows = record["results"]
     converted = [row for row in rows if row["what"].startswith("convert for ")]
@@ -254,8 +265,10 @@ def check_speed(record: dict[str, Any]) -> str:
 def numerics(record: dict[str, Any]) -> str:
     """The demo's answers in every mode; the first record is bfloat16's."""
     modes = {
-        "bfloat16": record, "bfloat16 over FP8 latents": read("demo_fp8_latents"),
+        "bfloat16, from dequantised weights": record, "bfloat16 over FP8 latents": read("demo_fp8_latents"),
         "float32, from exactly dequantised weights": read("demo_float32"), "W8A8": read("demo_w8a8"),
+        "W8A16": read("demo_w8a16"), "W4A16: routed experts in INT4, groups of 32": read("demo_int4"),
+        "W8A16: routed experts in INT8, groups of 128": read("demo_int8"),
     }  # fmt: skip
     lines = []
     for mode, r in modes.items():
@@ -341,6 +354,7 @@ BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "cpu": (cpu, "cpu"), "cpu_forms": (cpu_forms, "cpu_forms"), "cpu_limits": (cpu_limits, "cpu_forms"),
     "cpu_forms_avx2": (cpu_forms, "cpu_forms_avx2"), "cpu_limits_avx2": (cpu_limits, "cpu_forms_avx2"),
     "kernel_cpu": (kernel_cpu, "kernel_cpu"), "convert_memory": (convert_memory, "convert_memory"),
+    "quantised_memory": (quantised_memory, "quantised_memory"),
     "demo": (demo, "demo"), "numerics": (numerics, "demo"), "online_serving": (online_serving, "online_serving"),
     "offline_throughput": (offline_throughput, "offline_throughput"), "drafts": (drafts, "offline_throughput"),
     "check_speed": (check_speed, "check_speed"), "results": (results, "demo"),

@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--engine", choices=["ours", "transformers"], default="ours")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--gemm", default="auto", choices=["auto", "fp8", "bf16"])
+    parser.add_argument("--gemm", default="auto", choices=["auto", "fp8", "bf16", "dequantised"])
     parser.add_argument("--kv-cache-dtype", default="auto", choices=["auto", "fp8"])
     parser.add_argument("--device", default="cpu", choices=["cuda", "cpu"])
     parser.add_argument("--mtp", type=int, default=0, help="tokens drafted at a step; 1 also measures acceptance")
