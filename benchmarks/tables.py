@@ -152,8 +152,9 @@ def kernel_cpu(record: dict[str, Any]) -> str:
 
 
 def quantised_memory(record: dict[str, Any]) -> str:
+    sizes = ("checkpoint_bytes", "planned_cpu", "planned_gpu")
     rows = [
-        [row["form"].upper(), *(f"{row[key] / 1e9:.1f} GB" for key in ("checkpoint_bytes", "planned_cpu", "planned_gpu")),
+        [row["form"].upper(), *(f"{row[key] / 1e9:.1f} GB" for key in sizes),
          f"{row['peak_mib'] * 2**20 / 1e9:.1f} GB", f"{row['limit_gb']} GB"]
         for row in record["results"]
     ]  # fmt: skip
