@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -95,8 +94,10 @@ def cast(source: Path, target: Path, device: str = "auto") -> None:
         if entry.dtype in QUANTISED and (scale := entries.get(name + SCALE)):
             form = quantised_form(args)
             shape = entry.shape[0], entry.shape[1] * form.packing
-            beside: dict[str, Any] = {"zero": entries.get(name + ZERO), "block": form.block}
-            outputs.append(Dequantised(name, entry, torch.bfloat16, shape, scale, where, ops, **beside))
+            zero, block = entries.get(name + ZERO), form.block
+            outputs.append(
+                Dequantised(name, entry, torch.bfloat16, shape, scale, where, ops, zero=zero, block=block)
+            )
         elif not name.endswith((SCALE, ZERO)):
             outputs.append(Copied(name, entry, entry.dtype, entry.shape))
     new = hf_checkpoint(outputs, plain_config(source), source, "deepseek-v3-bf16", [where.type])

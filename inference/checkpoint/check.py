@@ -36,6 +36,9 @@ def check(path: Path, quick: bool = False, config: Path | None = None) -> Report
     entries = {(e.file, e.name, e.part): e for part in parts.values() for e in part.values()}
     if checkpoint is not None and not quick:
         check_values(list(entries.values()), args, report)
+        with report.checking("weights"):
+            for problem in checkpoint.contradictory_values(0, 1):  # which whole tensors alone can have
+                report.add(problem)
         check_copies(parts, checkpoint, args, report)
     check_text(path, args, report)
     names = {(file, name) for file, name, _ in entries}

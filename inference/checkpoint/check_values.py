@@ -33,6 +33,7 @@ BITS = {  # of a type: the integer as wide, the mask of all but the sign, and th
 def check_values(entries: list[Entry], args: ModelArgs | None, report: Report) -> None:
     """Reads every byte, in the order on disk, with THREADS batches of tensors at a time."""
     powers = args is not None and args.scale_fmt == "ue8m0"
+    groups = args is not None and args.group_size > 0
     batches: list[list[Entry]] = []
     left = 0
     for entry in sorted(entries, key=lambda e: (e.file, e.start)):
@@ -45,7 +46,7 @@ def check_values(entries: list[Entry], args: ModelArgs | None, report: Report) -
 
     def check_batch(batch: list[Entry]) -> list[tuple[str, UserError]]:
         wanted = itertools.takewhile(lambda _: not stopping.is_set(), batch)
-        return list(tensor_problems(wanted, powers, bar.update))
+        return list(tensor_problems(wanted, powers, bar.update, groups))
 
     with (
         tqdm(total=sum(e.nbytes for e in entries), unit="B", unit_scale=True, desc="checking") as bar,
@@ -62,7 +63,8 @@ def check_values(entries: list[Entry], args: ModelArgs | None, report: Report) -
             raise
     scales = sum(is_scale(entry) for entry in entries)
     weights = len(entries) - scales
-    report.cover("scales", f"{scales:,} tensors: finite, positive{', powers of two' * powers}", scales)
+    signs = "none negative" if groups else "positive"
+    report.cover("scales", f"{scales:,} tensors: finite, {signs}{', powers of two' * powers}", scales)
     report.cover("weights", f"{weights:,} tensors: finite, not zero", weights)
 
 
@@ -71,17 +73,17 @@ def is_scale(entry: Entry) -> bool:
 
 
 def tensor_problems(
-    batch: Iterable[Entry], powers: bool, progress: Callable[[int], object]
+    batch: Iterable[Entry], powers: bool, progress: Callable[[int], object], groups: bool = False
 ) -> Iterator[tuple[str, UserError]]:
     """What is wrong with the values of some tensors, each with the name of its check. `powers`: scales must be powers
-    of two. Calls `progress` with each tensor's number of bytes."""
+    of two; `groups`: they may be zero, see scale_error. Calls `progress` with each tensor's number of bytes."""
     scratch = torch.empty(CHUNK, dtype=torch.uint8)
     with Reader(WINDOW) as reader:
         for entry in batch:
             check = "scales" if is_scale(entry) else "weights"
             try:
                 if is_scale(entry):
-                    found = scale_problems(entry, reader, powers)
+                    found = scale_problems(entry, reader, powers, groups)
                 else:
                     found = weight_problems(entry, reader, scratch)
                 yield from ((check, problem) for problem in found)
@@ -90,9 +92,9 @@ def tensor_problems(
             progress(entry.nbytes)
 
 
-def scale_problems(entry: Entry, reader: Reader, powers: bool) -> Iterator[CheckpointError]:
+def scale_problems(entry: Entry, reader: Reader, powers: bool, groups: bool) -> Iterator[CheckpointError]:
     scale = reader.read(entry).float()
-    if problem := scale_error(entry, scale):
+    if problem := scale_error(entry, scale, groups):
         yield problem
     elif powers and (odd := (scale.frexp().mantissa != 0.5).nonzero()).numel():
         at = odd[0].tolist()

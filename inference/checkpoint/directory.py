@@ -272,17 +272,19 @@ class Checkpoint:
             for entry in sorted(scales, key=lambda e: (e.file, e.start)):
                 if problem := scale_error(entry, reader.read(entry).float(), bool(partition.args.group_size)):
                     self.report(problem)
-            for problem in self._contradictory_values(rank, partition.ranks, reader):
-                self.report(problem)
+        for problem in self.contradictory_values(rank, partition.ranks):
+            self.report(problem)
         return found
 
-    def _contradictory_values(self, rank: int, ranks: int, reader: Reader) -> Iterator[CheckpointError]:
+    def contradictory_values(self, rank: int, ranks: int) -> Iterator[CheckpointError]:
+        """What tensors that only repeat what others say have otherwise: shapes, and the groups of channels."""
         if self.kind != "hf" or (quant := self.quantisation) is None or quant.method not in LAYOUTS:
             return
         entries = self.on_disk(rank, ranks)
-        for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[1].start)):
-            if wrong := contradiction(name, entry, entries, quant, reader):
-                yield CheckpointError(f"{entry}: {wrong}", entry.file, entry.name)
+        with Reader() as reader:
+            for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[1].start)):
+                if wrong := contradiction(name, entry, entries, quant, reader):
+                    yield CheckpointError(f"{entry}: {wrong}", entry.file, entry.name)
 
     def match(self, partition: Partition, rank: int = 0) -> dict[str, Entry]:
         """Checks the headers against the config: files, names, shapes, dtypes.

@@ -46,12 +46,10 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, group: Group = SOLO, pro
     zero_padding(model)
     total = sum(c.entry.row_bytes * (c.cut[0][1] - c.cut[0][0]) for c in copies)
     bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress or group.rank != 0)
-    with bar, Reader() as reader, torch.no_grad():
-        beside = sorted({e for c in copies for e in (c.scale, c.zero) if e}, key=lambda e: (e.file, e.start))
-        blocks = {entry: reader.read(entry).float() for entry in beside}
+    with bar, Reader() as reader, Reader() as beside, torch.no_grad():  # a scale may lie in another file
         for copy in sorted(copies, key=lambda c: (c.entry.file, c.entry.start)):
-            scale = blocks.pop(copy.scale) if copy.scale else None
-            _fill(copy, scale, blocks.pop(copy.zero) if copy.zero else None, reader, bar)
+            scale, zero = (beside.read(entry).float() if entry else None for entry in (copy.scale, copy.zero))
+            _fill(copy, scale, zero, reader, bar)
 
 
 def plan_load(model: nn.Module, checkpoint: Checkpoint, group: Group) -> list[TensorCopy]:

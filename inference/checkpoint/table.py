@@ -123,7 +123,7 @@ def expected_tensors(
     another dtype than is usual then."""
     size, unusual = sizes(args), dict(stored)
     plain = {"fp32": torch.float32, "fp16": torch.float16}.get(args.dtype, torch.bfloat16)
-    few = quantised_form(args)  # bits
+    usual_form = quantised_form(args)
     found: dict[str, Spec] = {}
 
     def add(row: Row, ours: str = "", hf: str = "", expert: int | None = None) -> None:
@@ -136,16 +136,16 @@ def expected_tensors(
         exact = row.exact or len(shape) == 1 or tied
         usual = torch.float32 if name.endswith(".bias") else plain
         if row.quantised and quantised and (expert is not None or not args.group_size):
-            usual = few.dtype
+            usual = usual_form.dtype
         dtype = unusual.get(name, usual)
         if not row.quantised:
             found[name] = Spec(shape, dtype, theirs, row.split, expert, required, PLAIN, exact)
             return
         form = None
-        if dtype == few.dtype:
-            form = few._replace(scale=held_scale(unusual.get(scale_name(name)), few))
+        if dtype == usual_form.dtype:
+            form = usual_form._replace(scale=held_scale(unusual.get(scale_name(name)), usual_form))
             shape = *shape[:-1], shape[-1] // form.packing
-        allowed = (*PLAIN, few.dtype)
+        allowed = (*PLAIN, usual_form.dtype)
         found[name] = Spec(shape, dtype, theirs, row.split, expert, required, allowed, exact, form or PLAIN_FORM)
         if form is not None:
             for part, spec in block_specs(found[name]).items():

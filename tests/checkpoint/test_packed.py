@@ -200,7 +200,15 @@ def test_refused(kind, tmp_path):
     make_packed(tmp_path / "c", LAYOUTS[layout], CONFIG | {"n_routed_experts": 4, "num_nextn_predict_layers": 0})
     damage(tmp_path / "c")
     assert refusal(tmp_path / "c", Numerics(F32)) == says
-    assert not check(tmp_path / "c").ok
+    findings = [str(finding.problem) for finding in check(tmp_path / "c").findings]
+    assert any(finding.endswith(says.removeprefix("DIR")) for finding in findings), findings
+
+
+def test_a_group_of_zeros_may_have_no_scale(tmp_path):
+    make_packed(tmp_path / "c", LAYOUTS["int4-groups-of-32"], CONFIG)
+    changed(f"{EXPERT}.weight_scale", set_to(0.0, 5, 1))(tmp_path / "c")
+    loaded(tmp_path / "c", Numerics(F32))
+    assert_no_fault(tmp_path / "c")
 
 
 def test_plain_weights_under_a_quantization_config(tmp_path):
