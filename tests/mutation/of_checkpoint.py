@@ -336,4 +336,12 @@ MUTANTS = (
      "width % (ranks * (args.weight_block[1] if quantised else 1))",
      "width % ranks",
      "checkpoint/test_packed.py::test_ranks_share_whole_groups", "ranks split a group's channels"),
+    ("check-packed-shapes", "checkpoint/check.py",
+     "for problem in checkpoint.contradictory_values(0, 1):",
+     "for problem in ():",
+     "checkpoint/test_packed.py::test_refused[weight_shape]", "check_checkpoint.py passes what the loader refuses"),
+    ("check-zero-scales-of-groups", "checkpoint/check_values.py",
+     "scale_error(entry, scale, groups)",
+     "scale_error(entry, scale)",
+     "checkpoint/test_packed.py::test_a_group_of_zeros_may_have_no_scale", "check_checkpoint.py refuses what loads"),
 )  # fmt: skip
