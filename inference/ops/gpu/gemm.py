@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from core.config import BLOCK_SIZE
+from core.quantization_config import GROUP_SIZES
 from ops.gpu import tiles
 from ops.gpu.casts import SCALE_BLOCK, cast, dot_operand, widen_int4
 from ops.gpu.device import architecture, fp8_dtype, kernel_view
@@ -263,12 +264,9 @@ def w4a16_gemm(
     return gemm(x, None, b, b_s, out_dtype or x.dtype, tile, (1, x.shape[1] // b_s.shape[1]), zero)
 
 
-GROUPS = (32, 64, 128)  # channels of a row that may share a scale
-
-
 def serves(k: int, block: tuple[int, int]) -> bool:
     """Whether the kernels multiply by quantised weights (N, K) whose blocks (rows, columns) have scales."""
-    return block == BLOCK or (block[0] == 1 and block[1] in GROUPS and k % block[1] == 0)
+    return block == BLOCK or (block[0] == 1 and block[1] in GROUP_SIZES and k % block[1] == 0)
 
 
 def _choose(op: str, x: torch.Tensor, w: torch.Tensor, rows: int | None) -> Tile:
