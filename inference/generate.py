@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli import main as cli
-from cli.batch_files import BatchItem, answer_file, check_output, read_items
 from cli.flags import Parser, add_checkpoint_flags, add_engine_flags
 from core.errors import UserError
 from core.sampling_params import SamplingParams, params_from_generation_config
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
+    from cli.batch_files import BatchItem
     from parallel.group import Group
 
 DEFAULT = SamplingParams  # a field's default is an attribute of the class
@@ -80,8 +80,9 @@ def default_params(options: argparse.Namespace) -> SamplingParams:
 
 def run(options: argparse.Namespace, tp: "Group") -> int:
     """Loads and answers; returns the exit status, the same on every rank. Raises UserError on all ranks alike."""
+    from cli.batch_files import answer_file, check_output, read_items
 
-    def prepare() -> tuple[SamplingParams, list[BatchItem]]:
+    def prepare() -> tuple[SamplingParams, list["BatchItem"]]:
         params = default_params(options)
         items = [] if options.interactive else read_items(options, params)
         if options.output_file is not None:

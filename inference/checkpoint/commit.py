@@ -25,7 +25,7 @@ from checkpoint.manifest import (
     sha256_of,
 )
 from checkpoint.reading import read_header
-from core.config import PROGRAM_VERSION
+from core import PROGRAM_VERSION
 from core.errors import UserError
 from core.files import read_json
 from core.run_config import ExpertLayout

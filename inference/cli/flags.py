@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any, NoReturn, get_args
 
-from core.config import PROGRAM_VERSION
+from core import PROGRAM_VERSION
 from core.errors import UserError
 from core.run_config import RunConfig
 

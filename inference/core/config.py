@@ -16,7 +16,6 @@ from core.hf_config import hf_prefix as hf_prefix
 from core.quantization_config import BLOCK_SIZE as BLOCK_SIZE
 from core.quantization_config import GROUP_SIZES, quantisation
 
-PROGRAM_VERSION = "0.1.0"
 SCORE_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
 MAX_LAYERS, MAX_EXPERTS = 1000, 1 << 17  # in all layers together; V3 has 15,104: more is a damaged number

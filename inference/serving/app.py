@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from core.config import PROGRAM_VERSION
+from core import PROGRAM_VERSION
 from serving.auth import Guard, error_response
 from serving.engine_thread import Answer, EngineThread
 from serving.errors import ApiError, busy

@@ -19,7 +19,7 @@ import generate
 from checkpoint.convert import convert
 from checkpoint.reading import read_header
 from cli import batch_files
-from core.config import PROGRAM_VERSION
+from core import PROGRAM_VERSION
 from core.errors import UserError
 from core.sampling_params import SamplingParams
 from engine.engine import Engine

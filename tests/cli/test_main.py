@@ -40,6 +40,18 @@ def test_flags_are_the_fields_of_run_config(command, capsys):
             assert f"--{f.name.replace('_', '-')}" in shown and f.metadata["help"].replace("%(default)s", str(f.default)) in shown
 
 
+def test_help_imports_only_what_it_shows(tmp_path):
+    """Not the model's config, whose dataclass alone takes 4 ms to make, and not what answers a file."""
+    code = (
+        "import sys, generate\n"
+        "try: generate.parse(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'asyncio', 'core.config', 'core.hf_config', 'cli.batch_files'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=launch.SCRIPT.parent, capture_output=True, text=True, timeout=100)
+    assert done.stdout.startswith("usage:") and done.stderr == "set()\n"
+
+
 def run(code: str, folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
     """A command whose `run` is these statements, beside a torch that is quickly imported."""
     (folder / "torch.py").write_text("")

@@ -28,7 +28,7 @@ import generate
 import server
 from cli.flags import run_config
 from cli.main import load
-from core.config import PROGRAM_VERSION
+from core import PROGRAM_VERSION
 from core.errors import UserError
 from core.run_config import CPU_MIXED_TOKENS, RunConfig
 from core.sampling_params import SamplingParams
