@@ -11,6 +11,11 @@ differ. All faults are reported, not only the first. Memory does not depend on t
 Exit status: 0 no faults (there may be warnings); 1 faults; 2 wrong use.
 """
 
+if __name__ == "__main__":
+    from cli.interrupts import end_process_on_interrupt
+
+    end_process_on_interrupt()
+
 import argparse
 import json
 import sys

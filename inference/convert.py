@@ -17,6 +17,11 @@ command resumes a run that was cut short: finished files are not written again. 
 the checkpoint or the number of ranks.
 """
 
+if __name__ == "__main__":
+    from cli.interrupts import end_process_on_interrupt
+
+    end_process_on_interrupt()
+
 import argparse
 import sys
 from pathlib import Path

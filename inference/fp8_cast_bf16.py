@@ -12,6 +12,11 @@ names. The same command resumes a run that was cut short. To compare a directory
     python fp8_cast_bf16.py --verify /path/to/bf16_weights
 """
 
+if __name__ == "__main__":
+    from cli.interrupts import end_process_on_interrupt
+
+    end_process_on_interrupt()
+
 import argparse
 import sys
 from pathlib import Path

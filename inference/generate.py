@@ -6,6 +6,11 @@
 Exit status: 0; 1 some request failed, or a rank was lost; 2 wrong use, or a checkpoint that cannot be used.
 """
 
+if __name__ == "__main__":
+    from cli.interrupts import end_process_on_interrupt
+
+    end_process_on_interrupt()
+
 import argparse
 import sys
 from pathlib import Path

@@ -7,6 +7,11 @@ can be at most. Only the config, and a checkpoint's headers, are read.
 Exit status: 0; 2 wrong use, or a model or checkpoint that cannot be run so.
 """
 
+if __name__ == "__main__":
+    from cli.interrupts import end_process_on_interrupt
+
+    end_process_on_interrupt()
+
 import argparse
 import json
 import sys

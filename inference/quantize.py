@@ -14,6 +14,11 @@ Memory does not depend on the checkpoint's size. What is written becomes the che
     python quantize.py --verify /path/to/DeepSeek-V3-INT4
 """
 
+if __name__ == "__main__":
+    from cli.interrupts import end_process_on_interrupt
+
+    end_process_on_interrupt()
+
 import argparse
 import sys
 from pathlib import Path

@@ -11,6 +11,11 @@ Exit status: 0 told to end, by a first signal once it was ready; 1 a rank was lo
 cannot be used; 128 and a signal's number: ended by it at once. torchrun makes 1 of all but 0.
 """
 
+if __name__ == "__main__":
+    from cli.interrupts import end_process_on_interrupt
+
+    end_process_on_interrupt()
+
 import argparse
 import asyncio
 import ipaddress

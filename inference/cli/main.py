@@ -1,7 +1,6 @@
 """From a command line to its exit status: what the commands have in common, with ranks and without.
 
-No command imports torch, or what imports it, at its top: a mistyped flag is answered without it, and Ctrl-C meanwhile
-ends the program without a traceback.
+No command imports torch, or what imports it, at its top: a mistyped flag is answered without it.
 """
 
 import argparse
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from cli.flags import OutputError, run_config
+from cli.interrupts import end_process_on_interrupt
 from core.errors import UserError, describe, first_line
 from core.files import require_folder
 from core.run_config import RunConfig
@@ -63,16 +63,13 @@ def run_command(parse: Callable[[list[str]], Options], run: Callable[[Options], 
 
 @contextlib.contextmanager
 def interrupts_end_process() -> Iterator[None]:
-    """Ctrl-C ends the process at once, as if by the signal, with no traceback from the middle of an import; unless it
-    is ignored, as in the background, or has a handler of its own."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Within it Ctrl-C ends the process as end_process_on_interrupt says; after it, it is KeyboardInterrupt again."""
+    end_process_on_interrupt()
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def complain(text: str) -> None:

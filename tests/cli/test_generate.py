@@ -756,9 +756,10 @@ raise SystemExit("still here")
 
 
 @pytest.mark.parametrize("name", ["generate", "server", "plan", "convert", "fp8_cast_bf16", "quantize", "check_checkpoint"])
-def test_interrupted_while_torch_is_imported(name: str, tmp_path: Path) -> None:
-    """As if Ctrl-C came then: the program ends, without a traceback."""
-    (tmp_path / "torch.py").write_text(STUB)
+@pytest.mark.parametrize("library", ["argparse", "torch"])
+def test_interrupted_in_an_import(name: str, library: str, tmp_path: Path) -> None:
+    """As if Ctrl-C came then, in the first one or the slowest: the program ends, without a traceback."""
+    (tmp_path / f"{library}.py").write_text(STUB)
     flags = {"generate": ["--ckpt-path", "C", "--interactive"], "server": ["--ckpt-path", "C"], "plan": ["--ckpt-path", "C"],
              "convert": ["--verify", "C"], "fp8_cast_bf16": ["--verify", "C"], "quantize": ["--verify", "C"],
              "check_checkpoint": ["C"]}  # fmt: skip

@@ -1,13 +1,13 @@
 """Mutants of cli/: name, file, text, what takes its place, the tests that must fail, the bug."""
 
 MUTANTS = (
-    ("cli-interrupt-in-an-import", "cli/main.py",
-     "    signal.signal(signal.SIGINT, signal.SIG_DFL)\n",
-     "",
-     "cli/test_generate.py::test_interrupted_while_torch_is_imported", "Ctrl-C is an exception in the middle of an import"),
-    ("cli-no-interrupt-after-imports", "cli/main.py",
-     "        signal.signal(signal.SIGINT, signal.default_int_handler)\n",
+    ("cli-interrupt-in-an-import", "cli/interrupts.py",
+     "        signal.signal(signal.SIGINT, signal.SIG_DFL)\n",
      "        pass\n",
+     "cli/test_generate.py::test_interrupted_in_an_import", "Ctrl-C is an exception in the middle of an import"),
+    ("cli-no-interrupt-after-imports", "cli/main.py",
+     "            signal.signal(signal.SIGINT, signal.default_int_handler)\n",
+     "            pass\n",
      "cli/test_main.py::test_exit_statuses", "Ctrl-C ends a run with no word to the other ranks"),
     ("cli-flags-never-compared", "cli/main.py",
      'if f.metadata.get("agreed")}',
@@ -24,4 +24,12 @@ MUTANTS = (
     ("help-makes-the-model-s-config", "cli/flags.py", "from core import PROGRAM_VERSION\n",
      "import core.config\nfrom core import PROGRAM_VERSION\n",
      "cli/test_main.py::test_help_imports_only_what_it_shows", "--help takes 9 ms more than it needs"),
+    ("cli-interrupt-while-a-command-starts", "generate.py",
+     "    end_process_on_interrupt()\n",
+     "    pass\n",
+     "cli/test_generate.py::test_interrupted_in_an_import", "Ctrl-C in the first tenth of a second prints a traceback"),
+    ("cli-interrupt-that-is-ignored", "cli/interrupts.py",
+     "    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:\n",
+     "    if True:\n",
+     "cli/test_main.py::test_an_interrupt_that_is_ignored_stays_so", "a batch in a script's background ends at Ctrl-C"),
 )  # fmt: skip
