@@ -197,17 +197,27 @@ class Checkpoint:
         return None if self.kind == "hf" else "whole"
 
     def partition(
-        self, args: ModelArgs, ranks: int, asked: AskedLayout = "auto", quantised: frozenset[str] = frozenset()
+        self,
+        args: ModelArgs,
+        ranks: int,
+        asked: AskedLayout = "auto",
+        quantised: frozenset[str] = frozenset(),
+        lanes: int = 1,
     ) -> Partition:
-        """How its weights are divided over ranks. `quantised`: the rows of the table that stay so when they are loaded
-        or converted.
+        """How its weights are divided over `ranks` ranks, those of all lanes. `quantised`: the rows of the table that
+        stay so when they are loaded or converted.
 
-        Raises UserError as Partition.choose does.
+        Raises UserError as Partition.choose does, and for lanes where the files were made for ranks: each holds a
+        share of the attention, of which a lane's ranks have more.
         """
+        if lanes > 1 and self.ranks is not None:
+            counts = " or ".join(map(str, self.ranks))
+            wanted = f"not {ranks} in {lanes} lanes; --dp {lanes} needs the checkpoint that they were converted from"
+            raise UserError(f"{self.path}: converted for {counts} ranks, {wanted}")
         stored = quantised_rows(self.expected(args))
         if self.kind != "hf":  # files made for ranks hold parts of the scales
             quantised |= stored
-        return Partition.choose(args, ranks, asked, self.experts(ranks), quantised, has_experts(stored))
+        return Partition.choose(args, ranks, asked, self.experts(ranks), quantised, has_experts(stored), lanes)
 
     def expected(self, args: ModelArgs) -> dict[str, Spec]:
         """Every tensor that the config asks for, by our name, in the dtype that it is stored in, if it may be. The same

@@ -14,26 +14,37 @@ Ranges = tuple[tuple[int, int], ...]  # [start, stop) in each dimension of a ten
 class Partition:
     """The part of each tensor that each of `ranks` ranks holds.
 
-    Raises UserError unless heads, vocabulary, widths and experts divide by the number of ranks and, where weights stay
-    quantised, each part consists of whole blocks that share a scale. The message lists the numbers of ranks that work,
-    and the other layout of the experts if that one does.
+    With data-parallel lanes, each of `tp` ranks, a lane's ranks share embedding, head and attention, and all lanes'
+    ranks share the MLPs and the experts. Rank r is number r % tp of lane r // tp.
+
+    Raises UserError unless the lanes divide the ranks, heads, vocabulary, widths and experts divide by the ranks that
+    share them and, where weights stay quantised, each part consists of whole blocks that share a scale. The message
+    lists the numbers of ranks that work with as many lanes, and the other layout of the experts if that one does.
     """
 
     args: ModelArgs
-    ranks: int = 1
+    ranks: int = 1  # of all lanes
     experts: ExpertLayout = "whole"
     quantised: frozenset[str] | bool = False  # the rows of the table that stay so; True: all that can be
     reason: str = field(default="", compare=False)  # one line for people: why the experts have this layout
+    lanes: int = 1
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
             raise UserError(f"the number of ranks is {self.ranks}, expected at least 1")
-        if error := _error(self.args, self.ranks, self.experts, self.quantised):
-            counts = range(1, self.args.n_heads + 1)
-            works = (n for n in counts if not _error(self.args, n, self.experts, self.quantised))
+        if self.lanes < 1 or self.ranks % self.lanes:
+            raise UserError(f"--dp {self.lanes} does not divide {self.ranks} ranks")
+
+        def error(ranks: int, experts: ExpertLayout = self.experts) -> str | None:
+            return _error(self.args, ranks, experts, self.quantised, self.lanes)
+
+        if problem := error(self.ranks):
+            counts = range(self.lanes, self.lanes * self.args.n_heads + 1, self.lanes)
+            works = ", ".join(str(n) for n in counts if not error(n)) or "none"
             other: ExpertLayout = "whole" if self.experts == "split" else "split"
-            hint = "" if _error(self.args, self.ranks, other, self.quantised) else f"; --experts {other} works"
-            raise UserError(f"{error} (it works with {', '.join(map(str, works))}){hint}")
+            hint = "" if error(self.ranks, other) else f"; --experts {other} works"
+            lanes = "" if self.lanes == 1 else f" in {self.lanes} lanes"
+            raise UserError(f"{problem} (it works with {works}{lanes}){hint}")
 
     @classmethod
     def choose(
@@ -44,27 +55,38 @@ class Partition:
         converted: ExpertLayout | None = None,
         quantised: frozenset[str] | bool = False,
         quantised_experts: bool | None = None,
+        lanes: int = 1,
     ) -> "Partition":
         """The partition that `choose_experts` decides on. Raises UserError as both do."""
         experts, reason = choose_experts(args, ranks, asked, converted, quantised_experts)
-        return cls(args, ranks, experts, quantised, reason)
+        return cls(args, ranks, experts, quantised, reason, lanes)
+
+    @property
+    def tp(self) -> int:
+        """The ranks of one lane."""
+        return self.ranks // self.lanes
+
+    def share(self, rank: int) -> int:
+        """The number of the share of MLPs and experts that a rank holds. Ranks of one number in their lanes, which
+        exchange tokens, hold neighbouring shares."""
+        lane, number = divmod(rank, self.tp)
+        return number * self.lanes + lane
 
     def held_experts(self, rank: int) -> range:
         """The numbers of the routed experts that a rank holds, whole or a slice of each."""
         if self.experts == "split":
             return range(self.args.n_routed_experts)
-        each = self.args.n_routed_experts // self.ranks
-        return range(rank * each, (rank + 1) * each)
+        each, share = self.args.n_routed_experts // self.ranks, self.share(rank)
+        return range(share * each, (share + 1) * each)
 
     def cut(self, spec: Spec, rank: int) -> Ranges | None:
         """The part of a tensor that a rank holds; None where it holds nothing of it."""
         if spec.expert is not None and spec.expert not in self.held_experts(rank):
             return None
         split = spec.split if spec.expert is None or self.experts == "split" else None
-        parts = [self.ranks if d == split else 1 for d in range(len(spec.shape))]
+        part, parts = (self.share(rank), self.ranks) if spec.inner else (rank % self.tp, self.tp)
         return tuple(
-            (rank * (n // p), (rank + 1) * (n // p)) if p > 1 else (0, n)
-            for n, p in zip(spec.shape, parts, strict=True)
+            (part * (n // parts), (part + 1) * (n // parts)) if d == split else (0, n) for d, n in enumerate(spec.shape)
         )
 
 
@@ -108,12 +130,16 @@ def _blocks(args: ModelArgs) -> str:
     return f"groups of {args.group_size} channels" if args.group_size else f"{BLOCK_SIZE}-wide {kind} blocks"
 
 
-def _error(args: ModelArgs, ranks: int, experts: ExpertLayout, quantised: frozenset[str] | bool) -> str | None:
+def _error(
+    args: ModelArgs, ranks: int, experts: ExpertLayout, quantised: frozenset[str] | bool, lanes: int
+) -> str | None:
     """Why the model does not divide over the ranks, by its config's names and without the ways out; None if it does."""
-    size = sizes(args)
-    counts = {"n_heads": args.n_heads, "vocab_size": args.vocab_size}
-    if args.n_dense_layers:
-        counts["inter_dim"] = args.inter_dim
+    size, tp = sizes(args), ranks // lanes
+    of_a_lane = f"{tp} ranks" if lanes == 1 else f"a lane's {tp} ranks"
+    for name, count in {"n_heads": args.n_heads, "vocab_size": args.vocab_size}.items():
+        if count % tp:
+            return f"{args.names.get(name, name)} {count} does not divide by {of_a_lane}"
+    counts = {"inter_dim": args.inter_dim} if args.n_dense_layers else {}
     if args.n_moe_layers or args.n_mtp_layers:
         if experts == "whole":
             counts["n_routed_experts"] = args.n_routed_experts
@@ -129,14 +155,16 @@ def _error(args: ModelArgs, ranks: int, experts: ExpertLayout, quantised: frozen
     def stays(row: Row) -> bool:
         return row.quantised if quantised is True else row.ours in quantised
 
-    blocks = f"which {ranks} ranks cannot share in whole {_blocks(args)}"
+    blocks = f"cannot share in whole {_blocks(args)}"
     for row in (*BLOCK, *(DENSE if args.n_dense_layers else ()), *MOE):
-        if stays(row) and row.split is not None and _width(row, size) // ranks % args.weight_block[row.split]:
+        parts, sharers = (ranks, f"{ranks} ranks") if row.inner else (tp, of_a_lane)
+        if stays(row) and row.split is not None and _width(row, size) // parts % args.weight_block[row.split]:
             dimension = ("rows", "columns")[row.split]
             name = (row.hf if args.names else row.ours).removesuffix(".weight")
-            return f"{name} has {_width(row, size)} {dimension}, {blocks}"
+            return f"{name} has {_width(row, size)} {dimension}, which {sharers} {blocks}"
     if any(map(stays, EXPERT)) and counts.get("moe_inter_dim", 0) // ranks % args.weight_block[1]:
-        return f"{args.names.get('moe_inter_dim', 'moe_inter_dim')} is {args.moe_inter_dim}, {blocks}"
+        width = f"{args.names.get('moe_inter_dim', 'moe_inter_dim')} is {args.moe_inter_dim}"
+        return f"{width}, which {ranks} ranks {blocks}"
     return None
 
 

@@ -40,6 +40,11 @@ class Row(NamedTuple):
     required: bool = True
     exact: bool = False  # in memory it loses nothing of what is stored; so does everything of one dimension
 
+    @property
+    def inner(self) -> bool:
+        """The dimension that ranks split is an MLP's inner width."""
+        return self.split is not None and self.shape[self.split] in ("I", "S", "M")
+
 
 TOP = (
     Row("embed.weight", "model.embed_tokens.weight", ("V", "H"), 0),
@@ -109,6 +114,7 @@ class Spec(NamedTuple):
     allowed: tuple[torch.dtype, ...]  # in which it may be stored
     exact: bool  # see Row
     form: Form | None = None  # of a projection's weight: how it is stored
+    inner: bool = False  # see Row: all lanes' ranks split it; what else is split, one lane's ranks split
 
 
 Stored = frozenset[tuple[str, torch.dtype]]  # tensors, by our names, and dtypes
@@ -139,14 +145,15 @@ def expected_tensors(
             usual = usual_form.dtype
         dtype = unusual.get(name, usual)
         if not row.quantised:
-            found[name] = Spec(shape, dtype, theirs, row.split, expert, required, PLAIN, exact)
+            found[name] = Spec(shape, dtype, theirs, row.split, expert, required, PLAIN, exact, None, row.inner)
             return
         form = None
         if dtype == usual_form.dtype:
             form = usual_form._replace(scale=held_scale(unusual.get(scale_name(name)), usual_form))
             shape = *shape[:-1], shape[-1] // form.packing
         allowed = (*PLAIN, usual_form.dtype)
-        found[name] = Spec(shape, dtype, theirs, row.split, expert, required, allowed, exact, form or PLAIN_FORM)
+        in_memory = form or PLAIN_FORM
+        found[name] = Spec(shape, dtype, theirs, row.split, expert, required, allowed, exact, in_memory, row.inner)
         if form is not None:
             for part, spec in block_specs(found[name]).items():
                 part = name.removesuffix("weight") + part

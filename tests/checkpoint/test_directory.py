@@ -249,6 +249,17 @@ def test_converted_for_another_number_of_ranks(source, converted, tmp_path):
         Checkpoint(tmp_path / "upstream").check(Partition(Checkpoint(source).args, 2))
 
 
+def test_lanes_of_files_that_were_converted_for_ranks(source, converted):
+    """They hold a share of the attention, and a lane's ranks want more; the original files serve any number of lanes."""
+    checkpoint, original = Checkpoint(converted), Checkpoint(source)
+    for ranks in (2, 4):
+        with pytest.raises(UserError) as e:
+            checkpoint.partition(checkpoint.args, ranks, lanes=2)
+        wanted = f"not {ranks} in 2 lanes; --dp 2 needs the checkpoint that they were converted from"
+        assert str(e.value) == f"{converted}: converted for 2 ranks, {wanted}"
+        assert original.partition(original.args, ranks, lanes=2).tp == ranks // 2
+
+
 def test_upstream_with_a_rank_missing(source, tmp_path):
     write_upstream(source, tmp_path / "upstream", 4, CONFIG)
     (tmp_path / "upstream" / "model2-mp4.safetensors").unlink()

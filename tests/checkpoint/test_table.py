@@ -1,13 +1,14 @@
 """The table of tensors, and how it is divided over ranks."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from checkpoint.directory import Checkpoint
 from checkpoint.partition import Partition, choose_experts
-from checkpoint.table import expected_tensors
+from checkpoint.table import expected_tensors, quantised_rows
 from core.config import ModelArgs
 from core.errors import UserError
 from support.checkpoints import make_checkpoint
@@ -135,3 +136,82 @@ def test_files_of_another_layout(asked, made):
     with pytest.raises(UserError) as e:
         choose_experts(ModelArgs.from_hf(V3_671B), 8, asked, made)
     assert str(e.value) == f"--experts {asked}, but the files hold {made} experts: convert again, or --experts {made}"
+
+
+WORLDS = [(2, 1), (4, 1), (2, 2), (1, 4), (1, 2)]  # lanes, and ranks of each
+
+
+def expert_of(name):
+    return int(name.split(".experts.")[1].split(".")[0]) if ".experts." in name else None
+
+
+@pytest.mark.parametrize(("lanes", "tp"), WORLDS)
+@pytest.mark.parametrize("experts", ["whole", "split"])
+@pytest.mark.parametrize("form", ["plain", "fp8", "int4"])
+def test_lanes_hold_every_byte_where_it_should_be(form, experts, lanes, tp):
+    """What a rank must hold, said in other words than cut's: MLPs and experts as rank t * lanes + l of all ranks would
+    without lanes, the rest as rank t of one lane alone would. And no byte is held too often or not at all."""
+    changes = {"n_routed_experts": 32, "n_shared_experts": 2, "num_hidden_layers": 4}
+    changes |= {} if form == "fp8" else {"quantization_config": None}
+    args = ModelArgs.from_hf(V3_671B | changes)
+    if form == "int4":
+        args = replace(args, dtype="int4", group_size=32, zero_points=True)
+    quantised, world = form != "plain", lanes * tp
+    rows = quantised_rows(expected_tensors(args, quantised))
+    one_lane, flat = Partition(args, tp, experts, rows), Partition(args, world, experts, rows)
+    partition = Partition(args, world, experts, rows, lanes=lanes)
+    assert partition.tp == tp
+    shares = [t * lanes + lane for lane in range(lanes) for t in range(tp)]
+    assert [partition.share(rank) for rank in range(world)] == shares
+    mlps = 0
+    for name, spec in expected_tensors(args, quantised).items():
+        mlp = ".ffn." in name and "gate" not in name
+        mlps += mlp
+        held = [partition.cut(spec, rank) for rank in range(world)]
+        for rank, cut in enumerate(held):
+            assert cut == (flat.cut(spec, shares[rank]) if mlp else one_lane.cut(spec, rank % tp)), (name, rank)
+        e = expert_of(name)
+        if e is not None and experts == "whole":
+            holders = [rank for rank in range(world) if held[rank] is not None]
+            assert holders == [shares.index(e // (32 // world))] and e in partition.held_experts(holders[0]), name
+            continue
+        copies = sum(math.prod(b - a for a, b in cut) for cut in held) // math.prod(spec.shape)
+        assert copies == (1 if mlp else world if spec.split is None else lanes), name
+        if spec.split is not None:  # shares meet without gaps
+            ends = {cut[spec.split] for cut in held}
+            assert sorted(start for start, _ in ends) == [0, *sorted(stop for _, stop in ends)[:-1]]
+    assert mlps > 3 * 33
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "lanes", "experts", "message"),
+    [
+        ({}, 4, 3, "split", "--dp 3 does not divide 4 ranks"),
+        ({}, 4, 0, "split", "--dp 0 does not divide 4 ranks"),
+        ({"num_attention_heads": 132}, 16, 2, "split",
+         "num_attention_heads 132 does not divide by a lane's 8 ranks (it works with 2, 4 in 2 lanes)"),
+        ({"num_attention_heads": 132}, 8, 2, "split",
+         "self_attn.q_b_proj has 25344 rows, which a lane's 4 ranks cannot share in whole 128-wide FP8 blocks "
+         "(it works with 2, 4 in 2 lanes)"),
+        ({"n_routed_experts": 264}, 16, 16, "whole",
+         "n_routed_experts 264 does not divide by 16 ranks (it works with none in 16 lanes); --experts split works"),
+        ({"intermediate_size": 18436}, 8, 8, "split",
+         "intermediate_size 18436 does not divide by 8 ranks (it works with none in 8 lanes)"),
+        ({"moe_intermediate_size": 1024, "n_shared_experts": 2}, 16, 8, "split",
+         "moe_intermediate_size is 1024, which 16 ranks cannot share in whole 128-wide FP8 blocks (it works with 8 in "
+         "8 lanes); --experts whole works"),
+        ({}, 32, 32, "whole", "mlp.gate_proj has 18432 rows, which 32 ranks cannot share in whole 128-wide FP8 blocks "
+                              "(it works with none in 32 lanes)"),
+    ],
+)  # fmt: skip
+def test_lanes_that_do_not_fit(changes, ranks, lanes, experts, message):
+    with pytest.raises(UserError) as e:
+        Partition(ModelArgs.from_hf(V3_671B | changes), ranks, experts, quantised=True, lanes=lanes)
+    assert str(e.value) == message
+
+
+def test_lanes_free_attention_of_the_ranks_that_do_not_divide_it():
+    """132 heads do not divide by 8 ranks, but each of 8 lanes has them all."""
+    args = ModelArgs.from_hf(V3_671B | {"num_attention_heads": 132})
+    Partition(args, 8, "split", True, lanes=8)
+    assert Partition.choose(args, 8, quantised=True, lanes=8).experts == "split"
