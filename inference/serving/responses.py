@@ -1,10 +1,12 @@
-"""The answers' shapes in OpenAI's API, streamed and whole: from a request's token events to JSON."""
+"""The answers' shapes in OpenAI's API, streamed and whole: from a request's token events to JSON.
+
+A server that drafts adds `drafted` to each choice: of each token that has a text, the text and whether it was drafted.
+"""
 
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from engine.request import Request, TokenEvent
@@ -16,13 +18,7 @@ from serving.schema import ChatBody, CompletionBody
 from text.parser import ChatParser, Content, Piece, Reasoning, ToolCallStart
 from text.tokenizer import Tokenizer
 
-
-@dataclass
-class Part:
-    """One entry of a chunk's `choices`, and of its text token by token whether it was drafted."""
-
-    choice: dict[str, Any]
-    drafted: list[tuple[str, bool]] = field(default_factory=list)
+Part = dict[str, Any]  # one entry of a chunk's `choices`
 
 
 class ChatChoice:
@@ -34,6 +30,7 @@ class ChatChoice:
         assert isinstance(plan.body, ChatBody)
         self._index, self._tokenizer, self._request = index, served.tokenizer, request
         self._parser = ChatParser(served.tool_style, request.opens_thinking, plan.body.offers_tools)
+        self._marks_drafts = served.marks_drafts
         self._has_begun = self._has_called = False
 
     def parts(self, update: Update) -> Iterator[Part]:
@@ -51,20 +48,22 @@ class ChatChoice:
         if entries and not deltas:
             deltas.append(self._part({}))
         if deltas and entries is not None:
-            deltas[0].choice["logprobs"] = {"content": entries, "refusal": None}
+            deltas[0]["logprobs"] = {"content": entries, "refusal": None}
         yield from deltas
 
     def _part(self, delta: dict[str, Any], finish_reason: str | None = None) -> Part:
-        return Part({"index": self._index, "delta": delta, "logprobs": None, "finish_reason": finish_reason})
+        part: Part = {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return part | {"drafted": []} if self._marks_drafts else part
 
     def _add_deltas(self, deltas: list[Part], pieces: list[Piece], drafted: bool) -> None:
         for piece in pieces:
             if isinstance(piece, Reasoning | Content):
                 name = "content" if isinstance(piece, Content) else "reasoning_content"
-                if not (deltas and name in deltas[-1].choice["delta"]):
+                if not (deltas and name in deltas[-1]["delta"]):
                     deltas.append(self._part({name: ""}))
-                deltas[-1].choice["delta"][name] += piece.text
-                deltas[-1].drafted.append((piece.text, drafted))
+                deltas[-1]["delta"][name] += piece.text
+                if self._marks_drafts:
+                    deltas[-1]["drafted"].append((piece.text, drafted))
                 continue
             self._has_called = True
             call: dict[str, Any] = {"index": piece.index}
@@ -95,7 +94,7 @@ class ChatChoice:
         return "tool_calls" if is_call else self._request.finish_reason
 
     @staticmethod
-    def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    def merge(parts: list[Part]) -> dict[str, Any]:
         """The choice of an answer in one piece, from those of a stream."""
         message: dict[str, Any] = {"role": "assistant", "content": None}
         entries = None
@@ -113,12 +112,15 @@ class ChatChoice:
                         calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
         if message["content"] is None and "tool_calls" not in message:
             message["content"] = ""
-        return {
+        whole: Part = {
             "index": parts[0]["index"],
             "message": message,
             "logprobs": None if entries is None else {"content": entries, "refusal": None},
             "finish_reason": parts[-1]["finish_reason"],
         }
+        if "drafted" in parts[0]:
+            whole["drafted"] = [token for part in parts for token in part["drafted"]]
+        return whole
 
 
 class CompletionChoice:
@@ -130,6 +132,7 @@ class CompletionChoice:
     def __init__(self, index: int, plan: Plan, served: Served, request: Request):
         assert isinstance(plan.body, CompletionBody)
         self._index, self._tokenizer, self._request = index, served.tokenizer, request
+        self._marks_drafts = served.marks_drafts
         self._echo = served.tokenizer.decode(request.prompt) if plan.body.echo else None  # until it is said
         self._offset = len(self._echo or "")  # of the next event's text
 
@@ -146,15 +149,14 @@ class CompletionChoice:
                 entries.append((event.logprob, event.logprob.token, self._offset))
             self._offset += len(event.text)
         if text or entries or update.finished:
-            yield Part(
-                {
-                    "index": self._index,
-                    "text": text,
-                    "logprobs": None if self._request.params.logprobs is None else self._logprobs(entries),
-                    "finish_reason": self._request.finish_reason if update.finished else None,
-                },
-                [(event.text, event.drafted) for event in update.events if event.text],
-            )
+            part: Part = {
+                "index": self._index,
+                "text": text,
+                "logprobs": None if self._request.params.logprobs is None else self._logprobs(entries),
+                "finish_reason": self._request.finish_reason if update.finished else None,
+            }
+            drafted = [(event.text, event.drafted) for event in update.events if event.text]
+            yield part | {"drafted": drafted} if self._marks_drafts else part
 
     def _echoed(self) -> Iterator[tuple[Logprob | None, int, int]]:
         offset, stream = 0, self._tokenizer.stream()
@@ -178,12 +180,13 @@ class CompletionChoice:
         return self._tokenizer.name(token).decode("utf-8", "replace")
 
     @staticmethod
-    def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    def merge(parts: list[Part]) -> dict[str, Any]:
         """The choice of an answer in one piece, from those of a stream."""
         whole, *rest = parts
         for part in rest:
             whole["text"] += part["text"]
             whole["finish_reason"] = part["finish_reason"]
+            whole.get("drafted", []).extend(part.get("drafted", []))
             for name, values in (part["logprobs"] or {}).items():
                 whole["logprobs"][name] += values
         return whole
@@ -213,9 +216,9 @@ class Reply:
                 yield part
 
     async def whole(self) -> dict[str, Any]:
-        parts: dict[int, list[dict[str, Any]]] = {}
+        parts: dict[int, list[Part]] = {}
         async for part in self._parts():
-            parts.setdefault(part.choice["index"], []).append(part.choice)
+            parts.setdefault(part["index"], []).append(part)
         choices = [self._kind.merge(parts[index]) for index in sorted(parts)]
         return self._frame(self._kind.object, choices) | {"usage": self._usage()}
 
@@ -223,9 +226,7 @@ class Reply:
         with_usage = self._plan.body.stream_options.include_usage
         try:
             async for part in self._parts():
-                chunk = self._frame(self._kind.chunk_object, [part.choice])
-                if self._served.marks_drafts and part.drafted:
-                    chunk["drafted"] = part.drafted
+                chunk = self._frame(self._kind.chunk_object, [part])
                 yield event(chunk | ({"usage": None} if with_usage else {}))
             if with_usage:
                 yield event(self._frame(self._kind.chunk_object, []) | {"usage": self._usage()})

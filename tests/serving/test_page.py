@@ -97,7 +97,7 @@ class Scripted(ThreadingHTTPServer):
 
     def say(self, *, drafted: Any = None, **delta: str) -> None:
         choice = {"index": 0, "delta": delta, "finish_reason": None}
-        self.send({"choices": [choice]} | ({} if drafted is None else {"drafted": drafted}))
+        self.send({"choices": [choice | ({} if drafted is None else {"drafted": drafted})]})
 
     def send(self, *events: Any) -> None:
         self.said.put("".join(f"data: {json.dumps(event, ensure_ascii=False)}\n\n" for event in events).encode())
@@ -239,7 +239,7 @@ def test_the_demo(page: Page) -> None:
         assert page.text(".said") == "632" and page.shown("details") and not page.shown(".thought")
         body = {"messages": [{"role": "user", "content": "What is 347 + 285?"}], "stream": True}
         events = running.send("POST", "/v1/chat/completions", body)[2].split("\n\n")
-        tokens = [pair for event in events if '"drafted"' in event for pair in json.loads(event[6:])["drafted"]]
+        tokens = [pair for event in events if '"drafted"' in event for pair in json.loads(event[6:])["choices"][0]["drafted"]]
         marked = [element.get_property("textContent") for element in page.all("article .drafted")]
         assert len(marked) > 10 and marked == [text for text, drafted in tokens if drafted]
         assert page.shown("#legend")

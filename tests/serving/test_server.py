@@ -100,22 +100,23 @@ def test_chat_is_what_the_engine_says(demo: tuple[RunningServer, Engine], client
 
 
 def test_stream_is_the_whole(client: openai.OpenAI) -> None:
-    """Two answers, streamed and whole; every character of a chunk is told to be drafted or not."""
+    """Two answers, streamed and whole; every character of a choice is told to be drafted or not."""
     asked: Any = dict(model="model", messages=QUESTION, temperature=4, seed=7, n=2, max_tokens=60,
                       logprobs=True, top_logprobs=2)  # fmt: skip
     whole = client.chat.completions.create(**asked)
     said: dict[int, dict[str, str]] = {0: {}, 1: {}}
     tokens: dict[int, list] = {0: [], 1: []}
-    finish, drafted, usage = {}, [], None
+    drafted: dict[int, list] = {0: [], 1: []}
+    finish, usage = {}, None
     for chunk in client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
         usage = chunk.usage or usage
         for choice in chunk.choices:
             fields = choice.delta.model_dump(exclude_unset=True)
             for name in ("content", "reasoning_content"):
                 said[choice.index][name] = said[choice.index].get(name, "") + (fields.get(name) or "")
-                if fields.get(name):
-                    assert "".join(text for text, _ in chunk.drafted) == fields[name]
-                    drafted += chunk.drafted
+            told = "".join(text for text, _ in choice.drafted)
+            assert told == (fields.get("reasoning_content") or fields.get("content") or "")
+            drafted[choice.index] += choice.drafted
             tokens[choice.index] += choice.logprobs.content if choice.logprobs else []
             finish[choice.index] = choice.finish_reason
     for choice in whole.choices:
@@ -123,9 +124,10 @@ def test_stream_is_the_whole(client: openai.OpenAI) -> None:
         assert said[choice.index]["reasoning_content"] == choice.message.reasoning_content
         assert finish[choice.index] == choice.finish_reason
         assert tokens[choice.index] == choice.logprobs.content
+        assert drafted[choice.index] == choice.drafted
         assert all(len(entry.top_logprobs) == 2 for entry in choice.logprobs.content)
     assert whole.choices[0].message != whole.choices[1].message
-    assert {accepted for _, accepted in drafted} == {True, False}
+    assert {accepted for part in drafted.values() for _, accepted in part} == {True, False}
     assert usage == whole.usage and usage.completion_tokens == sum(map(len, tokens.values()))
 
 
@@ -163,6 +165,8 @@ def test_completions(demo: tuple[RunningServer, Engine], client: openai.OpenAI) 
     assert held.choices[0] == choice  # offsets too, though the last texts were held back for a while
     parts = list(client.completions.create(model="model", prompt=prompts[0], temperature=0, echo=True, logprobs=1,
                                            stream=True))  # fmt: skip
+    assert [token for part in parts for token in part.choices[0].drafted] == choice.drafted
+    assert "".join(text for text, _ in choice.drafted) == request.text
     assert "".join(part.choices[0].text for part in parts) == choice.text
     assert [token for part in parts for token in part.choices[0].logprobs.tokens] == choice.logprobs.tokens
     assert parts[-1].choices[0].finish_reason == "length"
@@ -210,6 +214,7 @@ def test_whole_characters(tiny: Engine) -> None:
     with serving(again(tiny)) as running:
         _, _, text = running.send("POST", COMPLETIONS, asked)
     assert "".join(event["choices"][0]["text"] for event in events(text)) == expected.text
+    assert all("drafted" not in event["choices"][0] for event in events(text))  # nothing drafts
     assert any(ord(letter) > 0x7F and letter != "\ufffd" for letter in expected.text)
 
 
