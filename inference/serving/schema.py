@@ -17,6 +17,7 @@ IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "pr
 NOT_IMPLEMENTED: dict[str, tuple] = {  # with the values that do not ask for it
     "best_of": (1,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True,), "response_format": ({"type": "text"},), "modalities": (["text"],), "suffix": ("",),
+    "top_logprobs": (0,), "echo": (False,),  # of chats and of texts alone
 }  # fmt: skip
 
 

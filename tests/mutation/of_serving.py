@@ -62,4 +62,12 @@ MUTANTS = (
      'return part | {"drafted": []} if self._marks_drafts else part',
      'return part | {"drafted": []} if self._marks_drafts and delta else part',
      "serving/test_server.py::test_stream_is_the_whole", "chunks differ in their fields"),
+    ("schema-top-logprobs-of-a-text", "serving/schema.py",
+     '    "top_logprobs": (0,), "echo": (False,),  # of chats and of texts alone\n',
+     "",
+     "cli/test_generate.py::test_fields_of_a_file", "a field that is off is refused"),
+    ("schema-no-top-logprobs-in-a-chat-without-logprobs", "serving/schema.py",
+     'if value and not info.data.get("logprobs", True):',
+     'if value is not None and not info.data.get("logprobs", True):',
+     "cli/test_generate.py::test_fields_of_a_file", "top_logprobs of 0 is refused where logprobs is off"),
 )  # fmt: skip

@@ -210,7 +210,7 @@ def test_whole_characters(tiny: Engine) -> None:
     prompt = list(range(3, 60))
     params = SamplingParams(max_new_tokens=300, temperature=1.0, seed=3)
     (expected,) = again(tiny).generate([prompt], params)
-    asked = {"prompt": prompt, "max_tokens": 300, "temperature": 1.0, "seed": 3, "stream": True}
+    asked = {"prompt": prompt, "max_tokens": 300, "temperature": 1.0, "seed": 3, "stream": True, "top_logprobs": 0}
     with serving(again(tiny)) as running:
         _, _, text = running.send("POST", COMPLETIONS, asked)
     assert "".join(event["choices"][0]["text"] for event in events(text)) == expected.text
