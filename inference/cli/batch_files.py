@@ -112,17 +112,23 @@ def read_body(body: dict[str, Any], options: argparse.Namespace) -> tuple["Promp
         if given.get(field):
             raise UserError(f"body.{field} is not supported with the value {schema.shown(given[field])}")
     if isinstance(parsed, schema.CompletionBody):
-        if not isinstance(parsed.prompt, str):
-            raise UserError(f"body.prompt is {schema.shown(parsed.prompt)}: expected a string")
-        return parsed.prompt, parsed.sampling
+        if not isinstance(parsed.prompt, str) and not are_ids(parsed.prompt):
+            raise UserError(f"body.prompt is {schema.shown(parsed.prompt)}: expected a string or a list of token ids")
+        return parsed.prompt, parsed.sampling  # type: ignore[return-value]  # no list of texts
     messages = [message.for_template for message in parsed.messages]
     if options.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": options.system}, *messages]
     return messages, parsed.sampling
 
 
+def are_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(type(token) is int for token in prompt)
+
+
 def last_text(prompt: Any) -> str:
-    """What to show of a request: its text, or its last message's."""
+    """What to show of a request: its text, its last message's, or its token ids, whose text only the engine knows."""
+    if are_ids(prompt):
+        return json.dumps(prompt)
     if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
         content = prompt[-1].get("content")
         if isinstance(content, list):  # parts
@@ -231,7 +237,11 @@ def submit(engine: "Engine", index: int, choice: int, item: BatchItem, thinking:
     if item.error is not None:
         return Request(index, [], item.params, finish_reason="error", error=item.error)
     thinking = None if isinstance(item.prompt, str) else thinking
-    return engine.add(item.prompt, item.params, id=index, choice=choice, thinking=thinking)
+    request = engine.add(item.prompt, item.params, id=index, choice=choice, thinking=thinking)
+    if are_ids(item.prompt) and request.error is None:
+        assert engine.tokenizer is not None
+        item.shown = engine.tokenizer.decode(request.prompt)
+    return request
 
 
 def show(item: BatchItem, request: "Request") -> None:

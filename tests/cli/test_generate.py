@@ -503,7 +503,10 @@ def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
         (False, {"temperature": float("nan")}, "body.temperature is nan: expected a finite number"),
         (False, {f"x{i}": None for i in range(90)}, None),
         (True, {"echo": True}, "body.echo is not supported with the value True"),
-        (True, {"prompt": [1, 2]}, "body.prompt is [1, 2]: expected a string"),
+        (True, {"prompt": [1, 2]}, None),
+        (True, {"prompt": ["x", "y"]}, "body.prompt is ['x', 'y']: expected a string or a list of token ids"),
+        (True, {"prompt": [[1], [2]]}, "body.prompt is [[1], [2]]: expected a string or a list of token ids"),
+        (True, {"prompt": [1, True]}, "body.prompt.1 is True: expected a valid integer"),
         (True, {"logprobs": True}, "body.logprobs is True: expected a valid integer"),
         (True, {"top_logprobs": 2}, "body.top_logprobs is not supported"),
         (True, {"top_logprobs": 0}, None),
@@ -563,6 +566,30 @@ def test_system_and_raw(run: Any, engine: Engine, tiny: Path, tmp_path: Path) ->
     first_line, second_line = read(output)
     assert first_line["tokens"] == expected.tokens
     assert second_line["error"] == "body.prompt is missing (--raw completes text)"
+
+
+def test_prompts_of_token_ids(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
+    """Are answered as they are, without BOS, and shown as their text; wrong ones fail alone and are shown as ids."""
+    text = "  once upon "
+    ids = engine.tokenizer.encode_text(text)
+    vocab = engine.model.args.vocab_size
+    given = [ids, ids[1:], text, [5, vocab], [-1], []]
+    lines = [json.dumps({"custom_id": str(i), "body": {"prompt": prompt, "n": 2 if i == 0 else 1}}) for i, prompt in enumerate(given)]
+    prompts, output = prompts_file(tmp_path, "\n".join(lines), "ids.jsonl"), tmp_path / "answers.jsonl"
+    flags = ("--ckpt-path", tiny, "--temperature", 0, "--max-new-tokens", 5, "--raw", *EXACT)
+    status, out, err = run(*flags, "--input-file", prompts, "--output-file", output)
+    assert status == 1 and "6 prompts (3 failed), 20 tokens" in err
+    first, second = engine.generate([ids, ids[1:]], replace(GREEDY, max_new_tokens=5))
+    found = read(output)
+    expected = [first.tokens, first.tokens, second.tokens, first.tokens, [], [], []]
+    assert [line["tokens"] for line in found] == expected and first.tokens != second.tokens
+    assert [line["prompt"] for line in found] == [text, text, text, text, f"[5, {vocab}]", "[-1]", "[]"]
+    assert found[2]["prompt_tokens"] == len(ids) - 1
+    outside = f"is not in the vocabulary of {vocab}"
+    assert [line.get("error") for line in found[3:]] == [
+        None, f"token id {vocab} {outside}", f"token id -1 {outside}", "the prompt is empty",
+    ]  # fmt: skip
+    assert out.count(f"Prompt: {text}\nCompletion: ") == 4 and f"Prompt: [5, {vocab}]\nError: token id" in out
 
 
 def test_end_token(run: Any, tmp_path: Path) -> None:

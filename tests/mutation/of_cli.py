@@ -32,4 +32,12 @@ MUTANTS = (
      "    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:\n",
      "    if True:\n",
      "cli/test_main.py::test_an_interrupt_that_is_ignored_stays_so", "a batch in a script's background ends at Ctrl-C"),
+    ("batch-ids-shown-as-numbers", "cli/batch_files.py",
+     "    if are_ids(item.prompt) and request.error is None:\n",
+     "    if False:\n",
+     "cli/test_generate.py::test_prompts_of_token_ids", "a prompt of token ids is shown as numbers"),
+    ("batch-lists-of-texts-taken-for-ids", "cli/batch_files.py",
+     "if not isinstance(parsed.prompt, str) and not are_ids(parsed.prompt):",
+     "if False:",
+     "cli/test_generate.py::test_fields_of_a_file", "a list of prompts in one line reaches the engine"),
 )  # fmt: skip
