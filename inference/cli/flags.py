@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
@@ -11,6 +10,7 @@ from typing import Any, NoReturn, get_args
 from core import PROGRAM_VERSION
 from core.errors import UserError
 from core.run_config import RunConfig
+from parallel import launcher
 
 SERVER_FLAGS = ("max_num_mixed_tokens",)  # for requests that come while others are answered
 ENGINE_FLAGS = tuple(f.name for f in fields(RunConfig) if "help" in f.metadata and f.name not in SERVER_FLAGS)
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if os.environ.get("RANK", "0") == "0":
+        if launcher.is_first():
             with output_errors():
                 print(message, end="", file=file, flush=True)
 

@@ -20,6 +20,7 @@ from cli.interrupts import end_process_on_interrupt
 from core.errors import UserError, describe, first_line
 from core.files import require_folder
 from core.run_config import RunConfig
+from parallel import launcher
 
 if TYPE_CHECKING:
     import torch
@@ -92,8 +93,8 @@ def run_on_ranks(
     *,
     handles_sigterm: bool = False,
 ) -> int:
-    """run_command on every rank that torchrun started. `run` returns the same status on every rank, and raises
-    UserError on all ranks alike. An error is printed in one line by one rank of each host.
+    """run_command on every rank that torchrun, srun or mpirun started. `run` returns the same status on every rank, and
+    raises UserError on all ranks alike. An error is printed in one line by one rank of each host.
 
     `handles_sigterm` is for a `run` that answers SIGTERM itself.
     """
@@ -102,7 +103,7 @@ def run_on_ranks(
         try:
             return parse(arguments)
         except UserError as e:
-            if os.environ.get("WORLD_SIZE", "1") == "1":
+            if launcher.is_alone():
                 raise
             return e  # raised again once all ranks are there, for rank 0 to print
 
@@ -128,7 +129,7 @@ def run_on_ranks(
             tp.shutdown()
             return status
         except UserError as e:
-            if tp.rank == 0:
+            if tp.rank == 0 if tp.size > 1 else launcher.is_first(of_host=True):
                 complain(str(e))
             tp.shutdown()
             return 2

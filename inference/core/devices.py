@@ -83,6 +83,13 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
+def uuid(device: torch.device) -> str:
+    """A device's own identifier, the same in whatever process; empty where torch does not tell."""
+    with contextlib.suppress(Exception):
+        return str(_module(device.type).get_device_properties(device).uuid)
+    return ""
+
+
 @functools.cache
 def holds(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether tensors of this type can be on a device: MPS, for one, has neither float64 nor FP8."""

@@ -3,6 +3,7 @@
 import datetime
 import os
 import socket
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from core import devices
 from core.errors import UserError
+from parallel import launcher
 from parallel.failure import RankProcess
 from parallel.group import SOLO, Group, OneShot
 
@@ -18,35 +20,30 @@ JOINING_LIMIT = 600.0  # seconds for all ranks to come up; a later one may have 
 
 
 def environment() -> tuple[int, int, int, int]:
-    """(rank, world size, local rank, local world size) as torchrun set them; (0, 1, 0, 1) without it.
+    """(rank, world size, local rank, local world size) as torchrun, srun or mpirun set them; (0, 1, 0, 1) without them.
 
-    Raises UserError for values that are no such numbers.
+    Raises UserError as `launcher.find` does.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    try:
-        rank, size, local, local_size = (int(os.environ.get(n, d)) for n, d in zip(names, "0101", strict=True))
-    except ValueError as e:
-        raise UserError(f"torchrun's environment ({', '.join(names)}) is not made of numbers: {e}") from None
-    if not 0 <= rank < size:
-        raise UserError(f"RANK is {rank} but WORLD_SIZE is {size}")
-    return rank, size, local, local_size
+    launch = launcher.find()
+    return launch.rank, launch.size, launch.local_rank, launch.local_size
 
 
 def join(timeout: float) -> Group:
-    """Joins the ranks that torchrun started, with gloo, for tensors on CPUs; `on` follows for other devices.
+    """Joins the ranks that were started with this one, with gloo, for tensors on CPUs; `on` follows for other devices.
 
     A rank that waits `timeout` seconds for another gives the run up. Ranks of one host keep to its loopback interface
     unless GLOO_SOCKET_IFNAME names another. Raises UserError and RankFailure.
     """
-    rank, size, _, local_size = environment()
+    launch = launcher.find()
+    rank, size = launch.rank, launch.size
     if size == 1:
         return SOLO
     loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
-    if local_size == size and loopback:
+    if launch.local_size == size and loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())  # gloo takes it from there and nowhere else
     with RankProcess(rank, size).translate_collective_errors("could not join the others"):
         wait = datetime.timedelta(seconds=max(timeout, JOINING_LIMIT))
-        store = _open_store(rank, size, wait)
+        store = open_store(launch, wait)
         store.set(f"process of rank {rank}", f"{os.getpid()} {_host()}")
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
         pg = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
@@ -55,19 +52,19 @@ def join(timeout: float) -> Group:
     return Group(rank, size, pg, pg, timeout, process=RankProcess(rank, size, neighbours, store))
 
 
-def _open_store(rank: int, size: int, wait: datetime.timedelta) -> Any:
+def open_store(launch: launcher.Launch, wait: datetime.timedelta) -> Any:
     """The store at MASTER_ADDR: torchrun's own, which listens on all interfaces; without torchrun rank 0 keeps it, on
     that address alone."""
-    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    host, port, size = launch.address, launch.port, launch.size
     if not host or not port.isdecimal():
         raise UserError(f"{size} ranks, but MASTER_ADDR is {host!r} and MASTER_PORT {port!r}: start with torchrun")
     listener = None
-    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         try:
             family, *_, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
             listener = socket.create_server(address[:2], family=family, backlog=size).detach()
-        except OSError as e:
-            raise UserError(f"MASTER_ADDR {host}, MASTER_PORT {port}: {e.strerror or e}") from None
+        except (OSError, OverflowError) as e:
+            raise UserError(f"MASTER_ADDR {host}, MASTER_PORT {port}: {getattr(e, 'strerror', None) or e}") from None
     return dist.TCPStore(  # type: ignore[attr-defined]
         host, int(port), size, is_master=listener is not None, timeout=wait, wait_for_workers=False,
         master_listen_fd=listener,
@@ -75,12 +72,12 @@ def _open_store(rank: int, size: int, wait: datetime.timedelta) -> Any:
 
 
 def _host() -> str:
-    """The same text on ranks that can see each other's processes and belong to one torchrun."""
+    """The same text on ranks that can see each other's processes and belong to one host's launcher."""
     try:
         processes = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         processes = 0
-    return f"{socket.gethostname()} {processes} {os.environ.get('GROUP_RANK')}"
+    return f"{socket.gethostname()} {processes} {launcher.find().node}"
 
 
 def on(device: torch.device, group: Group) -> Group:
@@ -88,6 +85,7 @@ def on(device: torch.device, group: Group) -> Group:
     the host's where it has none. Every rank calls it with its own."""
     if group.size == 1 or device.type == "cpu":
         return group
+    _require_own_gpu(device, group)
     backend = collectives_of(device)
     if backend is None:
         return replace(group, through_host=True)
@@ -98,6 +96,19 @@ def on(device: torch.device, group: Group) -> Group:
         return group
     one_shot = OneShot.create(group, device)
     return replace(group, one_shot=one_shot) if group.min_int(int(one_shot is not None)) else group
+
+
+def _require_own_gpu(device: torch.device, group: Group) -> None:
+    """Raises UserError on all ranks if two have the same GPU. Where a launcher shows each rank one GPU, that may be its
+    own or everybody's, and only UUIDs tell; a device without one passes."""
+    if not launcher.find().may_divide_devices:
+        return
+    uuid = devices.uuid(device)
+    seen = group.gather_ints(torch.tensor(zlib.crc32(uuid.encode()) if uuid else -1 - group.rank)).tolist()
+    same = [rank for rank, other in enumerate(seen) if seen.count(other) > 1]
+    if same:
+        ranks = ", ".join(map(str, same))
+        raise UserError(f"ranks {ranks} were given the same GPU: each needs its own (srun --gpus-per-task 1)")
 
 
 def collectives_of(device: torch.device) -> str | None:
@@ -119,14 +130,17 @@ def choose_threads(asked: int | None, local_size: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if asked is not None and asked > (most := max(cores, os.cpu_count() or 1)):
         raise UserError(f"--threads is {asked}, this host has {most} cores")
+    if cores < launcher.find().host_cores:
+        local_size = 1  # srun has bound this rank to cores of its own
     threads = asked or max(1, cores // local_size)
     torch.set_num_threads(threads)
     return threads
 
 
 def choose_device(name: str, local_rank: int, local_size: int) -> torch.device:
-    """This rank's device: of the kind named, the one with its number on this host; "auto" is a GPU if there is one,
-    else the CPU. Raises UserError for what is not here, and where there are more ranks than devices."""
+    """This rank's device: of the kind named, the one with its number on this host, or the only one that a launcher
+    shows it; "auto" is a GPU if there is one, else the CPU. Raises UserError for what is not here, and where there are
+    more ranks than devices."""
     if name == "auto":
         name = "cuda" if devices.count("cuda") else "cpu"
     device = devices.parse(name)
@@ -134,7 +148,10 @@ def choose_device(name: str, local_rank: int, local_size: int) -> torch.device:
         return devices.CPU
     if device.index is not None and local_size > 1:
         raise UserError(f"--device {name} is one device, and there are {local_size} ranks: --device {device.type}")
-    if local_size > (n := devices.count(device.type)):
+    n = devices.count(device.type)
+    if n == 1 and local_size > 1 and launcher.find().may_divide_devices:
+        local_rank = 0  # the launcher shows each rank its own device alone; `on` makes sure of that
+    elif local_size > n:
         what = "GPU" if device.type == "cuda" else f"{device.type} device"
         raise UserError(f"{local_size} ranks on a host with {n} {what}{'s' * (n > 1)}: start as many, or --device cpu")
     device = torch.device(device.type, local_rank if device.index is None else device.index)

@@ -35,9 +35,9 @@ def make_tiny(folder: Path, fp8: bool = True, printable: bool = False) -> Path:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread a process, whatever machine this is, and none of torchrun's variables but those given."""
+    """One thread a process, whatever machine this is, and none of a launcher's variables but those given."""
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    kept = {name: value for name, value in os.environ.items() if name not in ranks}
+    kept = {n: value for n, value in os.environ.items() if n not in ranks and not n.startswith(("SLURM_", "OMPI_"))}
     return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUTF8": "1"} | more
 
 
