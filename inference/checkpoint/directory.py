@@ -333,6 +333,9 @@ class Checkpoint:
                 rounded = f"{entry.name} and its like are {DTYPE_NAMES[spec.dtype]}"
             if (entry.dtype, entry.shape) != (spec.dtype, shape):
                 wanted, got = dtype_and_shape(spec.dtype, shape), dtype_and_shape(entry.dtype, entry.shape)
+                others = [DTYPE_NAMES[dtype] for dtype in spec.allowed if dtype != spec.dtype]
+                if others and entry.dtype not in spec.allowed:
+                    wanted += f" (or {', '.join(others)})"
                 text = f"{entry}: expected {wanted}, found {got}"
                 self.report(CheckpointError(text, entry.file, entry.name, wanted, got))
                 continue

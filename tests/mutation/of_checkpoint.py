@@ -370,4 +370,12 @@ MUTANTS = (
      "if False:",
      "checkpoint/test_directory.py::test_lanes_of_files_that_were_converted_for_ranks",
      "lanes load the attention of tensor-parallel ranks"),
+    ("match-one-dtype-of-several", "checkpoint/directory.py",
+     "if others and entry.dtype not in spec.allowed:",
+     "if False:",
+     "checkpoint/test_directory.py::test_wrong_shapes_and_dtypes", "a refused dtype is told one that may be, of four"),
+    ("match-dtypes-where-the-shape-is-wrong", "checkpoint/directory.py",
+     "if others and entry.dtype not in spec.allowed:",
+     "if others:",
+     "checkpoint/test_directory.py::test_wrong_shapes_and_dtypes", "a wrong shape is told other dtypes"),
 )  # fmt: skip
