@@ -46,15 +46,15 @@ def _share(rank: RankSpec) -> float:
 
 def need(rank: RankSpec, config: RunConfig, cache: int | None = None) -> MemoryBudget:
     """With a cache of so many bytes, which somebody chose, or one for a sequence of full length, beside which the
-    rank's share of memory stays free. A CPU packs its weights, one projection or stack of experts at a time."""
+    rank's share of memory stays free. A CPU packs its weights, one projection or stack of experts at a time. Lanes have
+    a page more, to which one without sequences writes."""
     parts = weight_bytes(rank)
     kept = 0
     if cache is None:
         cache = config.pages_per_sequence * page_bytes(rank)
         kept = math.ceil(cache / _share(rank)) - cache
-    return MemoryBudget(
-        sum(parts.values()), _packing(rank, parts), step_bytes(rank, config), _graphs(rank, config), cache, kept
-    )
+    step = step_bytes(rank, config) + (page_bytes(rank) if rank.lanes > 1 else 0)
+    return MemoryBudget(sum(parts.values()), _packing(rank, parts), step, _graphs(rank, config), cache, kept)
 
 
 def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
@@ -62,12 +62,14 @@ def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
     args, plain = rank.args, rank.num.dtype.itemsize
     if rank.as_loaded:
         return 0
-    head = (plain if rank.compiled else 4) * args.vocab_size // rank.ranks * args.dim
+    head = (plain if rank.compiled else 4) * args.vocab_size // rank.tp * args.dim
     if "head" in dict(rank.num.exceptions):
         head = 0
     if not rank.packs and not (rank.compiled and rank.num.exceptions):
         return head
-    largest = max(head, 2 * plain * args.inter_dim // rank.ranks * args.dim)
+    queries = args.n_heads // rank.tp * max(args.qk_head_dim, args.v_head_dim)
+    attention = plain * (queries + args.latent_dim) * max(args.dim, args.q_lora_rank)
+    largest = max(head, attention, 2 * plain * args.inter_dim // rank.ranks * args.dim)
     shapes = (2 * rank.inner, args.dim), (args.dim, rank.inner)
     in_place = all(kernel_cpu.is_packed_in_place(*shape) for shape in shapes)
     if args.n_moe_layers and not in_place and (rank.packs or rank.packs_experts):
@@ -139,9 +141,13 @@ def check_fits(rank: RankSpec, config: RunConfig, free: int, cache: int | None =
         lines.append(f"latents {what if cache is None else 'as asked'} {gb(wanted.cache)}")
         lines += [f"kept free {gb(wanted.kept)}"] if wanted.kept else []
     ways = []
-    others = (with_ranks(rank, n) for n in range(rank.ranks + 1, rank.args.n_heads + 1))
+    counts = range(rank.ranks + rank.lanes, rank.lanes * rank.args.n_heads + 1, rank.lanes)
+    others = (with_ranks(rank, n) for n in counts)
     if more := next((other for other in others if partition_error(other) is None and fits(other)), None):
         ways.append(f"{more.ranks} ranks with as much memory each")
+    fewer = (replace(rank, lanes=n) for n in range(rank.lanes - 1, 0, -1) if rank.ranks % n == 0)
+    if other := next((other for other in fewer if partition_error(other) is None and fits(other)), None):
+        ways.append(f"--dp {other.lanes}")
     if cache is not None:
         tenths = (free - need(rank, config, 0).total) * 10 // 2**30
         ways += [f"--kv-cache-gib {tenths / 10}"] if tenths > 0 else []
@@ -156,7 +162,7 @@ def check_fits(rank: RankSpec, config: RunConfig, free: int, cache: int | None =
 
 
 def with_ranks(rank: RankSpec, ranks: int, asked: AskedLayout = "auto") -> RankSpec:
-    """The same run on another number of ranks."""
+    """The same run on another number of ranks, in as many lanes."""
     quantised = has_experts(rank.quantised_rows) if rank.num.gemm else None
     experts, _ = choose_experts(rank.args, ranks, asked, quantised=quantised)
     return replace(rank, ranks=ranks, num=replace(rank.num, experts=experts))
@@ -165,7 +171,7 @@ def with_ranks(rank: RankSpec, ranks: int, asked: AskedLayout = "auto") -> RankS
 def partition_error(rank: RankSpec) -> str | None:
     """Why the model does not divide over its ranks, in Partition's words; None if it does."""
     try:
-        Partition(rank.args, rank.ranks, rank.experts, rank.quantised_rows)
+        Partition(rank.args, rank.ranks, rank.experts, rank.quantised_rows, lanes=rank.lanes)
     except UserError as e:
         return re.sub(r" \(it works with [^)]*\)", "", str(e))
     return None

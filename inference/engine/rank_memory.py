@@ -31,14 +31,20 @@ class RankSpec:
 
     args: ModelArgs
     num: Numerics
-    ranks: int = 1
+    ranks: int = 1  # of all lanes
     gpu: bool = True  # a GPU's forms of the ops and weights, else a CPU's
     mtp: bool = False  # the MTP module is loaded, whether or not it drafts
     reference: bool = False  # neither: the reference's forms, on another device
+    lanes: int = 1  # data-parallel; each has its own sequences and latents
 
     @property
     def experts(self) -> ExpertLayout:
         return self.num.experts
+
+    @property
+    def tp(self) -> int:
+        """The ranks of one lane, which share attention, embedding and head."""
+        return self.ranks // self.lanes
 
     @property
     def inner(self) -> int:
@@ -123,7 +129,7 @@ def weight_bytes(rank: RankSpec) -> dict[tuple[bool, str], int]:
     form is filled up to whole panels.
     """
     found: Counter[tuple[bool, str]] = Counter()
-    partition = Partition(rank.args, rank.ranks, rank.experts, rank.quantised_rows)
+    partition = Partition(rank.args, rank.ranks, rank.experts, rank.quantised_rows, lanes=rank.lanes)
     for kind, n in rank.kinds.items():
         cut = partition.cut(kind.spec, 0)  # the ranks' parts are equal
         if cut is not None:
@@ -180,7 +186,7 @@ def _packed_bytes(leaf: str, shape: tuple[int, ...], form: Form, rank: RankSpec)
     if leaf == "w3.weight":
         before, first = n, FIRST[0]
     elif leaf == "wkv_a.weight":
-        before, first = rank.args.q_lora_rank or rank.args.n_heads // rank.ranks * rank.args.qk_head_dim, FIRST[1]
+        before, first = rank.args.q_lora_rank or rank.args.n_heads // rank.tp * rank.args.qk_head_dim, FIRST[1]
     end = (in_blocks(before, form.block[0]) if form.is_quantised else before) + n
     if leaf == "w3.weight" and form.is_quantised:
         end = in_blocks(end, form.block[0])
@@ -204,8 +210,8 @@ def parameters(rank: RankSpec, mtp: bool = False) -> int:
 
 
 def latent_bytes(rank: RankSpec, mtp: bool | None = None) -> int:
-    """Of one token, all layers together; every rank keeps the same. `mtp` True or False: the MTP module's or the main
-    model's alone."""
+    """Of one token, all layers together; every rank of its lane keeps the same. `mtp` True or False: the MTP module's
+    or the main model's alone."""
     args, num = rank.args, rank.num
     width = args.latent_dim * num.dtype.itemsize
     if num.fp8_latents:
@@ -239,7 +245,9 @@ def distinct_experts(args: ModelArgs, tokens: int) -> float:
 
 def decode_reads(rank: RankSpec, sequences: int, context: int, drafts: int = 0) -> Read:
     """Every weight once but for the embedding, routed experts as far as somebody chooses them, and the latents of
-    `context` tokens a sequence. With whole experts per rank this is the mean rank; a step waits for the busiest.
+    `context` tokens a sequence. `sequences` are of all lanes, spread evenly: the tokens of all choose experts; the
+    latents are those of a lane with the most sequences. With whole experts per rank this is the mean rank; a step
+    waits for the busiest.
 
     With drafts, each sequence brings 1 + drafts tokens; the MTP module and the head run once more for each draft, the
     module first on all those tokens.
@@ -258,5 +266,6 @@ def decode_reads(rank: RankSpec, sequences: int, context: int, drafts: int = 0) 
         total += head
     for draft in range(drafts):
         total += read(True, sequences if draft else tokens) + head
-    latents = sequences * context * (latent_bytes(rank, mtp=False) + drafts * latent_bytes(rank, mtp=True))
+    of_token = latent_bytes(rank, mtp=False) + drafts * latent_bytes(rank, mtp=True)
+    latents = -(-sequences // rank.lanes) * context * of_token
     return Read(distinct_experts(args, tokens), round(total), latents)

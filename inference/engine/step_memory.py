@@ -1,10 +1,10 @@
 """An upper bound of what one forward's tensors take beside weights and latents. Bytes; nothing is allocated.
 
-It is the greatest of five peaks: attention, a dense MLP, the experts, logits, sampling. Each adds up what may exist
-together there in the worst case: every sequence is at the end of its context, its pages are scattered, all tokens
-choose the same expert, and an op takes the form that needs the most. Where backends differ little they share a term,
-that of the most wasteful one. It grows with tokens, sequences and context. Tests hold it to the tensors that really
-exist, which never take more. Left out: what torch's libraries take inside an op.
+It is the greatest of six peaks: attention, a dense MLP, the experts, the exchange of lanes, logits, sampling. Each adds
+up what may exist together there in the worst case: every sequence is at the end of its context, its pages are
+scattered, all tokens choose the same expert, and an op takes the form that needs the most. Where backends differ little
+they share a term, that of the most wasteful one. It grows with tokens, sequences and context. Tests hold it to the
+tensors that really exist, which never take more. Left out: what torch's libraries take inside an op.
 """
 
 import torch
@@ -27,17 +27,19 @@ LANES, SPLIT, PART_ROWS, THREAD_ROWS = 16, 256, 8192, 80  # ops/cpu/kernels.c, f
 
 def step_bytes(rank: RankSpec, config: RunConfig, decode: bool = False) -> int:
     """The most that the tensors of the largest forward take that `config` allows; with `decode` of the largest that
-    brings one token and its drafts of each sequence."""
+    brings one token and its drafts of each sequence. With lanes, MLPs and experts run on the tokens of all."""
     args, num, sampled = rank.args, rank.num, config.max_num_seqs * (1 + config.mtp)
     tokens, rows = (sampled, 1 + config.mtp) if decode else (config.max_step_tokens, config.max_step_tokens)
+    gathered = rank.lanes * tokens
     scored = min(tokens, max(sampled, 0 if decode else SCORED_ROWS))
     row = 4 * args.vocab_size  # of logits, float32
     head = 4 * min(args.vocab_size, HEAD_ROWS) * args.dim if rank.reference else 0
     peaks = {
         "attention": _attention(rank, config, tokens, rows),
-        "dense MLP": _layer(rank, tokens, -(-args.inter_dim // rank.ranks)) if args.n_dense_layers else 0,
-        "experts": _experts(rank, tokens) if args.n_moe_layers or rank.mtp else 0,
-        "logits": scored * (row * (3 if rank.ranks > 1 else 2) + 8 * args.dim) + head,  # parts of a row, and it joined
+        "dense MLP": _layer(rank, gathered, -(-args.inter_dim // rank.ranks)) if args.n_dense_layers else 0,
+        "experts": _experts(rank, gathered) if args.n_moe_layers or rank.mtp else 0,
+        "exchange": _exchange(rank, tokens, gathered) if rank.lanes > 1 else 0,
+        "logits": scored * (row * (3 if rank.tp > 1 else 2) + 8 * args.dim) + head,  # parts of a row, and it joined
         "sampling": sampled * row + min(sampled, DRAWN_ROWS) * SAMPLER_BYTES * args.vocab_size,
     }
     drafts = 2 * config.max_num_seqs * config.mtp * row  # the distributions they were drawn from, float64
@@ -54,7 +56,7 @@ def _layer(rank: RankSpec, tokens: int, inner: int, values: int = 0, widest: int
     beside = of_value * (tokens + 32 + torch.get_num_threads()) * max(widest, 2 * args.dim)
     beside += SPLIT_K_BYTES if rank.gpu and num.gemm else 0
     if num.batch_invariant:  # a product's blocks of rows before they are one, or all ranks' parts of a sum
-        beside += b * (tokens + ROW_BLOCK) * max(2 * widest, (rank.ranks + 1) * args.dim)
+        beside += b * (tokens + ROW_BLOCK) * max(2 * widest, (rank.tp + 1) * args.dim)
     return b * tokens * (6 * args.dim + 3 * inner + values) + 4 * tokens * args.qk_rope_head_dim + beside
 
 
@@ -69,9 +71,18 @@ def _experts(rank: RankSpec, tokens: int) -> int:
     return _layer(rank, tokens, shared, 0, 2 * in_blocks(rank.inner)) + routing + experts
 
 
+def _exchange(rank: RankSpec, tokens: int, gathered: int) -> int:
+    """The residual stream of a lane's tokens, and of those of all lanes either the message (what experts take, their
+    weights and ids) as it is sent, received, joined and taken apart, or the experts' results with the message, as they
+    are sent and received, and sums in float32."""
+    args, b = rank.args, rank.num.dtype.itemsize
+    message = (b + 2 * (rank.num.gemm == "fp8")) * args.dim + 12 * args.n_activated_experts
+    return 6 * b * tokens * args.dim + gathered * max(4 * message, message + (2 * b + 6) * args.dim)
+
+
 def _attention(rank: RankSpec, config: RunConfig, tokens: int, rows: int) -> int:
     """Projections, and what the op works in. One sequence has up to `rows` of the tokens."""
-    args, q, latent, n = rank.args, rank.args.q_lora_rank, rank.args.latent_dim, -(-rank.args.n_heads // rank.ranks)
+    args, q, latent, n = rank.args, rank.args.q_lora_rank, rank.args.latent_dim, -(-rank.args.n_heads // rank.tp)
     of_heads = n * (args.qk_head_dim + args.qk_rope_head_dim + 2 * args.v_head_dim)
     widest = latent + max(n * args.qk_head_dim, n * args.v_head_dim, 3 * q)
     works_in = _on_gpu if rank.gpu and rank.num.dtype == torch.bfloat16 else _in_torch

@@ -63,8 +63,9 @@ def test_the_table_has_the_published_sizes():
     assert rank_memory.parameters(replace(TP8, num=Numerics())) == 671_026_419_200
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 8])
 @pytest.mark.parametrize("experts", ["whole", "split"])
-def test_all_ranks_together_hold_the_published_bytes(experts):
+def test_all_ranks_together_hold_the_published_bytes(experts, lanes):
     h, q, latent, layers = 7168, 1536, 576, 62
     copies = 2 * 129280 * h * 2  # embedding and head of the MTP module
     low_rank = q * h + 12 * 56 * 4 + latent * h + 5 * 56 * 4  # q_a, kv_a with their scales
@@ -72,8 +73,11 @@ def test_all_ranks_together_hold_the_published_bytes(experts):
     router = (layers - 3) * (256 * h * 2 + 256 * 4)
     everywhere = layers * low_rank + norms + router + h * 2 * h * 2  # and eh_proj: on each of the 8 ranks
     widened = layers * (32768 * 512 - 256 * 4 * 4)  # kv_b is bfloat16 in memory, and has no scales
-    held = 8 * sum(rank_memory.weight_bytes(replace(TP8, num=replace(FP8, experts=experts))).values())
-    assert held == PUBLISHED - copies + widened + norms + 7 * (everywhere + norms)
+    heads = 24576 * q + 192 * 12 * 4 + h * 16384 + 56 * 128 * 4 + 32768 * 512 * 2  # q_b, o, and kv_b in bfloat16
+    of_each_lane = layers * heads + 2 * 129280 * h * 2  # with embedding and head
+    rank = replace(TP8, num=replace(FP8, experts=experts), lanes=lanes)
+    held = 8 * sum(rank_memory.weight_bytes(rank).values())
+    assert held == PUBLISHED - copies + widened + norms + 7 * (everywhere + norms) + (lanes - 1) * of_each_lane
 
 
 def test_targets_for_decoding():
@@ -87,6 +91,17 @@ def test_targets_for_decoding():
     main = sum(n for (mtp, _), n in rank_memory.weight_bytes(TP8).items() if not mtp)
     assert main / 1e9 == pytest.approx(85.1, rel=0.01)
     assert rank_memory.latent_bytes(TP8, mtp=False) / 1e3 == pytest.approx(70.3, rel=0.01)
+
+
+def test_lanes_read_their_own_latents_and_the_experts_of_all():
+    for lanes in (2, 8):
+        rank = replace(TP8, lanes=lanes)
+        one, lane = (rank_memory.decode_reads(r, 100, 4096) for r in (TP8, rank))
+        assert lane.latents == -(-100 // lanes) * 4096 * 61 * 576 * 2
+        assert lane.experts == one.experts > rank_memory.decode_reads(rank, 100 // lanes, 4096).experts
+        main = {key: n for key, n in rank_memory.weight_bytes(rank).items() if not key[0]}
+        more = sum(main.values()) - sum(n for (mtp, _), n in rank_memory.weight_bytes(TP8).items() if not mtp)
+        assert lane.weights - one.weights == more - main[False, rank_memory.EMBEDDING] * (lanes - 1) // lanes
 
 
 def test_drafts_read_more_experts_and_the_module():
@@ -480,6 +495,31 @@ def test_pages_leave_room_for_the_largest_step():
     assert memory.pages_that_fit(TP8, long, free) < memory.pages_that_fit(TP8, long, free, shrink=True)
     on_cpu = replace(TP8, gpu=False)
     assert memory.pages_that_fit(on_cpu, small, free) < 0.6 * memory.pages_that_fit(TP8, small, free)
+
+
+def test_lanes_keep_a_page_and_gather_tokens():
+    """A lane without sequences writes to a page of its own, graphs or not; and a step has the tokens of all lanes."""
+    small = limits_of(2048, 4, 512)
+    for run in (small, replace(small, eager=True)):
+        for lanes in (2, 8):
+            rank = replace(TP8, lanes=lanes)
+            wanted = memory.need(rank, run)
+            assert wanted.step == step_memory.step_bytes(rank, run) + rank_memory.page_bytes(rank)
+            assert memory.pages_that_fit(rank, run, wanted.step + wanted.graphs) == 0
+    bounds = [step_memory.step_bytes(replace(TP8, lanes=n), limits_of(4096, 8, 2048)) for n in (1, 2, 4, 8)]
+    assert bounds == sorted(set(bounds)) and bounds[-1] < 8 * bounds[0]
+    assert bounds[-1] > 8 * 2048 * 2 * 7168 * (8 + 6)  # of all lanes' tokens a row for each expert, and their streams
+
+
+def test_fewer_lanes_are_proposed_where_they_fit():
+    lanes = replace(TP8, lanes=8)
+    says = refusal(lanes, limits_of(4096, 8, 256), 95)
+    assert "(weights 100.42 GB, " in says and says.endswith("; 16 ranks with as much memory each or --dp 4 would do")
+    memory.check_fits(replace(lanes, lanes=4), limits_of(4096, 8, 256), int(95e9))
+    assert "--dp" not in refusal(lanes, limits_of(4096, 8, 256), 60)
+    assert memory.partition_error(replace(TP8, lanes=3)) == "--dp 3 does not divide 8 ranks"
+    more = memory.with_ranks(lanes, 16)
+    assert (more.ranks, more.lanes, more.tp) == (16, 8, 2)
 
 
 def test_the_engine_refuses_before_it_loads(tmp_path, monkeypatch):
