@@ -38,6 +38,7 @@ from core.run_config import AskedLayout, ExpertLayout
 # has them in memory
 VISION = tuple(f"{model}{part}." for model in ("", "model.") for part in ("vision_tower", "mm_projector"))
 SCALE_NAME = re.compile(r"(weight_scale_inv|scale)$")
+LARGEST_SCALE = torch.finfo(torch.bfloat16).max / torch.finfo(FP8).max  # the last power of two below is 2^119
 QUANTISED = {FP8: "FP8", torch.int8: "INT8", torch.uint8: "INT4"}
 SCALE_NAMES = (".scale", "_scale_inv", ".weight_scale", ".scales")  # ours, and those of the formats
 
@@ -406,11 +407,14 @@ class Checkpoint:
 def scale_error(entry: Entry, scale: torch.Tensor, of_groups: bool = False) -> CheckpointError | None:
     """What is wrong with the scales of a quantised weight, float32 (row blocks, column blocks); None if nothing is.
     `of_groups`: of a few channels each, which may all be zero, and the scale as well."""
+    wanted = "finite scales, none negative" if of_groups else "finite, positive scales"
     bad = (~(scale.isfinite() & ((scale >= 0) if of_groups else (scale > 0)))).nonzero().tolist()
     if not bad:
+        wanted = f"scales of at most {LARGEST_SCALE:.3g}, so that a scaled weight is finite"
+        bad = (scale > LARGEST_SCALE).nonzero().tolist()
+    if not bad:
         return None
-    kind = "finite scales, none negative" if of_groups else "finite, positive scales"
-    wanted, found = kind, f"{scale[tuple(bad[0])].item()} at {bad[0]}"
+    found = f"{scale[tuple(bad[0])].item()} at {bad[0]}"
     return CheckpointError(f"{entry}: expected {wanted}, found {found}", entry.file, entry.name, wanted, found)
 
 

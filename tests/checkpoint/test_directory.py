@@ -93,6 +93,24 @@ def test_scales_that_are_no_scales(copy, value):
     assert refusal(copy, Numerics()) == message
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
+def test_scales_with_which_weights_overflow(copy, dtype):
+    """448 times 2^119 is finite, 448 times 2^120 is not, in float32 or bfloat16."""
+
+    def fill(power):
+        replace(copy, EXPERT, lambda weight: torch.full(weight.shape, 448.0).to(weight.dtype))
+        return replace(copy, EXPERT + "_scale_inv", lambda scale: torch.full(scale.shape, 2.0**power).to(dtype))
+
+    fill(119)
+    for num in (Numerics(), Numerics(torch.float32)):
+        held = loaded(copy, num)
+        assert all(tensor.isfinite().all() for tensor in held.values()) and max(t.amax() for t in held.values()) > 2e38
+    file = fill(120)
+    wanted = "expected scales of at most 7.57e+35, so that a scaled weight is finite"
+    message = f"{file}: {EXPERT}_scale_inv: {wanted}, found {2.0**120} at [0, 0]"
+    assert refusal(copy) == refusal(copy, Numerics()) == message
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

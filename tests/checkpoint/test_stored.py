@@ -261,16 +261,17 @@ def test_scales_in_other_dtypes(copy, fp8, dtype, tmp_path):
 
 
 def test_every_exponent(copy, tmp_path):
-    """An E8M0 byte means 2^(byte - 127): 0 is no zero, and the last is NaN."""
+    """An E8M0 byte means 2^(byte - 127): 0 is no zero, and the last is NaN. From 247 on weights would overflow."""
     from checkpoint.reading import Reader, read_header
 
     name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
     shape = whole(copy)[name].shape
-    exponents = torch.tensor([0, 1, 126, 127, 128, 254], dtype=torch.uint8)
+    exponents = torch.tensor([0, 1, 127, 246], dtype=torch.uint8)
+    assert shape.numel() >= len(exponents)
     change(copy, lambda n, t: n.endswith("_scale_inv"), lambda t: t.to(E8M0))
     every = exponents.repeat(shape.numel())[: shape.numel()].view(shape)
     replace(copy, name, lambda _: every.view(E8M0))
-    wanted = torch.tensor([2.0**-127, 2.0**-126, 0.5, 1, 2, 2.0**127])
+    wanted = torch.tensor([2.0**-127, 2.0**-126, 1, 2.0**119])
     expected = wanted.repeat(shape.numel())[: shape.numel()].view(shape)
     assert torch.equal(loaded(copy, FP8)["layers.0.attn.wo.scale"], expected)
     assert faults(copy) == []

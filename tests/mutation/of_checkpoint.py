@@ -378,4 +378,12 @@ MUTANTS = (
      "if others and entry.dtype not in spec.allowed:",
      "if others:",
      "checkpoint/test_directory.py::test_wrong_shapes_and_dtypes", "a wrong shape is told other dtypes"),
+    ("weights-scales-that-overflow", "checkpoint/directory.py",
+     "bad = (scale > LARGEST_SCALE).nonzero().tolist()",
+     "pass",
+     "checkpoint/test_directory.py::test_scales_with_which_weights_overflow", "a scale of 2^127 makes weights infinite"),
+    ("weights-scales-that-fit", "checkpoint/directory.py",
+     "bad = (scale > LARGEST_SCALE).nonzero().tolist()",
+     "bad = (scale >= 2.0**119).nonzero().tolist()",
+     "checkpoint/test_directory.py::test_scales_with_which_weights_overflow", "a scale is refused whose weights are finite"),
 )  # fmt: skip

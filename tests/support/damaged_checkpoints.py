@@ -525,6 +525,10 @@ add_kinds("fp8", EVERYBODY, {
     "infinite scale": (change_tensor, SCALE, fill(float("inf")), "expected finite, positive scales, found inf at [1, 0]"),
     "scale of zero": (change_tensor, SCALE, fill(0.0), "expected finite, positive scales, found 0.0 at [1, 0]"),
     "negative scale": (change_tensor, SCALE, fill(-1.0), "expected finite, positive scales, found -1.0 at [1, 0]"),
+    "scale that overflows": (change_tensor, SCALE, fill(8e35), "expected scales of at most 7.57e+35, so that a scaled weight is "
+                             "finite, found 8.0000003"),
+    "exponent that overflows": (change_tensor, SCALE, lambda t: fill(2.0**127)(t.to(torch.float8_e8m0fnu)),
+                                "so that a scaled weight is finite, found 1.7014118346046923e+38 at [1, 0]"),
     "zeroed scales": (change_tensor, SCALE, put(torch.zero_), "expected finite, positive scales, found 0.0 at [0, 0]"),
 })  # fmt: skip
 
