@@ -124,7 +124,7 @@ INLINE float sum_v(vf x) { /* of halves, halves of these, ... */
 /* A packed weight (n, k), or a stack of them. Its scales, float or bfloat16, are for blocks of `rows` rows and `block` k:
  * (blocks of rows, blocks of k) where whole panels share one; with rows 1 lines, (panels, blocks of k, WIDTH). zeros:
  * INT4's zero points, in such lines, or none, for 8. stack_*: bytes from a weight to the next one. */
-enum { BF16, FP8, INT8, INT4 };
+enum { BF16, FP8, INT8, INT4, INT4_ZEROS /* which kernels take for one of its own */ };
 typedef struct {
     const void *data, *scales;
     const uint8_t *zeros;
@@ -141,8 +141,10 @@ INLINE Matrix of_stack(const Matrix *w, int64_t e) {
 
 /* Bytes of so many k of a panel. */
 INLINE int64_t panel_bytes(int64_t form, int64_t k) {
-    return form == BF16 ? 2 * WIDTH * k : form == INT4 ? WIDTH / 2 * k : WIDTH * k;
+    return form == BF16 ? 2 * WIDTH * k : form >= INT4 ? WIDTH / 2 * k : WIDTH * k;
 }
+
+INLINE int with_zeros(const Matrix *w) { return w->zeros ? INT4_ZEROS : (int)w->form; }
 
 /* Two lines of 8 bits, or four of 4, lie together, so that few instructions make them lines of bfloat16: */
 typedef struct {
@@ -275,58 +277,65 @@ static const bf16 NUMBERS[32] = { /* 0 to 15 */
     0x4170, /* and -16 to -1 */ 0xc180, 0xc170, 0xc160, 0xc150, 0xc140, 0xc130, 0xc120, 0xc110, 0xc100, 0xc0e0, 0xc0c0,
     0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
 };
+static const bf16 LESS_8[32] = { /* -8 to 7, twice */
+    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0,
+    0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+    0x40c0, 0x40e0,
+};
 
-static Zeros zeros_of(const uint8_t *zeros) { /* of each number of the two lines */
-    Zeros z;
-    for (int i = 0; i < WIDTH; i++) {
-        const uint16_t both[2] = {zeros ? zeros[i] : 8, zeros ? zeros[i] : 8};
-        memcpy(z.bytes + 4 * i, both, 4);
+INLINE void zeros_of(const uint8_t *zeros, Zeros *z) { /* of each number of the two lines */
+    for (int line = 0; line < 2; line++) {
+        const __m512i one = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(zeros + line * LANES)));
+        _mm512_store_si512(z->bytes + line * 2 * WIDTH, _mm512_or_si512(one, _mm512_slli_epi32(one, 16)));
     }
-    return z;
 }
 
-INLINE void widen_int4(const uint8_t *from, const Zeros *zeros, vu *lines) {
-    const __m512i table = _mm512_loadu_si512(NUMBERS);
+/* The five lowest bits of a number look it up. Without zero points the fifth, which is another number's, does not count. */
+INLINE void widen_int4(int form, const uint8_t *from, const Zeros *zeros, vu *lines) {
+    const __m512i table = _mm512_loadu_si512(form == INT4 ? LESS_8 : NUMBERS);
 #pragma GCC unroll 4
     for (int l = 0; l < 4; l++) {
-        const vs number = (*(const vs *)from >> 4 * l & 15) - *(const vs *)(zeros->bytes + l % 2 * 2 * WIDTH);
+        vs number = *(const vs *)from >> 4 * l;
+        if (form == INT4_ZEROS) number = (number & 15) - *(const vs *)(zeros->bytes + l % 2 * 2 * WIDTH);
         lines[l] = (vu)_mm512_permutexvar_epi16((__m512i)number, table);
     }
 }
 #elif defined(__AVX2__) && !defined(__AVX512F__)
-static Zeros zeros_of(const uint8_t *zeros) {
-    Zeros z;
+INLINE void zeros_of(const uint8_t *zeros, Zeros *z) {
     for (int i = 0; i < WIDTH; i++)
-        for (int j = 0; j < 2; j++) z.bytes[place_of(INT4, i, j).byte] = zeros ? zeros[i] : 8;
-    return z;
+        for (int j = 0; j < 2; j++) z->bytes[place_of(INT4, i, j).byte] = zeros[i];
 }
 
-INLINE void widen_int4(const uint8_t *from, const Zeros *zeros, vu *lines) {
+/* Each byte of a number is looked up: without zero points that of -8 to 7, otherwise of 0 to 15, with the sign added. */
+INLINE void widen_int4(int form, const uint8_t *from, const Zeros *zeros, vu *lines) {
     const __m256i x = _mm256_loadu_si256((const __m256i *)from), fifteen = _mm256_set1_epi8(15);
-    const __m256i zero = _mm256_load_si256((const __m256i *)zeros->bytes), sign = _mm256_set1_epi8(-128);
+    const __m256i sign = _mm256_set1_epi8(-128);
     const __m256i upper = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41));
+        form == INT4 ? _mm_setr_epi8(-63, -64, -64, -64, -64, -64, -64, -65, 0, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40)
+                     : _mm_setr_epi8(0, 0x3f, 0x40, 0x40, 0x40, 0x40, 0x40, 0x40, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41, 0x41));
     const __m256i lower = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, -128, 0, 0x40, -128, -96, -64, -32, 0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70));
+        form == INT4 ? _mm_setr_epi8(0, -32, -64, -96, -128, 0x40, 0, -128, 0, -128, 0, 0x40, -128, -96, -64, -32)
+                     : _mm_setr_epi8(0, -128, 0, 0x40, -128, -96, -64, -32, 0, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70));
 #pragma GCC unroll 2
     for (int l = 0; l < 2; l++) {
-        const __m256i number = _mm256_sub_epi8(_mm256_and_si256(l ? _mm256_srli_epi16(x, 4) : x, fifteen), zero);
-        const __m256i size = _mm256_abs_epi8(number), low = _mm256_shuffle_epi8(lower, size);
-        const __m256i high = _mm256_or_si256(_mm256_shuffle_epi8(upper, size), _mm256_and_si256(number, sign));
+        __m256i number = _mm256_and_si256(l ? _mm256_srli_epi16(x, 4) : x, fifteen), size = number;
+        if (form == INT4_ZEROS) {
+            number = _mm256_sub_epi8(number, _mm256_load_si256((const __m256i *)zeros->bytes));
+            size = _mm256_abs_epi8(number);
+        }
+        __m256i low = _mm256_shuffle_epi8(lower, size), high = _mm256_shuffle_epi8(upper, size);
+        if (form == INT4_ZEROS) high = _mm256_or_si256(high, _mm256_and_si256(number, sign));
         lines[2 * l] = (vu)_mm256_unpacklo_epi8(low, high);
         lines[2 * l + 1] = (vu)_mm256_unpackhi_epi8(low, high);
     }
 }
 #else
-static Zeros zeros_of(const uint8_t *zeros) {
-    Zeros z;
-    for (int i = 0; i < WIDTH; i++) z.bytes[i] = zeros ? zeros[i] : 8;
-    return z;
-}
+INLINE void zeros_of(const uint8_t *zeros, Zeros *z) { memcpy(z->bytes, zeros, WIDTH); }
 
-INLINE void widen_int4(const uint8_t *from, const Zeros *zeros, vu *lines) {
+INLINE void widen_int4(int form, const uint8_t *from, const Zeros *zeros, vu *lines) {
     for (int i = 0; i < 2; i++, from += WIDTH) {
-        const vb zero = *(const vb *)(zeros->bytes + i * LANES), a = *(const vb *)from, b = *(const vb *)(from + LANES);
+        const vb eight = (vb){0} + 8, zero = form == INT4 ? eight : *(const vb *)(zeros->bytes + i * LANES), a = *(const vb *)from;
+        const vb b = *(const vb *)(from + LANES);
         lines[i] = join_v(__builtin_convertvector((vc)((a & 15) - zero), vf),
                           __builtin_convertvector((vc)((b & 15) - zero), vf));
         lines[i + 2] = join_v(__builtin_convertvector((vc)((a >> 4) - zero), vf),
@@ -340,21 +349,19 @@ INLINE void widen_int4(const uint8_t *from, const Zeros *zeros, vu *lines) {
 typedef enum { FLOATS, PAIRS, TILES } Way;
 INLINE int64_t bytes_of(Way way) { return way == FLOATS ? sizeof(float) : sizeof(bf16); }
 
-/* Lines, two or of INT4 four, as bfloat16. */
+/* Lines of 8 bits, two, or of 4, four, as bfloat16. */
 INLINE void widen_lines(int form, const uint8_t *from, const Zeros *zeros, vu *lines) {
     if (form == FP8) widen_fp8(from, lines);
     else if (form == INT8) widen_int8(from, lines);
-    else if (form == INT4) widen_int4(from, zeros, lines);
-    else lines[0] = *(const vu *)from, lines[1] = *(const vu *)(from + 2 * WIDTH);
+    else widen_int4(form, from, zeros, lines);
 }
 
-/* Part of a weight, k of some panels: their lines, `stride` bytes from a panel to the next; scales (panels, WIDTH), or
- * none; zero points; and from where on memory is fetched meanwhile, so many bytes a k, and to the next panel. */
+/* Part of a weight, k of some panels, as lines of bfloat16, `stride` bytes from a panel to the next; scales (panels,
+ * WIDTH), or none; and from where on memory is fetched meanwhile, so many bytes a k, and to the next panel. */
 typedef struct {
     const uint8_t *lines;
     int64_t stride, k;
     const float *scales;
-    const Zeros *zeros;
     const uint8_t *ahead;
     int64_t ahead_step, ahead_stride;
 } Part;
@@ -388,22 +395,20 @@ INLINE void multiply_lines(const float *x, vu a, vu b, Way way, int r, int p, vf
 }
 
 /* r rows of x, interleaved, by p panels: sums to out (r, p * WIDTH), or, with scales, these times the sums added there.
- * form, way, r and p are constants where it is used. */
-INLINE void product_of(const float *x, const Part *w, int form, Way way, int r, int p, float *out) {
+ * way, r and p are constants where it is used. */
+INLINE void product_of(const float *x, const Part *w, Way way, int r, int p, float *out) {
     vf low[ROWS], high[ROWS];
-    const int step = form == INT4 ? 4 : 2, pair = way == PAIRS ? r : 2 * r; /* numbers of x */
-    const int64_t k = w->k, stride = w->stride, of_panel = w->ahead_stride, of_step = w->ahead_step * step;
+    const int pair = way == PAIRS ? r : 2 * r; /* numbers of x */
+    const int64_t k = w->k, stride = w->stride, of_panel = w->ahead_stride, of_step = w->ahead_step * 2;
     const uint8_t *from = w->lines, *ahead = w->ahead;
     for (int i = 0; i < r * p; i++) low[i] = high[i] = (vf){0};
-    for (int64_t j = 0; j < k; j += step, x += step / 2 * pair, from += panel_bytes(form, step), ahead += of_step)
+    for (int64_t j = 0; j < k; j += 2, x += pair, from += panel_bytes(BF16, 2), ahead += of_step)
 #pragma GCC unroll 4
         for (int q = 0; q < p; q++) {
-            vu lines[4];
+            const uint8_t *lines = from + q * stride;
             __builtin_prefetch(ahead + q * of_panel);
-            if (form == BF16 && LANES == 16) __builtin_prefetch(ahead + q * of_panel + 64);
-            widen_lines(form, from + q * stride, w->zeros + q, lines);
-            multiply_lines(x, lines[0], lines[1], way, r, p, low + q, high + q);
-            if (form == INT4) multiply_lines(x + pair, lines[2], lines[3], way, r, p, low + q, high + q);
+            if (LANES == 16) __builtin_prefetch(ahead + q * of_panel + 64);
+            multiply_lines(x, *(const vu *)lines, *(const vu *)(lines + 2 * WIDTH), way, r, p, low + q, high + q);
         }
     for (int i = 0; i < r * p; i++, out += WIDTH) {
         if (w->scales) {
@@ -422,17 +427,16 @@ INLINE int panels_at_once(int r, int64_t left) {
     return p;
 }
 
-/* form is BF16, or the panels are four: so few rows take lines of 8 or 4 bits as they are. */
-static __attribute__((noinline, noclone)) void product(const float *x, int r, const Part *w, int form, Way way, int p, float *out) {
-#define CASE(r, way)                                                              \
-    case r:                                                                       \
-        if (r * 4 <= ROWS && p == 4) {                                            \
-            if (form == BF16) product_of(x, w, BF16, way, r, 4, out);             \
-            else if (form == FP8) product_of(x, w, FP8, way, r, 4, out);          \
-            else if (form == INT8) product_of(x, w, INT8, way, r, 4, out);        \
-            else product_of(x, w, INT4, way, r, 4, out);                          \
-        } else if (r * 2 <= ROWS && p == 2) product_of(x, w, BF16, way, r, 2, out); \
-        else product_of(x, w, BF16, way, r, 1, out);                              \
+/* A compiler may not make one function of these and their callers: registers would not be enough. */
+#define APART static __attribute__((noinline, noclone)) void
+
+APART product(const float *x, int r, const Part *w, Way way, int p, float *out) {
+    (void)way;
+#define CASE(r, way)                                                          \
+    case r:                                                                   \
+        if (r * 4 <= ROWS && p == 4) product_of(x, w, way, r, 4, out);        \
+        else if (r * 2 <= ROWS && p == 2) product_of(x, w, way, r, 2, out);   \
+        else product_of(x, w, way, r, 1, out);                                \
         return;
 #define CASES(way) CASE(1, way) CASE(2, way) CASE(3, way) CASE(4, way) CASE(5, way) CASE(6, way)
 #define MORE(way) CASE(7, way) CASE(8, way) CASE(9, way) CASE(10, way) CASE(11, way) CASE(12, way)
@@ -446,6 +450,85 @@ static __attribute__((noinline, noclone)) void product(const float *x, int r, co
 #endif
 #undef MORE
 #undef CASES
+#undef CASE
+}
+
+enum {
+    CHUNK = 128, /* k of a panel that are multiplied, or widened, together, at most */
+    BLOCKS = 8,  /* of rows, that what a chunk was widened to serves */
+};
+
+/* Scales of the first or second line of panel p, for its block `at` of so many blocks of k. */
+INLINE vf scales_v(const Matrix *w, int64_t p, int64_t at, int64_t blocks, int line) {
+    const int64_t place = w->rows == 1 ? (p * blocks + at) * WIDTH + line * LANES : p * WIDTH / w->rows * blocks + at;
+    const bf16 *half = (const bf16 *)w->scales + place;
+    const float *whole = (const float *)w->scales + place;
+    if (w->rows > 1) return (vf){0} + (w->bf16_scales ? widen(*half) : *whole);
+    return w->bf16_scales ? widen_v(half) : *(const vf *)whole;
+}
+
+/* r rows of x, interleaved, by four panels of 8 or 4 bits from `panel` on, as they lie: sums to out (r, 4 * WIDTH). form,
+ * way and r are constants where it is used. */
+INLINE void stream_of(const float *x, const Matrix *w, int64_t panel, int form, Way way, int r, float *out) {
+    enum { P = 4 };
+    vf low[ROWS], high[ROWS], all_low[ROWS], all_high[ROWS];
+    const int step = form >= INT4 ? 4 : 2, pair = way == PAIRS ? r : 2 * r;
+    const int64_t k = even(w->k), blocks = in_wholes(w->k, w->block), size = panel_bytes(form, k);
+    const uint8_t *from = (const uint8_t *)w->data + panel * size;
+    for (int i = 0; i < r * P; i++) all_low[i] = all_high[i] = (vf){0};
+    for (int64_t at = 0, n; at < blocks; at++) {
+        Zeros zeros[P];
+        for (int q = 0; q < P && form == INT4_ZEROS; q++)
+            zeros_of(w->zeros + ((panel + q) * blocks + at) * WIDTH, zeros + q);
+        for (int64_t left = least(w->block, k - at * w->block); left; left -= n) {
+            n = least(CHUNK, left);
+            for (int i = 0; i < r * P; i++) low[i] = high[i] = (vf){0};
+            for (int64_t j = 0; j < n; j += step, x += step / 2 * pair, from += panel_bytes(form, step))
+#pragma GCC unroll 4
+                for (int q = 0; q < P; q++) {
+                    vu lines[4];
+                    __builtin_prefetch(from + q * size + AHEAD * 2 * WIDTH);
+                    widen_lines(form, from + q * size, zeros + q, lines);
+                    multiply_lines(x, lines[0], lines[1], way, r, P, low + q, high + q);
+                    if (step == 4) multiply_lines(x + pair, lines[2], lines[3], way, r, P, low + q, high + q);
+                }
+#pragma GCC unroll 4
+            for (int q = 0; q < P; q++) {
+                const vf first = scales_v(w, panel + q, at, blocks, 0), second = scales_v(w, panel + q, at, blocks, 1);
+                for (int i = q; i < r * P; i += P) {
+                    all_low[i] += low[i] * first;
+                    all_high[i] += high[i] * second;
+                }
+            }
+        }
+    }
+    for (int i = 0; i < r * P; i++, out += WIDTH) *(vf *)out = all_low[i], *(vf *)(out + LANES) = all_high[i];
+}
+
+/* The same of any form and way, for r * 4 <= ROWS. */
+APART stream(const float *x, int r, const Matrix *w, int64_t panel, Way way, float *out) {
+    const int form = with_zeros(w);
+    (void)way;
+#define CASE(r, way)                                                                        \
+    if (r * 4 <= ROWS)                                                                      \
+        switch (form) {                                                                     \
+        case FP8: stream_of(x, w, panel, FP8, way, r, out); return;                         \
+        case INT8: stream_of(x, w, panel, INT8, way, r, out); return;                       \
+        case INT4: stream_of(x, w, panel, INT4, way, r, out); return;                       \
+        default: stream_of(x, w, panel, INT4_ZEROS, way, r, out); return;                   \
+        }
+#ifdef __AVX512BF16__
+    if (way == PAIRS) {
+        if (r == 1) CASE(1, PAIRS)
+        if (r == 2) CASE(2, PAIRS)
+        CASE(3, PAIRS)
+    }
+#endif
+    if (r == 1) CASE(1, FLOATS)
+#ifdef __AVX512F__
+    if (r == 2) CASE(2, FLOATS)
+    CASE(3, FLOATS)
+#endif
 #undef CASE
 }
 
@@ -506,24 +589,6 @@ static void store_rows(const float *sums, int64_t first, int64_t r, int64_t widt
     }
 }
 
-enum {
-    CHUNK = 128, /* k of a panel that are multiplied, or widened, together, at most */
-    BLOCKS = 8,  /* of rows, that what a chunk was widened to serves */
-};
-
-/* Of k [k0, k0 + n) of panel p, all of one block, the scales (WIDTH) and zero points. */
-INLINE void scales_of(const Matrix *w, int64_t p, int64_t k0, float *scales, Zeros *zeros) {
-    const int64_t blocks = in_wholes(w->k, w->block), at = k0 / w->block;
-    const int64_t line = (p * blocks + at) * WIDTH, place = w->rows == 1 ? line : p * WIDTH / w->rows * blocks + at;
-    const bf16 *half = (const bf16 *)w->scales + place;
-    const float *whole = (const float *)w->scales + place;
-    for (int i = 0; i < WIDTH; i += LANES)
-        if (w->rows > 1) *(vf *)(scales + i) = (vf){0} + (w->bf16_scales ? widen(*half) : *whole);
-        else if (w->bf16_scales) *(vf *)(scales + i) = widen_v(half + i);
-        else *(vf *)(scales + i) = *(const vf *)(whole + i);
-    if (w->form == INT4) *zeros = zeros_of(w->zeros ? w->zeros + line : 0);
-}
-
 /* k lines of a panel to lines of bfloat16. */
 static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *zeros, bf16 *lines) {
 #define LINES(form, step)                                                               \
@@ -534,43 +599,50 @@ static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *z
     }
     if (form == FP8) LINES(FP8, 2)
     else if (form == INT8) LINES(INT8, 2)
-    else LINES(INT4, 4)
+    else if (form == INT4) LINES(INT4, 4)
+    else LINES(INT4_ZEROS, 4)
 #undef LINES
 }
 
 /* Rows of x, interleaved in blocks, by w: this thread's share of the columns. */
 static void multiply(const void *x, int64_t rows, const Matrix *w, Way way, Target to) {
     const int64_t k = even(w->k), blocks = blocks_of(rows), of_k = panel_bytes(w->form, 1), size = panel_bytes(w->form, k);
-    const int is_plain = w->form == BF16;
+    const int64_t of_scales = w->form == BF16 ? 1 : in_wholes(w->k, w->block);
+    const int is_plain = w->form == BF16, form = with_zeros(w);
     int64_t begin, end, p;
     my_share(in_wholes(w->n, WIDTH), &begin, &end);
     for (; rows && begin < end; begin += p) {
         p = panels_at_once(in_wholes(rows, blocks), end - begin);
         const int64_t column = begin * WIDTH, width = least(p * WIDTH, w->n - column), line = p * WIDTH;
-        const int as_it_is = is_plain || p == 4;
+        const uint8_t *own = (const uint8_t *)w->data + begin * size;
         for (int64_t b0 = 0; b0 < blocks; b0 += BLOCKS) {
             bf16 widened[2 * CHUNK * WIDTH] __attribute__((aligned(64)));
-            float scales[4 * WIDTH], sums[BLOCKS * ROWS * WIDTH] __attribute__((aligned(64)));
-            Zeros zeros[4];
+            float scales[2 * WIDTH], sums[BLOCKS * ROWS * WIDTH] __attribute__((aligned(64)));
             const int64_t b1 = least(b0 + BLOCKS, blocks), row = block_start(rows, b0);
-            if (!is_plain) memset(sums, 0, (block_start(rows, b1) - row) * line * sizeof(float));
-            for (int64_t k0 = 0, n; k0 < k; k0 += n) {
-                n = is_plain ? k : least(least(CHUNK, w->block - k0 % w->block), k - k0);
-                const uint8_t *own = (const uint8_t *)w->data + begin * size + k0 * of_k;
-                Part part = {own, size, n, is_plain ? 0 : scales, zeros, own, of_k, size};
-                for (int q = 0; q < p && !is_plain; q++) scales_of(w, begin + q, k0, scales + q * WIDTH, zeros + q);
-                if (as_it_is) part.ahead += AHEAD * 2 * WIDTH;
-                else {
-                    for (int q = 0; q < p; q++)
-                        widen_panel(w->form, own + q * size, n, zeros + q, widened + q * n * WIDTH);
-                    part.lines = (const uint8_t *)widened, part.stride = n * WIDTH * sizeof(bf16);
-                    part.ahead += n * of_k;
+            for (int64_t b = b0; b < b1 && (is_plain || p == 4); b++) {
+                const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
+                const float *from = (const float *)((const char *)x + first * k * bytes_of(way));
+                const Part part = {own, size, k, 0, own + (b ? 0 : AHEAD * 2 * WIDTH), of_k, size};
+                if (is_plain) product(from, r, &part, way, p, sums + (first - row) * line);
+                else stream(from, r, w, begin, way, sums + (first - row) * line);
+            }
+            if (!is_plain && p < 4) memset(sums, 0, (block_start(rows, b1) - row) * line * sizeof(float));
+            for (int64_t k0 = 0, n; k0 < k && !is_plain && p < 4; k0 += n) {
+                const int64_t at = k0 / w->block;
+                n = least(least(CHUNK, w->block - k0 % w->block), k - k0);
+                for (int q = 0; q < p; q++) {
+                    Zeros zeros;
+                    if (w->zeros) zeros_of(w->zeros + ((begin + q) * of_scales + at) * WIDTH, &zeros);
+                    widen_panel(form, own + q * size + k0 * of_k, n, &zeros, widened + q * n * WIDTH);
+                    for (int i = 0; i < 2; i++)
+                        *(vf *)(scales + q * WIDTH + i * LANES) = scales_v(w, begin + q, at, of_scales, i);
                 }
+                Part part = {(const uint8_t *)widened, n * WIDTH * sizeof(bf16), n, scales, own + (k0 + n) * of_k, of_k, size};
                 for (int64_t b = b0; b < b1; b++) {
                     const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
                     const char *from = (const char *)x + (first * k + k0 * r) * bytes_of(way);
-                    product((const float *)from, r, &part, as_it_is ? w->form : BF16, way, p, sums + (first - row) * line);
-                    if (!as_it_is) part.ahead = part.lines;
+                    product((const float *)from, r, &part, way, p, sums + (first - row) * line);
+                    part.ahead = part.lines;
                 }
             }
             for (int64_t b = b0; b < b1; b++) {
