@@ -1,8 +1,9 @@
 """Says what a run would take, before anything is loaded: memory of each rank, what fits on which GPU, how fast decoding
-can be at most. Only the config, and a checkpoint's headers, are read.
+can be at most; and which layout of ranks is the best for a load. Only the config, and a checkpoint's headers, are read.
 
   python plan.py --config configs/config_671B.json --tp 8 --max-model-len 32768 --max-num-seqs 32
   python plan.py --ckpt-path CKPT --tp 2 --device cpu --json
+  python plan.py --config configs/config_671B.json --world-size 16 --concurrency 500 --context 4096
 
 Exit status: 0; 2 wrong use, or a model or checkpoint that cannot be run so.
 """
@@ -15,20 +16,24 @@ if __name__ == "__main__":
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cli.flags import Parser, add_run_flags, device, output_errors, positive, run_config
 from cli.main import run_command
-from core.errors import warn
+from core.errors import UserError, warn
 from core.run_config import PAGE_SIZE, RunConfig
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
+    from checkpoint.partition import Partition
+    from engine import layouts as counted
     from engine import rank_memory
 
 GPUS = (80, 96, 141, 192)  # GB a card is sold with; its driver may report more
 GPU_BANDWIDTHS = [3.35, 4.8]  # TB/s: H100 and H200
+GPU_TFLOPS = [1979.0, 989.0]  # FP8 and BF16, dense: H100, H200, H800
+GPU_MEMORY = 141.0  # GB of the ranks in a table of layouts: H200
 SEQUENCES = (1, 8, 32, 128)
 RUN_FLAGS = ("max_num_seqs", "max_num_batched_tokens", "mtp", "dtype", "gemm", "kv_cache_dtype", "experts", "eager")
 RANKS = (*range(1, 17), 24, 32, 48, 64, 128)
@@ -40,17 +45,43 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt-path", metavar="DIR", help="a checkpoint; or only")
     add("--config", metavar="FILE", help="the model's config")
-    add("--tp", type=positive, default=1, metavar="N", help="ranks (default: 1)")
+    add("--tp", type=positive, metavar="N", help="ranks of a lane, tensor parallel (default: 1)")
+    add("--dp", type=positive, metavar="N", help="data-parallel lanes of so many ranks (default: 1)")
+    add("--world-size", type=positive, metavar="N",
+        help="tabulate every layout of N ranks, dp x tp and experts (default with --concurrency: of dp x tp)")
+    add("--concurrency", type=positive, metavar="N",
+        help="recommend a layout for N sequences of --context tokens at a time")
     add("--device", type=device, default="cuda", metavar="DEVICE", help="what the ranks run on (default: GPUs)")
     add("--max-model-len", type=positive, metavar="N", help="tokens of a sequence (default: as the model allows)")
     add_run_flags(parser, RUN_FLAGS)
     add("--context", type=positive, metavar="N", help="tokens of each sequence while decoding (default: 4096 at most)")
     add("--bandwidth", type=bandwidth, nargs="+", metavar="TB/S",
         help="of a rank's memory, for the decode limit (default: on GPUs 3.35 4.8, else none shown)")  # fmt: skip
+    add("--memory", type=number, metavar="GB", help="of a rank, for layouts (default: 141, an H200's)")
+    add("--tflops", type=number, nargs=2, metavar=("FP8", "BF16"),
+        help="of a rank, for layouts (default: 1979 989, an H100's, H200's or H800's)")
+    add("--nvlink", type=number, default=450.0, metavar="GB/S",
+        help="a rank sends to others of its node, for layouts (default: 450; H800: 200)")
+    add("--network", type=number, default=50.0, metavar="GB/S",
+        help="a rank sends to other nodes, for layouts (default: 50, InfiniBand NDR)")
+    add("--ranks-per-node", type=positive, default=8, metavar="N", help="ranks of a node, for layouts (default: 8)")
     add("--json", action="store_true", help="one JSON object; sizes in bytes, times in seconds")
     options = parser.parse_args(arguments)
     if options.ckpt_path is None and options.config is None:
         parser.error("give --config or --ckpt-path")
+    world = options.world_size
+    options.any_dp = world is not None and options.tp is None and options.dp is None
+    options.dp = options.dp or 1
+    if world is not None and world % options.dp:
+        parser.error(f"--dp {options.dp} does not divide {world} ranks")
+    if options.tp is None:
+        options.tp = 1 if world is None else world // options.dp
+    if world not in (None, options.dp * options.tp):
+        parser.error(f"--dp {options.dp} times --tp {options.tp} are {options.dp * options.tp} ranks, "
+                     f"--world-size says {world}")  # fmt: skip
+    lists_layouts = world is not None or options.concurrency is not None
+    if lists_layouts and options.device != "cuda" and not (options.bandwidth and options.tflops and options.memory):
+        parser.error(f"layouts on {options.device} need --memory, --bandwidth and --tflops")
     run_config(options)  # raises for values that no run can have
     return options
 
@@ -58,6 +89,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def bandwidth(text: str) -> float:
     if not 0 < (value := float(text)) < 1000:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of TB/s")
+    return value
+
+
+def number(text: str) -> float:
+    if not 0 < (value := float(text)) < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 
@@ -75,7 +112,7 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
 
     on = devices.parse(options.device) if options.device != "cuda" else torch.device("cuda")  # GPUs need not be here
     checkpoint = None if options.ckpt_path is None else Checkpoint(options.ckpt_path)
-    specs = None
+    specs, world = None, options.dp * options.tp
     if checkpoint is None:
         args = load_config(options.config)
         has_mtp = args.n_mtp_layers > 0
@@ -89,16 +126,32 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
         warn(text)
     for text in setup.describe_rounding(specs or {}, num):
         warn(text)
-    if checkpoint is None or specs is None:
-        rows = quantised_rows(expected_tensors(args, args.is_quantised), num)
-        partition = Partition.choose(args, options.tp, options.experts, quantised=rows)
-    else:
-        partition = checkpoint.partition(args, options.tp, options.experts, quantised_rows(specs, num))
+    rows = quantised_rows(specs or expected_tensors(args, args.is_quantised), num)
+
+    def divide(lanes: int) -> Partition:
+        if checkpoint is None:
+            return Partition.choose(args, world, options.experts, quantised=rows, lanes=lanes)
+        return checkpoint.partition(args, world, options.experts, rows, lanes)
+
+    partition = first_that_works(divide, world) if options.any_dp else divide(options.dp)
+    if checkpoint is not None:
         checkpoint.match(partition)
     num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8", experts=partition.experts)
-    rank = rank_memory.RankSpec(args, num, options.tp, gpu, has_mtp, not gpu and on.type != "cpu")
+    rank = rank_memory.RankSpec(args, num, world, gpu, has_mtp, not gpu and on.type != "cpu", partition.lanes)
     config = setup.check_limits(run_config(options), args, has_mtp)
     return rank, config, says
+
+
+def first_that_works(divide: Callable[[int], "Partition"], world: int) -> "Partition":
+    """That with the fewest lanes. Raises the UserError of one lane if there is none."""
+    error: UserError | None = None
+    for lanes in (n for n in range(1, world + 1) if world % n == 0):
+        try:
+            return divide(lanes)
+        except UserError as e:
+            error = error or e
+    assert error is not None
+    raise error
 
 
 def plan(options: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +177,8 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
             "mtp_parameters": rank_memory.parameters(rank, mtp=True),
         },
         "run": {
-            "ranks": rank.ranks, "device": options.device, "numerics": says, "experts": rank.experts,
+            "ranks": rank.ranks, "dp": rank.lanes, "tp": rank.tp, "device": options.device, "numerics": says,
+            "experts": rank.experts,
             "max_model_len": config.max_model_len, "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_step_tokens, "mtp": config.mtp,
             "kv_cache_dtype": options.kv_cache_dtype,
@@ -140,11 +194,12 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
         "fits": {name: room(rank, config, size) for name, size in sizes.items()},
         "ranks": list(other_ranks(rank, config, sizes, options.experts)),
         "decode": [decode(rank, config, sequences, context, bandwidths) for sequences in SEQUENCES],
+        "layouts": layouts(options, rank, config, context) if options.world_size or options.concurrency else None,
     }  # fmt: skip
 
 
 def room(rank: "rank_memory.RankSpec", config: RunConfig, size: int) -> dict[str, Any]:
-    """What so much memory has room for beside the weights and the largest step."""
+    """What so much memory of each rank has room for beside the weights and the largest step, in all lanes."""
     from engine import memory, rank_memory
 
     free = size - sum(rank_memory.weight_bytes(rank).values())
@@ -152,18 +207,19 @@ def room(rank: "rank_memory.RankSpec", config: RunConfig, size: int) -> dict[str
     return {
         "memory": size,
         "weights_fit": free >= 0,
-        "tokens": pages * PAGE_SIZE,
-        "sequences": pages // config.pages_per_sequence,
+        "tokens": rank.lanes * pages * PAGE_SIZE,
+        "sequences": rank.lanes * (pages // config.pages_per_sequence),
     }
 
 
 def other_ranks(
     rank: "rank_memory.RankSpec", config: RunConfig, sizes: dict[str, int], experts: Any
 ) -> Iterator[dict[str, Any]]:
-    """Numbers of ranks, with the weights of each and the tokens that memories have room for, or why they do not do."""
+    """Numbers of ranks in as many lanes, with the weights of each and the tokens that memories have room for, or why
+    they do not do."""
     from engine import memory, rank_memory
 
-    for ranks in sorted({*RANKS, rank.ranks}):
+    for ranks in sorted({*(n * rank.lanes for n in RANKS if n * rank.lanes <= RANKS[-1]), rank.ranks}):
         other = memory.with_ranks(rank, ranks, experts)
         if problem := memory.partition_error(other):
             yield {"ranks": ranks, "problem": problem}
@@ -193,6 +249,50 @@ def decode(
     }
 
 
+def layouts(
+    options: argparse.Namespace, rank: "rank_memory.RankSpec", config: RunConfig, context: int
+) -> dict[str, Any]:
+    """Every layout of as many ranks, what it holds and how fast it is at most; and which is the best for the load."""
+    from engine import layouts as counted
+
+    memory, bandwidth = options.memory or GPU_MEMORY, (options.bandwidth or GPU_BANDWIDTHS)[-1]
+    flops = options.tflops or GPU_TFLOPS
+    chip = counted.Chip(bandwidth * 1e12, *(t * 1e12 for t in flops))
+    links = counted.Links(options.nvlink * 1e9, options.network * 1e9, options.ranks_per_node)
+    rows, problems = [], []
+    for layout in counted.layouts(rank, rank.ranks, options.experts):
+        if isinstance(layout, tuple):
+            problems.append({"dp": layout[0], "problem": layout[1]})
+            continue
+        rows.append(counted.evaluate(layout, config, int(memory * 1e9), context, options.concurrency, chip, links))
+    best = counted.recommend(rows, options.concurrency) if options.concurrency else None
+    return {
+        "ranks": rank.ranks, "context": context, "concurrency": options.concurrency,
+        "max_num_batched_tokens": config.max_num_batched_tokens, "memory": int(memory * 1e9),
+        "bandwidth": chip.bandwidth, "flops": {"fp8": chip.fp8, "bf16": chip.bf16},
+        "links": {"nvlink": links.nvlink, "network": links.network, "ranks_per_node": links.ranks_per_node},
+        "rows": [row_of(row) for row in rows],
+        "problems": problems,
+        "recommended": best and {"dp": best[0].layout.rank.lanes, "tp": best[0].layout.rank.tp,
+                                 "experts": best[0].layout.rank.experts, "why": best[1]},
+    }  # fmt: skip
+
+
+def row_of(row: "counted.Row") -> dict[str, Any]:
+    """What is printed of a layout; times, bytes and operations are a rank's."""
+    rank = row.layout.rank
+    found: dict[str, Any] = {
+        "dp": rank.lanes, "tp": rank.tp, "experts": rank.experts, "weights": row.weights, "tokens": row.tokens,
+        "most_sequences": row.most_sequences,
+    }  # fmt: skip
+    for name, bound in (("decode", row.decode), ("prefill", row.prefill)):
+        found[name] = bound and bound._asdict() | {
+            "seconds": bound.seconds,
+            "tokens_per_second": (bound.sequences if name == "decode" else bound.tokens) / bound.seconds,
+        }
+    return found
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # As text
 # --------------------------------------------------------------------------------------------------------------------
@@ -205,7 +305,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"{model['parameters'] / 1e9:.1f} billion parameters{more}; {run['numerics']}"
     shared = "" if run["ranks"] == 1 else {"whole": ", experts whole", "split": ", experts split on their inner width"}[
         run["experts"]]  # fmt: skip
-    yield f"{run['ranks']} rank{'s' * (run['ranks'] > 1)}{shared}; GB are 10^9 bytes"
+    lanes = "" if run["dp"] == 1 else f" in {run['dp']} lanes of {run['tp']}"
+    yield f"{run['ranks']} rank{'s' * (run['ranks'] > 1)}{lanes}{shared}; GB are 10^9 bytes"
     yield ""
     yield f"{'one rank holds':<60}{'GB':>8}"
     for part, n in rank["weights"].items():
@@ -214,14 +315,17 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     if rank["packing"]:
         yield f"{'  while they are packed, before there are latents':<60}{rank['packing'] / 1e9:8.2f}"
     latents = rank["latents"]
+    of_a_lane = "" if run["dp"] == 1 else ", a lane's"
     text = f"latents of {run['max_num_seqs']} x {run['max_model_len']:,} tokens, {latents['of_a_token']:,} bytes each"
     yield f"{text:<60}{latents['bytes'] / 1e9:8.2f}"
-    text = f"tensors of the largest step, {run['max_num_batched_tokens']:,} tokens"
+    text = f"tensors of the largest step, {run['max_num_batched_tokens']:,} tokens{of_a_lane}"
     yield f"{text:<60}{rank['activations'] / 1e9:8.2f}"
     if rank["graphs"]:
         yield f"{'CUDA graphs: tensors of the largest decode step and more':<60}{rank['graphs'] / 1e9:8.2f}"
     yield f"{'together':<60}{rank['total'] / 1e9:8.2f}"
     yield ""
+    if run["dp"] > 1:
+        yield "all lanes together:"
     yield f"{'memory of a rank':<22}{'tokens of cache':>16}{'sequences of ' + format(run['max_model_len'], ','):>26}"
     for name, fit in found["fits"].items():
         size = f"{fit['memory'] / 1e9:.1f} GB {name}" if name == "free here" else name
@@ -233,6 +337,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     for other in found["ranks"]:
         if "problem" in other:
             said = other["problem"].replace(f" {other['ranks']} ranks", " so many ranks")
+            said = said.replace(f"a lane's {other['ranks'] // run['dp']} ranks", "a lane's ranks")
             problems.setdefault(said, []).append(str(other["ranks"]))
             continue
         held = "".join(f"{n:>18,}" if n else f"{'-':>18}" for n in other["tokens"].values())
@@ -255,6 +360,41 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"(a step verifies {run['mtp']} drafted and makes as many; tokens/s times the tokens a step then gives)"
     if run["experts"] == "whole" and run["ranks"] > 1:
         yield "(of the mean rank: with whole experts a step waits for the one whose experts are chosen most)"
+    if found["layouts"]:
+        yield ""
+        yield from layout_lines(found["layouts"])
+
+
+def layout_lines(found: dict[str, Any]) -> Iterator[str]:
+    links, flops = found["links"], found["flops"]
+    yield (f"layouts of {found['ranks']} ranks for sequences of {found['context']:,} tokens; a rank has "
+           f"{found['memory'] / 1e9:g} GB, {found['bandwidth'] / 1e12:g} TB/s,")  # fmt: skip
+    within, beyond = (f"{links[name] / 1e9:g}" for name in ("nvlink", "network"))
+    speeds = f"{within} GB/s in a node of {links['ranks_per_node']}, {beyond} to others"
+    yield f"{flops['fp8'] / 1e12:g} TFLOPS in FP8 and {flops['bf16'] / 1e12:g} in BF16, and sends {speeds}"
+    yield f"{'':46}{'':18}{'a step that decodes':>33}{'prefill':>11}"
+    yield (f"{'dp':>4}{'tp':>4}  experts{'weights, GB':>13}{'tokens of cache':>17}{'most':>7}"
+           f"{'sequences':>11}{'MB a layer':>12}{'MB sent':>9}{'ms':>8}{'tokens/s':>10}{'tokens/s':>11}")  # fmt: skip
+    for row in found["rows"]:
+        held = f"{row['dp']:4}{row['tp']:4}  {row['experts']:<7}{row['weights'] / 1e9:13.1f}"
+        if not (step := row["decode"]):
+            yield f"{held}{'no room for a sequence':>24}"
+            continue
+        yield (f"{held}{row['tokens']:>17,}{row['most_sequences']:>7,}{step['sequences']:>11,}"
+               f"{step['sent_layer'] / 1e6:12.2f}{step['sent'] / 1e6:9.0f}{step['seconds'] * 1e3:8.2f}"
+               f"{step['tokens_per_second']:10,.0f}{row['prefill']['tokens_per_second']:11,.0f}")  # fmt: skip
+    for text in dict.fromkeys(other["problem"] for other in found["problems"]):
+        lanes = ", ".join(str(other["dp"]) for other in found["problems"] if other["problem"] == text)
+        yield f"not --dp {lanes}: {text}"
+    tokens = f"{found['max_num_batched_tokens']:,} tokens of a lane"
+    yield f"(bounds, latencies left out; MB are what a rank sends; prefill is counted for steps of {tokens})"
+    if found["recommended"]:
+        best = found["recommended"]
+        name = f"--dp {best['dp']} --tp {best['tp']}, experts {best['experts']}"
+        yield f"for {found['concurrency']:,} sequences at a time: {name}"
+        yield f"  {best['why']}"
+    elif found["concurrency"]:
+        yield f"no layout holds a sequence of {found['context']:,} tokens: more ranks, or more memory"
 
 
 def main() -> int:

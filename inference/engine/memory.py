@@ -53,8 +53,12 @@ def need(rank: RankSpec, config: RunConfig, cache: int | None = None) -> MemoryB
     if cache is None:
         cache = config.pages_per_sequence * page_bytes(rank)
         kept = math.ceil(cache / _share(rank)) - cache
-    step = step_bytes(rank, config) + (page_bytes(rank) if rank.lanes > 1 else 0)
-    return MemoryBudget(sum(parts.values()), _packing(rank, parts), step, _graphs(rank, config), cache, kept)
+    step, graphs = _step(rank, config), _graphs(rank, config)
+    return MemoryBudget(sum(parts.values()), _packing(rank, parts), step, graphs, cache, kept)
+
+
+def _step(rank: RankSpec, config: RunConfig) -> int:
+    return step_bytes(rank, config) + (page_bytes(rank) if rank.lanes > 1 else 0)
 
 
 def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
@@ -99,14 +103,24 @@ def pages_that_fit(rank: RankSpec, config: RunConfig, free: int, shrink: bool = 
     """
 
     def room(config: RunConfig) -> int:
-        wanted = need(rank, config)
-        return max(int((free - wanted.step - wanted.graphs) * _share(rank)) // page_bytes(rank), 0)
+        working = _step(rank, config) + _graphs(rank, config)
+        return max(int((free - working) * _share(rank)) // page_bytes(rank), 0)
 
     pages = room(config)
     if pages >= config.pages_per_sequence or not shrink:
         return pages
     most = _most(config.pages_per_sequence, lambda p: room(replace(config, max_model_len=p * PAGE_SIZE)) >= p)
     return room(replace(config, max_model_len=most * PAGE_SIZE)) if most else 0
+
+
+def sequences_that_fit(rank: RankSpec, config: RunConfig, free: int, most: int = 1 << 14) -> int:
+    """How many sequences of full length `free` bytes beside the weights hold in a lane, at most `most`. Each adds to
+    what a step takes, too."""
+
+    def fits(n: int) -> bool:
+        return pages_that_fit(rank, replace(config, max_num_seqs=n), free) >= n * config.pages_per_sequence
+
+    return _most(most, fits)
 
 
 def _most(n: int, fits: Callable[[int], bool]) -> int:

@@ -243,16 +243,22 @@ def distinct_experts(args: ModelArgs, tokens: int) -> float:
     return e * (1 - (1 - args.n_activated_experts / e) ** tokens) if e else 0.0
 
 
-def decode_reads(rank: RankSpec, sequences: int, context: int, drafts: int = 0) -> Read:
+def decode_reads(
+    rank: RankSpec,
+    sequences: int,
+    context: int,
+    drafts: int = 0,
+    weights: dict[tuple[bool, str], int] | None = None,
+) -> Read:
     """Every weight once but for the embedding, routed experts as far as somebody chooses them, and the latents of
     `context` tokens a sequence. `sequences` are of all lanes, spread evenly: the tokens of all choose experts; the
     latents are those of a lane with the most sequences. With whole experts per rank this is the mean rank; a step
     waits for the busiest.
 
     With drafts, each sequence brings 1 + drafts tokens; the MTP module and the head run once more for each draft, the
-    module first on all those tokens.
+    module first on all those tokens. `weights`: what weight_bytes says, where it is known.
     """
-    args, parts = rank.args, weight_bytes(rank)
+    args, parts = rank.args, weight_bytes(rank) if weights is None else weights
 
     def read(mtp: bool, tokens: int) -> float:
         chosen = distinct_experts(args, tokens) / args.n_routed_experts if args.n_routed_experts else 0.0

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 import plan
 from core.config import load_config
 from core.numerics import Numerics
-from engine import rank_memory
+from core.run_config import RunConfig
+from engine import memory, rank_memory
 from engine.rank_memory import RankSpec
 from ops.cpu import kernels
 from support.checkpoints import fp8_sizes, make_checkpoint
@@ -38,7 +40,7 @@ def test_json(capsys):
     found = json.loads(out)
     assert found["model"] == {"parameters": 671_026_419_200, "mtp_parameters": 11_610_068_224}
     assert found["run"] | {"numerics": ""} == {
-        "ranks": 8, "device": "cuda", "numerics": "", "experts": "split", "max_model_len": 32768, "max_num_seqs": 32,
+        "ranks": 8, "dp": 1, "tp": 8, "device": "cuda", "numerics": "", "experts": "split", "max_model_len": 32768, "max_num_seqs": 32,
         "max_num_batched_tokens": 2048, "mtp": 0, "kv_cache_dtype": "auto",
     }  # fmt: skip
     rank = found["rank"]
@@ -98,6 +100,59 @@ def test_text(capsys):
     assert max(map(len, out.splitlines())) <= 120
 
 
+def test_lanes(capsys):
+    """Cache and sequences are those of all lanes; other numbers of ranks have as many lanes."""
+    flags = "--config", CONFIG, "--tp", 2, "--dp", 4, "--max-model-len", 4096
+    _, out, _ = command(capsys, *flags, "--json")
+    found = json.loads(out)
+    run, rank = found["run"], found["rank"]
+    assert (run["ranks"], run["dp"], run["tp"]) == (8, 4, 2) and found["layouts"] is None
+    lanes = replace(TP8, lanes=4)
+    assert sum(rank["weights"].values()) == sum(rank_memory.weight_bytes(lanes).values())
+    pages = memory.pages_that_fit(lanes, RunConfig(max_model_len=4096), 141 * 10**9 - sum(rank["weights"].values()))
+    assert found["fits"]["141 GB"]["tokens"] == 4 * 64 * pages and found["fits"]["141 GB"]["sequences"] == 4 * (pages // 64)
+    assert [other["ranks"] for other in found["ranks"] if "problem" not in other] == [4, 8, 16]
+    text = command(capsys, *flags)[1]
+    assert "8 ranks in 4 lanes of 2, experts split" in text and "all lanes together:" in text
+    assert "not 12, 20, 24, 28, 36, 40, 44, 48, 52, 56, 60, 96: n_heads 128 does not divide by a lane's ranks" in text
+
+
+def test_layouts(capsys):
+    flags = "--config", CONFIG, "--world-size", 16, "--memory", 80, "--bandwidth", 3.35, "--nvlink", 200, "--concurrency"
+    _, out, err = command(capsys, *flags, 500, "--context", 4000, "--json")
+    found = json.loads(out)["layouts"]
+    assert err == "" and found["links"] == {"nvlink": 200e9, "network": 50e9, "ranks_per_node": 8}
+    assert (found["memory"], found["bandwidth"], found["flops"]) == (80e9, 3.35e12, {"fp8": 1979e12, "bf16": 989e12})
+    assert [(row["dp"], row["tp"], row["experts"]) for row in found["rows"]] == [
+        (n, 16 // n, experts) for n in (1, 2, 4, 8, 16) for experts in ("split", "whole")
+    ]
+    assert found["problems"] == [] and found["context"] == 4000
+    fastest = max(found["rows"], key=lambda row: row["decode"]["tokens_per_second"])
+    best = found["recommended"]
+    assert (best["dp"], best["tp"], best["experts"]) == (fastest["dp"], fastest["tp"], "split")
+    one = found["rows"][0]["decode"]
+    assert one["seconds"] == pytest.approx(one["linear"] + one["attention"] + one["exchange"])
+    assert one["tokens_per_second"] == pytest.approx(one["sequences"] / one["seconds"])
+    text = command(capsys, *flags, 500)[1].splitlines()
+    assert max(map(len, text)) <= 120
+    assert text[-2] == f"for 500 sequences at a time: --dp {best['dp']} --tp {best['tp']}, experts split"
+    assert text[-1].startswith("  at most ") and "those of --dp 1, whose memory holds" in text[-1]
+    text = command(capsys, *flags, 1)[1].splitlines()
+    assert text[-2].endswith("--dp 1 --tp 16, experts split") and "a rank reads 3.8 GB a step, not 4.6" in text[-1]
+    status, out, _ = command(capsys, "--config", CONFIG, "--world-size", 8, "--memory", 80, "--concurrency", 4)
+    assert status == 0 and out.count("no room for a sequence") == 8
+    assert out.endswith("no layout holds a sequence of 4,096 tokens: more ranks, or more memory\n")
+
+
+def test_layouts_where_not_every_number_of_lanes_divides(capsys):
+    """16 heads are too few for 32 ranks of one lane. What is said of one rank is of the first layout that works."""
+    flags = "--config", CONFIG.with_name("config_16B.json"), "--world-size", 32
+    _, out, _ = command(capsys, *flags)
+    assert "32 ranks in 2 lanes of 16" in out and "not --dp 1: n_heads 16 does not divide by 32 ranks" in out
+    asked = [row["dp"] for row in json.loads(command(capsys, *flags, "--dp", 8, "--json")[1])["layouts"]["rows"]]
+    assert asked == [2, 2, 4, 4, 8, 8, 16, 16, 32, 32]
+
+
 def test_a_config_that_engines_read_differently_is_worth_one_line(capsys, tmp_path):
     rope = {**FAMILIES["v3"]["rope_scaling"], "mscale": None}
     (tmp_path / "config.json").write_text(json.dumps(FAMILIES["v3"] | {"rope_scaling": rope}))
@@ -129,6 +184,12 @@ def test_a_checkpoint_on_a_cpu(capsys, tmp_path):
         (("--config", "nowhere.json"), "nowhere.json: no such file"),
         (("--config", CONFIG, "--tp", 0), "argument --tp: 0 is not at least 1"),
         (("--config", CONFIG, "--tp", 3), "n_heads 128 does not divide by 3 ranks (it works with 1, 2, 4, 8, 16)"),
+        (("--config", CONFIG, "--world-size", 4, "--dp", 3), "--dp 3 does not divide 4 ranks"),
+        (("--config", CONFIG, "--world-size", 8, "--dp", 2, "--tp", 2), "--dp 2 times --tp 2 are 4 ranks, --world-size says 8"),
+        (("--config", CONFIG, "--world-size", 32), "ffn.w1 has 18432 rows, which 32 ranks cannot share in whole"),
+        (("--config", CONFIG, "--dp", 2, "--tp", 3), "n_heads 128 does not divide by a lane's 3 ranks (it works with 2, 4, 8, 16 in"),
+        (("--config", CONFIG, "--world-size", 8, "--device", "cpu"), "layouts on cpu need --memory, --bandwidth and --tflops"),
+        (("--config", CONFIG, "--nvlink", 0), "argument --nvlink: 0 is not a positive number"),
         (("--config", CONFIG, "--tp", 16, "--max-model-len", 200000), "expected from 2 to this model's 163840"),
         (("--config", CONFIG, "--mtp", 5), "--mtp is 5, expected from 0 to 4"),
         (("--config", CONFIG.with_name("config_16B.json"), "--mtp", 1), "--mtp needs an MTP module"),

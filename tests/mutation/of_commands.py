@@ -9,4 +9,12 @@ MUTANTS = (
      "checkpoint.match(partition)",
      "checkpoint.on_disk(0, options.tp)",
      "checkpoint/test_catalogue.py::test_refused", "plan takes weights of another shape or dtype than the config's, which do not load"),
+    ("plan-cache-of-one-lane", "plan.py",
+     '"tokens": rank.lanes * pages * PAGE_SIZE',
+     '"tokens": pages * PAGE_SIZE',
+     "cli/test_plan.py::test_lanes", "one lane's cache is shown for all"),
+    ("plan-one-lane-only", "plan.py",
+     "first_that_works(divide, world) if options.any_dp else divide(options.dp)",
+     "divide(options.dp)",
+     "cli/test_plan.py::test_layouts_where_not_every_number_of_lanes_divides", "layouts are refused because one lane does not divide"),
 )  # fmt: skip

@@ -1,0 +1,216 @@
+"""Layouts of ranks: what they exchange, what they hold, how fast they are at most, and which is recommended."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from core.batch import Batch
+from core.config import load_config, parse
+from core.numerics import Numerics
+from core.run_config import RunConfig
+from engine import layouts, memory, rank_memory
+from engine.layouts import Chip, Layout, Links, Message
+from engine.rank_memory import RankSpec
+from model import Transformer
+from parallel.group import Group
+from support.checkpoints import fp8_sizes
+from support.families import FAMILIES
+
+V3 = load_config(Path(layouts.__file__).parents[1] / "configs" / "config_671B.json")
+FP8 = Numerics(torch.bfloat16, "fp8")
+ONE = RankSpec(V3, FP8, mtp=True)
+H200, H800 = Chip(4.8e12, 1979e12, 989e12), Chip(3.35e12, 1979e12, 989e12)
+HGX_H200, HGX_H800 = Links(450e9, 50e9, 8), Links(200e9, 50e9, 8)
+RUN = RunConfig(max_num_batched_tokens=512)
+
+
+def layout(ranks: int, lanes: int, experts: str = "split", num: Numerics = FP8) -> Layout:
+    rank = replace(ONE, ranks=ranks, lanes=lanes, num=replace(num, experts=experts))
+    return Layout(rank, rank_memory.weight_bytes(rank))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "lanes", "weights", "tokens", "sequences", "of_memory", "with_all", "within"),
+    [
+        (8, 1, 86.9, 656e3, 160, 6e3, 5.5e3, 0.04),
+        (8, 8, 100.4, 3.89e6, 950, 35e3, 25e3, 0.23),  # where compute was added up with reading, not the longer taken
+        (16, 1, 44.1, 427e3, 104, 5e3, 4e3, 0.12),
+        (16, 16, 58.6, 3.91e6, 955, 44e3, 29e3, 0.05),
+    ],
+)  # fmt: skip
+def test_the_figures_of_a_count_made_by_hand(ranks, lanes, weights, tokens, sequences, of_memory, with_all, within):
+    """V3 at 4k on one node of H200 and two of H800, tensor parallel alone and in lanes of one rank, as counted for the
+    design: weights, cache and sequences agree within 4 %, the bound of memory alone within 2 %, and that with compute
+    and traffic within the last number, as it depends on what overlaps."""
+    chip, links, size = (H200, HGX_H200, 141e9) if ranks == 8 else (H800, HGX_H800, 80e9)
+    row = layouts.evaluate(layout(ranks, lanes), RUN, int(size), 4096, None, chip, links)
+    assert row.weights / 1e9 == pytest.approx(weights, abs=0.05)
+    assert row.tokens == pytest.approx(tokens, rel=0.04) and row.most_sequences == pytest.approx(sequences, rel=0.04)
+    assert row.decode.sequences == row.most_sequences
+    assert row.decode.sequences / (row.decode.read / chip.bandwidth) == pytest.approx(of_memory, rel=0.02)
+    assert layouts.speed(row) == pytest.approx(with_all, rel=within)
+
+
+def test_operations_of_a_token():
+    """71.4 GFLOP in the linear layers and 5.0 for each thousand tokens of mean context, as the project's targets have
+    them; however many ranks share them."""
+    for ranks, lanes, experts in ((1, 1, "whole"), (8, 1, "split"), (8, 8, "split"), (16, 4, "whole")):
+        one = layout(ranks, lanes, experts)
+        tp = ranks // lanes
+        shared = layouts.linear_operations(one, 8, 8 * lanes, 0) * ranks / (8 * lanes)
+        low_rank = 2 * 61 * (1536 + 576) * 7168 + 2 * 58 * 256 * 7168  # q_a, kv_a and router, which all of a lane have
+        assert (shared - (tp - 1) * low_rank) / 1e9 == pytest.approx(71.4, rel=0.01)
+        attention = layouts.attention_operations(one.rank, 8, 1000, 61, absorbed=False) * tp / 8
+        assert attention / 1e9 == pytest.approx(5.0, rel=0.01)
+    head = layouts.linear_operations(layout(8, 8), 0, 0, 3) / 3
+    assert head == 2 * 129280 * 7168
+    assert layouts.attention_operations(layout(8, 4).rank, 2, 10, 1, absorbed=True) == 2 * 2 * 10 * 64 * (576 + 512)
+
+
+# ---------------------------------------------------------------- messages
+
+
+class Recorded(Group):
+    """A rank of several, alone, that writes down what it would send."""
+
+    def all_reduce(self, x):
+        if self.size > 1:
+            SENT.append(("all_reduce", x.nbytes))
+        return x
+
+    def all_gather(self, x):
+        if self.size > 1:
+            SENT.append(("gather", x.nbytes))
+        return torch.cat([x] * self.size, dim=-1)
+
+
+SENT: list[tuple[str, int]] = []
+
+
+@pytest.mark.parametrize("num", [Numerics(), Numerics(torch.float32), FP8])
+def test_the_model_sends_what_is_counted(num):
+    """A forward, its logits and a draft, in the model's order."""
+    args = parse(FAMILIES["v3"] | fp8_sizes(2))
+    model = Transformer(args, num, Recorded(1, 2), "cpu")
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.prepare()
+    batch = Batch.pack([([1] * 5, 0, [0]), ([1] * 2, 0, [1])])
+    cache = model.new_cache(2)
+    rank = RankSpec(args, num, 2, gpu=False, mtp=True)
+    for mtp in (False, True):
+        SENT.clear()
+        hidden = model.draft(batch, torch.zeros(7, args.dim, dtype=num.dtype), cache) if mtp else model(batch, cache)
+        model.logits(hidden[:3])
+        counted = list(layouts.messages(Layout(rank, {}), 7, 3, mtp))
+        assert [(m.collective, m.nbytes) for m in counted] == SENT and {m.group for m in counted} == {"tp"}
+
+
+def test_messages_of_lanes():
+    """Between lanes a layer sends FP8 values, their scales, and each of the chosen experts' weight and id; and gets
+    sums of bfloat16 back. A dense layer has no experts; a lane of one rank sums nothing."""
+    found = list(layouts.messages(layout(8, 8), 10, 5))
+    assert {m.group for m in found} == {"dp"} and len(found) == 2 * 61
+    state = 10 * 7168 * 2
+    assert found[:2] == [
+        Message("gather", "gather", "dp", 10 * (7168 + 56 * 4)),
+        Message("scatter_sum", "scatter_sum", "dp", state),
+    ]
+    assert found[-2].nbytes == 10 * (7168 + 56 * 4 + 8 * (4 + 8))
+    plain = layout(8, 8, num=Numerics())
+    assert layouts.row_bytes(plain.rank, True) == 2 * 7168 + 96
+    mixed = list(layouts.messages(layout(8, 2), 10, 5))
+    assert [m.what for m in mixed[:5]] == ["embedding", "attention", "gather", "scatter_sum", "feed-forward"]
+    assert mixed[-1] == Message("logits", "gather", "tp", 5 * 129280 // 4 * 4)
+    assert len(list(layouts.messages(layout(1, 1), 10, 5))) == 0
+    assert sum(map(len, (layouts.layer_messages(layout(8, 2), 10, e) for e in (True, False)))) == 8
+    alone = replace(layout(8, 8), mlps_in_lane=True)
+    assert len(list(layouts.messages(alone, 10, 5))) == 2 * 58
+
+
+def test_bytes_and_seconds_of_a_message():
+    links, n = Links(100.0, 10.0, 4), 1000
+    reduce, gather, scatter = (Message("", kind, "tp", n) for kind in ("all_reduce", "gather", "scatter_sum"))
+
+    def of(message: Message, ranks: int, lanes: int) -> tuple[float, float]:
+        rank = replace(ONE, ranks=ranks, lanes=lanes)
+        return layouts.sent(rank, message), layouts.seconds(rank, message, links)
+
+    assert of(reduce, 4, 1) == (1500, pytest.approx(15))
+    assert of(gather, 4, 1) == of(scatter, 4, 1) == (3000, 30)
+    # two nodes: a sum's halves, each rank a quarter; a gather crosses once and is spread within; scatter_sum goes direct
+    assert of(reduce, 8, 1) == (1750, pytest.approx(15 + 250 / 10))
+    assert of(gather, 8, 1) == (7000, pytest.approx(6000 / 100 + 1000 / 10))
+    assert of(scatter, 8, 1) == (7000, pytest.approx(3000 / 100 + 4000 / 10))
+    # lanes of two ranks: two of a column's four are in each node
+    column = scatter._replace(group="dp")
+    assert of(column, 8, 4) == (3000, pytest.approx(1000 / 100 + 2000 / 10))
+    assert of(column, 8, 2) == (1000, pytest.approx(1000 / 10))  # a lane fills a node
+    assert of(reduce, 8, 4)[1] == pytest.approx(1000 / 100)
+
+
+# ---------------------------------------------------------------- choice
+
+
+def rows(concurrency: int | None, ranks: int = 8, size: float = 141e9) -> list[layouts.Row]:
+    found = (x for x in layouts.layouts(ONE, ranks) if isinstance(x, Layout))
+    return [layouts.evaluate(x, RUN, int(size), 4096, concurrency, H200, HGX_H200) for x in found]
+
+
+def test_every_layout_that_divides():
+    found = list(layouts.layouts(ONE, 8))
+    assert [(x.rank.lanes, x.rank.tp, x.rank.experts) for x in found] == [
+        (lanes, 8 // lanes, experts) for lanes in (1, 2, 4, 8) for experts in ("split", "whole")
+    ]
+    assert [(x.rank.lanes, x.rank.experts) for x in layouts.layouts(ONE, 8, "whole")] == [
+        (n, "whole") for n in (1, 2, 4, 8)
+    ]
+    refused = list(layouts.layouts(ONE, 32))
+    assert [lanes for lanes, _ in refused] == [1, 2, 4, 8, 16, 32]
+    assert {why for _, why in refused} == {
+        "ffn.w1 has 18432 rows, which 32 ranks cannot share in whole 128-wide FP8 blocks"
+    }
+
+
+def test_what_is_recommended():
+    """One sequence wants all ranks to share the attention; many want lanes, as only these hold them; and of equal
+    layouts the one whose ranks are equally busy."""
+    best, why = layouts.recommend(rows(1), 1)
+    assert (best.layout.rank.lanes, best.layout.rank.experts) == (1, "split")
+    assert why.endswith("those of --dp 2: a rank reads 6.1 GB a step, not 7.8")
+    best, why = layouts.recommend(rows(900), 900)
+    assert (best.layout.rank.lanes, best.layout.rank.experts) == (8, "split")
+    assert why.startswith("at most 29,") and why.endswith("those of --dp 1, whose memory holds 163 of 900 sequences")
+    assert layouts.speed(best) == max(map(layouts.speed, rows(900)))
+    assert layouts.recommend(rows(1, size=80e9), 1) is None
+    [only] = [row for row in rows(1) if row.layout.rank.lanes == 8 and row.layout.rank.experts == "whole"]
+    assert layouts.recommend([only], 1) == (only, "the only layout that fits")
+    slower = only._replace(decode=only.decode._replace(exchange=1.0))
+    other = rows(1)[0]
+    faster = other._replace(decode=only.decode)
+    assert layouts.recommend([slower, faster], 1)[0] is faster
+
+
+def test_the_most_sequences_fit_and_no_more():
+    for row in rows(None):
+        rank, lane = row.layout.rank, row.most_sequences // row.layout.rank.lanes
+        free = int(141e9) - row.weights
+        pages = [
+            memory.pages_that_fit(rank, replace(RUN, max_model_len=4096, max_num_seqs=n), free)
+            for n in (lane, lane + 1)
+        ]
+        assert pages[0] >= lane * 64 and pages[1] < (lane + 1) * 64
+        assert row.tokens == pages[0] * 64 * rank.lanes
+    assert [row.decode.sequences for row in rows(200)] == [163, 163, *[200] * 6]
+
+
+def test_drafts_and_prompts_are_counted():
+    plain, drafts = (layouts.decode_bound(layout(8, 8), 80, 4096, k, H200, HGX_H200) for k in (0, 1))
+    assert (plain.tokens, drafts.tokens) == (80, 160) and drafts.read > plain.read
+    assert drafts.sent == pytest.approx(plain.sent * 2 * 123 / 122, rel=0.01)  # twice the rows, in one more layer
+    short, long = (layouts.prefill_bound(layout(8, 8), 2048, length, H200, HGX_H200) for length in (1024, 4096))
+    assert short.linear == pytest.approx(long.linear, rel=0.01) and long.attention == pytest.approx(4 * short.attention)
+    assert long.tokens == 8 * 2048 and long.sent == pytest.approx(61 * long.sent_layer, rel=0.01)
