@@ -3,6 +3,7 @@
 # make serve   the demo over HTTP, on port 8000        make trust   tests in their long form as well, an hour
 # make bench   benchmarks, into README and docs/       make gpu     on a GPU: every test that computes on it
 # make house   packages and imports, counted           make clean   remove what these make, but for .venv
+# make two-hosts   the README's command for two nodes, rehearsed on this machine alone (root); MORE="flags", DP=2
 #
 # The first use of any of them makes .venv and installs the pinned requirements; nothing else is needed beforehand.
 # Another Python than python3:  make demo PYTHON=python3.12
@@ -20,7 +21,7 @@ DEVELOPER := $(VENV)/.developer-$(shell cat requirements.txt requirements-serve.
 # The manifest is what convert.py writes last, so its date is the date of the whole conversion.
 CONVERTED := build/demo-mp2/model-mp2.index.json
 
-.PHONY: demo chat serve test trust gpu lint types check bench house clean
+.PHONY: demo chat serve two-hosts test trust gpu lint types check bench house clean
 
 demo: $(CONVERTED)
 	$(BIN)/torchrun --standalone --nproc-per-node 2 inference/generate.py --ckpt-path build/demo-mp2 \
@@ -31,6 +32,10 @@ chat: $(INSTALLED)
 
 serve: $(SERVING)
 	$(BIN)/python inference/server.py --ckpt-path demo/checkpoint --model-name demo --mtp 1
+
+two-hosts: $(INSTALLED)
+	@$(BIN)/python deploy/two_hosts.py generate.py --ckpt-path $(CURDIR)/demo/checkpoint --config configs/config_demo.json \
+	    --input-file $(CURDIR)/demo/prompts.txt --temperature 0 --max-new-tokens 400 --device cpu $(if $(DP),--dp $(DP)) $(MORE)
 
 test: $(DEVELOPER)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

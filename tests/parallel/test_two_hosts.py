@@ -1,4 +1,4 @@
-"""Two network namespaces joined by a cable stand for two hosts, each with its own torchrun, as in the README.
+"""Two network namespaces joined by a switch stand for two hosts, each with its own torchrun, as in the README.
 
 Needs root and iproute2.
 """
@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
+import two_hosts
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from support import processes as launch
 
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
-INFERENCE = launch.SCRIPT.parent
 QUESTIONS = ["What is 17 + 25?", "Reverse the word maple."]
-ADDRESS = "10.213.7.{}"
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or os.geteuid() != 0 or shutil.which("ip") is None,
@@ -28,50 +27,27 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-
 @pytest.fixture
-def hosts() -> Iterator[list[str]]:
-    """Two namespaces with one end of a veth pair each; removed in any case."""
-    names = [f"dsv3-{os.getpid()}-{i}" for i in range(2)]
-    ends = [f"v{os.getpid()}-{i}" for i in range(2)]
+def hosts() -> Iterator[two_hosts.Hosts]:
     try:
-        try:
-            for name in names:
-                ip("netns", "add", name)
-            ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-        except subprocess.CalledProcessError as e:
-            pytest.skip(f"no network namespaces here: {e.stderr.decode().strip()}")
-        for i, (name, end) in enumerate(zip(names, ends, strict=True)):
-            ip("link", "set", end, "netns", name)
-            ip("-n", name, "link", "set", end, "name", "cable")
-            ip("-n", name, "address", "add", ADDRESS.format(i + 1) + "/24", "dev", "cable")
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "set", "cable", "up")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-        subprocess.run(["ip", "link", "delete", ends[0]], capture_output=True)
+        with two_hosts.Hosts() as hosts:
+            yield hosts
+    except two_hosts.Unavailable as e:
+        pytest.skip(str(e))
 
 
 Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def start(hosts: list[str]) -> Iterator[Start]:
+def start(hosts: two_hosts.Hosts) -> Iterator[Start]:
     """Runs the README's two-node command on a host, from inference/, one process a host."""
     started = []
 
     def start(rank: int, *flags: object) -> subprocess.Popen[str]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
-                    "--node-rank", str(rank), "--master-addr", ADDRESS.format(1)]  # fmt: skip
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", hosts[rank], *torchrun, "generate.py", *map(str, flags)],
-            env=launch.environment(GLOO_SOCKET_IFNAME="cable"), cwd=INFERENCE, encoding="utf-8", bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        process = hosts.start(
+            rank, hosts.torchrun(rank, 1, "generate.py", *flags), environment=launch.environment(), encoding="utf-8",
+            bufsize=1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         started.append(process)
         return process
@@ -111,7 +87,7 @@ def test_batch_on_two_hosts(start: Start, checkpoint: Path, tmp_path: Path) -> N
     assert silent == ""
 
 
-def test_conversation_until_the_cable_is_cut(start: Start, hosts: list[str], checkpoint: Path) -> None:
+def test_conversation_until_the_cable_is_cut(start: Start, hosts: two_hosts.Hosts, checkpoint: Path) -> None:
     """Nothing tells rank 0 that the other host is gone; it misses it while it waits for a line."""
     flags = ("--ckpt-path", checkpoint, "--config", checkpoint / "config.json", "--interactive", "--temperature", 0.7,
              "--max-new-tokens", 12, "--timeout", 6, "--threads", 1)  # fmt: skip
@@ -124,8 +100,42 @@ def test_conversation_until_the_cable_is_cut(start: Start, hosts: list[str], che
         assert letter, "rank 0 left"
     answer = shown.split(">>> ")[1]
     assert answer.strip()
-    ip("-n", hosts[1], "link", "set", "cable", "down")
+    hosts.cut(1)
     _, err = one.communicate(timeout=60)
     assert one.returncode != 0
     assert len(launch.errors(err)) == 1
     assert launch.errors(err)[0].startswith("error: rank 0 lost contact with another rank: ")
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = Path(two_hosts.__file__)
+    return subprocess.run(
+        [sys.executable, str(script), *arguments], env=launch.environment(), timeout=120,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_the_rehearsal(checkpoint: Path, tmp_path: Path) -> None:
+    """What `make two-hosts` runs: the first host answers, both end with its status, and no namespace is left."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(QUESTIONS[0])
+    flags = f"--ckpt-path {checkpoint} --temperature 0 --max-new-tokens 4 --dtype float32 --device cpu".split()
+    done = run_script("generate.py", "--input-file", str(prompts), *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Prompt: {QUESTIONS[0]}\nCompletion: ") and done.stdout.count("Prompt: ") == 1
+    assert "host-" not in subprocess.check_output(["ip", "netns"], text=True) or os.environ.get("PYTEST_XDIST_WORKER")
+    failed = run_script("generate.py", "--input-file", str(tmp_path / "none"), *flags)
+    assert failed.returncode == 1 and len(launch.errors(failed.stderr)) == 1, failed.stderr
+
+
+def test_the_rehearsal_needs_root_and_a_command() -> None:
+    done = run_script("nothing.py")
+    assert (done.returncode, launch.errors(done.stderr)) == (
+        2,
+        ["error: name a command of inference/, such as generate.py, and its flags"],
+    )
+    code = "import os, sys; os.geteuid = lambda: 1000; import two_hosts; sys.argv[1:] = ['generate.py']; sys.exit(two_hosts.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(two_hosts.__file__).parent, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, "error: network namespaces need root: sudo make two-hosts\n")
