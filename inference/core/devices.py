@@ -83,6 +83,13 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
+def name(device: torch.device) -> str:
+    """A device's product name, its kind where torch does not tell."""
+    with contextlib.suppress(Exception):
+        return str(_module(device.type).get_device_name(device))
+    return device.type
+
+
 def uuid(device: torch.device) -> str:
     """A device's own identifier, the same in whatever process; empty where torch does not tell."""
     with contextlib.suppress(Exception):

@@ -38,18 +38,23 @@ def join(timeout: float) -> Group:
     rank, size = launch.rank, launch.size
     if size == 1:
         return SOLO
-    loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
-    if launch.local_size == size and loopback:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())  # gloo takes it from there and nowhere else
+    keep_to_loopback(launch)
     with RankProcess(rank, size).translate_collective_errors("could not join the others"):
         wait = datetime.timedelta(seconds=max(timeout, JOINING_LIMIT))
         store = open_store(launch, wait)
-        store.set(f"process of rank {rank}", f"{os.getpid()} {_host()}")
+        store.set(f"process of rank {rank}", f"{os.getpid()} {host_identity()}")
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
         pg = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
         places = [store.get(f"process of rank {other}").decode().partition(" ") for other in range(size)]
-    neighbours = tuple((other, int(pid)) for other, (pid, _, host) in enumerate(places) if host == _host())
+    neighbours = tuple((other, int(pid)) for other, (pid, _, host) in enumerate(places) if host == host_identity())
     return Group(rank, size, pg, pg, timeout, process=RankProcess(rank, size, neighbours, store))
+
+
+def keep_to_loopback(launch: launcher.Launch) -> None:
+    """Has gloo listen on the loopback interface alone where all ranks are on one host, unless an interface is named."""
+    loopback = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+    if launch.local_size == launch.size and loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())  # gloo takes it from there and nowhere else
 
 
 def open_store(launch: launcher.Launch, wait: datetime.timedelta) -> Any:
@@ -71,7 +76,7 @@ def open_store(launch: launcher.Launch, wait: datetime.timedelta) -> Any:
     )  # fmt: skip
 
 
-def _host() -> str:
+def host_identity() -> str:
     """The same text on ranks that can see each other's processes and belong to one host's launcher."""
     try:
         processes = os.stat("/proc/self/ns/pid").st_ino

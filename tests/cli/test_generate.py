@@ -789,7 +789,7 @@ raise SystemExit("still here")
 """
 
 
-@pytest.mark.parametrize("name", ["generate", "server", "plan", "convert", "fp8_cast_bf16", "quantize", "check_checkpoint"])
+@pytest.mark.parametrize("name", ["generate", "server", "plan", "convert", "fp8_cast_bf16", "quantize", "check_checkpoint", "check_network"])
 @pytest.mark.parametrize("library", ["argparse", "torch"])
 def test_interrupted_in_an_import(name: str, library: str, tmp_path: Path) -> None:
     """As if Ctrl-C came then, in the first one or the slowest: the program ends, without a traceback."""

@@ -39,6 +39,10 @@ ROOT = Path(__file__).parents[2]
 NAMED = {
     "core/devices.py": 13,  # the place for it
     "core/run_config.py": 1,  # a server's budget on CPUs
+    "check_network.py": 1,  # NCCL or gloo
+    "parallel/network.py": 1,  # gloo besides NCCL
+    "parallel/network_facts.py": 1,  # CPUs have no product name worth comparing
+    "parallel/network_probe.py": 4,  # gloo or NCCL, and how long its work takes
     "parallel/startup.py": 7,  # --device auto; one-shot sums on GPUs
     "parallel/group.py": 3,  # CPUs record what they sum; sums by way of the host
     "ops/backend.py": 7,  # the choice of kernels

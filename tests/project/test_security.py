@@ -44,6 +44,7 @@ REFUSED_ARGUMENTS = {"trust_remote_code": (False,), "shell": (False,), "allow_pi
 OURS = {"Engine", "Tokenizer"}  # whose from_pretrained reads directories only
 
 ALLOWED = {  # file and finding: why
+    ("inference/parallel/network_facts.py", "import socket"): "names the host, its interfaces and their addresses",
     ("inference/parallel/startup.py", "import socket"): "names the host and its loopback; without torchrun, the ranks' meeting point",
     ("inference/ops/cpu/kernels.py", "import ctypes"): "calls what it compiled from kernels.c",
     ("inference/ops/cpu/kernels.py", "import subprocess"): "starts the C compiler on kernels.c, which is its own",
