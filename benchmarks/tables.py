@@ -344,6 +344,18 @@ def rank_step(record: dict[str, Any]) -> str:
     return rank_step.table(record["results"])
 
 
+def scale_out(record: dict[str, Any]) -> str:
+    import scale_out
+
+    return scale_out.layouts_table(record["results"])
+
+
+def overlap(record: dict[str, Any]) -> str:
+    import scale_out
+
+    return scale_out.overlap_table(record["results"])
+
+
 def model(record: dict[str, Any]) -> str:
     import model_gpu
 
@@ -361,6 +373,7 @@ BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "check_speed": (check_speed, "check_speed"), "results": (results, "demo"),
     "compiled_reference": (compiled_reference, "compiled_reference"),
     "kernel_cpu_clang": (kernel_cpu_clang, "kernel_cpu_clang"),
+    "scale_out": (scale_out, "scale_out"), "overlap": (overlap, "overlap"),
 }  # fmt: skip
 
 

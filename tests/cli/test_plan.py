@@ -1,6 +1,7 @@
 """What plan.py prints and refuses: an estimate of what a run takes."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -142,6 +143,14 @@ def test_layouts(capsys):
     status, out, _ = command(capsys, "--config", CONFIG, "--world-size", 8, "--memory", 80, "--concurrency", 4)
     assert status == 0 and out.count("no room for a sequence") == 8
     assert out.endswith("no layout holds a sequence of 4,096 tokens: more ranks, or more memory\n")
+
+
+def test_the_document_shows_a_table_of_layouts(capsys, monkeypatch):
+    text = (INFERENCE.parent / "docs" / "performance.md").read_text()
+    [shown] = re.findall(r"^python plan\.py (.*)$", text, re.MULTILINE)
+    monkeypatch.chdir(INFERENCE)
+    out = command(capsys, *shown.split())[1]
+    assert f"```\n{out[out.index('layouts of') :]}```" in text
 
 
 def test_layouts_where_not_every_number_of_lanes_divides(capsys):

@@ -27,6 +27,7 @@ import kernel_gpu
 import model_gpu
 import online_serving
 import rank_step
+import scale_out
 import tables
 from core.config import load_config
 from ops.cpu import kernels
@@ -477,3 +478,42 @@ def test_the_server_bench_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert side["between_tokens_s"] and "throughput_ratio" not in row
     runpy.run_path(str(FIGURE))["draw"](record, tmp_path / "server.png")
     assert (tmp_path / "server.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_copies_of_a_token_that_dispatch_sends() -> None:
+    """As counted for the design: to other nodes, and within eight GPUs to all ranks but the token's own."""
+    v3 = load_config(tables.ROOT / "configs" / scale_out.V3)
+    others = {gpus: scale_out.copies(v3, gpus) for gpus in (8, 16, 32, 64)}
+    assert [round(others[gpus][0], 1) for gpus in (8, 16, 32, 64)] == [0, 1.0, 2.3, 3.5]
+    assert others[8][1] == pytest.approx(3.96 * 7 / 8, rel=0.02)
+    assert all(nodes + spread > 3 and nodes <= 7 for nodes, spread in others.values())
+    assert all(spread <= 8 for _, spread in others.values())
+
+
+def test_many_gpus_are_counted_as_the_committed_table_has_them(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scale_out, "GPUS", (8, 32))
+    results, _, code = run(scale_out)
+    committed = {(row["gpu"], row["gpus"]): row for row in tables.read("scale_out")["results"]["rows"]}
+    assert code == 0 and len(results["rows"]) == 4
+    for row in results["rows"]:
+        other = committed[row["gpu"], row["gpus"]]
+        for key in ("decode_gather", "decode_dispatch", "prefill_gather", "prefill_dispatch"):
+            if row[key] is None:
+                assert other[key] is None
+                continue
+            assert row[key]["tokens_per_second_node"] == pytest.approx(other[key]["tokens_per_second_node"], rel=0.02)
+            assert row[key]["weights"] == other[key]["weights"]
+    by_gpus = {(row["gpu"], row["gpus"]): row for row in results["rows"]}
+    assert by_gpus["H800", 8]["decode_gather"] is None  # 86.9 GB and more do not fit
+    assert by_gpus["H200", 32]["decode_gather"]["exchange_ms"] > 5 * by_gpus["H200", 32]["decode_dispatch"]["exchange_ms"]
+
+
+def test_two_overlapping_batches_as_committed(run: Any) -> None:
+    results, _, code = run(scale_out, "--overlap")
+    committed = tables.read("overlap")["results"]["rows"]
+    assert code == 0 and [row["gain"] for row in results["rows"]] == pytest.approx([row["gain"] for row in committed])
+    slow = [row for row in committed if row["kind"] == "decode" and row["gain"] > 1]
+    assert [(row["system"], row["rows"]) for row in slow] == [("H800, 200 Gb/s", 64)]  # as the document says
+    assert max(row["gain"] for row in committed) == pytest.approx(1.45, abs=0.005)
+    for row in committed:
+        assert row["node_first_exchange_ms"] <= row["exchange_ms"] * (1 + 1e-9)
