@@ -168,6 +168,7 @@ def convert_memory(record: dict[str, Any]) -> str:
     converted = [row for row in rows if row["what"].startswith("convert for ")]
     ranks = [row["what"].removeprefix("convert for ") for row in converted]
     [cast] = [row for row in rows if row["what"].startswith("cast")]
+    quantized = [row for row in rows if row["what"].startswith("quantize")]
 
     def peaks(*of: dict[str, Any]) -> list[str]:
         return [f"{max(row[key] for row in of)} MiB" for key in ("peak_mib", "peak_anonymous_mib")]
@@ -178,6 +179,7 @@ def convert_memory(record: dict[str, Any]) -> str:
     return report.table(header, [
         [f"`convert.py`, for {names} ranks", *peaks(*converted)],
         ["`fp8_cast_bf16.py`, on the CPU", *peaks(cast)],
+        *([f"`quantize.py --format {row['what'].split()[2]}`, on the CPU", *peaks(row)] for row in quantized),
     ])  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from lib.race import Case, Contestant
 from lib.timing import NoClock, Refused
 
 import bench
+import convert_memory
 import kernel_cpu
 import kernel_gpu
 import model_gpu
@@ -259,6 +260,24 @@ def test_the_cpu_kernels_bench(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(kernel_cpu.kernel_cpu, "linear", lambda *args: right(*args) * 1.02)
     with pytest.raises(AssertionError, match="ours is"):
         run(kernel_cpu, "--turns", "1")
+
+
+def test_memory_of_every_converter(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """quantize.py as well, from FP8 and from plain weights; the table has a row for each."""
+    sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256,
+             "num_attention_heads": 8, "q_lora_rank": 128, "kv_lora_rank": 128}  # fmt: skip
+    monkeypatch.setattr(convert_memory, "V3", convert_memory.V3 | sizes)
+    rows, printed, code = run(convert_memory, "--ranks", "1", "2", "--layers", "2")
+    assert code == 0 and json.loads(printed.splitlines()[-1])["within"]
+    read = {row["what"]: row["bytes_read"] for row in rows}
+    assert list(read) == ["convert for 1", "convert for 2", "quantize to int4 on the CPU", "cast to bf16 on the CPU",
+                          "quantize to fp8 on the CPU"]  # fmt: skip
+    assert read["quantize to fp8 on the CPU"] == rows[3]["bytes_written"] > 1.5 * read["cast to bf16 on the CPU"]
+    table = tables.convert_memory({"results": rows}).splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == [
+        "`convert.py`, for 1 or 2 ranks", "`fp8_cast_bf16.py`, on the CPU",
+        "`quantize.py --format int4`, on the CPU", "`quantize.py --format fp8`, on the CPU",
+    ]  # fmt: skip
 
 
 def test_figures_and_their_table() -> None:
