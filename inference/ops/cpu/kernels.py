@@ -334,15 +334,16 @@ def pack(w: torch.Tensor) -> Packed:
 
 
 def pack_weight(w: Weight) -> Packed:
-    """Packs a weight that `packs` accepts, (N, K) or (E, N, K). A stack's data is packed in place where that is
-    possible, which destroys it."""
+    """Packs a weight that `packs` accepts, (N, K) or (E, N, K). A stack is packed in place where that is possible,
+    which destroys it."""
     data, form = w.data.contiguous(), FORMS[w.data.dtype]
     width, packing = panel_width(), 2 if w.data.dtype == torch.uint8 else 1
     n, k = data.shape[-2], data.shape[-1] * packing
     held = data if data.dtype == torch.bfloat16 else data.view(torch.uint8)
     shape = (*data.shape[:-2], -(-n // width), _even(k) // packing, width)
     is_stack = data.dim() == 3
-    out = held.view(shape) if is_stack and is_packed_in_place(n, k) else held.new_empty(shape)
+    in_place = is_stack and is_packed_in_place(n, k)
+    out = held.view(shape) if in_place else held.new_empty(shape)
     threads = torch.get_num_threads()
     scratch = held.new_empty(threads, _even(k) // packing * width)
     for one, to in zip(held, out, strict=True) if is_stack else [(held, out)]:
@@ -351,14 +352,22 @@ def pack_weight(w: Weight) -> Packed:
         return Packed(out, n, k)
     scale = w.scale if w.scale.dtype in (torch.bfloat16, torch.float32) else w.scale.float()
     if w.block[0] == 1:
-        zero = None if w.zero is None else _in_lines(w.zero)
-        return Packed(out, n, k, w.data.dtype, _in_lines(scale), w.block, zero)
+        zero = None if w.zero is None else _in_lines(w.zero, in_place)
+        return Packed(out, n, k, w.data.dtype, _in_lines(scale, in_place), w.block, zero)
     return Packed(out, n, k, w.data.dtype, scale.contiguous(), w.block)
 
 
-def _in_lines(s: torch.Tensor) -> torch.Tensor:
-    """Scales or zero points of rows (…, N, blocks) as lines of panels: (…, panels, blocks, panel width)."""
+def _in_lines(s: torch.Tensor, in_place: bool) -> torch.Tensor:
+    """Scales or zero points of rows (…, N, blocks) as lines of panels: (…, panels, blocks, panel width). `in_place`:
+    those of a stack whose N is whole panels, where they lie, an expert at a time. A copy of each stack would be freed
+    among other tensors, and the allocator keeps such memory."""
     width = panel_width()
+    if in_place:
+        s = s.contiguous()
+        for one in s:
+            lines = one.unflatten(0, (-1, width)).mT.clone(memory_format=torch.contiguous_format)
+            one.view(lines.shape).copy_(lines)
+        return s.view(len(s), *lines.shape)
     filled = F.pad(s, (0, 0, 0, -s.shape[-2] % width))
     return filled.unflatten(-2, (-1, width)).mT.contiguous()
 
