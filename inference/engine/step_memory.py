@@ -22,7 +22,8 @@ DRAWN_ROWS, SAMPLER_BYTES = 32, 56  # distributions the sampler makes at one tim
 # Limits that ops have, of which a test compares each with the op's own; importing them would take Triton, or C.
 SPLIT_BYTES, SLAB_BYTES, PROGRAMS, TILE_ROWS, FIXED_SPLIT = 256 << 20, 1 << 30, 264, 64, 512  # ops/gpu/attention.py
 SPLIT_K_BYTES = 10 << 20  # ops/gpu/gemm.py: a product's sums of parts of K
-LANES, SPLIT, PART_ROWS, THREAD_ROWS = 16, 256, 8192, 80  # ops/cpu/kernels.c, for mla: see _in_torch
+LANES, COLUMNS, SPLIT, PART_ROWS, THREAD_ROWS = 16, 64, 256, 8192, 80  # ops/cpu/kernels.c, for mla: see _in_torch
+BLOCK_KEYS, PANEL, ROWS = 256, 32, 12  # the same, for mla_prefill: see _expanded_in_c
 
 
 def step_bytes(rank: RankSpec, config: RunConfig, decode: bool = False) -> int:
@@ -107,28 +108,42 @@ def _on_gpu(rank: RankSpec, tokens: int, rows: int, sequences: int, context: int
 
 
 def _in_torch(rank: RankSpec, tokens: int, rows: int, sequences: int, context: int, n: int) -> int:
-    """ops/reference.py and the CPU's forms: gathered latents, and the form that takes the most. In C the results of
-    parts of SPLIT keys or more are joined, PART_ROWS of a sequence or one of each row; a thread has THREAD_ROWS."""
+    """ops/reference.py and the CPU's forms: gathered latents, and the form that takes the most. In C none are gathered;
+    the results of parts of SPLIT keys or more are joined, PART_ROWS of a sequence or one of each row; a thread has
+    THREAD_ROWS."""
     args, num, b, alike = rank.args, rank.num, rank.num.dtype.itemsize, rank.num.batch_invariant
     c, r, dv = args.kv_lora_rank, args.qk_rope_head_dim, args.v_head_dim
     latent, width = args.latent_dim, args.qk_head_dim
     w_uk, w_uv = (torch.empty(1, d, c, device="meta") for d in (width - r, dv))
     few = reference.absorbed_rows(w_uk, w_uv, r)
     plain = rank.gpu or rank.reference
-    one_by_one = plain or alike or (rank.compiled and not num.fp8_latents)
-    gathered = b * (min(sequences, 2) + alike if one_by_one else sequences) + 14 * num.fp8_latents
-    forms = [_tiles(b, ROW_BLOCK if alike else min(rows, few), n, latent, c, 8 * latent)]
+    in_c = rank.compiled and not (plain or alike or num.fp8_latents)
+    gathered = 0 if in_c else b * (min(sequences, 2) + alike if plain or alike else sequences) + 14 * num.fp8_latents
+    forms = [] if in_c else [_tiles(b, ROW_BLOCK if alike else min(rows, few), n, latent, c, 8 * latent)]
     if not alike:
         absorbed = n * min(tokens, few * sequences) + LANES * sequences + THREAD_ROWS * torch.get_num_threads()
-        parts = min(absorbed * -(-context // SPLIT), absorbed + PART_ROWS * sequences)
-        mask = cpu_attention.TORCH_DECODE_ROWS * context * n * (1 + b)
-        forms += [b * absorbed * (4 * latent + dv) + 4 * parts * (in_blocks(c) + 2) + mask]
-    if not alike and rows > few:
+        most = max(absorbed, PART_ROWS) if sequences == 1 else absorbed + PART_ROWS * sequences
+        parts, wide = min(absorbed * -(-context // SPLIT), most), -(-c // COLUMNS) * COLUMNS
+        mask = 0 if in_c else cpu_attention.TORCH_DECODE_ROWS * context * n * (1 + b)
+        forms += [b * absorbed * (4 * latent + dv) + 4 * parts * (wide + 2) + mask]
+    if in_c and rows > few:
+        forms += [_expanded_in_c(rows, context, n, width - r, r, c, dv)]
+    elif not alike and rows > few:
         at_once = 0 if plain or dv > width else min(context, cpu_attention.EXPANDED_BYTES // (8 * n * width))
         forms += [at_once * (12 * n * width + 4 * latent) + 4 * n * dv * c + rows * (5 * at_once + 12 * n * width)]
         forms += [_tiles(b, rows, n, width, dv, 10 * n * (width + dv))] if at_once < context else []
-    rotated = 16 * tokens * (n * r + latent)  # in float32, before anything is gathered
+    rotated = 0 if in_c else 16 * tokens * (n * r + latent)  # in float32, before anything is gathered
     return max(rotated, (context + alike * reference.KEY_TILE) * latent * gathered + max(forms))
+
+
+def _expanded_in_c(rows: int, context: int, n: int, dn: int, r: int, c: int, dv: int) -> int:
+    """The latents in panels, and what each thread has: a head's weights, BLOCK_KEYS of its keys and values, and queries
+    and sums of the rows that it takes, all in float32 at most."""
+    threads, width, values = torch.get_num_threads(), dn + r + 2, -(-dv // PANEL) * PANEL
+    rows = -(-rows // -(-threads // n)) + 2 * ROWS
+    thread = 4 * (dn + dv) * (c + 1) + 2 * BLOCK_KEYS * (width + values) + 4 * max(dn, dv) * PANEL
+    thread += 4 * rows * (width + values + 2) + 8 * ROWS * BLOCK_KEYS + 4 * 64
+    return 2 * (context + PANEL) * (c + r + 2) + threads * thread
 
 
 def _tiles(b: int, rows: int, n: int, d: int, dv: int, key: int) -> int:

@@ -410,6 +410,62 @@ def test_sequences_of_many_rows_are_left_alone():
     assert attend(inputs, most=0).eq(7).all()
 
 
+def expand(inputs, most: int = 0, units: bool = False) -> torch.Tensor:
+    out = torch.full((*inputs[0].shape[:2], inputs[5].shape[1]), 7.0).bfloat16()
+    kernels.mla_prefill(*inputs, most, out, units)
+    return out
+
+
+@pytest.mark.parametrize("units", [False, True])
+@pytest.mark.parametrize(
+    "lengths, new", [([1], [1]), ([33, 31], [33, 31]), ([300], [300]), ([700, 90], [513, 90]), ([600, 257], [29, 1])]
+)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {}, {"n": 16, "c": 512, "r": 64}, {"n": 3, "c": 7, "r": 2, "dv": 5}, {"n": 1, "dn": 5, "c": 50},
+        {"n": 2, "dn": 128, "r": 64, "dv": 192, "c": 64},  # GigaChat3's values
+    ],
+)  # fmt: skip
+def test_mla_prefill(lengths, new, sizes, units):
+    """Less than a panel of keys, some and several blocks of them, with keys before the rows and without."""
+    inputs, expected = problem(lengths, new, **sizes)
+    assert relative_error(expand(inputs, units=units), expected) < 4.5e-3  # keys and values are rounded as well
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_a_prefilled_row_does_not_depend_on_others(units):
+    """To the bit: neither on other sequences nor on later rows; NaN in a sequence stays there."""
+    lengths, new = [300, 700], [300, 400]
+    inputs, _ = problem(lengths, new)
+    q_nope, q_pe, latents, batch, *rest = inputs
+    together = expand(inputs, units=units)
+    own = batch.pages[1, :11].tolist()
+    for first, last in ((300, 317), (340, 600), (699, 700)):
+        rows = slice(first, last)  # of the batch; the second sequence's are at 300 more, of 700
+        part = Batch.pack([([0] * (last - first), first, own)])
+        assert torch.equal(expand((q_nope[rows], q_pe[rows], latents, part, *rest), units=units), together[rows])
+    latents[batch.pages[0, 0], 5] = math.nan
+    spoiled = expand(inputs, units=units)
+    assert spoiled[5:300].isnan().all() and torch.equal(spoiled[300:], together[300:])
+
+
+def test_prefill_far_apart():
+    """Where one key takes it all, and where those of the first blocks count for nothing."""
+    (q_nope, q_pe, latents, batch, w_uk, w_uv, _), _ = problem([900], [300])
+    inputs = q_nope, q_pe, latents, batch, w_uk, w_uv, 40.0
+    expected = reference.mla_expanded(
+        q_nope, q_pe, reference.gather(latents, batch.pages[0], 900), batch.positions, w_uk, w_uv, 40.0
+    )
+    assert relative_error(expand(inputs), expected) < 3e-2
+
+
+def test_prefill_leaves_sequences_of_few_rows_alone():
+    inputs, expected = problem([300, 200, 100], [20, 16, 17])
+    out = expand(inputs, most=16)
+    assert out[20:36].eq(7).all() and relative_error(out[36:], expected[36:]) < 4.5e-3
+
+
 def test_wrong_dtypes_are_noticed():
     packed = kernels.pack(randn(32, 8))
     with pytest.raises(Exception, match="float16 where C takes"):

@@ -137,11 +137,11 @@ class CompiledCpuBackend(CpuBackend):
         w_uv: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """Sequences of few query rows in C, over bfloat16 latents in their pages; the others by torch."""
+        """In C, over bfloat16 latents in their pages: sequences of few query rows absorbed, the others expanded."""
         if self.batch_invariant or latents.dtype == torch.uint8:
             return super().mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale)
         out = q_nope.new_empty(*q_nope.shape[:2], w_uv.shape[1])
         most = reference.absorbed_rows(w_uk, w_uv, q_pe.shape[-1])
-        for form in (kernels.mla, attention.prefill):
-            form(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, most, out)
+        kernels.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, most, out)
+        kernels.mla_prefill(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, most, out, self.units)
         return out

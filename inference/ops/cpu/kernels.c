@@ -78,12 +78,14 @@ INLINE vf widen_v(const bf16 *x) { return (vf)(longer(*(const vh *)x) << 16); }
 
 INLINE vf select_v(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
 
-INLINE void narrow_v(vf x, bf16 *out) {
+INLINE vu bits_v(vf x) { /* of x as bfloat16, in the low halves */
     vu bits = (vu)x;
     bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     vi nan = x != x;
-    *(vh *)out = shorter((vu)((nan & 0x7fc0) | (~nan & (vi)bits)));
+    return (vu)((nan & 0x7fc0) | (~nan & (vi)bits));
 }
+
+INLINE void narrow_v(vf x, bf16 *out) { *(vh *)out = shorter(bits_v(x)); }
 
 INLINE vf max_v(vf a, vf b) { return select_v(a > b, a, b); }
 
@@ -1372,5 +1374,210 @@ void mla(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, const bf16 *
                 else if (n == 3) expand(joined, wide, w, dv, c, 3, to);
                 else expand(joined, wide, w, dv, c, 4, to);
             }
+    }
+}
+
+/* ------------------------------------------------------------------------------------- attention of many query rows */
+
+enum { BLOCK_KEYS = 256 }; /* of a head, that are expanded, scored and summed up together */
+
+/* Bytes of mla_prefill's scratch: latents in panels, and each thread's parts. */
+typedef struct {
+    Way way;
+    int64_t c, d, values, blocks, splits;                                /* c, dn + r and dv filled up; of query rows */
+    int64_t latents, weights, keys, summed, queries, sums, scores, thread; /* summed: what becomes keys or values */
+} Many;
+
+static Many many_of(int64_t n, int64_t length, int64_t heads, int64_t dn, int64_t r, int64_t c, int64_t dv, int units,
+                    int threads) {
+    Many m = {FLOATS, even(c), even(dn) + even(r), in_wholes(dv, WIDTH) * WIDTH, blocks_of(n), 1, 0, 0, 0, 0, 0, 0, 0, 0};
+#ifdef __AVX512BF16__
+    if (units) m.way = PAIRS;
+#endif
+    (void)units;
+    if (heads < threads) m.splits = least(in_wholes(threads, heads), m.blocks);
+    const int64_t rows = in_wholes(m.blocks, m.splits) * ROWS, of_x = bytes_of(m.way), line = 64;
+    m.latents = in_wholes(length, WIDTH) * WIDTH * (m.c + even(r)) * sizeof(bf16);
+    m.weights = in_wholes((dn + dv) * m.c * of_x, line) * line;
+    m.keys = BLOCK_KEYS * (m.d + m.values) * sizeof(bf16);
+    m.summed = (dn > dv ? dn : dv) * WIDTH * sizeof(float);
+    m.queries = in_wholes(rows * m.d * of_x, line) * line;
+    m.sums = in_wholes(rows * (m.values + 2) * sizeof(float), line) * line;
+    m.scores = 2 * ROWS * BLOCK_KEYS * sizeof(float);
+    m.thread = m.weights + m.keys + m.summed + m.queries + m.sums + m.scores;
+    return m;
+}
+
+/* How many bytes of scratch mla_prefill needs. */
+int64_t prefill_bytes(int64_t n, int64_t length, int64_t heads, int64_t dn, int64_t r, int64_t c, int64_t dv, int units,
+                      int threads) {
+    const Many m = many_of(n, length, heads, dn, r, c, dv, units, threads);
+    return 64 + m.latents + threads * m.thread;
+}
+
+/* Rows of numbers (n, k), `stride` apart, to blocks of interleaved rows, of which each has `wide` k in all, from k `at`
+ * on: blocks [b0, b1) of n's. */
+static void interleave_blocks(const bf16 *x, int64_t n, int64_t k, int64_t stride, int64_t wide, int64_t at, int64_t b0,
+                              int64_t b1, Way way, char *out) {
+    const int64_t row = block_start(n, b0);
+    for (int64_t b = b0; b < b1; b++) {
+        const int64_t first = block_start(n, b), r = block_start(n, b + 1) - first;
+        char *to = out + ((first - row) * wide + at * r) * bytes_of(way);
+        for (int64_t i = 0; i < r; i++) interleave(x, 0, first + i, stride, k, i, r, way, to);
+    }
+}
+
+/* x, n rows interleaved in blocks, by one panel of k: sums (n, WIDTH). */
+static void by_panel(const char *x, int64_t n, const bf16 *panel, int64_t k, Way way, float *out) {
+    const Part part = {(const uint8_t *)panel, 0, k, 0, (const uint8_t *)panel, 0, 0};
+    for (int64_t b = 0; b < blocks_of(n); b++) {
+        const int64_t first = block_start(n, b), r = block_start(n, b + 1) - first;
+        product((const float *)(x + first * k * bytes_of(way)), r, &part, way, 1, out + first * WIDTH);
+    }
+}
+
+/* Scores (panels, r, WIDTH) of row i of r, times scale, of which the first `seen` keys count, to weights: interleaved, and
+ * their sum added to *total. Returns what the sums so far are multiplied by. */
+INLINE float weigh(float *scores, int64_t panels, int i, int r, int64_t seen, float scale, Way way, float *most,
+                   float *total, float *weights) {
+    vf largest = (vf){0} + *most, sum = {0};
+    vi lane;
+    for (int l = 0; l < LANES; l++) lane[l] = l;
+    for (int64_t k = 0; k < panels * WIDTH; k += LANES) {
+        vf *at = (vf *)(scores + (k / WIDTH * r + i) * WIDTH + k % WIDTH), score = *at * scale;
+        if (k + LANES > seen) score = select_v(lane < (int32_t)(seen - k), score, (vf){0} - INFINITY);
+        largest = max_v(largest, score);
+        *at = score;
+    }
+    float base = largest[0];
+    for (int l = 1; l < LANES; l++) base = largest[l] > base ? largest[l] : base;
+    const float before = *most;
+    *most = base;
+    if (base == -INFINITY) base = 0;
+    for (int64_t k = 0; k < panels * WIDTH; k += LANES) {
+        vf weight = exp_v(*(vf *)(scores + (k / WIDTH * r + i) * WIDTH + k % WIDTH) - base);
+        if (way == PAIRS) {
+            bf16 rounded[LANES];
+            const vu bits = bits_v(weight);
+            *(vh *)rounded = shorter(bits);
+            weight = (vf)(bits << 16);
+            for (int l = 0; l < LANES / 2; l++) memcpy(weights + (k / 2 + l) * r + i, rounded + 2 * l, sizeof(float));
+        } else
+            for (int l = 0; l < LANES; l++) weights[(k + l) * r + i] = weight[l];
+        sum += weight;
+    }
+    const float kept = exp_v((vf){0} + (before - base))[0];
+    *total = *total * kept + sum_v(sum);
+    return kept;
+}
+
+/* As reference.mla_expanded, of one sequence's n rows: q_nope (n, heads, dn), tokens q_stride and heads head_stride
+ * apart, q_pe (n, heads, r), `length` latents (pages of `page` tokens, c + r), w_uk (heads, dn, c), w_uv (heads, dv, c),
+ * to out (n, heads, dv).
+ *
+ * The latents are put in panels once; of each head, BLOCK_KEYS of them at a time, keys and values are expanded, rounded
+ * to bfloat16 and put in panels too, and all rows that see them are multiplied by them, in blocks. With `units` as pairs,
+ * the weights rounded. scratch: prefill_bytes. */
+void mla_prefill(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, const bf16 *q_pe, const bf16 *latents,
+                 int64_t page, const int32_t *pages, int64_t length, const int64_t *positions, int64_t n, int64_t heads,
+                 int64_t dn, int64_t r, int64_t c, int64_t dv, const bf16 *w_uk, const bf16 *w_uv, float scale, bf16 *out,
+                 void *scratch, int units, int threads) {
+    const Many m = many_of(n, length, heads, dn, r, c, dv, units, threads);
+    const Way way = m.way;
+    const int64_t of_x = bytes_of(way), of_panel = (m.c + even(r)) * WIDTH;
+    bf16 *packed = (bf16 *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
+    int64_t next_task = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        char *weights = (char *)packed + m.latents + omp_get_thread_num() * m.thread;
+        bf16 *keys = (bf16 *)(weights + m.weights), *values = keys + BLOCK_KEYS * m.d;
+        float *summed = (float *)((char *)keys + m.keys);
+        char *queries = (char *)summed + m.summed;
+        float *sums = (float *)(queries + m.queries), *scores = (float *)((char *)sums + m.sums);
+        float *chosen = scores + ROWS * BLOCK_KEYS, ones[WIDTH];
+        for (int i = 0; i < WIDTH; i++) ones[i] = 1;
+        memset(values, 0, BLOCK_KEYS * m.values * sizeof(bf16)); /* what fills them up is no NaN */
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < in_wholes(length, WIDTH); p++) {
+            bf16 *panel = packed + p * of_panel;
+            memset(panel, 0, of_panel * sizeof(bf16));
+            for (int64_t key = p * WIDTH; key < least(length, (p + 1) * WIDTH); key++) {
+                const bf16 *row = latents + (pages[key / page] * page + key % page) * (c + r);
+                bf16 *column = panel + key % WIDTH * 2, *turned = column + m.c * WIDTH;
+                for (int64_t j = 0; j < c; j++) column[j / 2 * 2 * WIDTH + j % 2] = row[j];
+                for (int64_t j = 0; j < r; j++) turned[j / 2 * 2 * WIDTH + j % 2] = row[c + j];
+            }
+        }
+        for (int64_t task; (task = __atomic_fetch_add(&next_task, 1, __ATOMIC_RELAXED)) < heads * m.splits;) {
+            const int64_t h = task / m.splits, b0 = m.blocks * (task % m.splits) / m.splits;
+            const int64_t b1 = m.blocks * (task % m.splits + 1) / m.splits, row = block_start(n, b0);
+            const int64_t rows = block_start(n, b1) - row;
+            float *most = sums + rows * m.values, *total = most + rows;
+            int64_t last = 0;
+            for (int64_t i = 0; i < rows; i++) {
+                most[i] = -INFINITY, total[i] = 0;
+                last = positions[row + i] > last ? positions[row + i] : last;
+            }
+            memset(sums, 0, rows * m.values * sizeof(float));
+            interleave_blocks(w_uk + h * dn * c, dn, c, c, m.c, 0, 0, blocks_of(dn), way, weights);
+            interleave_blocks(w_uv + h * dv * c, dv, c, c, m.c, 0, 0, blocks_of(dv), way, weights + dn * m.c * of_x);
+            interleave_blocks(q_nope + h * head_stride, n, dn, q_stride, m.d, 0, b0, b1, way, queries);
+            interleave_blocks(q_pe + h * r, n, r, heads * r, m.d, even(dn), b0, b1, way, queries);
+            for (int64_t key = 0; key <= last; key += BLOCK_KEYS) {
+                const int64_t panels = in_wholes(least(BLOCK_KEYS, least(length, last + 1) - key), WIDTH);
+                for (int64_t p = 0; p < panels; p++) {
+                    const bf16 *panel = packed + (key / WIDTH + p) * of_panel;
+                    vu *to = (vu *)(keys + p * WIDTH * m.d);
+                    by_panel(weights, dn, panel, m.c, way, summed);
+                    for (int64_t j = 0; j < dn; j += 2)
+                        for (int i = 0; i < WIDTH; i += LANES, to++) {
+                            *to = bits_v(*(vf *)(summed + j * WIDTH + i));
+                            if (j + 1 < dn) *to |= bits_v(*(vf *)(summed + (j + 1) * WIDTH + i)) << 16;
+                        }
+                    memcpy(to, panel + m.c * WIDTH, even(r) * WIDTH * sizeof(bf16));
+                    by_panel(weights + dn * m.c * of_x, dv, panel, m.c, way, summed);
+                    for (int64_t v = 0; v < dv; v++) {
+                        bf16 rounded[WIDTH], *column = values + v / WIDTH * BLOCK_KEYS * WIDTH + v % WIDTH * 2;
+                        for (int i = 0; i < WIDTH; i += LANES) narrow_v(*(vf *)(summed + v * WIDTH + i), rounded + i);
+                        for (int i = 0; i < WIDTH; i += 2)
+                            memcpy(column + (p * WIDTH + i) * WIDTH, rounded + i, 2 * sizeof(bf16));
+                    }
+                }
+                for (int64_t b = b0; b < b1; b++) {
+                    const int64_t first = block_start(n, b), count = block_start(n, b + 1) - first, own = first - row;
+                    int64_t seen = 0;
+                    for (int64_t i = first; i < first + count; i++)
+                        seen = positions[i] + 1 - key > seen ? positions[i] + 1 - key : seen;
+                    const int64_t used = least(in_wholes(seen, WIDTH), panels);
+                    float *acc = sums + own * m.values;
+                    if (used == 0) continue;
+                    for (int64_t p = 0; p < used; p++) {
+                        const uint8_t *lines = (const uint8_t *)(keys + p * WIDTH * m.d);
+                        const Part part = {lines, 0, m.d, 0, lines, 0, 0};
+                        product((const float *)(queries + own * m.d * of_x), count, &part, way, 1, scores + p * count * WIDTH);
+                    }
+                    for (int64_t i = 0; i < count; i++) {
+                        const float kept = weigh(scores, used, i, count, positions[first + i] + 1 - key, scale, way,
+                                                 most + own + i, total + own + i, chosen);
+                        for (int64_t v = 0; v < m.values && kept != 1; v += LANES)
+                            *(vf *)(acc + (v / WIDTH * count + i) * WIDTH + v % WIDTH) *= kept;
+                    }
+                    for (int64_t v = 0; v < m.values; v += WIDTH) {
+                        const uint8_t *lines = (const uint8_t *)(values + v * BLOCK_KEYS);
+                        const Part part = {lines, 0, used * WIDTH, ones, lines, 0, 0};
+                        product(chosen, count, &part, way, 1, acc + v * count);
+                    }
+                }
+            }
+            for (int64_t b = b0; b < b1; b++) {
+                const int64_t first = block_start(n, b), count = block_start(n, b + 1) - first, own = first - row;
+                for (int64_t i = 0; i < count; i++)
+                    for (int64_t v = 0; v < dv; v += WIDTH) {
+                        float *acc = sums + own * m.values + (v * count + i * WIDTH);
+                        for (int l = 0; l < WIDTH; l += LANES) *(vf *)(acc + l) /= total[own + i];
+                        narrow_row(acc, least(WIDTH, dv - v), out + ((first + i) * heads + h) * dv + v);
+                    }
+            }
+        }
     }
 }

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 from core.batch import Batch
 from core.numerics import Form
+from ops.cpu.attention import lengths_of
 from ops.formats import Routing, Weight
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -554,3 +555,32 @@ def mla(
         batch.pages.shape[1], *lengths, batch.positions, len(batch.kv_lens), most, n, dn, r, c, dv, w_uk, w_uv, scale,
         out, numbers, scratch, threads,
     )  # fmt: skip
+
+
+def mla_prefill(
+    q_nope: torch.Tensor,
+    q_pe: torch.Tensor,
+    latents: torch.Tensor,
+    batch: Batch,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    scale: float,
+    most: int,
+    out: torch.Tensor,
+    units: bool = False,
+) -> None:
+    """As reference.mla, expanded, for sequences with more than `most` query rows: fills their rows of out (T, N, dv).
+    `units`: as in `linear`; the softmax's weights are rounded too."""
+    found, (n, dn, c), dv, r = _kernels(), w_uk.shape, w_uv.shape[1], q_pe.shape[-1]
+    assert latents.is_contiguous() and out.is_contiguous() and latents.shape[-1] == c + r
+    q_nope, q_pe, pages, threads = _rows(q_nope), q_pe.contiguous(), batch.pages.contiguous(), torch.get_num_threads()
+    bounds, lengths = lengths_of(batch)
+    for b, length in enumerate(lengths):
+        first, count = bounds[b], bounds[b + 1] - bounds[b]
+        if count > most:
+            size = found.prefill_bytes(count, length, n, dn, r, c, dv, units, threads)
+            found.mla_prefill(
+                q_nope[first:], q_nope.stride(0), q_nope.stride(1), q_pe[first:], latents, latents.shape[1], pages[b],
+                length, batch.positions[first:], count, n, dn, r, c, dv, w_uk, w_uv, scale, out[first:],
+                torch.empty(size, dtype=torch.uint8), units, threads,
+            )  # fmt: skip
