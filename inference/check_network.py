@@ -13,6 +13,11 @@ ever.
 Exit status: 0 nothing wrong; 1 a difference, a dead or slow link, a wrong sum or a lost rank; 2 wrong use.
 """
 
+if __name__ == "__main__":
+    from cli.interrupts import end_process_on_interrupt
+
+    end_process_on_interrupt()
+
 import argparse
 import contextlib
 import json
