@@ -1,9 +1,14 @@
-"""The tensor-parallel ranks of a run and their collectives, which do nothing where there is one rank."""
+"""The ranks of a run and their collectives, which do nothing where there is one rank.
+
+A run has one group of all ranks. With data-parallel lanes (`--dp`) each rank is in two more: its lane, which is tensor
+parallel (`tp`), and the ranks that have its place in the other lanes (`dp`). See startup.lanes.
+"""
 
 import contextlib
 import datetime
+import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -22,7 +27,7 @@ ONE_SHOT_BYTES = 384 << 10  # up to which one-shot sums are faster than NCCL's r
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that share the weights of one model. `pg` moves activations (NCCL, gloo or what else the device has),
+    """Ranks that work on one model together. `pg` moves activations (NCCL, gloo or what else the device has),
     `control` moves integers of the host (gloo). Every rank of the group must call the same collectives in the same
     order; all of them raise RankFailure where another rank is lost."""
 
@@ -31,7 +36,8 @@ class Group:
     pg: Any = field(default=None, compare=False, repr=False)
     control: Any = field(default=None, compare=False, repr=False)
     timeout: float = field(default=300.0, compare=False)  # seconds a rank waits for another
-    ordered: bool = False  # sums are taken in rank order, whatever their size (batch-invariant mode)
+    members: tuple[int, ...] = ()  # their numbers among all ranks of the run; empty: these are all
+    ordered: bool = False  # sums are taken in one order, whatever their size (batch-invariant mode): see tree_sum
     through_host: bool = field(default=False, compare=False)  # activations go through the host's memory and `control`
     one_shot: Any = field(default=None, compare=False, repr=False)  # a OneShot, where the GPUs see each other's memory
     process: RankProcess = field(default_factory=RankProcess, compare=False, repr=False)
@@ -53,7 +59,7 @@ class Group:
         """Sums x over the ranks in place, in x's own dtype, and returns it.
 
         A library's all-reduce adds the ranks in an order that depends on an element's place in the buffer, so with
-        `ordered` the parts are gathered and added here; two ranks' sum is the same either way.
+        `ordered` the parts are gathered and added here, in float32; two ranks' sum is the same either way.
         """
         if self.size == 1:
             return x
@@ -68,9 +74,7 @@ class Group:
                 return x
             parts = [torch.empty_like(x) for _ in range(self.size)]
             dist.all_gather(parts, x.contiguous(), group=self.pg)
-        for part in parts[1:]:
-            parts[0] += part
-        return x.copy_(parts[0])
+        return x.copy_(tree_sum(parts))
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """(..., n) on every rank to (..., n * size), in rank order."""
@@ -83,6 +87,41 @@ class Group:
         with self.process.translate_collective_errors():
             dist.all_gather(parts, x.contiguous(), group=self.pg)
         return torch.cat(parts, dim=-1)
+
+    def gather(self, counts: Sequence[int], *parts: torch.Tensor) -> list[torch.Tensor]:
+        """For each part (n, ...) the rows of all ranks, (sum of counts, ...), in rank order. Rank i gives its first
+        counts[i] rows; `counts` is the same on all ranks. One message of bytes, whatever the parts' dtypes."""
+        if self.size == 1:
+            return list(parts)
+        mine, most = counts[self.rank], max(counts)
+        widths = [math.prod(part.shape[1:]) * part.itemsize for part in parts]
+        message = parts[0].new_zeros(most, sum(widths), dtype=torch.uint8)
+        for part, columns in zip(parts, message.split(widths, dim=1), strict=True):
+            columns[:mine] = part[:mine].contiguous().view(torch.uint8).view(mine, columns.shape[1])
+        rows = [message.new_empty(most, sum(widths), device="cpu" if self.through_host else message.device)
+                for _ in range(self.size)]  # fmt: skip
+        with self.process.translate_collective_errors():
+            dist.all_gather(rows, message.to(rows[0].device), group=self.control if self.through_host else self.pg)
+        whole = torch.cat([row[:n] for row, n in zip(rows, counts, strict=True)]).to(message.device)
+        return [
+            columns.contiguous().view(part.dtype).view(-1, *part.shape[1:])
+            for columns, part in zip(whole.split(widths, dim=1), parts, strict=True)
+        ]
+
+    def scatter_sum(self, x: torch.Tensor, counts: Sequence[int], n: int) -> torch.Tensor:
+        """The opposite: x (sum of counts, H), a part of every rank's rows, to the sum of all parts of this rank's own,
+        (n, H) in x's dtype. Added in float32; rows from counts[rank] on are zeros."""
+        if self.size == 1:
+            return x
+        mine = counts[self.rank]
+        parts = x.new_empty(self.size * mine, *x.shape[1:], device="cpu" if self.through_host else x.device)
+        with self.process.translate_collective_errors():
+            dist.all_to_all_single(
+                parts, x.contiguous().to(parts.device), [mine] * self.size, list(counts),
+                group=self.control if self.through_host else self.pg,
+            )  # fmt: skip
+        total = tree_sum(parts.to(x.device).view(self.size, mine, *x.shape[1:])).to(x.dtype)
+        return total if mine == n else torch.cat((total, total.new_zeros(n - mine, *x.shape[1:])))
 
     def _record_partial_sum(self, x: torch.Tensor) -> None:
         if x.is_cpu:  # elsewhere a kernel more for each collective would slow decoding down
@@ -105,7 +144,7 @@ class Group:
         """Overwrites x, a host tensor of the same shape and dtype on all ranks, with rank 0's, and returns it."""
         if self.size > 1:
             with self.process.translate_collective_errors():
-                dist.broadcast(x, src=0, group=self.control)
+                dist.broadcast(x, group=self.control, group_src=0)
         return x
 
     def broadcast_ints(self, values: list[int]) -> list[int]:
@@ -124,6 +163,16 @@ class Group:
         with self.process.translate_collective_errors():
             dist.all_gather(parts, x, group=self.control)
         return torch.stack(parts)
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes on every rank, in rank order: their lengths first, then they themselves."""
+        if self.size == 1:
+            return [data]
+        lengths = self.gather_ints(torch.tensor(len(data))).tolist()
+        if not any(lengths):
+            return [b""] * self.size
+        padded = self.gather_ints(torch.frombuffer(bytearray(data.ljust(max(lengths), b"\0")), dtype=torch.uint8))
+        return [row.numpy().tobytes()[:n] for row, n in zip(padded, lengths, strict=True)]
 
     def min_int(self, value: int) -> int:
         """The smallest of the ranks' values."""
@@ -181,6 +230,30 @@ class Group:
 
 
 SOLO = Group()
+
+
+def share_of(tp: Group, dp: Group) -> Group:
+    """This rank's place among the ranks of all lanes that share the MLPs and experts, for `rank` and `size` alone: it
+    has no collectives. The ranks of one `dp` group hold neighbouring shares, so that dp.scatter_sum and then
+    tp.all_reduce add all shares as one tree (tree_sum)."""
+    return Group(tp.rank * dp.size + dp.rank, tp.size * dp.size)
+
+
+def tree_sum(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The sum of tensors of one shape, in float32, as a binary tree over their order: ((0 + 1) + (2 + 3)) + …
+
+    With parts in runs of a power of two, sums of the runs and then their sum are the same bits: it does not matter how
+    many of them a rank adds before the ranks' sums are added. Of n parts at most 1 + log2(n) sums exist at a time."""
+    runs: list[tuple[int, torch.Tensor]] = []  # sums of the latest parts, of how many: ever fewer, powers of two
+    for part in parts:
+        n, total = 1, part.float()
+        while runs and runs[-1][0] == n:
+            n, total = 2 * n, runs.pop()[1] + total
+        runs.append((n, total))
+    _, total = runs.pop()
+    while runs:
+        total = runs.pop()[1] + total
+    return total
 
 
 class OneShot:

@@ -4,6 +4,8 @@ import datetime
 import os
 import socket
 import zlib
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,7 @@ from core import devices
 from core.errors import UserError
 from parallel import launcher
 from parallel.failure import RankProcess
-from parallel.group import SOLO, Group, OneShot
+from parallel.group import MAX_PARTIAL_SUMS, SOLO, Group, OneShot
 
 JOINING_LIMIT = 600.0  # seconds for all ranks to come up; a later one may have torch to import from a slow disk
 
@@ -97,7 +99,50 @@ def on(device: torch.device, group: Group) -> Group:
     with group.process.translate_collective_errors():
         wait = datetime.timedelta(seconds=group.timeout)
         group = replace(group, pg=dist.new_group(backend=backend, timeout=wait, device_id=device))
-    if device.type != "cuda" or len(group.process.neighbours) < group.size:
+    return _with_one_shot(group, device)
+
+
+def lanes(world: Group, n: int, device: torch.device) -> tuple[Group, Group]:
+    """This rank's lane, of the n that the ranks of `world` make, and the ranks that have its place in the others.
+
+    Lanes are neighbouring ranks, so that they share a host. `world` is one that `on` made for `device`. Every rank
+    calls it with the same n. Raises UserError where n does not divide the ranks.
+    """
+    if n == 1:
+        return world, replace(SOLO, process=world.process)
+    if world.size % n:
+        raise UserError(f"--dp {n} does not divide {world.size} rank{'s' * (world.size > 1)}")
+    size = world.size // n
+    tp = _subgroup(world, [tuple(range(i, i + size)) for i in range(0, world.size, size)], device)
+    dp = _subgroup(world, [tuple(range(i, world.size, size)) for i in range(size)], device)
+    return tp, dp
+
+
+def _subgroup(world: Group, partition: Sequence[tuple[int, ...]], device: torch.device) -> Group:
+    """The group of this rank among those of `partition`; torch wants every rank to make all of them."""
+    mine = next(members for members in partition if world.rank in members)
+    place: dict[str, Any] = {"rank": mine.index(world.rank), "size": len(mine), "members": mine}
+    if len(mine) == 1:  # so are the others
+        return replace(world, **place, pg=None, control=None, one_shot=None, through_host=False)
+    if len(mine) == world.size:
+        return replace(world, members=mine)
+    wait = datetime.timedelta(seconds=world.timeout)
+    backend = collectives_of(device) if device.type != "cpu" else None
+    made = {}
+    with world.process.translate_collective_errors("could not join the others"):
+        for members in partition:
+            control = dist.new_group(list(members), timeout=wait, backend="gloo")
+            pg = dist.new_group(list(members), timeout=wait, backend=backend, device_id=device) if backend else control
+            made[members] = pg, control
+    pg, control = made[mine]
+    group = replace(world, **place, pg=pg, control=control, one_shot=None, partial_sums=deque(maxlen=MAX_PARTIAL_SUMS))
+    return _with_one_shot(group, device)
+
+
+def _with_one_shot(group: Group, device: torch.device) -> Group:
+    """The group with one-shot sums, if its GPUs are on one host and have them. Every rank of it calls it."""
+    neighbours = {rank for rank, _ in group.process.neighbours}
+    if device.type != "cuda" or not neighbours.issuperset(group.members or range(group.size)):
         return group
     one_shot = OneShot.create(group, device)
     return replace(group, one_shot=one_shot) if group.min_int(int(one_shot is not None)) else group

@@ -1,10 +1,9 @@
-"""Any rank's shard in one process: ranks as threads whose collectives are a barrier and a sum."""
+"""Any rank's shard in one process: ranks as threads (support/thread_ranks.py)."""
 
 import os
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,55 +22,7 @@ from support.checkpoints import fp8_sizes
 from support.families import FAMILIES, V3
 from support.model_pairs import hidden_states, ours, random_checkpoint, relative_error, tokens
 from support.rank_weights import unquantise
-
-
-class Ranks:
-    """Meeting place of `size` threads."""
-
-    def __init__(self, size: int):
-        self.barrier = threading.Barrier(size)
-        self.slots: list[torch.Tensor | None] = [None] * size
-        self.reduced = [0] * size
-
-    def exchange(self, rank: int, x: torch.Tensor) -> list[torch.Tensor]:
-        self.slots[rank] = x.clone()
-        self.barrier.wait(30)
-        parts = [p for p in self.slots if p is not None]
-        self.barrier.wait(30)
-        return parts
-
-
-@dataclass(frozen=True)
-class ThreadGroup(Group):
-    ranks: Ranks = field(default=None, compare=False)  # type: ignore[assignment]
-
-    def all_reduce(self, x):
-        self.ranks.reduced[self.rank] += 1
-        return x.copy_(torch.stack(self.ranks.exchange(self.rank, x)).sum(0))
-
-    def all_gather(self, x):
-        return torch.cat(self.ranks.exchange(self.rank, x), dim=-1)
-
-
-def on_every_rank(size: int, work) -> list:
-    """work(group) on `size` threads; their results in rank order. The first exception is raised here."""
-    ranks, results, errors = Ranks(size), [None] * size, []
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = work(ThreadGroup(rank, size, ranks=ranks))
-        except BaseException as e:
-            errors.append(e)
-            ranks.barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(r,)) for r in range(size)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    if errors:
-        raise errors[0]
-    return results
+from support.thread_ranks import on_every_rank
 
 
 @pytest.mark.parametrize("experts", ["whole", "split"])
