@@ -12,7 +12,7 @@ import torch
 from checkpoint.detect import Detected
 from checkpoint.manifest import HF_FORMATS, HF_INDEX, HF_MANIFEST
 from checkpoint.packed import LAYOUTS, contradiction, unpack
-from checkpoint.partition import Partition
+from checkpoint.partition import Partition, choose_files
 from checkpoint.reading import DTYPE_NAMES, Entry, Reader, dtype_and_shape, read_header
 from checkpoint.stacked import unstack
 from checkpoint.table import (
@@ -124,9 +124,7 @@ class Checkpoint:
         Raises UserError when files are missing, damaged, or not what the index says.
         """
         if self.ranks is not None and ranks not in self.ranks:
-            counts = " or ".join(map(str, self.ranks))
-            wanted = f"not {ranks}; start as many, or convert for {ranks}"
-            raise UserError(f"{self.path}: converted for {counts} ranks, {wanted}")
+            raise self._made_for_others(ranks)
         if manifest := self.manifests.get(ranks) or self.manifests.get(None):
             try:
                 return manifest.entries(rank if manifest.ranks else None, self._header)
@@ -197,6 +195,25 @@ class Checkpoint:
             return self.manifests[ranks].experts
         return None if self.kind == "hf" else "whole"
 
+    def made_for(self, ranks: int, lanes: int = 1) -> int:
+        """The number of ranks whose files such a run reads: its own, else the most for which each part that one of its
+        ranks holds lies within one file's part. Whole tensors, an "hf" directory's, are those of one rank.
+
+        Raises UserError where there are no such files.
+        """
+        if self.ranks is None:
+            return 1
+        if (found := choose_files(self.ranks, ranks, lanes)) is None:
+            raise self._made_for_others(ranks, lanes)
+        return found
+
+    def _made_for_others(self, ranks: int, lanes: int = 1) -> UserError:
+        counts = " or ".join(map(str, self.ranks or ()))
+        wanted = f"not {ranks}; start as many, or convert for {ranks}"
+        if lanes > 1:
+            wanted = f"not {ranks} in {lanes} lanes; convert for {ranks // lanes}, or give the original files"
+        return UserError(f"{self.path}: converted for {counts} ranks, {wanted}")
+
     def partition(
         self,
         args: ModelArgs,
@@ -208,17 +225,15 @@ class Checkpoint:
         """How its weights are divided over `ranks` ranks, those of all lanes. `quantised`: the rows of the table that
         stay so when they are loaded or converted.
 
-        Raises UserError as Partition.choose does, and for lanes where the files were made for ranks: each holds a
-        share of the attention, of which a lane's ranks have more.
+        Raises UserError as Partition.choose and `made_for` do.
         """
-        if lanes > 1 and self.ranks is not None:
-            counts = " or ".join(map(str, self.ranks))
-            wanted = f"not {ranks} in {lanes} lanes; --dp {lanes} needs the checkpoint that they were converted from"
-            raise UserError(f"{self.path}: converted for {counts} ranks, {wanted}")
+        made_for = self.made_for(ranks, lanes)
         stored = quantised_rows(self.expected(args))
         if self.kind != "hf":  # files made for ranks hold parts of the scales
             quantised |= stored
-        return Partition.choose(args, ranks, asked, self.experts(ranks), quantised, has_experts(stored), lanes)
+        return Partition.choose(
+            args, ranks, asked, self.experts(made_for), quantised, has_experts(stored), lanes
+        )
 
     def expected(self, args: ModelArgs) -> dict[str, Spec]:
         """Every tensor that the config asks for, by our name, in the dtype that it is stored in, if it may be. The same

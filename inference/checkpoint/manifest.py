@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, get_args
 from tqdm import tqdm
 
 from checkpoint.atomic import PENDING, TEMPORARY
+from checkpoint.partition import choose_files
 from checkpoint.reading import Entry, hash_file
 from core.errors import CheckpointError, UserError
 from core.files import missing, read_json, require_folder, stand_in
@@ -264,11 +265,12 @@ def verify_command(folder: Path) -> int:
     return 1 if bad else 0
 
 
-def require_hashes(folder: Path, ranks: int, share: tuple[int, int], progress: bool = True) -> None:
-    """Verifies, before a load for that many ranks, every n-th file from the i-th on, where `share` is (i, n), so that
-    the ranks of a host divide the work. Raises UserError with the first difference, or where there is no manifest."""
+def require_hashes(folder: Path, ranks: int, share: tuple[int, int], progress: bool = True, lanes: int = 1) -> None:
+    """Verifies, before a load for that many ranks in so many lanes, every n-th file from the i-th on, where `share` is
+    (i, n), so that the ranks of a host divide the work. Raises UserError with the first difference, or where there is
+    no manifest."""
     manifests = read_manifests(folder)
-    manifest = manifests.get(ranks) or manifests.get(None)
+    manifest = manifests.get(choose_files([n for n in manifests if n], ranks, lanes)) or manifests.get(None)
     if manifest is None:
         raise UserError(f"{folder}: --verify needs the manifest that {WRITERS} write")
     files = [*manifest.files, *manifest.small][share[0] :: share[1]]

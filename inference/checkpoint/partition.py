@@ -1,5 +1,6 @@
 """How weights are divided over ranks: chosen once for a run or a conversion, and passed on as a `Partition`."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from checkpoint.table import BLOCK, DENSE, EXPERT, MOE, Row, Spec, sizes
@@ -88,6 +89,22 @@ class Partition:
         return tuple(
             (part * (n // parts), (part + 1) * (n // parts)) if d == split else (0, n) for d, n in enumerate(spec.shape)
         )
+
+
+def holder(spec: Spec, of: Partition, part: int, files: Partition) -> int:
+    """The rank of `files` whose part of a tensor has in it part number `part` of `of`, which is no coarser."""
+    if files.experts == "whole" and spec.expert is not None:
+        return spec.expert // (files.args.n_routed_experts // files.ranks)
+    number, parts = (of.share(part), of.ranks) if spec.inner else (part % of.tp, of.tp)
+    return number * files.ranks // parts
+
+
+def choose_files(made_for: Iterable[int], ranks: int, lanes: int = 1) -> int | None:
+    """Of conversions for these numbers of ranks, the one that a run reads: for its own number, else for the most of
+    which each holds all that some of its ranks do; None if there is none."""
+    tp = ranks // lanes
+    fitting = [n for n in made_for if tp % n == 0 or (n, lanes) == (ranks, 1)]
+    return max(fitting, default=None)
 
 
 def choose_experts(

@@ -162,6 +162,9 @@ def load(
         config = run_config(options)
         startup.choose_threads(config.threads, local_size)
         require_folder(Path(options.ckpt_path))
+        if tp.size % config.dp:
+            ranks = f"{tp.size} rank{'s' * (tp.size > 1)}"
+            raise UserError(f"--dp {config.dp}: {ranks} cannot make so many equal lanes; start a multiple (torchrun)")
         device = startup.choose_device(config.device, local_rank, local_size)
         prepared = prepare() if tp.rank == 0 else None
         return replace(config, device=device.type), device, prepared  # type: ignore[arg-type]
@@ -170,7 +173,8 @@ def load(
     agree_on_flags(config, options, tp)
     if config.verify:
         share = local_rank, local_size
-        tp.run_on_all_ranks(lambda: require_hashes(Path(options.ckpt_path), tp.size, share, progress=tp.rank == 0))
+        folder, first = Path(options.ckpt_path), tp.rank == 0
+        tp.run_on_all_ranks(lambda: require_hashes(folder, tp.size, share, first, config.dp))
     if "max_num_mixed_tokens" in options:
         config = config.for_serving()
     engine = Engine.from_pretrained(
@@ -178,7 +182,7 @@ def load(
         config,
         config=options.config,
         device=device,
-        tp=startup.on(device, tp),
+        world=startup.on(device, tp),
         progress=True,
         chat=chat,
         thinking=thinking,
@@ -205,10 +209,10 @@ def agree_on_flags(config: RunConfig, options: argparse.Namespace, tp: "Group") 
 def follow(engine: "Engine") -> int:
     """What every rank but 0 does until rank 0 calls `finish`; returns rank 0's exit status."""
     engine.serve()
-    return engine.tp.broadcast_ints([])[0]
+    return engine.world.broadcast_ints([])[0]
 
 
 def finish(engine: "Engine", status: int) -> int:
     """Ends the other ranks, with this exit status, and returns it. For rank 0."""
     engine.close()
-    return engine.tp.broadcast_ints([status])[0]
+    return engine.world.broadcast_ints([status])[0]

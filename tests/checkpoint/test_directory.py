@@ -11,7 +11,7 @@ import torch
 from checkpoint.convert import convert
 from checkpoint.directory import Checkpoint
 from checkpoint.manifest import HF_INDEX
-from checkpoint.partition import Partition
+from checkpoint.partition import Partition, choose_files
 from checkpoint.reading import Reader, read_header
 from core.errors import UserError
 from core.numerics import Numerics
@@ -268,14 +268,17 @@ def test_converted_for_another_number_of_ranks(source, converted, tmp_path):
 
 
 def test_lanes_of_files_that_were_converted_for_ranks(source, converted):
-    """They hold a share of the attention, and a lane's ranks want more; the original files serve any number of lanes."""
+    """Files of two ranks hold all that a lane of two or four wants, and not all that a lane of one does."""
     checkpoint, original = Checkpoint(converted), Checkpoint(source)
     for ranks in (2, 4):
         with pytest.raises(UserError) as e:
-            checkpoint.partition(checkpoint.args, ranks, lanes=2)
-        wanted = f"not {ranks} in 2 lanes; --dp 2 needs the checkpoint that they were converted from"
+            checkpoint.partition(checkpoint.args, ranks, lanes=ranks)
+        wanted = f"not {ranks} in {ranks} lanes; convert for 1, or give the original files"
         assert str(e.value) == f"{converted}: converted for 2 ranks, {wanted}"
         assert original.partition(original.args, ranks, lanes=2).tp == ranks // 2
+    assert [checkpoint.made_for(*layout) for layout in ((2, 1), (4, 1), (4, 2), (8, 2))] == [2] * 4
+    assert [choose_files((1, 2, 4, 6), *layout) for layout in ((2, 1), (12, 1), (3, 1), (4, 4), (8, 2))] == [2, 6, 1, 1, 4]
+    assert choose_files((2, 4), 3) is None
 
 
 def test_upstream_with_a_rank_missing(source, tmp_path):
