@@ -2,7 +2,8 @@
 
 Numbers in brackets are equations of the DeepSeek-V3 technical report (arXiv 2412.19437); "V2" is the DeepSeek-V2 report
 (arXiv 2405.04434). Every op is a method of `ops`, the backend that the model is built with (ops/reference.py specifies
-them). The model names a group's collectives and no rank's number.
+them). The model names a group's collectives and no rank's number: `tp`, a lane's ranks, share the heads; `ep`, those of
+all lanes, share MLPs and experts, which therefore run on the tokens of all lanes, gathered over `dp`.
 
 Shapes in comments:
     T  tokens of all sequences, one after another     B  sequences             H  hidden size (args.dim)
@@ -28,7 +29,7 @@ from core.run_config import PAGE_SIZE
 from ops.backend import ReferenceBackend, choose_backend
 from ops.formats import Quantised, Routing, Scales, Weight, packed_latent_bytes
 from ops.reference_backend import plain_tokens
-from parallel.group import SOLO, Group
+from parallel.group import SOLO, Group, share_of, tree_sum
 
 INNER_NORM_EPS = 1e-6  # of q_norm and kv_norm in the released code, whatever rms_norm_eps says
 
@@ -155,7 +156,7 @@ class MLA(nn.Module):
 
     def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend):
         super().__init__()
-        self.args, self.tp, self.dtype, self.ops = args, tp, num.dtype, ops
+        self.args, self.dtype, self.ops = args, num.dtype, ops
         self.n_heads = tp.split(args.n_heads, "n_heads")
         stacked = num.inside("wqkv_a")
         # W^DQ with W^DKV and W^KR (1, 3, 6); a model without a query latent has W^Q in the place of W^DQ
@@ -171,6 +172,14 @@ class MLA(nn.Module):
         self.wkv_b = Linear(args.kv_lora_rank, kv_width, num.inside("wkv_b"), ops)
         self.wo = Linear(self.n_heads * args.v_head_dim, args.dim, num.inside("wo"), ops)
 
+    @property
+    def fp8(self) -> Scales | None:
+        return self.wqkv_a.fp8
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        return ("wqkv_a", "q_norm", "kv_norm") if self.args.q_lora_rank else ("kv_norm",)
+
     def prepare(self) -> None:
         """Splits wkv_b into W^UK and W^UV (2, 5), dequantised once."""
         kv_b = self.wkv_b.dequantised(self.dtype).unflatten(0, (self.n_heads, -1))  # (N, dn + dv, C)
@@ -182,8 +191,8 @@ class MLA(nn.Module):
     def forward(
         self, x: torch.Tensor | Quantised, batch: Batch, latents: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """x (T, H) to (T, H). Writes the tokens' latents into this layer's (n_pages, PAGE_SIZE, C + R) at batch.slots,
-        then attends to all latents of each sequence. cos, sin: (T, R/2) float32."""
+        """x (T, H) to this rank's partial sum (T, H). Writes the tokens' latents into this layer's (n_pages, PAGE_SIZE,
+        C + R) at batch.slots, then attends to all latents of each sequence. cos, sin: (T, R/2) float32."""
         args = self.args
         q, kv = self.wqkv_a.split(self.wqkv_a(x))  # (1, 3, 6) in one product: (T, Q), (T, C + R)
         if args.q_lora_rank:
@@ -194,16 +203,18 @@ class MLA(nn.Module):
         # RoPE of (3) and (8), and the cache write
         q_pe = self.ops.latent_write(c_kv, k_pe, norm.weight, norm.eps, cos, sin, q_pe, batch.slots, latents)
         o = self.ops.mla(q_nope, q_pe, latents, batch, self.w_uk, self.w_uv, args.softmax_scale)  # (10): (T, N, dv)
-        return self.tp.all_reduce(self.wo(o.flatten(1)))  # (11): (T, H)
+        return self.wo(o.flatten(1))  # (11): (T, H)
 
 
 class MLP(nn.Module):
     """SwiGLU, its inner width split over the ranks: x (T, H) to this rank's partial sum (T, H)."""
 
-    def __init__(self, dim: int, inter_dim: int, num: Numerics, tp: Group, ops: ReferenceBackend, what: str):
+    whole = ()
+
+    def __init__(self, dim: int, inter_dim: int, num: Numerics, ep: Group, ops: ReferenceBackend, what: str):
         super().__init__()
         self.ops = ops
-        self.inner = tp.split(inter_dim, what)
+        self.inner = ep.split(inter_dim, what)
         # gate and up, one product for two
         self.w13 = Linear(dim, {"w1": self.inner, "w3": self.inner}, num.inside("w13"), ops)
         self.w2 = Linear(self.inner, dim, num.inside("w2"), ops)
@@ -211,6 +222,10 @@ class MLP(nn.Module):
     @property
     def fp8(self) -> Scales | None:
         return self.w13.fp8
+
+    def inputs(self, x: torch.Tensor | Quantised) -> "FeedForwardInputs":
+        """What `forward` takes of tokens x (T, H)."""
+        return (x._replace(x=None) if isinstance(x, Quantised) else x,)
 
     def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
         return self.w2(self.ops.silu_mul(self.w13(x), self.inner, self.w2.fp8))
@@ -242,16 +257,16 @@ class Experts(nn.Module):
     width of every one. Either way the result is this rank's partial sum (T, H).
     """
 
-    def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend):
+    def __init__(self, args: ModelArgs, num: Numerics, ep: Group, ops: ReferenceBackend):
         super().__init__()
         self.ops = ops
         n, self.first, self.inner = args.n_routed_experts, 0, args.moe_inter_dim
         self.n_experts = n
         if num.experts == "split":
-            self.inner = tp.split(args.moe_inter_dim, "moe_inter_dim")
+            self.inner = ep.split(args.moe_inter_dim, "moe_inter_dim")
         else:
-            n = tp.split(args.n_routed_experts, "n_routed_experts")
-            self.first = tp.rank * n
+            n = ep.split(args.n_routed_experts, "n_routed_experts")
+            self.first = ep.rank * n
         self.w13 = Linear(args.dim, {"w1": self.inner, "w3": self.inner}, num, ops, experts=n)  # gate and up
         self.w2 = Linear(self.inner, args.dim, num, ops, experts=n)
 
@@ -269,40 +284,104 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """DeepSeekMoE (12): routed experts, and shared ones for every token. The result is this rank's partial sum."""
 
-    def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend):
+    whole = ("gate",)
+
+    def __init__(self, args: ModelArgs, num: Numerics, ep: Group, ops: ReferenceBackend):
         super().__init__()
         self.gate = Gate(args, num.inside("gate"), ops)
-        self.experts = Experts(args, num.inside("experts"), tp, ops)
+        self.experts = Experts(args, num.inside("experts"), ep, ops)
         self.shared_experts = None
         if args.n_shared_experts:
             width = args.n_shared_experts * args.moe_inter_dim
             self.shared_experts = MLP(
-                args.dim, width, num.inside("shared_experts"), tp, ops, "the shared experts' width"
+                args.dim, width, num.inside("shared_experts"), ep, ops, "the shared experts' width"
             )
 
     @property
     def fp8(self) -> Scales | None:
         return self.experts.w13.fp8
 
-    def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
-        """x (T, H) to (T, H). A Quantised x must have kept x itself, which the router takes."""
-        plain, shared = plain_tokens(x), None
+    def inputs(self, x: torch.Tensor | Quantised) -> "FeedForwardInputs":
+        """What `forward` takes of tokens x (T, H): they themselves, and the router's choice. A Quantised x must have
+        kept x itself, which the router takes."""
+        routed = self.gate(plain_tokens(x))
+        if isinstance(x, Quantised) and (self.shared_experts is None or self.shared_experts.fp8):
+            x = x._replace(x=None)
+        return x, *routed
+
+    def forward(self, x: torch.Tensor | Quantised, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """x (T, H), weights and ids (T, K) to (T, H)."""
+        shared = None
         if self.shared_experts is not None:
-            shared = partial(self.shared_experts, x if self.shared_experts.fp8 else plain)
-        return self.experts(x, *self.gate(plain), shared)
+            shared = partial(self.shared_experts, x if self.shared_experts.fp8 else plain_tokens(x))
+        return self.experts(x, weights, ids, shared)
+
+
+# Tokens x (T, H), of experts with their weights and ids (T, K).
+FeedForwardInputs = tuple[torch.Tensor | Quantised] | tuple[torch.Tensor | Quantised, torch.Tensor, torch.Tensor]
+
+
+def gather_inputs(dp: Group, lane_rows: tuple[int, ...], inputs: FeedForwardInputs) -> FeedForwardInputs:
+    """The feed-forward layer's inputs for the tokens of all lanes, of which each gives its first lane_rows[i]."""
+    if dp.size == 1:
+        return inputs
+    x, *routed = inputs
+    if not isinstance(x, Quantised):
+        return tuple(dp.gather(lane_rows, x, *routed))  # type: ignore[return-value]
+    plain = [] if x.x is None else [x.x]
+    q, s, *rest = dp.gather(lane_rows, x.q, x.s, *plain, *routed)
+    return Quantised(q, s, rest.pop(0) if plain else None, x.dtype), *rest  # type: ignore[return-value]
+
+
+class VirtualRanks(nn.ModuleList):
+    """A module of this rank, computed as the shares that several ranks would have, one after another (deterministic
+    mode). Each share has the shapes of that many ranks and rounds once; their sum is taken in float32, as one tree over
+    all shares of all ranks. Which rank computes a share then changes no bit.
+
+    What a share does not split (`whole`) the shares have in common.
+    """
+
+    @classmethod
+    def of(cls, num: Numerics, ranks: Group, make: Callable[[Group], Any]) -> Any:
+        """`make` of this rank's place among `ranks`, or of each virtual rank's that it stands for."""
+        if num.virtual_ranks == 1:
+            return make(ranks)
+        n = num.virtual_ranks // ranks.size
+        first, *others = shares = [make(Group(ranks.rank * n + i, num.virtual_ranks)) for i in range(n)]
+        for share in others:
+            for name in first.whole:
+                setattr(share, name, getattr(first, name))
+        return cls(shares)
+
+    @property
+    def fp8(self) -> Scales | None:
+        first: Any = self[0]
+        return first.fp8  # type: ignore[no-any-return]
+
+    def inputs(self, x: torch.Tensor | Quantised) -> "FeedForwardInputs":
+        first: Any = self[0]
+        return first.inputs(x)  # type: ignore[no-any-return]
+
+    def forward(self, *inputs: Any) -> torch.Tensor:
+        """This rank's partial sum (T, H), float32."""
+        return tree_sum(share(*inputs) for share in self)
 
 
 class Block(nn.Module):
     """A transformer layer: attention and feed-forward, each after its norm and with a residual."""
 
-    def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend, dense: bool):
+    def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend, dense: bool, dp: Group = SOLO):
         super().__init__()
-        self.tp = tp
+        self.tp, self.dp, self.dtype = tp, dp, num.dtype
         self.attn_norm = RMSNorm(args.dim, args.norm_eps, ops)
-        self.attn = MLA(args, num.inside("attn"), tp, ops)
+        self.attn = VirtualRanks.of(num, tp, lambda tp: MLA(args, num.inside("attn"), tp, ops))
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps, ops)
-        inner = num.inside("ffn")
-        self.ffn = MLP(args.dim, args.inter_dim, inner, tp, ops, "inter_dim") if dense else MoE(args, inner, tp, ops)
+
+        def feed_forward(ep: Group) -> nn.Module:
+            inner = num.inside("ffn")
+            return MLP(args.dim, args.inter_dim, inner, ep, ops, "inter_dim") if dense else MoE(args, inner, ep, ops)
+
+        self.ffn = VirtualRanks.of(num, share_of(tp, dp), feed_forward)
 
     def forward(
         self,
@@ -315,9 +394,12 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream x (T, H) and the output still to be added to it, before and after this layer: the next
         norm does each addition, so that both are one op."""
-        y, x = self.attn_norm.add(x, delta, self.attn.wqkv_a.fp8)
-        y, x = self.ffn_norm.add(x, self.attn(y, batch, latents, cos, sin), self.ffn.fp8, keep=True)
-        return x, self.tp.all_reduce(self.ffn(y))
+        y, x = self.attn_norm.add(x, delta, self.attn.fp8)
+        delta = self.tp.all_reduce(self.attn(y, batch, latents, cos, sin)).to(self.dtype)
+        y, x = self.ffn_norm.add(x, delta, self.ffn.fp8, keep=True)
+        inputs = gather_inputs(self.dp, batch.lane_rows, self.ffn.inputs(y))
+        own = self.dp.scatter_sum(self.ffn(*inputs), batch.lane_rows, len(x))
+        return x, self.tp.all_reduce(own).to(self.dtype)
 
 
 class MTP(Block):
@@ -325,8 +407,8 @@ class MTP(Block):
     state that predicts token i + 2. Embedding and head are the main model's.
     """
 
-    def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend):
-        super().__init__(args, num, tp, ops, dense=False)
+    def __init__(self, args: ModelArgs, num: Numerics, tp: Group, ops: ReferenceBackend, dp: Group = SOLO):
+        super().__init__(args, num, tp, ops, dense=False, dp=dp)
         self.enorm = RMSNorm(args.dim, args.norm_eps, ops)
         self.hnorm = RMSNorm(args.dim, args.norm_eps, ops)
         self.eh_proj = Linear(2 * args.dim, args.dim, num, ops, dtype=num.dtype)
@@ -341,6 +423,7 @@ class Transformer(nn.Module):
     """One rank's share of the model. Its weights are uninitialised: load them, then call `prepare`."""
 
     inv_freq: torch.Tensor
+    head_shares: list[Any]  # the head's rows as the backend multiplies by them, those of each virtual rank apart
 
     def __init__(
         self,
@@ -350,26 +433,29 @@ class Transformer(nn.Module):
         device: torch.device | str = "cpu",
         mtp: bool | None = None,
         backend: ReferenceBackend | None = None,
+        dp: Group = SOLO,
     ):
-        """tp: the ranks that share the model. mtp: whether to build the MTP module, which a checkpoint may lack; None:
-        if args has it. backend: computes every op; None: the fastest one for the device and the numerics.
+        """tp: the ranks of a lane, which is all of them unless `dp` are those with this one's place in other lanes.
+        mtp: whether to build the MTP module, which a checkpoint may lack; None: if args has it. backend: computes every
+        op; None: the fastest one for the device and the numerics.
 
         Raises UserError if a size does not divide by the ranks.
         """
         super().__init__()
-        self.args, self.num, self.tp = args, num, tp
+        self.args, self.num, self.tp, self.dp = args, num, tp, dp
         self.device = torch.device(device)
         self.ops = ops = backend or choose_backend(self.device, num)
         with self.device:
             self.embed = Embedding(args, num, tp)
             self.layers = nn.ModuleList(
-                Block(args, num.inside(f"layers.{i}"), tp, ops, i < args.n_dense_layers) for i in range(args.n_layers)
+                Block(args, num.inside(f"layers.{i}"), tp, ops, i < args.n_dense_layers, dp)
+                for i in range(args.n_layers)
             )
             self.norm = RMSNorm(args.dim, args.norm_eps, ops)
             rows, held = tp.split(args.vocab_size, "vocab_size"), num.inside("head").exact_dtype
             self.head = Linear(args.dim, rows, num, ops, dtype=held)
             n_mtp = args.n_mtp_layers if mtp is None else int(mtp)
-            self.mtp = nn.ModuleList(MTP(args, num.inside(f"mtp.{k}"), tp, ops) for k in range(n_mtp))
+            self.mtp = nn.ModuleList(MTP(args, num.inside(f"mtp.{k}"), tp, ops, dp) for k in range(n_mtp))
             self.register_buffer("inv_freq", yarn_frequencies(args), persistent=False)
         if args.tie_word_embeddings:
             self.head.weight = self.embed.weight
@@ -380,8 +466,13 @@ class Transformer(nn.Module):
             if isinstance(module, MLA):
                 module.prepare()
         for module in list(self.modules()):
-            if isinstance(module, Gate) or module is self.head:
+            if isinstance(module, Gate):
                 _replace(module, "weight", self.ops.pack_float32_weight(module.weight))
+            elif module is self.head:
+                shares = module.weight.chunk(max(self.num.virtual_ranks // self.tp.size, 1))
+                self.head_shares = [self.ops.pack_float32_weight(share) for share in shares]
+                if self.head_shares[0] is not shares[0]:
+                    del module.weight
             elif isinstance(module, Linear):
                 module.prepare()
         return self
@@ -425,8 +516,9 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (rows, H) to logits (rows, V) float32, on every rank."""
-        return self.tp.all_gather(self.ops.project_float32(hidden, self.head.weight))
+        """Hidden states (rows, H) to logits (rows, V) float32, on every rank of the lane."""
+        shares = [self.ops.project_float32(hidden, share) for share in self.head_shares]
+        return self.tp.all_gather(torch.cat(shares, dim=-1) if len(shares) > 1 else shares[0])
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (T, R/2) float32 of the rotary embedding at positions (T,)."""

@@ -1,6 +1,7 @@
 """A checkpoint's weights, read into one rank's model."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint.directory import Checkpoint
-from checkpoint.partition import Ranges
+from checkpoint.partition import Partition, Ranges, holder
 from checkpoint.reading import Entry, Reader, dtype_and_shape, require_equal
 from checkpoint.table import PLAIN, Spec, quantised_rows, scale_name, zero_name
 from core import devices
@@ -18,7 +19,8 @@ from core.config import ModelArgs
 from core.errors import UserError, warn
 from core.numerics import Form, Numerics
 from ops import reference
-from parallel.group import SOLO, Group
+
+NUMBERED = re.compile(r"\.(attn|ffn)\.(\d+)\.")  # a share of several in one rank: see model.VirtualRanks
 
 
 @dataclass
@@ -34,7 +36,7 @@ class TensorCopy:
     zero: Entry | None = None
 
 
-def load_into(model: nn.Module, checkpoint: Checkpoint, group: Group = SOLO, progress: bool = True) -> None:
+def load_into(model: nn.Module, checkpoint: Checkpoint, progress: bool = True) -> None:
     """Fills every parameter of one rank's model in place, and reads only that rank's part of the checkpoint.
 
     Quantised weights stay so where the parameter is; elsewhere they become float32(q) * scale, rounded once to the
@@ -42,47 +44,84 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, group: Group = SOLO, pro
     the bfloat16 of their parameter. Everything is checked before any weight is read. Raises UserError when the
     checkpoint is damaged or does not fit the model.
     """
-    copies = plan_load(model, checkpoint, group)
+    copies = plan_load(model, checkpoint)
     zero_padding(model)
     total = sum(c.entry.row_bytes * (c.cut[0][1] - c.cut[0][0]) for c in copies)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress or group.rank != 0)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress or _place(model)[0] != 0)
     with bar, Reader() as reader, Reader() as beside, torch.no_grad():  # a scale may lie in another file
         for copy in sorted(copies, key=lambda c: (c.entry.file, c.entry.start)):
             scale, zero = (beside.read(entry).float() if entry else None for entry in (copy.scale, copy.zero))
             _fill(copy, scale, zero, reader, bar)
 
 
-def plan_load(model: nn.Module, checkpoint: Checkpoint, group: Group) -> list[TensorCopy]:
+def _place(model: Any) -> tuple[int, int, int]:
+    """The number of a model's rank, how many there are, and in how many lanes."""
+    tp, dp = model.tp, model.dp
+    return dp.rank * tp.size + tp.rank, dp.size * tp.size, dp.size
+
+
+def plan_load(model: nn.Module, checkpoint: Checkpoint) -> list[TensorCopy]:
     """A copy for each parameter, or for each tensor of a stacked one. Raises UserError where model and checkpoint do
     not match."""
     args: ModelArgs = model.args  # type: ignore[assignment]
     parameters = dict(model.named_parameters())
     num: Numerics = model.num  # type: ignore[assignment]
     expected = checkpoint.expected(args)
-    partition = checkpoint.partition(args, group.size, num.experts, quantised_rows(expected, num))
-    if checkpoint.kind == "upstream" and group.rank == 0:
+    rank, ranks, lanes = _place(model)
+    partition = checkpoint.partition(args, ranks, num.experts, quantised_rows(expected, num), lanes)
+    if checkpoint.kind == "upstream" and rank == 0:
         warn(f"{checkpoint.path} was converted by another program: no MTP module, no checksums, no config.json")
-    elif args.n_mtp_layers and not checkpoint.has_mtp and group.rank == 0:
+    elif args.n_mtp_layers and not checkpoint.has_mtp and rank == 0:
         warn(f"{checkpoint.path} has no MTP module, though its config names one")
-    entries = checkpoint.check(partition, group.rank)
+    files = partition
+    if checkpoint.kind != "hf" and (made_for := checkpoint.made_for(ranks, lanes)) != ranks:
+        files = Partition(args, made_for, partition.experts, partition.quantised)
+    sources: dict[int, dict[str, Entry]] = {}  # by the rank that files were made for
+
+    def tensors(of: int) -> dict[str, Entry]:
+        if of not in sources:
+            sources[of] = checkpoint.check(files, of)
+        return sources[of]
+
+    own = rank * files.ranks // ranks
+    entries = tensors(own)
     if args.tie_word_embeddings and "head.weight" in entries:  # then it must be the embedding
         require_equal(entries["embed.weight"], entries["head.weight"])
     if num.gemm is not None and not checkpoint.quantised:
         raise UserError(f"{checkpoint.path}: the model wants quantised weights, the checkpoint's are not")
+    virtual = partition
+    if num.virtual_ranks > 1:
+        virtual = Partition(args, num.virtual_ranks, num.experts, partition.quantised)
     copies: list[TensorCopy] = []
     used: set[str] = set()
     for parameter, target in parameters.items():
-        for name, rows in _disk_names(model, parameter, target, partition.held_experts(group.rank)):
-            if name not in entries:
+        of, number = _share(parameter, partition, rank, virtual)
+        for name, rows in _disk_names(model, parameter, target, of.held_experts(number)):
+            if (spec := expected.get(name)) is None:
                 raise UserError(f"{checkpoint.path}: nothing there for the model's {parameter}")
-            # a converted file holds the rank's part already
-            cut = partition.cut(expected[name], group.rank) if checkpoint.kind == "hf" else None
-            copies.append(_tensor_copy(name, rows, entries, cut, expected[name]))
+            cut, source = of.cut(spec, number), own
+            if checkpoint.kind != "hf" and spec.split is not None:
+                source = holder(spec, of, number, files)
+                if cut is not None and (held := files.cut(spec, source)) is not None:  # the part of the file's part
+                    cut = tuple((a - first, b - first) for (a, b), (first, _) in zip(cut, held, strict=True))
+            if name not in (found := tensors(source)):
+                raise UserError(f"{checkpoint.path}: nothing there for the model's {parameter}")
+            copies.append(_tensor_copy(name, rows, found, cut, spec))
             used |= {name, *({scale_name(name), zero_name(name)} if copies[-1].scale else ())}
     optional = {name for name, spec in expected.items() if not spec.required or name.startswith("mtp.")}
-    if unused := sorted(entries.keys() - used - optional):
+    others = {name for name in entries if name in expected and partition.cut(expected[name], rank) is None}
+    if unused := sorted(entries.keys() - used - optional - others):
         raise UserError(f"{entries[unused[0]]}: the model has no place for it")
     return copies
+
+
+def _share(parameter: str, partition: Partition, rank: int, virtual: Partition) -> tuple[Partition, int]:
+    """The partition of whose parts a parameter is one, and which: this rank's, or a virtual rank's (model.VirtualRanks)
+    where its name has the number of one that this rank stands for."""
+    if (found := NUMBERED.search(parameter)) is None:
+        return partition, rank
+    of, number = (partition.ranks, partition.share(rank)) if found[1] == "ffn" else (partition.tp, rank % partition.tp)
+    return virtual, number * (virtual.ranks // of) + int(found[2])
 
 
 def _disk_names(
@@ -94,6 +133,7 @@ def _disk_names(
     """
     owner, _, leaf = parameter.rpartition(".")
     linear: Any = model.get_submodule(owner)
+    owner = NUMBERED.sub(r".\1.", owner + ".").removesuffix(".")
     before, stacked, projection = owner.partition(".experts.")
     if stacked:
         assert len(target) == len(held), f"{parameter} stacks {len(target)} experts, this rank has {len(held)}"

@@ -15,8 +15,8 @@ from core.errors import UserError
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
     from core.sampling_params import SamplingParams
-    from engine.engine import Engine, Prompt
-    from engine.request import Request
+    from engine.engine import Engine
+    from engine.request import Prompt, Request
     from engine.sampling import Logprob
 
 LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # to some readers; JSON allows them bare
@@ -200,7 +200,7 @@ def answer_file(engine: "Engine", items: list[BatchItem], output: str | None, th
     often = 0.5 if sys.stderr.isatty() else 10.0  # in a log every redrawing stays
     with tqdm(total=len(answers), unit="prompt", desc="answering", mininterval=often) as bar:
         while due < len(answers):
-            while waiting and len(running) < 2 * engine.scheduler.max_num_seqs:  # the engine never waits for a prompt
+            while waiting and len(running) < 2 * engine.max_num_seqs:  # the engine never waits for a prompt
                 key = waiting.popleft()
                 request = submit(engine, *key, items[key[0]], thinking)
                 (running if request.finish_reason is None else finished)[key] = request

@@ -20,7 +20,7 @@ def chat_loop(engine: "Engine", params: "SamplingParams", options: argparse.Name
     """Answers lines until the input ends or /exit. Returns the exit status."""
     assert engine.tokenizer is not None
     messages: list[dict] = []
-    with Terminal(engine.tp.process.exit_on_signal) as terminal:
+    with Terminal(engine.world.process.exit_on_signal) as terminal:
         if terminal.is_tty:
             print(HINT, file=sys.stderr, flush=True)
         while (line := terminal.ask(meanwhile=engine.step, every=options.timeout / 3)) is not None:

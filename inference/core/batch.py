@@ -44,6 +44,7 @@ class Batch:
     pages: torch.Tensor  # (B, P) int32, each sequence's pages in order, padded with 0
     decode: BatchBounds = BatchBounds()  # of the sequences before the first with more than DECODE_ROWS new tokens
     prefill: BatchBounds = BatchBounds()  # of the others
+    lane_rows: tuple[int, ...] = ()  # with lanes: how many tokens each brings to this forward; an idle one's is padding
     # What attention works out from lengths and bounds, once for all layers; a changed batch starts without.
     memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -54,7 +55,9 @@ class Batch:
         return BatchBounds(a.n + b.n, a.tokens + b.tokens, *longest, a.total_kv + b.total_kv)
 
     @classmethod
-    def pack(cls, sequences: Sequence[SequenceSlice], device: torch.device | str = CPU) -> "Batch":
+    def pack(
+        cls, sequences: Sequence[SequenceSlice], device: torch.device | str = CPU, lane_rows: tuple[int, ...] = ()
+    ) -> "Batch":
         """One batch of all sequences' new tokens; those that decode had better come first."""
         tokens: list[int] = []
         positions: list[int] = []
@@ -83,4 +86,5 @@ class Batch:
             tensor([[*pages, *[0] * (widest - len(pages))] for _, _, pages in sequences], torch.int32),
             BatchBounds.of(lengths[:n_decode]),
             BatchBounds.of(lengths[n_decode:]),
+            lane_rows,
         )

@@ -36,6 +36,12 @@ class RunConfig:
     experts: Literal["auto", "whole", "split"] = flag(
         "auto", "a rank has some whole, or a share of each (default: as converted, else split if that fits)"
     )
+    dp: int = flag(
+        1,
+        "data-parallel lanes of ranks, each with sequences of its own; all ranks share MLPs and experts "
+        "(default: %(default)s, all ranks tensor parallel)",
+        "N",
+    )
     device: str = flag("auto", "cpu, cuda or another that torch has (default: a GPU if there is one)", "DEVICE")
     max_model_len: int | None = flag(None, "most tokens of prompt and answer (default: as fit)", "N")
     max_num_seqs: int = flag(8, "prompts answered at a time (default: %(default)s)", "N")
@@ -71,6 +77,8 @@ class RunConfig:
                 raise UserError(f"--{f.name.replace('_', '-')} is {getattr(self, f.name)!r}, expected {choices}")
         if not 0 <= self.mtp <= MAX_DRAFTS:
             raise UserError(f"--mtp is {self.mtp}, expected from 0 to {MAX_DRAFTS}")
+        if self.dp < 1:
+            raise UserError(f"--dp is {self.dp}, expected at least 1")
         if self.max_num_seqs < 1 or self.max_num_batched_tokens < 1:
             raise UserError("--max-num-seqs and --max-num-batched-tokens must be at least 1")
 

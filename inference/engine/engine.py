@@ -2,12 +2,14 @@
 
 A step schedules chunks of sequences, runs the model on them, samples, and commits the new tokens. Every rank runs the
 same steps. Rank 0 alone takes requests, samples and answers; it broadcasts what the other ranks need (prompts,
-cancellations, tokens, drafts) as integers. They follow in `Engine.serve`.
+cancellations, tokens, drafts) as integers. They follow in `Engine.serve`. With data-parallel lanes the first rank of
+each samples its lane's sequences, and reports to rank 0 (lanes.py).
 """
 
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,8 +20,9 @@ from core.run_config import PAGE_SIZE, RunConfig
 from core.sampling_params import SamplingParams
 from engine import setup
 from engine.graphs import Capture, cuda_capture, records
+from engine.lanes import Dispatcher, LaneState, add_stats, describe_request, make_request, repeat_reports, report
 from engine.pages import PagePool
-from engine.request import FinishReason, Request
+from engine.request import FinishReason, Prompt, Request, encode
 from engine.runner import ModelRunner
 from engine.sampler import Sampled, Sampler, isolate_request_errors
 from engine.scheduler import Chunk, Scheduler, Sequence
@@ -29,7 +32,6 @@ from parallel.group import SOLO, Group
 from text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-Prompt = str | list[int] | list[dict]  # raw text, token ids, or chat messages
 _STEP, _STOP = 0, 1
 
 
@@ -49,16 +51,20 @@ class Engine:
         *,
         capture: Capture | None = None,
         progress: bool = False,
+        world: Group | None = None,
     ):
         """`model` is loaded and prepared: `run` sizes the engine, and what it says of numerics and devices is not read
-        again. The tokenizer is needed on rank 0 only. All ranks give the same `run`.
+        again. The tokenizer is needed on the first rank of a lane only. All ranks give the same `run`. `world`: those
+        of all lanes, where there are several.
 
         `capture` records decode steps, by default as CUDA graphs where these work and `run` is not eager; `progress`
         shows a bar meanwhile. Raises UserError for a run that the model or this rank's memory does not allow.
         """
         if run.deterministic and not model.num.batch_invariant:
             raise UserError("deterministic needs a model built with Numerics(batch_invariant=True)")
-        self.model, self.tokenizer, self.tp = model, tokenizer, model.tp
+        self.model, self.tokenizer, self.tp, self.dp = model, tokenizer, model.tp, model.dp
+        assert world is not None or self.dp.size == 1, "lanes need the group of all ranks"
+        self.world = self.tp if world is None else world
         if capture is None and not run.eager and records(setup.rank_of(model).gpu, model.num.dtype):
             capture = cuda_capture()
         self.run = run = setup.size_cache(run, model, recorded=capture is not None)
@@ -66,16 +72,18 @@ class Engine:
         self.mtp, self.max_model_len = run.mtp, run.max_model_len
         pool = PagePool(run.n_pages, PAGE_SIZE, lookahead=int(run.mtp > 0))
         self.scheduler = Scheduler(pool, run)
-        self.runner = ModelRunner(model, run, capture, progress and self.tp.rank == 0)
-        self.stats = Stats(drafted=[0] * run.mtp, accepted=[0] * run.mtp)
+        self.runner = ModelRunner(model, run, capture, progress and self.world.rank == 0)
+        self._stats = Stats(drafted=[0] * run.mtp, accepted=[0] * run.mtp)
+        self._others: list[LaneState] = []  # rank 0: of the other lanes, after the last step
         self.default_params = SamplingParams()  # of requests that bring none
         self.closed = False
         self._next_id = 0
         self._next_sequence = 0
         self._sequences: dict[int, Sequence] = {}  # every rank: the unfinished ones, by id
-        self._live: dict[int, Request] = {}  # rank 0: their requests
+        self._live: dict[int, Request] = {}  # a lane's first rank: their requests; rank 0: those of all lanes
         self._sequence_of: dict[Request, int] = {}
-        self.sampler = Sampler(self.tp, tokenizer, self._live, self.stats, run.mtp, self.cancel)
+        self._dispatcher = Dispatcher(self.dp.size, run.max_num_seqs) if self.dp.size > 1 else None  # rank 0's
+        self.sampler = Sampler(self.tp, tokenizer, self._live, self._stats, run.mtp, self.cancel)
         self._new: list[int] = []
         self._cancelled: list[int] = []
 
@@ -87,7 +95,7 @@ class Engine:
         *,
         config: str | Path | None = None,
         device: torch.device | str | None = None,
-        tp: Group = SOLO,
+        world: Group = SOLO,
         progress: bool = False,
         chat: bool = False,
         thinking: bool | None = None,
@@ -96,7 +104,8 @@ class Engine:
         """Loads a checkpoint directory: Hugging Face's layout, converted by this project, or by the V3 repository.
 
         `run_fields` are RunConfig's and replace those of `run`. `config` is needed only where the directory has none;
-        `device` replaces RunConfig's where it has a number; `chat` refuses a checkpoint without a usable chat template,
+        `device` replaces RunConfig's where it has a number; `world` are the ranks (parallel.startup.join and on), one
+        lane or, by RunConfig's `dp`, several; `chat` refuses a checkpoint without a usable chat template,
         or without the switch that `thinking` asks for. Raises UserError for a bad checkpoint, a config that contradicts
         it, numerics the device cannot compute, or a run that memory cannot hold, on every rank when one rank meets it.
         """
@@ -105,9 +114,9 @@ class Engine:
             raise TypeError(f"{unknown[0]!r} is neither an argument of from_pretrained nor a field of RunConfig")
         run = replace(run or RunConfig(), **run_fields)
         model, tokenizer, default_params = setup.load(
-            ckpt_path, run, config=config, device=device, tp=tp, progress=progress, chat=chat, thinking=thinking
+            ckpt_path, run, config=config, device=device, world=world, progress=progress, chat=chat, thinking=thinking
         )
-        engine = cls(model, tokenizer, run, progress=progress)
+        engine = cls(model, tokenizer, run, progress=progress, world=world)
         engine.default_params = default_params
         return engine
 
@@ -132,7 +141,7 @@ class Engine:
         request = Request(self._next_id if id is None else id, [], params or self.default_params, choice)
         self._next_id = max(self._next_id, request.id) + 1
         try:
-            request.prompt = self._encode(prompt, thinking)
+            request.prompt = encode(prompt, self.tokenizer, self.model.args.vocab_size, thinking)
             if not request.prompt:
                 raise UserError("the prompt is empty")
             if len(request.prompt) >= self.max_model_len:
@@ -144,9 +153,11 @@ class Engine:
         except Exception as e:  # internal errors fail this request only
             request.finish_reason, request.error = "error", describe(e)
             return request
-        self.stats.prompt += len(request.prompt)
+        self._stats.prompt += len(request.prompt)
         sequence = self._next_sequence
         self._next_sequence += 1
+        if self._dispatcher is not None:
+            self._dispatcher.assign(sequence, request.prompt, self._capacity(request))
         self._live[sequence], self._sequence_of[request] = request, sequence
         self._new.append(sequence)
         return request
@@ -159,6 +170,24 @@ class Engine:
     @property
     def busy(self) -> bool:
         return bool(self._live)
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that all lanes together answer at a time."""
+        return self.dp.size * self.run.max_num_seqs
+
+    @property
+    def lane_states(self) -> list[LaneState]:
+        """Rank 0: what each lane had done, and had to do, after the last step."""
+        return [LaneState.of(self.scheduler, self._stats), *self._others]
+
+    @property
+    def stats(self) -> Stats:
+        """Rank 0: what all lanes have done so far."""
+        return add_stats([state.stats for state in self.lane_states]) if self._others else self._stats
+
+    def _capacity(self, request: Request) -> int:
+        return min(len(request.prompt) + request.params.max_new_tokens, self.max_model_len)
 
     def stream(
         self, prompts: Iterable[Prompt], params: SamplingParams | None = None, *, thinking: bool | None = None
@@ -178,7 +207,7 @@ class Engine:
             while self.busy:
                 yield from self.step()
         except BaseException as e:  # the caller has left the loop, or was interrupted
-            if isinstance(e, GeneratorExit) or self.tp.size == 1:  # after a failure other ranks are in another step
+            if isinstance(e, GeneratorExit) or self.world.size == 1:  # after a failure other ranks are in another step
                 for r in requests:
                     self.cancel(r)
                 self.step()
@@ -190,19 +219,6 @@ class Engine:
         """Answers prompts and returns the finished requests in the same order, params.n to each prompt."""
         finished = {(r.id, r.choice): r for r in self.stream(prompts, params, thinking=thinking)}
         return [finished[key] for key in sorted(finished)]
-
-    def _encode(self, prompt: Prompt, thinking: bool | None) -> list[int]:
-        if isinstance(prompt, str):
-            assert self.tokenizer is not None, "text needs a tokenizer"
-            return self.tokenizer.encode_text(prompt)
-        ids = [t for t in prompt if isinstance(t, int)]
-        if len(ids) == len(prompt):
-            wrong = [t for t in ids if not 0 <= t < self.model.args.vocab_size]
-            if wrong:
-                raise UserError(f"token id {wrong[0]} is not in the vocabulary of {self.model.args.vocab_size}")
-            return ids
-        assert self.tokenizer is not None, "text needs a tokenizer"
-        return self.tokenizer.encode_chat(prompt, thinking=thinking)  # type: ignore[arg-type]  # checked there
 
     # ----------------------------------------------------------------------------------------------------------------
     # The loop (every rank)
@@ -216,16 +232,17 @@ class Engine:
         if self.closed:
             return []
         chunks = self.scheduler.schedule()
-        if not chunks:
-            self.tp.heartbeat()
-            return advanced
         hidden = self.runner.forward(chunks)
+        if hidden is None:
+            self.world.heartbeat()
+            return advanced
         sampled = self._sample(chunks, hidden)
-        advanced += self._commit(chunks, hidden, sampled)
-        self.stats.steps += 1
-        self.stats.preemptions = self.scheduler.preemptions
-        self.stats.seconds += time.perf_counter() - began
-        return advanced
+        changed = self._commit(chunks, hidden, sampled)
+        advanced += [request for _, request in changed]
+        self._stats.steps += 1
+        self._stats.preemptions = self.scheduler.preemptions
+        self._stats.seconds += time.perf_counter() - began
+        return advanced + self._share_reports(changed)
 
     def _sample(self, chunks: list[Chunk], hidden: torch.Tensor) -> Sampled:
         """The tokens that follow each chunk that samples; prompt tokens are scored on the way. hidden: (T, H)."""
@@ -238,9 +255,11 @@ class Engine:
             self.sampler.score_prompt(sequence, at, logits)
             del logits  # before the next block of them is made
 
-    def _commit(self, chunks: list[Chunk], hidden: torch.Tensor, sampled: Sampled) -> list[Request]:
-        """Appends the tokens, drafts the next ones, and finishes what has its last token; returns on rank 0 the
-        requests that sampled."""
+    def _commit(
+        self, chunks: list[Chunk], hidden: torch.Tensor, sampled: Sampled
+    ) -> list[tuple[int, Request]]:
+        """Appends the tokens, drafts the next ones, and finishes what has its last token; returns on a lane's first
+        rank the requests that sampled, each with its sequence."""
         for chunk in chunks:
             self.scheduler.commit(chunk, sampled[chunk][0] if chunk in sampled else [])
         if self.mtp:
@@ -252,13 +271,29 @@ class Engine:
             if finish is not None:
                 self.scheduler.remove(self._sequences.pop(id))
             if id in self._live:
-                advanced.append(self._live[id])
+                advanced.append((id, self._live[id]))
                 if finish is not None:
                     self._finish(self._live[id], finish)
         return advanced
 
+    def _share_reports(self, changed: list[tuple[int, Request]]) -> list[Request]:
+        """Rank 0: the requests of other lanes that this step changed, after doing to them what it did there."""
+        if self.dp.size == 1 or self.tp.rank > 0:
+            return []
+        if self.world.rank > 0:
+            failed = [(sequence, self._live[sequence]) for sequence in self._cancelled if sequence in self._live]
+            self._cancelled = []
+            self.dp.gather_bytes(report([*changed, *failed], LaneState.of(self.scheduler, self._stats)))
+            return []
+        reports = self.dp.gather_bytes(b"")[1:]
+        self._others, advanced = repeat_reports(reports, self._live, self._finish, self.cancel)
+        return advanced
+
     def _finish(self, request: Request, reason: FinishReason) -> None:
-        del self._live[self._sequence_of.pop(request)]
+        sequence = self._sequence_of.pop(request)
+        del self._live[sequence]
+        if self._dispatcher is not None and self.world.rank == 0:
+            self._dispatcher.release(sequence)
         isolate_request_errors(request, request.flush)
         request.finish_reason = "error" if request.error else reason
 
@@ -268,7 +303,7 @@ class Engine:
 
     def serve(self) -> None:
         """Ranks other than 0: follows rank 0's steps until it closes the engine."""
-        assert self.tp.rank > 0
+        assert self.world.rank > 0
         while not self.closed:
             self.step()
 
@@ -280,17 +315,18 @@ class Engine:
     def _exchange(self, command: int) -> list[Request]:
         """Broadcasts rank 0's command, new requests and cancellations; returns on rank 0 the cancelled requests."""
         message = [command]
-        if self.tp.rank == 0 and command == _STEP and not self._new and not self._cancelled:
+        if self.world.rank == 0 and command == _STEP and not self._new and not self._cancelled:
             message = []  # no news costs one broadcast instead of two
-        elif self.tp.rank == 0:
+        elif self.world.rank == 0:
             new = [sequence for sequence in self._new if sequence not in self._cancelled]
             message += [len(self._cancelled), *self._cancelled, len(new)]
             for sequence in new:
-                r = self._live[sequence]
-                capacity = min(len(r.prompt) + r.params.max_new_tokens, self.max_model_len)
-                message += [sequence, capacity, int(r.params.prompt_logprobs is not None), len(r.prompt), *r.prompt]
+                r, lane = self._live[sequence], self._dispatcher.lane_of(sequence) if self._dispatcher else 0
+                about = describe_request(r) if lane else b""
+                scored = int(r.params.prompt_logprobs is not None)
+                message += [sequence, lane, self._capacity(r), scored, len(r.prompt), *r.prompt, len(about), *about]
             self._new, self._cancelled = [], []
-        wire = iter(self.tp.broadcast_ints(message) or [_STEP, 0, 0])
+        wire = iter(self.world.broadcast_ints(message) or [_STEP, 0, 0])
         if next(wire) == _STOP:
             self.closed = True
             self.runner.close()
@@ -306,8 +342,13 @@ class Engine:
                 self._finish(request, "cancelled")
                 gone.append(request)
         for _ in range(next(wire)):
-            id, capacity, scored, n = (next(wire) for _ in range(4))
-            prompt = [next(wire) for _ in range(n)]
-            self._sequences[id] = Sequence(id, prompt, capacity, n, no_prefix_reuse=bool(scored))
-            self.scheduler.add(self._sequences[id])
+            id, lane, capacity, scored, n = islice(wire, 5)
+            prompt = list(islice(wire, n))
+            about = bytes(islice(wire, next(wire)))
+            if lane == self.dp.rank:
+                self._sequences[id] = Sequence(id, prompt, capacity, n, no_prefix_reuse=bool(scored))
+                self.scheduler.add(self._sequences[id])
+                if self.tp.rank == 0 and self.world.rank > 0:
+                    request = make_request(about, list(prompt), self.tokenizer)
+                    self._live[id], self._sequence_of[request] = request, id
         return gone

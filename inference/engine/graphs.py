@@ -14,7 +14,8 @@ from tqdm import tqdm
 from core.batch import DECODE_ROWS, Batch, BatchBounds, SequenceSlice
 from core.run_config import PAGE_SIZE
 
-Forward = Callable[[Batch, torch.Tensor], torch.Tensor]  # a batch and hidden states (T, H) to hidden states (T, H)
+# a batch and hidden states (T, H), if it takes some, to hidden states (T, H)
+Forward = Callable[[Batch, torch.Tensor | None], torch.Tensor]
 Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 
 
@@ -73,14 +74,16 @@ class Graphs:
         padding_page: int,
         capture: Capture,
         progress: str = "",
+        lanes: int = 1,
     ):
         """hidden (max_num_seqs * width, H): the buffer for input hidden states, shared by all that is recorded.
 
         n_pages: the most pages of a sequence; padding_page: the page that padding's latents are written to; `progress`:
-        the label of a progress bar, none if empty.
+        the label of a progress bar, none if empty. `lanes` record and replay together, each as many sequences.
         """
         assert width <= DECODE_ROWS
         self.width, self.n_pages, self.padding_page, self.hidden = width, n_pages, padding_page, hidden
+        self.lanes, self.max_num_seqs = lanes, max_num_seqs
         self._replay: dict[int, Callable[[], torch.Tensor]] = {}
         self._static_inputs: dict[int, torch.Tensor] = {}
         # the largest first: the smaller ones then fit into the memory it took
@@ -88,14 +91,19 @@ class Graphs:
             self._static_inputs[n] = torch.tensor(self._pack([], n), dtype=torch.int64, device=hidden.device)
             self._replay[n] = capture(partial(self._forward, forward, n))
 
-    def run(self, slices: Sequence[SequenceSlice], hidden: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The forward on a step's sequences: (T, H), T counting real tokens only; None if no recorded shape fits.
+    def fit(self, slices: Sequence[SequenceSlice]) -> bool:
+        """Whether a recorded shape takes a step of these sequences."""
+        return len(slices) <= self.max_num_seqs and all(
+            len(tokens) <= self.width and len(pages) <= self.n_pages for tokens, _, pages in slices
+        )
+
+    def run(self, slices: Sequence[SequenceSlice], hidden: torch.Tensor | None = None, n: int = 0) -> torch.Tensor:
+        """The forward on a step's sequences, which must fit: (T, H), T counting real tokens only. `n`: the most
+        sequences of any lane.
 
         hidden (T, H): input hidden states, a row for each token. The result is overwritten by the next replay.
         """
-        n = next((n for n in sorted(self._replay) if n >= len(slices)), None)
-        if n is None or any(len(tokens) > self.width or len(pages) > self.n_pages for tokens, _, pages in slices):
-            return None
+        n = min(size for size in self._replay if size >= max(n, len(slices)))
         packed = torch.tensor(self._pack(slices, n), dtype=torch.int64)
         if self.hidden.is_cuda:
             packed = packed.pin_memory()
@@ -140,4 +148,6 @@ class Graphs:
         cu_seqlens = torch.arange(0, t + 1, self.width, dtype=torch.int32, device=static_inputs.device)
         longest = self.n_pages * PAGE_SIZE  # the bounds must hold for every batch that may be replayed
         bounds = BatchBounds(n, t, self.width, longest, n * longest)
-        return Batch(tokens, positions, slots, cu_seqlens, lengths.int(), pages.int().view(n, self.n_pages), bounds)
+        pages = pages.int().view(n, self.n_pages)
+        lane_rows = (t,) * self.lanes if self.lanes > 1 else ()
+        return Batch(tokens, positions, slots, cu_seqlens, lengths.int(), pages, bounds, lane_rows=lane_rows)

@@ -7,7 +7,7 @@ Sizes are bytes unless said.
 import functools
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -129,12 +129,25 @@ def weight_bytes(rank: RankSpec) -> dict[tuple[bool, str], int]:
     form is filled up to whole panels.
     """
     found: Counter[tuple[bool, str]] = Counter()
-    partition = Partition(rank.args, rank.ranks, rank.experts, rank.quantised_rows, lanes=rank.lanes)
+    share = rank  # whose parts lie apart in memory: a virtual rank's in the deterministic mode
+    if rank.num.virtual_ranks > 1:
+        share = replace(rank, ranks=rank.num.virtual_ranks, lanes=1)
+    partition = Partition(rank.args, share.ranks, rank.experts, rank.quantised_rows, lanes=share.lanes)
     for kind, n in rank.kinds.items():
         cut = partition.cut(kind.spec, 0)  # the ranks' parts are equal
-        if cut is not None:
-            found[kind.mtp, kind.part] += n * _held_bytes(kind, tuple(b - a for a, b in cut), rank)
+        if cut is None:
+            continue
+        if share is not rank and (kind.spec.inner or kind.spec.expert is not None):
+            n *= share.ranks // rank.ranks
+        elif share is not rank and (kind.spec.split is not None or _beside_queries(kind.leaf, rank.args)):
+            n *= share.ranks // rank.tp
+        found[kind.mtp, kind.part] += n * _held_bytes(kind, tuple(b - a for a, b in cut), share)
     return dict(found)
+
+
+def _beside_queries(leaf: str, args: ModelArgs) -> bool:
+    """Whether a tensor that is not split is stacked with the queries, which are, and so is in each share of these."""
+    return leaf == "wkv_a.weight" and not args.q_lora_rank
 
 
 def _held_bytes(kind: _Kind, shape: tuple[int, ...], rank: RankSpec) -> int:

@@ -8,11 +8,14 @@ how many events it has seen: events are only ever appended.
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from core.errors import UserError
 from core.sampling_params import SamplingParams
 from engine.sampling import Draft, Logprob
 from text.detokenizer import Detokenizer
 from text.parser import ChatParser, Content, Reasoning
+from text.tokenizer import Tokenizer
 
+Prompt = str | list[int] | list[dict]  # raw text, token ids, or chat messages
 FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 
@@ -46,6 +49,7 @@ class Request:
     hit_stop: bool = False  # a stop text ended the text; nothing follows it
     _pending: list[TokenEvent] = field(default_factory=list, repr=False)  # their text may begin a stop text
     _n_before: int = field(default=0, repr=False)  # events before the last step
+    step_tokens: list[tuple[int, bool, Logprob | None]] = field(default_factory=list, repr=False)  # of the last step
 
     @property
     def text(self) -> str:
@@ -80,11 +84,13 @@ class Request:
         return self.id + (self.choice << 40)
 
     def begin_step(self) -> None:
-        """Start collecting `new_text` afresh."""
+        """Start collecting `new_text` and `step_tokens` afresh."""
         self._n_before = len(self.events)
+        self.step_tokens = []
 
     def append(self, token: int, drafted: bool = False, logprob: Logprob | None = None) -> bool:
         """Append a token to the answer; return whether a stop text ends it."""
+        self.step_tokens.append((token, drafted, logprob))
         text, is_control = "", False
         if self.detokenizer is not None:
             left, text, is_control = self.detokenizer.push_apart(token)
@@ -129,3 +135,17 @@ class Request:
             self.events.append(self._pending.pop(0))
             certain -= len(self.events[-1].text)
         return False
+
+
+def encode(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, thinking: bool | None) -> list[int]:
+    """A prompt's token ids. Raises UserError for what is not in the vocabulary, and as the tokenizer does."""
+    if isinstance(prompt, str):
+        assert tokenizer is not None, "text needs a tokenizer"
+        return tokenizer.encode_text(prompt)
+    ids = [t for t in prompt if isinstance(t, int)]
+    if len(ids) == len(prompt):
+        if wrong := [t for t in ids if not 0 <= t < vocab_size]:
+            raise UserError(f"token id {wrong[0]} is not in the vocabulary of {vocab_size}")
+        return ids
+    assert tokenizer is not None, "text needs a tokenizer"
+    return tokenizer.encode_chat(prompt, thinking=thinking)  # type: ignore[arg-type]  # checked there

@@ -18,27 +18,55 @@ Propose = Callable[[list[Sequence], torch.Tensor], list[int]]
 
 
 class ModelRunner:
-    """A model and its latent cache. Every rank calls the same methods with the same chunks."""
+    """A model and its latent cache. Every rank of a lane calls the same methods with the same chunks, and all lanes run
+    the same forwards together, each on its own chunks; one without any runs padding."""
 
     def __init__(self, model: Transformer, run: RunConfig, capture: Capture | None, progress: bool):
         """`run` with n_pages and max_model_len filled in; `capture` None records nothing; `progress` shows a bar."""
         assert run.n_pages is not None
         self.model, self.mtp = model, run.mtp
-        # with graphs one page more, for the latents of padding
-        self.cache = model.new_cache(run.n_pages + (capture is not None))
-        self.step_graphs: Graphs | None = None
-        self.draft_graphs: list[Graphs] = []
+        # with graphs or lanes one page more, for the latents of padding
+        self.cache = model.new_cache(run.n_pages + (capture is not None or model.dp.size > 1))
+        self.step_graphs: list[Graphs] = []
+        self.draft_graphs: list[Graphs] = []  # the narrower first
         if capture is not None:
             self._record(run, capture, progress)
 
-    def forward(self, chunks: list[Chunk]) -> torch.Tensor:
-        """Hidden states (T, H) of all chunks' tokens, in order; writes their latents into the cache."""
+    def forward(self, chunks: list[Chunk]) -> torch.Tensor | None:
+        """Hidden states (T, H) of all chunks' tokens, in order; writes their latents into the cache. None where no lane
+        has a chunk."""
         self.model.tp.partial_sums.clear()
-        slices = [chunk.slice for chunk in chunks]
-        hidden = self.step_graphs.run(slices) if self.step_graphs else None
-        if hidden is None:
-            hidden = self.model(Batch.pack(slices, self.model.device), self.cache)
-        return hidden
+        return self._run(self._step, self.step_graphs, [chunk.slice for chunk in chunks])
+
+    def _step(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
+        return self.model(batch, self.cache)
+
+    def _draft(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
+        assert hidden is not None
+        return self.model.draft(batch, hidden, self.cache)
+
+    def _run(
+        self,
+        forward: Forward,
+        graphs: list[Graphs],
+        slices: list[SequenceSlice],
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """`forward` on the sequences of all lanes together: this lane's (T, H); None where no lane has any. It is
+        replayed where the sequences of all of them fit one of `graphs`. hidden (T, H): its input hidden states."""
+        n_rows = sum(len(tokens) for tokens, _, _ in slices)
+        narrowest = next((i for i, recorded in enumerate(graphs) if recorded.fit(slices)), len(graphs))
+        lanes = self.model.dp.gather_ints(torch.tensor([n_rows, len(slices), narrowest])).tolist()
+        rows, sequences, fitting = zip(*lanes, strict=True)
+        if not any(rows):
+            return None
+        if max(fitting) < len(graphs):
+            return graphs[max(fitting)].run(slices, hidden, max(sequences))
+        if not slices:
+            slices = [([0], 0, [self.cache.shape[1] - 1])]
+            hidden = None if hidden is None else hidden.new_zeros(1, hidden.shape[1])
+        batch = Batch.pack(slices, self.model.device, rows if len(rows) > 1 else ())
+        return forward(batch, hidden)[:n_rows]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (rows, V), float32, where they can be sampled from: that takes float64."""
@@ -75,6 +103,7 @@ class ModelRunner:
 
         The MTP module (V3 section 2.2) runs on every token that the step has cached, each with the next one, and on
         the main model's hidden (T, H). For drafts after the first it runs on its own state and its own proposal.
+        A lane without chunks calls this too.
         """
         slices: list[SequenceSlice] = []
         rows: list[int] = []
@@ -88,34 +117,27 @@ class ModelRunner:
                 rows += range(at, at + len(followers))
                 ends[sequence] = (len(rows) - 1, start + len(followers))
             at += chunk.n_rows
-        if not slices:
-            return
-        states = self._draft_states(slices, hidden[rows])
-        if not continuing:
+        states = self._run(self._draft, self.draft_graphs, slices, hidden[rows])
+        if states is None:
             return
         states = states[[ends[sequence][0] for sequence in continuing]]
         for k in range(self.mtp):
             if k:
                 step: list[SequenceSlice] = [([s.drafts[-1]], ends[s][1] + k - 1, s.pages) for s in continuing]
-                states = self._draft_states(step, states)
-            drafts = propose(continuing, self.logits(states))
-            for sequence, token in zip(continuing, drafts, strict=True):
-                sequence.drafts.append(token)
+                states = self._run(self._draft, self.draft_graphs, step, states)
+                if states is None:
+                    return
+            if continuing:
+                drafts = propose(continuing, self.logits(states))
+                for sequence, token in zip(continuing, drafts, strict=True):
+                    sequence.drafts.append(token)
 
     def close(self) -> None:
         """Frees the graphs: they hold communicators, which must go before the process group does."""
-        if self.step_graphs is not None:
-            self.step_graphs = None
+        if self.step_graphs:
+            self.step_graphs.clear()
             self.draft_graphs.clear()
             gc.collect()
-
-    def _draft_states(self, slices: list[SequenceSlice], hidden: torch.Tensor) -> torch.Tensor:
-        """The MTP module's states (T, H) from hidden states (T, H) and the tokens that follow them."""
-        for graphs in self.draft_graphs:
-            states = graphs.run(slices, hidden)
-            if states is not None:
-                return states
-        return self.model.draft(Batch.pack(slices, self.model.device), hidden, self.cache)
 
     def _record(self, run: RunConfig, capture: Capture, progress: bool) -> None:
         """Records the forwards of decoding: the step itself, and the MTP module on a step's tokens and on one draft."""
@@ -126,9 +148,9 @@ class ModelRunner:
             return Graphs(
                 forward, max_num_seqs=most, width=width, hidden=hidden, n_pages=run.pages_per_sequence,
                 padding_page=self.cache.shape[1] - 1, capture=capture, progress=f"recording {what}" if progress else "",
+                lanes=model.dp.size,
             )  # fmt: skip
 
-        self.step_graphs = record(width, lambda batch, _: model(batch, self.cache), "decode steps")
+        self.step_graphs.append(record(width, self._step, "decode steps"))
         for tokens in sorted({1, width} if run.mtp > 1 else {width} if run.mtp else ()):
-            drafts = record(tokens, lambda batch, h: model.draft(batch, h, self.cache), "drafts")
-            self.draft_graphs.append(drafts)
+            self.draft_graphs.append(record(tokens, self._draft, "drafts"))

@@ -3,16 +3,19 @@
 All ranks call these functions together; an error on one of them is raised on all.
 """
 
+import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from checkpoint.directory import Checkpoint, choose_args
 from checkpoint.load import load_into
+from checkpoint.partition import Partition
 from checkpoint.table import (
     PLAIN,
     Spec,
@@ -28,7 +31,7 @@ from core.config import ModelArgs
 from core.errors import UserError, warn
 from core.numerics import PLAIN as PLAIN_FORM
 from core.numerics import Form, Numerics
-from core.run_config import PAGE_SIZE, RunConfig
+from core.run_config import PAGE_SIZE, ExpertLayout, RunConfig
 from core.sampling_params import SamplingParams, params_from_generation_config
 from engine import host_memory, memory, rank_memory
 from model import Transformer
@@ -38,6 +41,8 @@ from ops.cpu import kernels as kernel_cpu
 from parallel import startup
 from parallel.group import Group
 from text.tokenizer import Tokenizer
+
+VIRTUAL_RANKS = (16, 8, 4, 2)  # of a deterministic run, the first that the model divides over
 
 
 class _Plan(NamedTuple):
@@ -56,71 +61,102 @@ def load(
     *,
     config: str | Path | None,
     device: torch.device | str | None,
-    tp: Group,
+    world: Group,
     progress: bool,
     chat: bool,
     thinking: bool | None,
 ) -> tuple[Transformer, Tokenizer | None, SamplingParams]:
-    """The loaded model, on rank 0 the tokenizer, and the checkpoint's sampling defaults. For arguments and errors see
-    Engine.from_pretrained."""
-    target = tp.run_on_all_ranks(lambda: resolve_device(device, run))
+    """The loaded model, on the first rank of a lane the tokenizer, and the checkpoint's sampling defaults. For
+    arguments and errors see Engine.from_pretrained."""
+    target = world.run_on_all_ranks(lambda: resolve_device(device, run))
     # free memory is measured before any rank takes of it
-    plan = tp.run_on_all_ranks(lambda: _choose(ckpt_path, run, config, target, tp, progress))
+    plan = world.run_on_all_ranks(lambda: _choose(ckpt_path, run, config, target, world, progress))
+    tp, dp = startup.lanes(world, run.dp, target)
 
     def load_weights() -> tuple[Transformer, Tokenizer | None]:
         tokenizer = Tokenizer(ckpt_path, plan.args.vocab_size) if tp.rank == 0 else None
         if chat and tokenizer is not None:
             tokenizer.encode_chat([{"role": "user", "content": "Hello"}], thinking=thinking)
         group = replace(tp, ordered=plan.num.batch_invariant)
-        model = Transformer(plan.args, plan.num, group, target, mtp=plan.has_mtp)
-        load_into(model, plan.checkpoint, tp, progress)
+        model = Transformer(plan.args, plan.num, group, target, mtp=plan.has_mtp, dp=dp)
+        load_into(model, plan.checkpoint, progress)
         return model.prepare(), tokenizer
 
-    model, tokenizer = tp.run_on_all_ranks(load_weights)
-    _check_agreement(model)
+    model, tokenizer = world.run_on_all_ranks(load_weights)
+    _check_agreement(model, world)
     return model, tokenizer, plan.default_params
 
 
 def _choose(
-    ckpt_path: str | Path, run: RunConfig, config: str | Path | None, device: torch.device, tp: Group, progress: bool
+    ckpt_path: str | Path, run: RunConfig, config: str | Path | None, device: torch.device, world: Group, progress: bool
 ) -> _Plan:
     checkpoint = Checkpoint(ckpt_path)
     args = choose_args(checkpoint, config)
     specs = checkpoint.expected(args)
     num, says = choose_numerics(args, device, run.dtype, run.gemm, specs=specs)
-    partition = checkpoint.partition(args, tp.size, run.experts, quantised_rows(specs, num))
+    partition = checkpoint.partition(args, world.size, run.experts, quantised_rows(specs, num), run.dp)
     fp8_latents = run.kv_cache_dtype == "fp8"
     if fp8_latents and not devices.holds(device, torch.float8_e4m3fn):
         raise UserError(f"--kv-cache-dtype fp8: {device.type} has no such type in torch; leave it out")
     num = replace(num, fp8_latents=fp8_latents, experts=partition.experts, batch_invariant=run.deterministic)
-    for text in args.warnings if tp.rank == 0 else ():
+    if run.deterministic:
+        held = checkpoint.experts(world.size) or run.experts
+        num = replace(num, **choose_virtual_ranks(partition, ("split", "whole") if held == "auto" else (held,)))
+    for text in args.warnings if world.rank == 0 else ():
         warn(text)
-    for text in describe_rounding(specs, num) if tp.rank == 0 else ():
+    for text in describe_rounding(specs, num) if world.rank == 0 else ():
         warn(text)
-    if progress and tp.rank == 0:
+    if progress and world.rank == 0:
         print(says, file=sys.stderr)
         if why := why_reference(device):
             print(f"note: the reference computes, in plain torch ({why})", file=sys.stderr)
         if device.type == "cpu" and num.dtype == torch.bfloat16 and (slower := kernel_cpu.why_not()):
             print(f"note: on this CPU bfloat16 is slower than it could be ({slower})", file=sys.stderr)
-        if tp.size > 1:
+        if world.size > 1:
+            print(describe_lanes(world.size, run.dp), file=sys.stderr)
             print(partition.reason, file=sys.stderr)
     has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
-    check_start(_rank_on(device, args, num, tp.size, has_mtp), device, run)
+    check_start(_rank_on(device, args, num, world.size, has_mtp, run.dp), device, run)
     return _Plan(checkpoint, args, num, has_mtp, params_from_generation_config(Path(ckpt_path)))
 
 
-def _check_agreement(model: Transformer) -> None:
+def describe_lanes(ranks: int, lanes: int) -> str:
+    """A line that says how ranks share the sequences, and why."""
+    if lanes == 1:
+        return f"lanes: one of {ranks} ranks, which answers a few sequences soonest; --dp {ranks} holds more of them"
+    each = "1 rank" if ranks == lanes else f"{ranks // lanes} ranks"
+    return f"lanes: {lanes} of {each} each, as asked; each keeps the latents of its own sequences"
+
+
+def choose_virtual_ranks(partition: Partition, layouts: Sequence[ExpertLayout]) -> dict[str, Any]:
+    """The fields of Numerics that make a deterministic run compute the same bits on any number of ranks: the most
+    virtual ranks, up to 16, that the model divides over with its experts in one of these layouts, the first if it
+    does. Raises UserError for ranks that cannot share them evenly."""
+    args, rows, ranks = partition.args, partition.quantised, partition.ranks
+    for n, experts in product(VIRTUAL_RANKS, layouts):
+        with contextlib.suppress(UserError):
+            Partition(args, n, experts, rows)
+            break
+    else:
+        n, experts = 1, partition.experts
+    if n % ranks:
+        counts = " or ".join(str(k) for k in range(1, n + 1) if n % k == 0)
+        parts = f"{n} part{'s' * (n > 1)}"
+        raise UserError(f"--deterministic sums in {parts}, which {ranks} ranks cannot share: start {counts}")
+    return {"virtual_ranks": n, "experts": experts if n > 1 else partition.experts}
+
+
+def _check_agreement(model: Transformer, world: Group) -> None:
     """Raises UserError on all ranks if one of them would compute something else than rank 0, because its GPU differs or
     its path leads to another checkpoint."""
     mine = repr((model.args, model.num, len(model.mtp)))
-    first = bytes(model.tp.broadcast_ints(list(mine.encode()))).decode()
+    first = bytes(world.broadcast_ints(list(mine.encode()))).decode()
 
     def check() -> None:
         if mine != first:
             raise UserError(f"this host would compute {mine}, rank 0 {first}: give --gemm, and check --ckpt-path")
 
-    model.tp.run_on_all_ranks(check)
+    world.run_on_all_ranks(check)
 
 
 def resolve_device(device: torch.device | str | None, run: RunConfig) -> torch.device:
@@ -233,14 +269,17 @@ def describe_rounding(specs: Mapping[str, Spec], num: Numerics) -> Iterator[str]
         yield f"weights stored in {names} are rounded to bfloat16; --dtype float32 computes exactly"
 
 
-def _rank_on(device: torch.device, args: ModelArgs, num: Numerics, ranks: int, mtp: bool) -> rank_memory.RankSpec:
+def _rank_on(
+    device: torch.device, args: ModelArgs, num: Numerics, ranks: int, mtp: bool, lanes: int
+) -> rank_memory.RankSpec:
     """A rank with the forms of weights and ops that its device has."""
     reference = bool(why_reference(device))
-    return rank_memory.RankSpec(args, num, ranks, device.type == "cuda" and not reference, mtp, reference)
+    return rank_memory.RankSpec(args, num, ranks, device.type == "cuda" and not reference, mtp, reference, lanes=lanes)
 
 
 def rank_of(model: Transformer) -> rank_memory.RankSpec:
-    return _rank_on(model.device, model.args, model.num, model.tp.size, len(model.mtp) > 0)
+    ranks, lanes = model.tp.size * model.dp.size, model.dp.size
+    return _rank_on(model.device, model.args, model.num, ranks, len(model.mtp) > 0, lanes)
 
 
 def check_limits(run: RunConfig, args: ModelArgs, has_mtp: bool) -> RunConfig:
@@ -300,7 +339,7 @@ def size_cache(run: RunConfig, model: Transformer, recorded: bool) -> RunConfig:
             fit = min(fit, run.max_num_seqs * run.pages_per_sequence)
         else:
             fit = int(run.kv_cache_gib * 2**30) // model.page_bytes
-        n_pages = model.tp.min_int(fit)
+        n_pages = model.dp.min_int(model.tp.min_int(fit))
     return replace(run, n_pages=n_pages, max_model_len=length_that_fits(run, n_pages, shrink))
 
 

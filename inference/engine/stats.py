@@ -1,6 +1,6 @@
 """What an engine has done so far."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -16,6 +16,9 @@ class Stats:
     accepted: list[int] = field(default_factory=list)  # by place: of those, accepted
     sampled_steps: int = 0  # verifications, that is steps x requests that sampled
     seconds: float = 0.0  # inside step()
+
+    def copy(self) -> "Stats":
+        return replace(self, drafted=list(self.drafted), accepted=list(self.accepted))
 
     def __str__(self) -> str:
         lines = [

@@ -58,6 +58,8 @@ def _layer(rank: RankSpec, tokens: int, inner: int, values: int = 0, widest: int
     beside += SPLIT_K_BYTES if rank.gpu and num.gemm else 0
     if num.batch_invariant:  # a product's blocks of rows before they are one, or all ranks' parts of a sum
         beside += b * (tokens + ROW_BLOCK) * max(2 * widest, (rank.tp + 1) * args.dim)
+    if num.virtual_ranks > 1:  # float32 sums of their tree, and of all ranks' parts
+        beside += 4 * tokens * args.dim * (num.virtual_ranks.bit_length() + rank.tp)
     return b * tokens * (6 * args.dim + 3 * inner + values) + 4 * tokens * args.qk_rope_head_dim + beside
 
 

@@ -45,6 +45,10 @@ class Quantised(NamedTuple):
     x: torch.Tensor | None = None  # (T, K) what was quantised, where somebody still needs it (the router)
     dtype: torch.dtype = torch.bfloat16  # of what was quantised, and so of a product
 
+    def take(self, rows: torch.Tensor) -> "Quantised":
+        """The tokens of these numbers, only quantised."""
+        return Quantised(self.q[rows], self.s[rows], None, self.dtype)
+
 
 @dataclass(frozen=True)
 class Routing:

@@ -1,6 +1,7 @@
 """Every op in plain torch, written to be read: this is the specification the kernels are tested against."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -269,18 +270,19 @@ def halves(gate_up: torch.Tensor, inter: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def experts(
-    x: torch.Tensor,
+    x: torch.Tensor | Quantised,
     weights: torch.Tensor,
     ids: torch.Tensor,
     first: int,
     n_local: int,
-    run: Callable[[int, torch.Tensor], torch.Tensor],
+    run: Callable[[int, Any], torch.Tensor],
 ) -> torch.Tensor:
     """The weighted sum of the experts [first, first + n_local) over the tokens routed to them: float32 (T, H).
 
     x (T, H), weights (T, K) float32, ids (T, K); `run(e, rows)` is local expert e's network on its rows.
     """
-    out = torch.zeros_like(x, dtype=torch.float32)
+    take = x.take if isinstance(x, Quantised) else x.__getitem__
+    out = torch.zeros((x.q if isinstance(x, Quantised) else x).shape, dtype=torch.float32, device=ids.device)
     flat = ids.flatten()
     order = flat.argsort(stable=True)  # the assignments, expert by expert, tokens in order within each
     tokens = order // ids.shape[1]
@@ -290,7 +292,7 @@ def experts(
         if n:
             rows = tokens[start : start + n]
             w = weights.flatten()[order[start : start + n]].unsqueeze(-1)
-            out.index_add_(0, rows, run(e, x[rows]).float() * w)
+            out.index_add_(0, rows, run(e, take(rows)).float() * w)
         start += n
     return out
 

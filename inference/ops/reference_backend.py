@@ -160,9 +160,9 @@ class ReferenceBackend:
         silu_mul takes them, w2 (E_local, H, inter). Summed in float32, rounded once to x's dtype: (T, H). n_experts:
         how many there are on all ranks, for an estimate of the tokens per expert (default: those here are all).
         """
-        x = plain_tokens(x)
+        x = x if w13.fp8 else plain_tokens(x)
 
-        def run(e: int, rows: torch.Tensor) -> torch.Tensor:
+        def run(e: int, rows: torch.Tensor | Quantised) -> torch.Tensor:
             return self.linear(self.silu_mul(self.linear(rows, w13.expert(e)), inter), w2.expert(e))
 
         y = reference.experts(x, weights, ids, first, len(w13.data), run)

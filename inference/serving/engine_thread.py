@@ -126,7 +126,7 @@ class EngineThread:
 
     def _check_room(self, more: int) -> None:
         assert self.engine is not None
-        most = self.engine.scheduler.max_num_seqs + self._max_queue
+        most = self.engine.max_num_seqs + self._max_queue
         if more > most:
             why = f"{more} answers at once are more than this server takes, {most}"
             raise ApiError(f"{why}: ask for fewer with n, or for fewer prompts", "n")
@@ -240,7 +240,7 @@ class EngineThread:
     def _drain_commands(self, engine: Engine) -> bool:
         """Executes the waiting commands; without work it waits for one, with other ranks until the next heartbeat.
         Returns False for the command to end."""
-        heartbeat = min(HEARTBEAT_SECONDS, engine.tp.timeout / 3) if engine.tp.size > 1 else None
+        heartbeat = min(HEARTBEAT_SECONDS, engine.world.timeout / 3) if engine.world.size > 1 else None
         timeout = 0.0 if engine.busy else heartbeat
         while True:
             try:

@@ -71,7 +71,7 @@ def load(folder: Path, config: Path | None) -> None:
         group = Group(rank, 2)
         numerics = Numerics(torch.bfloat16, experts=checkpoint.experts(2))
         model = Transformer(args, numerics, group, mtp=checkpoint.has_mtp)
-        load_into(model, checkpoint, group, progress=False)
+        load_into(model, checkpoint, progress=False)
 
 
 def refusal(action: Callable[[], object]) -> str:

@@ -106,13 +106,13 @@ def test_layouts_that_do_not_fit(wide, tmp_path):
         checkpoint = Checkpoint(tmp_path / held)
         model = Transformer(checkpoint.args, dataclasses.replace(FP8, experts=asked), Group(0, 2))
         with pytest.raises(UserError, match=rf"^--experts {asked}, but the files hold {held} experts: convert again"):
-            load_into(model, checkpoint, Group(0, 2), progress=False)
+            load_into(model, checkpoint, progress=False)
     upstream = tmp_path / "upstream"
     write_upstream(wide, upstream, 2, WIDE)
     args = Checkpoint(wide).args
     model = Transformer(args, dataclasses.replace(FP8, experts="split"), Group(0, 2), mtp=False)
     with pytest.raises(UserError, match=r"^--experts split, but the files hold whole experts"):
-        load_into(model, Checkpoint(upstream), Group(0, 2), progress=False)
+        load_into(model, Checkpoint(upstream), progress=False)
 
 
 def test_another_layout_than_the_manifest_says(wide, tmp_path):

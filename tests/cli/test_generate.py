@@ -256,7 +256,7 @@ def test_settings_are_read_before_the_weights(tiny: Path, tmp_path: Path, monkey
     monkeypatch.setattr(Group, "run_on_all_ranks", lambda _, work: work())
     for rank in range(2):
         with pytest.raises(UserError, match="temperature is 'warm', expected a number"):
-            Engine.from_pretrained(copy, tp=Group(rank, 2))
+            Engine.from_pretrained(copy, world=Group(rank, 2))
 
 
 @pytest.mark.parametrize(
@@ -659,15 +659,16 @@ def test_records_are_whole_lines(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- ranks
 
 
-def test_two_ranks_answer_as_one(engine: Engine, copy: Path, tmp_path: Path) -> None:
-    """From a config that is worth a warning, though it means the same."""
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_two_ranks_answer_as_one(engine: Engine, copy: Path, tmp_path: Path, lanes: int) -> None:
+    """As one lane, and as two. From a config that is worth a warning, though it means the same."""
     rope = {name: value for name, value in launch.CONFIG["rope_scaling"].items() if name != "mscale"}
     config = json.loads((copy / "config.json").read_text())
     rewrite(copy / "config.json", json.dumps(config | {"rope_scaling": rope}))
     prompts = prompts_file(tmp_path, "hello\nWhat is 2+2?\n" + "z" * 200 + "\nlast\n")
     output = tmp_path / "answers.jsonl"
     flags = ("--ckpt-path", copy, "--input-file", prompts, "--output-file", output, "--temperature", 0,
-             "--max-new-tokens", 12, "--max-num-seqs", 3, "--experts", "split", *EXACT)  # fmt: skip
+             "--max-new-tokens", 12, "--max-num-seqs", 3, "--experts", "split", "--dp", lanes, *EXACT)  # fmt: skip
     done = subprocess.run(
         launch.torchrun(*flags), env=launch.environment(), capture_output=True, text=True, timeout=120
     )
@@ -680,6 +681,8 @@ def test_two_ranks_answer_as_one(engine: Engine, copy: Path, tmp_path: Path) -> 
     )
     assert done.stderr.count("numerics: ") == 1, "only rank 0 speaks"
     assert done.stderr.count("experts: split, as asked\n") == 1
+    says = "2 of 1 rank each, as asked;" if lanes == 2 else "one of 2 ranks,"
+    assert done.stderr.count(f"lanes: {says}") == 1
     assert done.stderr.count("config: rope_scaling.mscale is missing and counts as 1") == 1
 
 
@@ -717,10 +720,21 @@ def test_one_rank_s_mistake_is_everyone_s(tiny: Path, copy: Path, tmp_path: Path
     prompts = prompts_file(tmp_path, "hello")
     flags = ["--input-file", prompts, *EXACT]
     damaged, why = missing_shard(copy)
+    converted, three = tmp_path / "converted", tmp_path / "three"
+    convert(tiny, converted, ranks=2)
+    make_checkpoint(three, launch.CONFIG | {"n_routed_experts": 3, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2})
+    write_tokenizer(three)
+    at, odd = ["--ckpt-path", str(converted)], ["--ckpt-path", str(three)]
     cases = [
         ([], ["--max-num-seqs", "0"], "rank 1: argument --max-num-seqs: 0 is not at least 1 (--help lists the flags)"),
         ([], ["--experts", "split"], "rank 1: --experts split (rank 0: auto): start every host with the same flags"),
         ([], ["--max-num-seqs", "4"], "rank 1: --max-num-seqs 4 (rank 0: 8): start every host with the same flags"),
+        ([], ["--dp", "2"], "rank 1: --dp 2 (rank 0: 1): start every host with the same flags"),
+        (["--dp", "3"], ["--dp", "3"], "--dp 3: 2 ranks cannot make so many equal lanes; start a multiple (torchrun)"),
+        (["--dp", "2", *at], ["--dp", "2", *at], f"{converted}: converted for 2 ranks, not 2 in 2 lanes; convert for 1"),
+        (["--dp", "2", "--experts", "whole", *odd], ["--dp", "2", "--experts", "whole", *odd],
+         "n_routed_experts 3 does not divide by 2 ranks (it works with none in 2 lanes)"),
+        ([], ["--dp", "0"], "rank 1: argument --dp: 0 is not at least 1 (--help lists the flags)"),
         ([], ["--ckpt-path", damaged], f"rank 1: {why}"),
         (["--input-file", "/none"], ["--input-file", "/none"], "/none: No such file or directory"),
         (["--threads", "0"], ["--threads", "0"], "argument --threads: 0 is not at least 1 (--help lists the flags)"),
@@ -798,7 +812,10 @@ def test_interrupted_in_an_import(name: str, library: str, tmp_path: Path) -> No
              "convert": ["--verify", "C"], "fp8_cast_bf16": ["--verify", "C"], "quantize": ["--verify", "C"],
              "check_checkpoint": ["C"]}  # fmt: skip
     command = [sys.executable, str(launch.SCRIPT.parent / f"{name}.py"), *flags.get(name, [])]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, timeout=100)
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, timeout=100,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # also where it is ignored
+    )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 

@@ -78,9 +78,9 @@ def test_few_rows_come_first(model, monkeypatch):
     """A batch's sequences are in the order that its phases ask for, and answers still go to whom they belong."""
     packed, pack = [], Batch.pack
 
-    def record(sequences, device):
+    def record(sequences, *where):
         packed.append([len(new) for new, *_ in sequences])
-        return pack(sequences, device)
+        return pack(sequences, *where)
 
     monkeypatch.setattr(Batch, "pack", record)
     asked = [tokens(n, V3["vocab_size"], seed=n) for n in (DECODE_ROWS + 9, 3, DECODE_ROWS + 1, DECODE_ROWS)]
@@ -206,7 +206,7 @@ def test_limits_are_checked(model):
 def test_a_run_is_described_once(path):
     """RunConfig's fields as keywords, over those of a RunConfig; the engine's own says what came of them."""
     run = RunConfig(n_pages=8, max_num_seqs=3, dtype="float32", device="cpu")
-    engine = Engine.from_pretrained(path, run, max_num_seqs=2, mtp=1, tp=Lonely(1, 2))
+    engine = Engine.from_pretrained(path, run, max_num_seqs=2, mtp=1, world=Lonely(1, 2))
     assert engine.run == dataclasses.replace(run, max_num_seqs=2, mtp=1, max_model_len=8 * 64 - 1)
     assert engine.scheduler.max_num_seqs == 2 and engine.model.num.dtype == torch.float32
     with pytest.raises(TypeError, match="'max_len' is neither an argument of from_pretrained nor a field of RunConfig"):
@@ -328,7 +328,7 @@ def test_layout_of_the_experts(path, tmp_path, made):
     """Split by default, as the files are if they were made for ranks, and as asked; what does not fit says what would."""
     if made is not None:
         convert(path, tmp_path, 2, experts=made)
-    options = {"ckpt_path": path if made is None else tmp_path, "tp": Lonely(1, 2), "n_pages": 8}
+    options = {"ckpt_path": path if made is None else tmp_path, "world": Lonely(1, 2), "n_pages": 8}
     for asked in ("auto", "whole", "split"):
         if made is None or asked in ("auto", made):
             engine = Engine.from_pretrained(experts=asked, **options)
@@ -343,8 +343,8 @@ def test_layout_that_does_not_fit(tmp_path):
     path = random_checkpoint(tmp_path, V3 | {"moe_intermediate_size": 33})
     says = r"^moe_intermediate_size 33 does not divide by 2 ranks \(it works with 1\); --experts whole works$"
     with pytest.raises(UserError, match=says):
-        Engine.from_pretrained(path, experts="split", tp=Lonely(1, 2), n_pages=8)
-    assert Engine.from_pretrained(path, tp=Lonely(1, 2), n_pages=8).model.num.experts == "whole"
+        Engine.from_pretrained(path, experts="split", world=Lonely(1, 2), n_pages=8)
+    assert Engine.from_pretrained(path, world=Lonely(1, 2), n_pages=8).model.num.experts == "whole"
 
 
 # --- page pool under pressure ----------------------------------------------------------------------------------------
@@ -579,7 +579,9 @@ def test_what_is_recorded_fits_every_batch(model):
     states = torch.arange(12.0).view(3, 4)
     out = graphs.run([([7, 8], 66, [3, 4]), ([9], 0, [2])], states)
     assert torch.equal(out, states) and bounds[-1] == (bounds[1][0], 0, [68, 1], (2, 5))
-    assert graphs.run([([1, 2, 3], 0, [0])]) is None and graphs.run([([1], 0, [0])] * 4) is None
+    assert graphs.fit([([1, 2], 0, [0])] * 3)
+    assert not graphs.fit([([1, 2, 3], 0, [0])]) and not graphs.fit([([1], 0, [0])] * 4)
+    assert not graphs.fit([([1], 0, [0] * 6)])
 
 
 def test_recording_is_for_what_asks_the_device_nothing():
@@ -625,7 +627,7 @@ def test_captures_warm_up_on_one_stream(monkeypatch):
 def test_a_closed_engine_has_no_graphs(model):
     """They hold communicators, which must go before the process group does."""
     engine = Engine(model, None, RunConfig(n_pages=4, max_model_len=100, max_num_seqs=2, mtp=1), capture=Recorder())
-    graphs = [weakref.ref(g) for g in (engine.runner.step_graphs, *engine.runner.draft_graphs)]
+    graphs = [weakref.ref(g) for g in (*engine.runner.step_graphs, *engine.runner.draft_graphs)]
     assert len(graphs) == 2 and all(g() for g in graphs)
     engine.close()
     assert engine.closed and not any(g() for g in graphs)

@@ -141,6 +141,7 @@ class NoKernel:
 
 SIDES = ("GPU", "CPU", "CPU, no compiler", pytest.param("another device", marks=pytest.mark.trust))
 SPLIT = Numerics(experts="split")
+VIRTUAL = replace(SPLIT, batch_invariant=True, virtual_ranks=2)
 WIDE = Numerics(exceptions=tuple((name, FLOAT32) for name in ("head", "layers.1.ffn.gate", "mtp.0.ffn.gate")))
 PLAIN_ONES = ("layers.0.attn.wqkv_a", "layers.0.ffn.w13", "layers.1.attn.wkv_b", "layers.1.attn.wo",
               "layers.1.ffn.experts", "layers.1.ffn.shared_experts.w2", "mtp.0.ffn.experts")  # fmt: skip
@@ -178,7 +179,7 @@ def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("numerics", [Numerics(), Numerics(torch.float32), Numerics(fp8_latents=True), FP8, replace(FP8, gemm="bf16"), INT8, INT4, ZEROS, SPLIT, WIDE, MIXED])
+@pytest.mark.parametrize("numerics", [Numerics(), Numerics(torch.float32), Numerics(fp8_latents=True), FP8, replace(FP8, gemm="bf16"), INT8, INT4, ZEROS, SPLIT, WIDE, MIXED, VIRTUAL, replace(VIRTUAL, gemm="bf16", experts="whole"), replace(VIRTUAL, gemm="fp8", experts="whole")])
 def test_a_rank_holds_what_is_said(family, ranks, side, numerics):
     untied = parse(FAMILIES[family] | (fp8_sizes(2) if numerics.gemm else {}))
     for args in (untied, replace(untied, tie_word_embeddings=True)):
@@ -256,6 +257,7 @@ STEPS = {  # what differs from SIZES; numerics, sequences, new tokens of each, c
     "decoding FP8 latents": ({}, PACKED, 8, 1, 4096, 0, 1),
     "sampling": ({"vocab_size": 65536}, FLOAT32, 8, 1, 64, 0, 1),
     "batch-invariant": ({}, Numerics(batch_invariant=True), 2, 300, 2048, 0, 1),
+    "virtual ranks": ({"dim": 2048, "n_heads": 4}, replace(VIRTUAL, virtual_ranks=4), 1, 512, 512, 0, 1),
     "W8A8": ({}, FP8, 1, 512, 1024, 0, 1),
     "W8A16": ({}, replace(FP8, gemm="bf16"), 1, 512, 1024, 0, 1),
     "a token of bfloat16": ({"vocab_size": 8192, "dim": 2048}, Numerics(), 1, 1, 64, 0, 1),
@@ -422,11 +424,11 @@ def test_graphs_keep_a_step_and_a_page(side):
 
     run = RunConfig(max_model_len=512, max_num_seqs=6, max_num_batched_tokens=64, n_pages=9, mtp=2)
     engine = Engine(model, None, run, capture=capture)
-    static_inputs = sum(t.nbytes for g in (engine.runner.step_graphs, *engine.runner.draft_graphs) for t in g._static_inputs.values())
+    static_inputs = sum(t.nbytes for g in (*engine.runner.step_graphs, *engine.runner.draft_graphs) for t in g._static_inputs.values())
     rows = sum((1, 2, 3, 4, 6)) * (3 + 3 + 1)
     said = memory.need(rank, limits).graphs - step_memory.step_bytes(rank, limits, decode=True)
     assert len(kept) == 3 * 5 and engine.runner.cache.shape[1] == 10
-    assert said == model.page_bytes + engine.runner.step_graphs.hidden.nbytes + rows * args.dim * 2 + static_inputs
+    assert said == model.page_bytes + engine.runner.step_graphs[0].hidden.nbytes + rows * args.dim * 2 + static_inputs
 
 
 # ---------------------------------------------------------------- a process that runs

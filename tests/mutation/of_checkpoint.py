@@ -1,6 +1,6 @@
 """Mutants of checkpoint/: name, file, text, what takes its place, the tests that must fail, the bug."""
 
-from mutation.tests_named import LOGITS, MTP, QUANTIZE, SHARDS, STORED
+from mutation.tests_named import BITS, LOGITS, MTP, QUANTIZE, SHARDS, STORED
 
 MUTANTS = (
     ("mtp-layer-61", "checkpoint/table.py",
@@ -114,7 +114,7 @@ MUTANTS = (
      "if False:",
      "checkpoint/test_directory.py::test_a_flipped_bit_in_any_tensor_is_found", "checksums are not compared"),
     ("weights-lost-tensors", "checkpoint/load.py",
-     "if unused := sorted(entries.keys() - used - optional):",
+     "if unused := sorted(entries.keys() - used - optional - others):",
      "if unused := []:",
      "checkpoint/test_load.py::test_every_parameter_is_filled_or_nothing_is", "tensors that the model has no place for are passed over"),
     ("weights-enorm-and-hnorm", "checkpoint/table.py",
@@ -366,8 +366,8 @@ MUTANTS = (
      "checkpoint/test_table.py::test_lanes_free_attention_of_the_ranks_that_do_not_divide_it",
      "heads that each lane has whole are refused"),
     ("lanes-read-files-of-ranks", "checkpoint/directory.py",
-     "if lanes > 1 and self.ranks is not None:",
-     "if False:",
+     "if (found := choose_files(self.ranks, ranks, lanes)) is None:",
+     "if (found := choose_files(self.ranks, ranks)) is None:",
      "checkpoint/test_directory.py::test_lanes_of_files_that_were_converted_for_ranks",
      "lanes load the attention of tensor-parallel ranks"),
     ("match-one-dtype-of-several", "checkpoint/directory.py",
@@ -386,4 +386,16 @@ MUTANTS = (
      "bad = (scale > LARGEST_SCALE).nonzero().tolist()",
      "bad = (scale >= 2.0**119).nonzero().tolist()",
      "checkpoint/test_directory.py::test_scales_with_which_weights_overflow", "a scale is refused whose weights are finite"),
+    ("lanes-file-of-another-part", "checkpoint/partition.py",
+     "return number * files.ranks // parts",
+     "return number % files.ranks",
+     "parallel/test_lanes.py::test_files_that_were_converted_for_fewer_ranks[split-None]", "a rank reads a file with another's part"),
+    ("lanes-cut-of-a-whole-tensor", "checkpoint/load.py",
+     "cut = tuple((a - first, b - first) for (a, b), (first, _) in zip(cut, held, strict=True))",
+     "pass",
+     "parallel/test_lanes.py::test_files_that_were_converted_for_fewer_ranks[split-None]", "a part is cut out of a file's part as out of the whole"),
+    ("virtual-parts-of-the-rank", "checkpoint/load.py",
+     "return virtual, number * (virtual.ranks // of) + int(found[2])",
+     "return virtual, number + int(found[2])",
+     f"{BITS}[dtype0-None]", "virtual ranks of the second rank load the first's weights"),
 )  # fmt: skip

@@ -1,5 +1,7 @@
 """Mutants of parallel/: name, file, text, what takes its place, the tests that must fail, the bug."""
 
+from mutation.tests_named import BITS, IN_LANES
+
 MUTANTS = (
     ("ranks-nan-from-anybody", "parallel/group.py",
      "for i, part in enumerate(self.partial_sums) if not part.isfinite()), MAX_PARTIAL_SUMS)",
@@ -89,4 +91,24 @@ MUTANTS = (
      'r.get("error") or r.get("wrong") for rank, r in results.items() if "error" in r or "wrong" in r}\n        wrong |=',
      'r.get("error") for rank, r in results.items() if "error" in r}\n        wrong |=',
      "parallel/test_network.py::test_wrong_numbers_are_named", "bytes that came changed are not told"),
+    ("lanes-share-by-rank", "parallel/group.py",
+     "return Group(tp.rank * dp.size + dp.rank, tp.size * dp.size)",
+     "return Group(dp.rank * tp.size + tp.rank, tp.size * dp.size)",
+     f"{IN_LANES}[2-2-v3-whole]", "lanes number their shares of the experts otherwise than the loader"),
+    ("lanes-padding-gathered", "parallel/group.py",
+     "whole = torch.cat([row[:n] for row, n in zip(rows, counts, strict=True)]).to(message.device)",
+     "whole = torch.cat(rows).to(message.device)",
+     "parallel/test_lanes.py::test_rows_change_lanes_over_gloo", "rows of padding go to the experts, and into the sums"),
+    ("lanes-sums-of-another", "parallel/group.py",
+     "total = tree_sum(parts.to(x.device).view(self.size, mine, *x.shape[1:])).to(x.dtype)",
+     "total = tree_sum(parts.to(x.device).view(mine, self.size, *x.shape[1:]).transpose(0, 1)).to(x.dtype)",
+     "parallel/test_lanes.py::test_rows_change_lanes_over_gloo", "parts of different tokens are added"),
+    ("sum-in-rank-order", "parallel/group.py",
+     "while runs and runs[-1][0] == n:",
+     "while runs:",
+     f"{BITS}[dtype0-None]", "one rank adds its shares in another order than several"),
+    ("lanes-bytes-of-equal-length", "parallel/group.py",
+     "return [row.numpy().tobytes()[:n] for row, n in zip(padded, lengths, strict=True)]",
+     "return [row.numpy().tobytes() for row in padded]",
+     "parallel/test_lanes.py::test_rows_change_lanes_over_gloo", "a lane's report ends in another's padding"),
 )  # fmt: skip

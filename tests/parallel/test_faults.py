@@ -60,14 +60,16 @@ def processes(mark: str) -> list[str]:
     return found
 
 
-def run(checkpoint: Path, folder: Path, kind: str, rank: int, at: int, ranks: int = 2, prompts: int = 100) -> Ended:
+def run(
+    checkpoint: Path, folder: Path, kind: str, rank: int, at: int, ranks: int = 2, prompts: int = 100, lanes: int = 1
+) -> Ended:
     """`torchrun` on the checkpoint, with a fault in one rank; nothing of it is left afterwards."""
     mark, fault = uuid.uuid4().hex, {"kind": kind, "rank": rank, "at": at, "file": str(folder / "when")}
     (folder / "prompts.txt").write_text("hello\n" * prompts)
     output = folder / "answers.jsonl"
     flags = ("--ckpt-path", checkpoint, "--input-file", folder / "prompts.txt", "--output-file", output,
              "--temperature", 0, "--max-new-tokens", 20, "--device", "cpu", "--dtype", "float32", "--threads", 1,
-             "--timeout", TIMEOUT)  # fmt: skip
+             "--timeout", TIMEOUT, "--dp", lanes)  # fmt: skip
     command = launch.torchrun(json.dumps(fault), *flags, ranks=ranks, script=FAULTY)
     torchrun = subprocess.Popen(
         command, env=launch.environment(MARK=mark), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -108,6 +110,26 @@ def check(ended: Ended, kind: str, rank: int, ranks: int = 2) -> None:
 def test_a_fault_in_one_rank(tiny: Path, tmp_path: Path, kind: str) -> None:
     """While it sums with the other in the eighth step. (tests/test_generate.py stops and kills ranks between steps.)"""
     check(run(tiny, tmp_path, kind, 1, at=7 * SUMS + 2), kind, 1)
+
+
+@linux
+@pytest.mark.parametrize("ranks, rank, kind", [
+    (2, 1, "kill"), (2, 0, "exception"), *(pytest.param(*one, marks=pytest.mark.trust) for one in (
+        (2, 0, "kill"), (2, 1, "stop"), (2, 1, "exception"), (2, 1, "oom"), (4, 2, "kill"), (4, 3, "stop"), (4, -1, "oom"))),
+])  # fmt: skip
+def test_a_fault_in_one_lane(tiny: Path, tmp_path: Path, ranks: int, rank: int, kind: str) -> None:
+    """Every rank of every lane ends, with one line, whatever its own lane was doing."""
+    check(run(tiny, tmp_path, kind, rank, 3 * SUMS + 2, ranks, lanes=2), kind, rank, ranks)
+
+
+@linux
+def test_nan_in_one_lane(tiny: Path, tmp_path: Path) -> None:
+    """What that lane runs at the step fails, and nothing that another runs, though they share the experts."""
+    ended = run(tiny, tmp_path, "nan", 1, at=7 * SUMS + 2, prompts=24, lanes=2)
+    bad = [answer for answer in ended.answers if "error" in answer]
+    assert ended.status == 1 and len(ended.answers) == 24 and 1 <= len(bad) <= 8, ended.stderr
+    assert all(answer["error"] == "the model's output holds NaN or infinity" for answer in bad)
+    assert len({tuple(answer["tokens"]) for answer in ended.answers if answer not in bad}) == 1
 
 
 @linux

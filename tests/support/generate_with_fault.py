@@ -27,7 +27,7 @@ all_reduce, calls = Group.all_reduce, 0
 def failing_all_reduce(self: Group, x: torch.Tensor) -> torch.Tensor:
     global calls
     calls += 1
-    if fault["rank"] not in (self.rank, -1) or calls != fault["at"]:
+    if fault["rank"] not in (self.process.rank, -1) or calls != fault["at"]:
         return all_reduce(self, x)
     Path(fault["file"]).write_text(str(time.time()))
     match fault["kind"]:

@@ -27,13 +27,14 @@ def ours(
     tp: Group = SOLO,
     device: torch.device | str = "cpu",
     backend: ReferenceBackend | None = None,
+    dp: Group = SOLO,
 ) -> Transformer:
     """Our model, float32 unless told otherwise, with the checkpoint's weights."""
     checkpoint = Checkpoint(path)
     assert checkpoint.args is not None
     num = replace(num, exceptions=exceptions(checkpoint.expected(checkpoint.args), num))
-    model = Transformer(checkpoint.args, num, tp, device, mtp=checkpoint.has_mtp, backend=backend)
-    load_into(model, checkpoint, tp, progress=False)
+    model = Transformer(checkpoint.args, num, tp, device, mtp=checkpoint.has_mtp, backend=backend, dp=dp)
+    load_into(model, checkpoint, progress=False)
     return model.prepare()
 
 

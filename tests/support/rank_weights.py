@@ -128,7 +128,7 @@ def build(checkpoint: Checkpoint, num: Numerics, group: Group = SOLO, args: Mode
 def loaded(folder: Path, num: Numerics, group: Group = SOLO, args: ModelArgs | None = None) -> dict[str, torch.Tensor]:
     checkpoint = Checkpoint(folder)
     model = build(checkpoint, num, group, args)
-    load_into(model, checkpoint, group, progress=False)
+    load_into(model, checkpoint, progress=False)
     return dict(model.named_parameters())
 
 
