@@ -5,7 +5,8 @@
 A random checkpoint of that shape is written in each form: FP8 blocks as quantize.py writes them, and INT4 groups of 32
 in the routed experts, everything else BF16. generate.py loads it in a process of its own and answers one prompt with 64
 tokens, with room for 4,096; plan.py says beforehand what that takes. The process's /proc/PID/status is read every
-10 ms. Needs 17 GB of disk, and of memory what it shows.
+10 ms; what a process takes that only imports the engine is shown beside it. Needs 17 GB of disk, and of memory what it
+shows.
 """
 
 import argparse
@@ -99,6 +100,7 @@ def main() -> int:
     parser.add_argument("--temp", help="where to put the data, which is removed afterwards")
     parser.add_argument("--output", help="JSON file for the results")
     options = parser.parse_args()
+    imports = measure_child([sys.executable, "-c", "import engine.engine"], folder=str(INFERENCE))["peak_mib"]
     rows: list[dict[str, Any]] = []
     for form in options.forms:
         with tempfile.TemporaryDirectory(dir=options.temp) as temp:
@@ -112,7 +114,7 @@ def main() -> int:
             gpu, cpu = planned(folder, "--device", "cuda"), planned(folder, "--device", "cpu")
         fits = figures["peak_mib"] * 2**20 <= LIMITS[form] * 10**9 and gpu <= 24e9
         rows.append({"form": form, "checkpoint_bytes": nbytes, "planned_cpu": cpu, "planned_gpu": gpu} | figures
-                    | {"limit_gb": LIMITS[form], "fits": fits})  # fmt: skip
+                    | {"imports_mib": imports, "limit_gb": LIMITS[form], "fits": fits})  # fmt: skip
         print(json.dumps(rows[-1]))
     report.save(options.output, rows)
     return 0 if all(row["fits"] for row in rows) else 1

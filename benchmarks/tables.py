@@ -154,13 +154,12 @@ def kernel_cpu(record: dict[str, Any]) -> str:
 def quantised_memory(record: dict[str, Any]) -> str:
     sizes = ("checkpoint_bytes", "planned_cpu", "planned_gpu")
     rows = [
-        [row["form"].upper(), *(f"{row[key] / 1e9:.1f} GB" for key in sizes),
-         f"{row['peak_mib'] * 2**20 / 1e9:.1f} GB", f"{row['limit_gb']} GB"]
+        [row["form"].upper(), *(f"{row[key] / 1e9:.2f} GB" for key in sizes),
+         *(f"{row[key] * 2**20 / 1e9:.2f} GB" for key in ("peak_mib", "imports_mib")), f"{row['limit_gb']} GB"]
         for row in record["results"]
     ]  # fmt: skip
-    return report.table(
-        ["routed experts in", "checkpoint", "planned, CPU", "planned, GPU", "the process's peak, CPU", "limit"], rows
-    )
+    return report.table(["routed experts in", "checkpoint", "planned, CPU", "planned, GPU", "the process's peak, CPU",
+                         "of that Python and torch", "limit"], rows)  # fmt: skip
 
 
 def convert_memory(record: dict[str, Any]) -> str:
