@@ -4,7 +4,7 @@
     python benchmarks/bench.py cpu convert-memory    # some of: cpu, compiled-reference, kernel-cpu, kernel-cpu-clang,
                                                      # offline-throughput, online-serving,
                                                      # check-speed, convert-memory, quantised-memory, demo,
-                                                     # draft-acceptance, scale-out, overlap; on a GPU
+                                                     # draft-acceptance, lane-throughput, scale-out, overlap; on a GPU
                                                      # kernel-dense, kernel-moe, kernel-fused, kernel-router,
                                                      # kernel-decode, kernel-prefill, rank-step, model-v2-lite,
                                                      # model-moonlight
@@ -30,6 +30,7 @@ COMMANDS: dict[str, list[Path | str]] = {
     "convert-memory": [HERE / "convert_memory.py", "--output", RESULTS / "convert_memory.json"],
     "quantised-memory": [HERE / "quantised_memory.py", "--output", RESULTS / "quantised_memory.json"],
     "demo": [HERE.parent / "demo" / "evaluate.py", "--output", RESULTS / "demo.json"],
+    "lane-throughput": [HERE / "lane_throughput.py", "--output", RESULTS / "lane_throughput.json"],
     "scale-out": [HERE / "scale_out.py", "--output", RESULTS / "scale_out.json"],
     "overlap": [HERE / "scale_out.py", "--overlap", "--output", RESULTS / "overlap.json"],
     "draft-acceptance": [HERE / "draft_acceptance.py", "--output", RESULTS / "draft_acceptance.json"],

@@ -169,7 +169,7 @@ def compare(checkpoint: Path, model: str, prompt: int, new: int, turns: int, sta
     return rows
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, help="also this one, bench_cpu.py's random one")
     parser.add_argument("--turns", type=int, default=5)
@@ -185,10 +185,11 @@ def main() -> None:
                 (whole / path.name).symlink_to(path)
             rows += compare(whole, "1.7 B", 32, options.new, options.turns, stack)
     report.save(options.output, rows)
+    return 0
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         work(sys.argv[2], int(sys.argv[3]))
     else:
-        main()
+        sys.exit(main())

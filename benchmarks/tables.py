@@ -345,6 +345,18 @@ def rank_step(record: dict[str, Any]) -> str:
     return rank_step.table(record["results"])
 
 
+def lane_throughput(record: dict[str, Any]) -> str:
+    header = ["model", "at a time", "two lanes, tok/s", "tensor parallel, tok/s", "ratio", "bytes a rank gives a step, "
+              "lanes", "counted", "tensor parallel", "counted"]  # fmt: skip
+    rows = []
+    for row in record["results"]:
+        sides = [row["lanes"], row["tensor parallel"]]
+        sent = [f"{n:,}" for side in sides for n in (side["sent"], side["predicted"])]
+        speeds = [f"{side['tokens_s']:.1f}" for side in sides]
+        rows.append([row["model"], str(row["concurrent"]), *speeds, f"{row['ratio']:.2f}", *sent])
+    return report.table(header, rows)
+
+
 def scale_out(record: dict[str, Any]) -> str:
     import scale_out
 
@@ -374,6 +386,7 @@ BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "check_speed": (check_speed, "check_speed"), "results": (results, "demo"),
     "compiled_reference": (compiled_reference, "compiled_reference"),
     "kernel_cpu_clang": (kernel_cpu_clang, "kernel_cpu_clang"),
+    "lane_throughput": (lane_throughput, "lane_throughput"),
     "scale_out": (scale_out, "scale_out"), "overlap": (overlap, "overlap"),
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ import bench
 import convert_memory
 import kernel_cpu
 import kernel_gpu
+import lane_throughput
 import model_gpu
 import online_serving
 import rank_step
@@ -497,6 +498,15 @@ def test_the_server_bench_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert side["between_tokens_s"] and "throughput_ratio" not in row
     runpy.run_path(str(FIGURE))["draw"](record, tmp_path / "server.png")
     assert (tmp_path / "server.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lanes_send_what_is_counted(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes a side, on the demo: tokens a second, and bytes of a step as plan.py's arithmetic has them."""
+    monkeypatch.setattr(lane_throughput, "CONCURRENT", (4,))
+    [row], _, code = run(lane_throughput, "--turns", "1", "--new", "3")
+    assert code == 0 and row["concurrent"] == 4 and row["ratio"] > 0
+    for side in lane_throughput.SIDES:
+        assert row[side]["sent"] == row[side]["predicted"] > 0 and row[side]["tokens_s"] > 0
 
 
 def test_copies_of_a_token_that_dispatch_sends() -> None:
