@@ -409,7 +409,7 @@ INLINE void product_of(const float *x, const Part *w, Way way, int r, int p, flo
         for (int q = 0; q < p; q++) {
             const uint8_t *lines = from + q * stride;
             __builtin_prefetch(ahead + q * of_panel);
-            if (LANES == 16) __builtin_prefetch(ahead + q * of_panel + 64);
+            if (LANES == 16 && p > 1) __builtin_prefetch(ahead + q * of_panel + 64);
             multiply_lines(x, *(const vu *)lines, *(const vu *)(lines + 2 * WIDTH), way, r, p, low + q, high + q);
         }
     for (int i = 0; i < r * p; i++, out += WIDTH) {
@@ -624,7 +624,8 @@ static void multiply(const void *x, int64_t rows, const Matrix *w, Way way, Targ
             for (int64_t b = b0; b < b1 && (is_plain || p == 4); b++) {
                 const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
                 const float *from = (const float *)((const char *)x + first * k * bytes_of(way));
-                const Part part = {own, size, k, 0, own + (b ? 0 : AHEAD * 2 * WIDTH), of_k, size};
+                const uint8_t *next = own + size + b * (size / blocks); /* all blocks together fetch the next panel */
+                const Part part = {own, size, k, 0, blocks > 1 ? next : own + AHEAD * 2 * WIDTH, in_wholes(of_k, blocks), size};
                 if (is_plain) product(from, r, &part, way, p, sums + (first - row) * line);
                 else stream(from, r, w, begin, way, sums + (first - row) * line);
             }
@@ -639,12 +640,13 @@ static void multiply(const void *x, int64_t rows, const Matrix *w, Way way, Targ
                     for (int i = 0; i < 2; i++)
                         *(vf *)(scales + q * WIDTH + i * LANES) = scales_v(w, begin + q, at, of_scales, i);
                 }
-                Part part = {(const uint8_t *)widened, n * WIDTH * sizeof(bf16), n, scales, own + (k0 + n) * of_k, of_k, size};
                 for (int64_t b = b0; b < b1; b++) {
                     const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
+                    const uint8_t *next = own + (k0 + n) * of_k + (b - b0) * (n * of_k / (b1 - b0));
+                    const Part part = {(const uint8_t *)widened, n * WIDTH * sizeof(bf16), n, scales, next,
+                                       in_wholes(of_k, b1 - b0), size};
                     const char *from = (const char *)x + (first * k + k0 * r) * bytes_of(way);
                     product((const float *)from, r, &part, way, p, sums + (first - row) * line);
-                    part.ahead = part.lines;
                 }
             }
             for (int64_t b = b0; b < b1; b++) {
