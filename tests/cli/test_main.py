@@ -19,7 +19,7 @@ MINIMAL = {generate: ["--ckpt-path", "C", "--interactive"], server: ["--ckpt-pat
 EVERY_FLAG = {
     "dtype": "float32", "gemm": "bf16", "experts": "split", "device": "cpu", "max_model_len": 300, "max_num_seqs": 3,
     "max_num_batched_tokens": 70, "kv_cache_gib": 0.5, "kv_cache_dtype": "fp8", "mtp": 2, "deterministic": True,
-    "eager": True, "verify": True, "threads": 2, "timeout": 9.5, "max_num_mixed_tokens": 40,
+    "eager": True, "verify": True, "threads": 2, "timeout": 9.5, "max_num_mixed_tokens": 40, "dp": 2,
 }  # fmt: skip
 
 
