@@ -48,9 +48,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--tp", type=positive, metavar="N", help="ranks of a lane, tensor parallel (default: 1)")
     add("--dp", type=positive, metavar="N", help="data-parallel lanes of so many ranks (default: 1)")
     add("--world-size", type=positive, metavar="N",
-        help="tabulate every layout of N ranks, dp x tp and experts (default with --concurrency: of dp x tp)")
+        help="tabulate every layout of N ranks, dp x tp and experts (default with --concurrency: of dp x tp)")  # fmt: skip
     add("--concurrency", type=positive, metavar="N",
-        help="recommend a layout for N sequences of --context tokens at a time")
+        help="recommend a layout for N sequences of --context tokens at a time")  # fmt: skip
     add("--device", type=device, default="cuda", metavar="DEVICE", help="what the ranks run on (default: GPUs)")
     add("--max-model-len", type=positive, metavar="N", help="tokens of a sequence (default: as the model allows)")
     add_run_flags(parser, RUN_FLAGS)
@@ -59,11 +59,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="of a rank's memory, for the decode limit (default: on GPUs 3.35 4.8, else none shown)")  # fmt: skip
     add("--memory", type=number, metavar="GB", help="of a rank, for layouts (default: 141, an H200's)")
     add("--tflops", type=number, nargs=2, metavar=("FP8", "BF16"),
-        help="of a rank, for layouts (default: 1979 989, an H100's, H200's or H800's)")
+        help="of a rank, for layouts (default: 1979 989, an H100's, H200's or H800's)")  # fmt: skip
     add("--nvlink", type=number, default=450.0, metavar="GB/S",
-        help="a rank sends to others of its node, for layouts (default: 450; H800: 200)")
+        help="a rank sends to others of its node, for layouts (default: 450; H800: 200)")  # fmt: skip
     add("--network", type=number, default=50.0, metavar="GB/S",
-        help="a rank sends to other nodes, for layouts (default: 50, InfiniBand NDR)")
+        help="a rank sends to other nodes, for layouts (default: 50, InfiniBand NDR)")  # fmt: skip
     add("--ranks-per-node", type=positive, default=8, metavar="N", help="ranks of a node, for layouts (default: 8)")
     add("--json", action="store_true", help="one JSON object; sizes in bytes, times in seconds")
     options = parser.parse_args(arguments)

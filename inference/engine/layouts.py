@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from checkpoint.partition import Partition
 from core.config import BLOCK_SIZE
 from core.errors import UserError
+from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, AskedLayout, ExpertLayout, RunConfig
 from engine import memory
 from engine.rank_memory import EMBEDDING, HEAD, ROUTED, RankSpec, decode_reads, weight_bytes
@@ -99,8 +100,8 @@ def messages(layout: Layout, rows: int, sampled: int, mtp: bool = False) -> Iter
     """Those of one forward, in the model's order, of which each lane has so many rows and `sampled` rows of logits (the
     rows of the lane with the most, to which the others fill theirs up). `mtp`: of the MTP module instead."""
     rank, args = layout.rank, layout.rank.args
-    state, logits = rows * args.dim * rank.num.dtype.itemsize, sampled * args.vocab_size // rank.tp * 4
-    ends = Message("embedding", "all_reduce", "tp", state), Message("logits", "gather", "tp", logits)
+    embedded, logits = rows * args.dim * rank.num.dtype.itemsize, sampled * args.vocab_size // rank.tp * 4
+    ends = Message("embedding", "all_reduce", "tp", embedded), Message("logits", "gather", "tp", logits)
     dense = 0 if mtp else args.n_dense_layers
     layers = (layer_messages(layout, rows, i >= dense) for i in range(1 if mtp else args.n_layers))
     for message in (ends[0], *itertools.chain.from_iterable(layers), ends[1]):
@@ -111,7 +112,7 @@ def messages(layout: Layout, rows: int, sampled: int, mtp: bool = False) -> Iter
 def layer_messages(layout: Layout, rows: int, experts: bool) -> list[Message]:
     """Those of one layer, with experts or with a dense MLP, some of them perhaps among one rank."""
     rank = layout.rank
-    state = rows * rank.args.dim * rank.num.dtype.itemsize
+    state = rows * rank.args.dim * sum_bytes(rank.num)
     exchange = [
         Message("gather", "gather", "dp", rows * row_bytes(rank, experts)),
         Message("scatter_sum", "scatter_sum", "dp", state),
@@ -121,6 +122,11 @@ def layer_messages(layout: Layout, rows: int, experts: bool) -> list[Message]:
         *(exchange if experts or not layout.mlps_in_lane else []),
         Message("feed-forward", "all_reduce", "tp", state),
     ]
+
+
+def sum_bytes(num: Numerics) -> int:
+    """Of a value that ranks sum: that of virtual ranks is float32."""
+    return 4 if num.virtual_ranks > 1 else num.dtype.itemsize
 
 
 def group_size(rank: RankSpec, message: Message) -> int:

@@ -1,10 +1,10 @@
 """An upper bound of what one forward's tensors take beside weights and latents. Bytes; nothing is allocated.
 
-It is the greatest of six peaks: attention, a dense MLP, the experts, the exchange of lanes, logits, sampling. Each adds
-up what may exist together there in the worst case: every sequence is at the end of its context, its pages are
-scattered, all tokens choose the same expert, and an op takes the form that needs the most. Where backends differ little
-they share a term, that of the most wasteful one. It grows with tokens, sequences and context. Tests hold it to the
-tensors that really exist, which never take more. Left out: what torch's libraries take inside an op.
+It is the greatest of five peaks: attention, a dense MLP, the experts, logits, sampling. Each adds up what may exist
+together there in the worst case: every sequence is at the end of its context, its pages are scattered, all tokens
+choose the same expert, and an op takes the form that needs the most. Where backends differ little they share a term,
+that of the most wasteful one. It grows with tokens, sequences and context. Tests hold it to the tensors that really
+exist, which never take more. Left out: what torch's libraries take inside an op.
 """
 
 import torch
@@ -28,7 +28,8 @@ BLOCK_KEYS, PANEL, ROWS = 256, 32, 12  # the same, for mla_prefill: see _expande
 
 def step_bytes(rank: RankSpec, config: RunConfig, decode: bool = False) -> int:
     """The most that the tensors of the largest forward take that `config` allows; with `decode` of the largest that
-    brings one token and its drafts of each sequence. With lanes, MLPs and experts run on the tokens of all."""
+    brings one token and its drafts of each sequence. With lanes, MLPs and experts run on the tokens of all;
+    what exchanging these takes is less than running on them, and over by then."""
     args, num, sampled = rank.args, rank.num, config.max_num_seqs * (1 + config.mtp)
     tokens, rows = (sampled, 1 + config.mtp) if decode else (config.max_step_tokens, config.max_step_tokens)
     gathered = rank.lanes * tokens
@@ -39,7 +40,6 @@ def step_bytes(rank: RankSpec, config: RunConfig, decode: bool = False) -> int:
         "attention": _attention(rank, config, tokens, rows),
         "dense MLP": _layer(rank, gathered, -(-args.inter_dim // rank.ranks)) if args.n_dense_layers else 0,
         "experts": _experts(rank, gathered) if args.n_moe_layers or rank.mtp else 0,
-        "exchange": _exchange(rank, tokens, gathered) if rank.lanes > 1 else 0,
         "logits": scored * (row * (3 if rank.tp > 1 else 2) + 8 * args.dim) + head,  # parts of a row, and it joined
         "sampling": sampled * row + min(sampled, DRAWN_ROWS) * SAMPLER_BYTES * args.vocab_size,
     }
@@ -72,15 +72,6 @@ def _experts(rank: RankSpec, tokens: int) -> int:
     experts = rows * of_value * (args.dim + 3 * in_blocks(rank.inner)) + tokens * sums * args.dim
     shared = -(-args.n_shared_experts * args.moe_inter_dim // rank.ranks)
     return _layer(rank, tokens, shared, 0, 2 * in_blocks(rank.inner)) + routing + experts
-
-
-def _exchange(rank: RankSpec, tokens: int, gathered: int) -> int:
-    """The residual stream of a lane's tokens, and of those of all lanes either the message (what experts take, their
-    weights and ids) as it is sent, received, joined and taken apart, or the experts' results with the message, as they
-    are sent and received, and sums in float32."""
-    args, b = rank.args, rank.num.dtype.itemsize
-    message = (b + 2 * (rank.num.gemm == "fp8")) * args.dim + 12 * args.n_activated_experts
-    return 6 * b * tokens * args.dim + gathered * max(4 * message, message + (2 * b + 6) * args.dim)
 
 
 def _attention(rank: RankSpec, config: RunConfig, tokens: int, rows: int) -> int:

@@ -1,6 +1,6 @@
 """Layouts of ranks: what they exchange, what they hold, how fast they are at most, and which is recommended."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -73,40 +73,54 @@ def test_operations_of_a_token():
 # ---------------------------------------------------------------- messages
 
 
+@dataclass(frozen=True)
 class Recorded(Group):
     """A rank of several, alone, that writes down what it would send."""
 
-    def all_reduce(self, x):
+    name: str = "tp"
+
+    def _record(self, collective, nbytes):
         if self.size > 1:
-            SENT.append(("all_reduce", x.nbytes))
+            SENT.append((collective, self.name, nbytes))
+
+    def all_reduce(self, x):
+        self._record("all_reduce", x.nbytes)
         return x
 
     def all_gather(self, x):
-        if self.size > 1:
-            SENT.append(("gather", x.nbytes))
+        self._record("gather", x.nbytes)
         return torch.cat([x] * self.size, dim=-1)
 
+    def gather(self, counts, *parts):
+        self._record("gather", sum(part.nbytes for part in parts))
+        return [torch.cat([part] * self.size) for part in parts]
 
-SENT: list[tuple[str, int]] = []
+    def scatter_sum(self, x, counts, n):
+        self._record("scatter_sum", x.nbytes // self.size)
+        return x[:n]
 
 
-@pytest.mark.parametrize("num", [Numerics(), Numerics(torch.float32), FP8])
-def test_the_model_sends_what_is_counted(num):
+SENT: list[tuple[str, str, int]] = []
+
+
+@pytest.mark.parametrize(("lanes", "tp"), [(1, 2), (2, 1), (2, 2), (4, 1), (1, 4)])
+@pytest.mark.parametrize("num", [Numerics(), Numerics(torch.float32), FP8, replace(FP8, gemm="bf16"), Numerics(virtual_ranks=8)])
+def test_the_model_sends_what_is_counted(num, lanes, tp):
     """A forward, its logits and a draft, in the model's order."""
-    args = parse(FAMILIES["v3"] | fp8_sizes(2))
-    model = Transformer(args, num, Recorded(1, 2), "cpu")
+    args = parse(FAMILIES["v3"] | fp8_sizes(8))
+    model = Transformer(args, num, Recorded(tp - 1, tp), "cpu", dp=Recorded(lanes - 1, lanes, name="dp"))
     for parameter in model.parameters():
         parameter.data.zero_()
     model.prepare()
-    batch = Batch.pack([([1] * 5, 0, [0]), ([1] * 2, 0, [1])])
+    batch = Batch.pack([([1] * 5, 0, [0]), ([1] * 2, 0, [1])], lane_rows=(7,) * lanes)
     cache = model.new_cache(2)
-    rank = RankSpec(args, num, 2, gpu=False, mtp=True)
+    rank = RankSpec(args, num, lanes * tp, gpu=False, mtp=True, lanes=lanes)
     for mtp in (False, True):
         SENT.clear()
         hidden = model.draft(batch, torch.zeros(7, args.dim, dtype=num.dtype), cache) if mtp else model(batch, cache)
         model.logits(hidden[:3])
         counted = list(layouts.messages(Layout(rank, {}), 7, 3, mtp))
-        assert [(m.collective, m.nbytes) for m in counted] == SENT and {m.group for m in counted} == {"tp"}
+        assert [(m.collective, m.group, m.nbytes) for m in counted] == SENT
 
 
 def test_messages_of_lanes():

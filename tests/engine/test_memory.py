@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -141,7 +142,7 @@ class NoKernel:
 
 SIDES = ("GPU", "CPU", "CPU, no compiler", pytest.param("another device", marks=pytest.mark.trust))
 SPLIT = Numerics(experts="split")
-VIRTUAL = replace(SPLIT, batch_invariant=True, virtual_ranks=2)
+VIRTUAL = replace(SPLIT, batch_invariant=True, virtual_ranks=4)
 WIDE = Numerics(exceptions=tuple((name, FLOAT32) for name in ("head", "layers.1.ffn.gate", "mtp.0.ffn.gate")))
 PLAIN_ONES = ("layers.0.attn.wqkv_a", "layers.0.ffn.w13", "layers.1.attn.wkv_b", "layers.1.attn.wo",
               "layers.1.ffn.experts", "layers.1.ffn.shared_experts.w2", "mtp.0.ffn.experts")  # fmt: skip
@@ -178,18 +179,23 @@ def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("ranks", "lanes"), [(1, 1), (2, 1), (4, 2), pytest.param(2, 2, marks=pytest.mark.trust)])
 @pytest.mark.parametrize("numerics", [Numerics(), Numerics(torch.float32), Numerics(fp8_latents=True), FP8, replace(FP8, gemm="bf16"), INT8, INT4, ZEROS, SPLIT, WIDE, MIXED, VIRTUAL, replace(VIRTUAL, gemm="bf16", experts="whole"), replace(VIRTUAL, gemm="fp8", experts="whole")])
-def test_a_rank_holds_what_is_said(family, ranks, side, numerics):
-    untied = parse(FAMILIES[family] | (fp8_sizes(2) if numerics.gemm else {}))
+def test_a_rank_holds_what_is_said(family, ranks, lanes, side, numerics):
+    untied = parse(FAMILIES[family] | (fp8_sizes(4) if numerics.gemm else {}))
     for args in (untied, replace(untied, tie_word_embeddings=True)):
-        model = Transformer(args, numerics, Group(ranks - 1, ranks))
-        for parameter in model.parameters():
-            parameter.data.zero_()
-        model.prepare()
-        rank = RankSpec(args, numerics, ranks, side == "GPU", args.n_mtp_layers > 0, side == "another device")
-        assert sum(rank_memory.weight_bytes(rank).values()) == held(model)
-        assert rank_memory.page_bytes(rank) == model.page_bytes
+        assert_held(args, numerics, ranks, lanes, side)
+
+
+def assert_held(args: ModelArgs, numerics: Numerics, ranks: int, lanes: int, side: str) -> None:
+    tp = ranks // lanes
+    model = Transformer(args, numerics, Group(tp - 1, tp), dp=Group(lanes - 1, lanes))
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.prepare()
+    rank = RankSpec(args, numerics, ranks, side == "GPU", args.n_mtp_layers > 0, side == "another device", lanes)
+    assert sum(rank_memory.weight_bytes(rank).values()) == held(model)
+    assert rank_memory.page_bytes(rank) == model.page_bytes
 
 
 # ---------------------------------------------------------------- tensors of a step
@@ -231,6 +237,20 @@ class Alone(Group):
     def all_gather(self, x):
         return x if self.size == 1 else torch.cat([torch.empty_like(x) for _ in range(self.size)], dim=-1)
 
+    def gather(self, counts, *parts):
+        if self.size == 1:
+            return list(parts)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_gather", lambda rows, mine, **_: [row.copy_(mine) for row in rows])
+            return super().gather(counts, *parts)
+
+    def scatter_sum(self, x, counts, n):
+        if self.size == 1:
+            return x
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "all_to_all_single", lambda parts, *_, **__: parts.zero_())
+            return super().scatter_sum(x, counts, n)
+
 
 SIZES = {
     "vocab_size": 512, "dim": 512, "inter_dim": 1024, "moe_inter_dim": 256, "n_layers": 2, "n_dense_layers": 1,
@@ -240,7 +260,7 @@ SIZES = {
 FLOAT32, PACKED = Numerics(torch.float32), Numerics(fp8_latents=True)
 THIN = {"n_heads": 128, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 ROUTED = {"n_heads": 1, "inter_dim": 512, "moe_inter_dim": 2048, "n_shared_experts": 0}
-STEPS = {  # what differs from SIZES; numerics, sequences, new tokens of each, context, drafts, ranks
+STEPS = {  # what differs from SIZES; numerics, sequences, new tokens of each, context, drafts, ranks, and lanes
     "attention expanded": ({}, Numerics(), 1, 512, 512, 0, 1),
     "over several tiles": ({}, Numerics(), 1, 512, 2048, 1, 1),
     "in float32": ({}, FLOAT32, 1, 512, 2048, 0, 1),
@@ -256,8 +276,15 @@ STEPS = {  # what differs from SIZES; numerics, sequences, new tokens of each, c
     "decoding": ({}, FLOAT32, 8, 1, 4096, 0, 1),
     "decoding FP8 latents": ({}, PACKED, 8, 1, 4096, 0, 1),
     "sampling": ({"vocab_size": 65536}, FLOAT32, 8, 1, 64, 0, 1),
+    "lanes": ({}, Numerics(), 1, 512, 512, 1, 4, 4),
+    "lanes in float32": ({"n_heads": 2}, FLOAT32, 1, 256, 256, 0, 4, 2),
+    "lanes with routed experts": (ROUTED, Numerics(), 1, 256, 256, 0, 4, 4),
+    "lanes with dense MLPs": ({"n_heads": 1, "inter_dim": 8192}, Numerics(), 1, 256, 256, 0, 4, 4),
+    "lanes of few experts": ({"n_heads": 1, "inter_dim": 64, "dim": 2048}, FP8, 1, 256, 256, 0, 2, 2),
+    "lanes that decode": ({}, FLOAT32, 8, 1, 4096, 0, 2, 2),
+    "virtual ranks of lanes": ({}, VIRTUAL, 1, 256, 256, 1, 4, 2),
     "batch-invariant": ({}, Numerics(batch_invariant=True), 2, 300, 2048, 0, 1),
-    "virtual ranks": ({"dim": 2048, "n_heads": 4}, replace(VIRTUAL, virtual_ranks=4), 1, 512, 512, 0, 1),
+    "virtual ranks": ({"dim": 2048, "n_heads": 4}, VIRTUAL, 1, 512, 512, 0, 1),
     "W8A8": ({}, FP8, 1, 512, 1024, 0, 1),
     "W8A16": ({}, replace(FP8, gemm="bf16"), 1, 512, 1024, 0, 1),
     "a token of bfloat16": ({"vocab_size": 8192, "dim": 2048}, Numerics(), 1, 1, 64, 0, 1),
@@ -271,9 +298,9 @@ LONG = {"over several tiles", "in float32", "many heads", "heads over ranks", "d
 @pytest.mark.parametrize("step", [pytest.param(s, marks=pytest.mark.trust) if s in LONG else s for s in STEPS])
 def test_a_step_never_takes_more_than_its_bound(step, side):
     """Nor may the bound be far above the worst case of what the run allows."""
-    changes, numerics, sequences, new, context, drafts, ranks = STEPS[step]
+    changes, numerics, sequences, new, context, drafts, ranks, lanes = (*STEPS[step], 1)[:8]
     args = ModelArgs(**SIZES | changes)
-    rank = RankSpec(args, numerics, ranks, side == "GPU", drafts > 0, side == "another device")
+    rank = RankSpec(args, numerics, ranks, side == "GPU", drafts > 0, side == "another device", lanes)
     w_uk, w_uv = (torch.empty(1, n, args.kv_lora_rank) for n in (args.qk_nope_head_dim, args.v_head_dim))
     fewer = (DECODE_ROWS, reference.absorbed_rows(w_uk, w_uv, args.qk_rope_head_dim))
     counts = {new, *(n for n in fewer if n < new)}  # the worst may be the most rows that take the absorbed form
@@ -281,7 +308,9 @@ def test_a_step_never_takes_more_than_its_bound(step, side):
     bound = step_memory.step_bytes(rank, limits_of(context, sequences, new * sequences, drafts), decode=new == 1)
     if step == "several absorbed" and side in ("CPU, no compiler", "another device"):
         return assert_between(peak, bound, 20)  # there one sequence with all the rows takes far more
-    if (step, side) == ("batch-invariant", "CPU, no compiler"):
+    if step == "virtual ranks of lanes":
+        return assert_between(peak, bound, 6)  # where all lanes' tokens are counted with an undivided width
+    if step in ("batch-invariant", "lanes") and side == "CPU, no compiler":
         return assert_between(peak, bound, 3.2)  # what is counted for rotation and for attention is not there at once
     constant = step_memory.SPLIT_K_BYTES if rank.gpu and numerics.gemm else 0  # which the bound has for any size
     assert_between(peak, bound, 7 if new == 1 else 2.5, constant)  # of little, the parts of split keys weigh most
@@ -317,7 +346,7 @@ def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> in
     logits of prompts and those that are sampled, and in the sampler."""
     gpu = rank.gpu and rank.num.dtype == torch.bfloat16  # with float32 the reference attends, which looks at tensors
     device = "meta" if gpu else "cpu"
-    model = Transformer(rank.args, rank.num, Alone(0, rank.ranks), device, mtp=rank.mtp)
+    model = Transformer(rank.args, rank.num, Alone(0, rank.tp), device, mtp=rank.mtp, dp=Alone(0, rank.lanes))
     for parameter in model.parameters():
         if parameter.dtype.itemsize > 1:
             parameter.data.normal_(std=0.02)
@@ -330,7 +359,8 @@ def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> in
     with Peak() as measured:
         held = [pages[start:end] for start, end in itertools.pairwise([0, *ends])]
         places = [([1] * new, length - new, own) for (new, length), own in zip(sequences, held, strict=True)]
-        batch = Batch.pack(places, device)
+        lane_rows = (sum(new for new, _ in sequences),) * rank.lanes if rank.lanes > 1 else ()
+        batch = Batch.pack(places, device, lane_rows)
         hidden = model(batch, cache)
         if drafts:
             model.draft(batch, hidden[list(range(len(hidden)))], cache)
@@ -355,13 +385,14 @@ BATCHES = {  # sequences' new tokens and lengths, drafts, and how far above them
 @pytest.mark.parametrize("step", BATCHES)
 @pytest.mark.parametrize("numerics", [FP8, replace(FP8, fp8_latents=True), replace(FP8, gemm="bf16")])
 @pytest.mark.parametrize(
-    ("ranks", "experts"),
-    [(8, "split"), *(pytest.param(*more, marks=pytest.mark.trust) for more in ((8, "whole"), (16, "split")))],
-)
-def test_a_step_of_deepseek_v3_never_takes_more(step, numerics, ranks, experts, side, monkeypatch):
+    ("ranks", "experts", "lanes"),
+    [(8, "split", 1), (8, "split", 8), *(pytest.param(*more, marks=pytest.mark.trust)
+                                         for more in ((8, "whole", 1), (16, "split", 1), (16, "whole", 4)))],
+)  # fmt: skip
+def test_a_step_of_deepseek_v3_never_takes_more(step, numerics, ranks, experts, lanes, side, monkeypatch):
     """The same at its real size, on tensors without memory."""
     sequences, drafts, above = BATCHES[step]
-    rank = RankSpec(replace(V3, n_layers=4), replace(numerics, experts=experts), ranks, mtp=True)
+    rank = RankSpec(replace(V3, n_layers=4), replace(numerics, experts=experts), ranks, mtp=True, lanes=lanes)
     limits = limits_of(max(n for _, n in sequences), len(sequences), sum(n for n, _ in sequences), drafts)
     monkeypatch.setattr(step_memory, "SAMPLER_BYTES", 0)  # it looks at its tensors, which have no memory here
     bound = step_memory.step_bytes(rank, limits, decode=sequences[0][0] == 1)

@@ -434,4 +434,8 @@ MUTANTS = (
      "    if n % ranks:\n",
      "    if False:\n",
      "parallel/test_lanes.py::test_virtual_ranks_of_a_run", "ranks that cannot share the virtual ranks start"),
+    ("layouts-float32-sums", "engine/layouts.py",
+     "return 4 if num.virtual_ranks > 1 else num.dtype.itemsize",
+     "return num.dtype.itemsize",
+     "engine/test_layouts.py::test_the_model_sends_what_is_counted", "sums of virtual ranks are counted as bfloat16"),
 )  # fmt: skip
