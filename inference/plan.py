@@ -48,7 +48,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--tp", type=positive, metavar="N", help="ranks of a lane, tensor parallel (default: 1)")
     add("--dp", type=positive, metavar="N", help="data-parallel lanes of so many ranks (default: 1)")
     add("--world-size", type=positive, metavar="N",
-        help="tabulate every layout of N ranks, dp x tp and experts (default with --concurrency: of dp x tp)")  # fmt: skip
+        help="tabulate every layout of N ranks: dp x tp, experts (with --concurrency default: dp x tp)")  # fmt: skip
     add("--concurrency", type=positive, metavar="N",
         help="recommend a layout for N sequences of --context tokens at a time")  # fmt: skip
     add("--device", type=device, default="cuda", metavar="DEVICE", help="what the ranks run on (default: GPUs)")
