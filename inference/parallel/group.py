@@ -104,7 +104,7 @@ class Group:
             dist.all_gather(rows, message.to(rows[0].device), group=self.control if self.through_host else self.pg)
         whole = torch.cat([row[:n] for row, n in zip(rows, counts, strict=True)]).to(message.device)
         return [
-            columns.contiguous().view(part.dtype).view(-1, *part.shape[1:])
+            columns.clone(memory_format=torch.contiguous_format).view(part.dtype).view(-1, *part.shape[1:])
             for columns, part in zip(whole.split(widths, dim=1), parts, strict=True)
         ]
 

@@ -111,4 +111,8 @@ MUTANTS = (
      "return [row.numpy().tobytes()[:n] for row, n in zip(padded, lengths, strict=True)]",
      "return [row.numpy().tobytes() for row in padded]",
      "parallel/test_lanes.py::test_rows_change_lanes_over_gloo", "a lane's report ends in another's padding"),
+    ("lanes-one-row-unaligned", "parallel/group.py",
+     "columns.clone(memory_format=torch.contiguous_format)",
+     "columns.contiguous()",
+     "parallel/test_lanes.py::test_rows_change_lanes_over_gloo", "a single row's ids lie where none of their type may"),
 )  # fmt: skip
