@@ -235,7 +235,7 @@ class Engine:
         hidden = self.runner.forward(chunks)
         if hidden is None:
             self.world.heartbeat()
-            return advanced
+            return advanced + self._share_reports([])  # a lane may just have lost its last sequence
         sampled = self._sample(chunks, hidden)
         changed = self._commit(chunks, hidden, sampled)
         advanced += [request for _, request in changed]
@@ -281,9 +281,10 @@ class Engine:
         if self.dp.size == 1 or self.tp.rank > 0:
             return []
         if self.world.rank > 0:
-            failed = [(sequence, self._live[sequence]) for sequence in self._cancelled if sequence in self._live]
+            told = dict(changed)  # a request that failed after it sampled is in it already
+            told |= {sequence: self._live[sequence] for sequence in self._cancelled if sequence in self._live}
             self._cancelled = []
-            self.dp.gather_bytes(report([*changed, *failed], LaneState.of(self.scheduler, self._stats)))
+            self.dp.gather_bytes(report(told.items(), LaneState.of(self.scheduler, self._stats)))
             return []
         reports = self.dp.gather_bytes(b"")[1:]
         self._others, advanced = repeat_reports(reports, self._live, self._finish, self.cancel)

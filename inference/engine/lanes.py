@@ -9,11 +9,13 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 from core.run_config import PAGE_SIZE
 from core.sampling_params import SamplingParams
 from engine.request import FinishReason, Request
+from engine.sampler import isolate_request_errors
 from engine.sampling import Logprob
 from engine.scheduler import Scheduler
 from engine.stats import Stats
@@ -152,10 +154,10 @@ def repeat_reports(
         for news in (News(*one) for one in said["news"]):
             if (request := requests.get(news.sequence)) is None:
                 continue
-            news.repeat(request)
+            isolate_request_errors(request, partial(news.repeat, request))
             if news.finish is not None:
                 finish(request, news.finish)
-            elif news.error is not None:
+            elif request.error is not None:
                 cancel(request)
             changed.append(request)
     return states, changed

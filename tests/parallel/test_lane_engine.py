@@ -26,6 +26,7 @@ from support.families import V3
 from support.http_server import GENEROUS, await_that, serving
 from support.model_pairs import ours, random_checkpoint, tokens
 from support.thread_ranks import on_every_lane
+from text.detokenizer import Detokenizer
 from text.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
@@ -254,10 +255,50 @@ def test_an_error_in_one_request_of_another_lane(v3: Path, monkeypatch: pytest.M
             engine.step()
         return requests
 
+    alone = answers(v3, 1, 1, use, replace(RUN, mtp=1))
     found = answers(v3, 2, 1, use, replace(RUN, mtp=1), prepare=in_turn)
     assert [r.finish_reason for r in found] == ["length", "error", "length", "length"]
     assert found[1].error is not None and "planted" in found[1].error
-    assert [len(r.tokens) for r in found if r.error is None] == [20] * 3
+    assert [r.tokens for r in found] == [r.tokens for r in alone]
+
+
+def test_text_that_fails_ends_its_request(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that cannot become text ends its own request, on rank 0 too, which repeats what another lane did."""
+    push = Detokenizer.push_apart
+
+    def fail(self: Detokenizer, token: int) -> Any:
+        if token == bad:
+            raise RuntimeError("planted")
+        return push(self, token)
+
+    def use(engine: Engine) -> list[Request]:
+        return engine.generate(["one", "two", "three", "four"], greedy(12))
+
+    alone = answers(tiny, 1, 1, use, text=True)
+    bad = next(token for token in alone[1].tokens if all(token not in r.tokens for r in (alone[0], *alone[2:])))
+    monkeypatch.setattr(Detokenizer, "push_apart", fail)
+    found = answers(tiny, 2, 1, use, text=True, prepare=in_turn)
+    assert [r.finish_reason for r in found] == ["length", "error", "length", "length"]
+    assert found[1].error is not None and "planted" in found[1].error
+    assert [r.tokens for r in found if r.error is None] == [r.tokens for r in alone if r is not alone[1]]
+
+
+def test_what_a_lane_holds_after_its_last_request_left(v3: Path) -> None:
+    """Rank 0 knows of every lane from the first step on, and that one is empty though nothing runs any more."""
+
+    def use(engine: Engine) -> list[tuple[int, float]]:
+        engine.step()
+        assert len(engine.lane_states) == 2
+        requests = [engine.add(prompt, greedy(50)) for prompt in questions(4)]
+        for _ in range(5):
+            engine.step()
+        assert all(state.running == 2 for state in engine.lane_states)
+        for request in requests:
+            engine.cancel(request)
+        engine.step()
+        return [(state.running, state.page_use) for state in engine.lane_states]
+
+    assert answers(v3, 2, 1, use, replace(RUN, prefix_reuse=False), prepare=in_turn) == [(0, 0.0)] * 2
 
 
 @pytest.mark.parametrize("seed", range(3))
