@@ -190,10 +190,11 @@ class Checkpoint:
         self.report(problem)
 
     def experts(self, ranks: int) -> ExpertLayout | None:
-        """The layout of the routed experts in files that were made for that many ranks; None for whole tensors."""
-        if self.kind == "converted" and ranks in self.manifests:
-            return self.manifests[ranks].experts
-        return None if self.kind == "hf" else "whole"
+        """The layout of the routed experts in files that were made for that many ranks; None for whole tensors, from
+        which either can be read."""
+        if self.kind == "hf" or ranks == 1:
+            return None
+        return self.manifests[ranks].experts if ranks in self.manifests else "whole"
 
     def made_for(self, ranks: int, lanes: int = 1) -> int:
         """The number of ranks whose files such a run reads: its own, else the most for which each part that one of its

@@ -100,7 +100,7 @@ def _choose(
         raise UserError(f"--kv-cache-dtype fp8: {device.type} has no such type in torch; leave it out")
     num = replace(num, fp8_latents=fp8_latents, experts=partition.experts, batch_invariant=run.deterministic)
     if run.deterministic:
-        held = checkpoint.experts(world.size) or run.experts
+        held = checkpoint.experts(checkpoint.made_for(world.size, run.dp)) or run.experts
         num = replace(num, **choose_virtual_ranks(partition, ("split", "whole") if held == "auto" else (held,)))
     for text in args.warnings if world.rank == 0 else ():
         warn(text)

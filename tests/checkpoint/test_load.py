@@ -80,7 +80,7 @@ def test_three_kinds_of_directory_load_the_same_slices(source, ranks, tmp_path, 
 def test_either_layout_of_the_experts(wide, ranks, experts, tmp_path):
     """From the original directory and from converted files, kept in FP8 and dequantised, on the first and last rank."""
     convert(wide, tmp_path, ranks, experts=experts)
-    assert Checkpoint(tmp_path).experts(ranks) == experts
+    assert Checkpoint(tmp_path).experts(ranks) == (experts if ranks > 1 else None)
     for rank in {0, ranks - 1}:
         for num in (FP8, Numerics(torch.bfloat16)):
             tensors = whole(wide) if num.gemm else multiplied_out(whole(wide), torch.bfloat16)

@@ -216,7 +216,7 @@ MUTANTS = (
     ("virtual-share-of-another", "model.py",
      "shares = [make(Group(ranks.rank * n + i, num.virtual_ranks)) for i in range(n)]",
      "shares = [make(Group(ranks.rank + i * ranks.size, num.virtual_ranks)) for i in range(n)]",
-     f"{BITS}[dtype1-None]", "a rank's virtual ranks are not neighbours: its experts are others' by their numbers"),
+     "parallel/test_lanes.py::test_the_same_bits_in_every_family[v3-whole-True]", "a rank's virtual ranks are not neighbours: its experts are others' by their numbers"),
     ("virtual-rounded-before-the-sum", "model.py",
      "return tree_sum(share(*inputs) for share in self)",
      "return tree_sum(share(*inputs) for share in self).bfloat16()",

@@ -1,6 +1,7 @@
 """The engine over data-parallel lanes, as threads: answers, failures, preemption, and requests that come and go."""
 
 import gc
+import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -173,8 +174,13 @@ def test_prefixes_are_found_in_their_lane(v3: Path) -> None:
     def use(engine: Engine) -> list[list[int]]:
         first = engine.generate(prompts[:1], greedy(2))
         if engine.dp.size > 1:
-            for i in range(3):  # each in another lane, by turns: lane 0 has had the first
+            dispatcher, lane = engine._dispatcher, itertools.count(1)
+            assert dispatcher is not None
+            assign = dispatcher.assign
+            dispatcher.assign = lambda sequence, prompt, n: place(engine, sequence, next(lane))  # type: ignore[method-assign]
+            for i in range(3):  # each in another lane: the first lane, which has had the first, is idle
                 engine.generate([tokens(70, VOCABULARY, i)], greedy(8))
+            dispatcher.assign = assign  # type: ignore[method-assign]
         found = engine.generate(prompts[1:], greedy(8))
         if engine.dp.size > 1:
             assert [r.n_reused for r in found] == [2 * PAGE_SIZE] * 2
@@ -262,20 +268,28 @@ def test_an_error_in_one_request_of_another_lane(v3: Path, monkeypatch: pytest.M
     assert [r.tokens for r in found] == [r.tokens for r in alone]
 
 
-def test_text_that_fails_ends_its_request(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token that cannot become text ends its own request, on rank 0 too, which repeats what another lane did."""
-    push = Detokenizer.push_apart
+@pytest.mark.parametrize("where", ["its-lane-and-rank-0", "rank-0"])
+def test_text_that_fails_ends_its_request(tiny: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A token that cannot become text ends its own request at once, on rank 0 too, which repeats what another lane did,
+    and where rank 0 alone fails."""
+    push, failing = Detokenizer.push_apart, []
 
     def fail(self: Detokenizer, token: int) -> Any:
-        if token == bad:
+        if token == bad and (where != "rank-0" or self in failing):
             raise RuntimeError("planted")
         return push(self, token)
 
     def use(engine: Engine) -> list[Request]:
-        return engine.generate(["one", "two", "three", "four"], greedy(12))
+        requests = [engine.add(prompt, greedy(40), i) for i, prompt in enumerate(["one", "two", "three", "four"])]
+        failing.extend(r.detokenizer for r in requests)
+        while engine.busy:
+            engine.step()
+        assert engine.dp.size == 1 or engine.stats.generated < 3 * 40 + alone[1].tokens.index(bad) + 3
+        return requests
 
     alone = answers(tiny, 1, 1, use, text=True)
-    bad = next(token for token in alone[1].tokens if all(token not in r.tokens for r in (alone[0], *alone[2:])))
+    others = {token for r in (alone[0], *alone[2:]) for token in r.tokens}
+    bad = next(token for token in alone[1].tokens[:30] if token not in others)
     monkeypatch.setattr(Detokenizer, "push_apart", fail)
     found = answers(tiny, 2, 1, use, text=True, prepare=in_turn)
     assert [r.finish_reason for r in found] == ["length", "error", "length", "length"]

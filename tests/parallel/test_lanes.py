@@ -17,11 +17,12 @@ from core.batch import Batch
 from core.config import ModelArgs, load_config
 from core.errors import UserError
 from core.numerics import Numerics
-from core.run_config import PAGE_SIZE
+from core.run_config import PAGE_SIZE, RunConfig
 from engine.layouts import Layout, layouts, messages
 from engine.rank_memory import RankSpec
-from engine.setup import choose_virtual_ranks
+from engine.setup import _choose, choose_virtual_ranks
 from model import Transformer
+from ops.cpu import kernels
 from parallel.group import SOLO, Group, tree_sum
 from support.checkpoints import fp8_sizes
 from support.families import FAMILIES, V3
@@ -121,6 +122,27 @@ def test_the_same_bits_on_any_number_of_ranks(tmp_path: Path, dtype: torch.dtype
     assert [len(bits) for bits in found.values()] == [1] * len(prompts)
 
 
+@pytest.mark.parametrize("experts, compiled", [
+    ("whole", True), ("split", False), *(pytest.param(*one, marks=pytest.mark.trust) for one in (("split", True), ("whole", False))),
+])  # fmt: skip
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_same_bits_in_every_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, experts: Any, compiled: bool
+) -> None:
+    """Two lanes of two ranks and one rank, with the latents in FP8; with our C, and where nothing compiles it."""
+    if not compiled:
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    path = random_checkpoint(tmp_path / "c", FAMILIES[name])
+    num = replace(deterministic(torch.bfloat16, None), experts=experts, fp8_latents=True)
+    vocabulary = FAMILIES[name].get("text_config", FAMILIES[name])["vocab_size"]
+    prompts = [tokens(n, vocabulary, seed) for seed, n in enumerate((70, 9))]
+    alone = ours(path, num)
+    expected = [in_lockstep(alone, SOLO, [prompt]) for prompt in prompts]
+    work = partial(lambda tp, dp, world: in_lockstep(ours(path, num, tp, dp=dp), dp, prompts))
+    for rank, logits in enumerate(on_every_lane(2, 2, work, ordered=True)):
+        assert torch.equal(logits, expected[rank // 2])
+
+
 def test_without_virtual_ranks_the_bits_differ(tmp_path: Path) -> None:
     """The control: in batch-invariant mode alone, one rank and four round their sums differently."""
     path = random_checkpoint(tmp_path / "c", V3)
@@ -185,6 +207,28 @@ def test_a_sum_over_ranks_is_one_tree(n: int) -> None:
     for run in (1, 2, 4, 8, 16):
         assert torch.equal(tree_sum([tree_sum(some) for some in parts.split(run)]), whole)
     assert torch.allclose(whole, parts.double().sum(0).float(), atol=1e-4)
+
+
+def test_experts_of_converted_files(tmp_path: Path) -> None:
+    """Files of one rank serve both layouts of the experts. Files of two keep theirs, on more ranks and deterministic
+    too, whose layout is the same on any number of ranks."""
+    path = random_checkpoint(tmp_path / "c", V3)
+    for made_for, layout in ((1, "whole"), (1, "split"), (2, "whole"), (2, "split")):
+        folder = tmp_path / f"{made_for}-{layout}"
+        convert(path, folder, made_for, experts=layout)  # type: ignore[arg-type]
+        for ranks, lanes in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2)):
+            if ranks // lanes % made_for:
+                continue
+            run = RunConfig(dp=lanes, n_pages=4, dtype="float32")
+            plain, alike = (
+                _choose(folder, replace(run, deterministic=same), None, torch.device("cpu"), Group(0, ranks), False).num
+                for same in (False, True)
+            )
+            assert plain.experts == (layout if made_for > 1 else "split" if ranks > 1 else "whole")
+            assert (alike.experts, alike.virtual_ranks) == (layout if made_for > 1 else "split", 4)
+            if made_for == 1:
+                run = replace(run, experts="whole", deterministic=True)
+                assert _choose(folder, run, None, torch.device("cpu"), Group(0, ranks), False).num.experts == "whole"
 
 
 def test_virtual_ranks_of_a_run() -> None:
