@@ -1140,34 +1140,36 @@ int64_t mla_floats(const int32_t *bounds, const int32_t *lengths, int64_t batch,
     return 2 * s.queries + s.parts + threads * s.thread;
 }
 
-/* n <= 8 vectors of columns of r <= 3 queries (d) by w (d, c). */
-INLINE void absorb_of(const bf16 *const *q, const bf16 *w, int64_t d, int64_t c, int r, int n, float *out) {
-    vf sums[3][8];
+/* n <= 8 numbers, from q[i][j] on, of r <= 3 queries by n rows of w (c), added to out (r, c). */
+INLINE void absorb_of(const bf16 *const *q, int64_t j, const bf16 *w, int64_t c, int r, int n, float *out) {
+    vf x[3][8];
     for (int i = 0; i < r; i++)
-        for (int v = 0; v < n; v++) sums[i][v] = (vf){0};
-    for (int64_t j = 0; j < d; j++)
+        for (int l = 0; l < n; l++) x[i][l] = (vf){0} + widen(q[i][j + l]);
+    int64_t at = 0;
+    for (; at + LANES <= c; at += LANES) {
+        vf sums[3];
+        for (int i = 0; i < r; i++) sums[i] = *(const vf *)(out + i * c + at);
 #pragma GCC unroll 8
-        for (int v = 0; v < n; v++) {
-            vf value = widen_v(w + j * c + v * LANES);
-            if (v * LANES % WIDTH == 0) __builtin_prefetch(w + (j + 16) * c + v * LANES);
+        for (int l = 0; l < n; l++) {
+            const vf value = widen_v(w + l * c + at);
+            if (at % WIDTH == 0) __builtin_prefetch(w + (n + l) * c + at);
 #pragma GCC unroll 3
-            for (int i = 0; i < r; i++) sums[i][v] += widen(q[i][j]) * value;
+            for (int i = 0; i < r; i++) sums[i] += x[i][l] * value;
         }
-    for (int i = 0; i < r; i++)
-        for (int v = 0; v < n; v++) *(vf *)(out + i * c + v * LANES) = sums[i][v];
+        for (int i = 0; i < r; i++) *(vf *)(out + i * c + at) = sums[i];
+    }
+    for (; at < c; at++)
+        for (int i = 0; i < r; i++)
+            for (int l = 0; l < n; l++) out[i * c + at] += widen(q[i][j + l]) * widen(w[l * c + at]);
 }
 
-/* r <= 3 queries (d) by w (d, c) to out (r, c). */
+/* r <= 3 queries (d) by w (d, c) to out (r, c): some rows of w at a time, which lie one behind the other. */
 INLINE void absorb(const bf16 *const *q, const bf16 *w, int64_t d, int64_t c, int r, float *out) {
-    int64_t at = 0;
-    for (; at + 8 * LANES <= c; at += 8 * LANES) absorb_of(q, w + at, d, c, r, 8, out + at);
-    for (; at + LANES <= c; at += LANES) absorb_of(q, w + at, d, c, r, 1, out + at);
-    for (; at < c; at++)
-        for (int i = 0; i < r; i++) {
-            float sum = 0;
-            for (int64_t j = 0; j < d; j++) sum += widen(q[i][j]) * widen(w[j * c + at]);
-            out[i * c + at] = sum;
-        }
+    const int n = r == 1 ? 8 : 4; /* as many as registers hold numbers for */
+    int64_t j = 0;
+    memset(out, 0, r * c * sizeof(float));
+    for (; j + n <= d; j += n) absorb_of(q, j, w + j * c, c, r, n, out);
+    for (; j < d; j++) absorb_of(q, j, w + j * c, c, r, 1, out);
 }
 
 /* r <= QUERIES rows of o (wide) by n <= 4 rows of w (c), to out[i] (n). */
