@@ -1,7 +1,9 @@
 """The C kernels against float64 and their references, with this processor's vectors and with shorter ones."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +130,22 @@ def test_a_stack_of_whole_panels_is_packed_where_it_lies():
         y = kernels.linear(x, packed[e], torch.float32)
         assert relative_error(y, x.double() @ plain[e].double().T) < 1e-6
         assert torch.equal(kernels.linear(x, ragged[e], torch.float32), y[:, :91])
+
+
+HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not HUGE.exists() or "[never]" in HUGE.read_text(), reason="Linux gives no huge pages here")
+def test_a_packed_weight_lies_in_huge_pages():
+    """Whole ones within it were asked for: `hg` among the flags of its memory."""
+    packed = kernels.pack(torch.zeros(4096, 2048).bfloat16())
+    middle, found = packed.data.data_ptr() + (8 << 20), ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            is_there = int(match[1], 16) <= middle < int(match[2], 16)
+        elif is_there and line.startswith("VmFlags:"):
+            found = line
+    assert " hg" in found
 
 
 def test_a_matrix_is_left_as_it_was():

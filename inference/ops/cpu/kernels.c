@@ -17,6 +17,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #if defined(_OPENMP) && defined(__clang__)
 #include "clang_openmp.h"
@@ -48,6 +51,15 @@ typedef uint8_t vb __attribute__((vector_size(LANES), aligned(1), may_alias));
 typedef int8_t vc __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 int64_t panel_width(void) { return WIDTH; }
+
+/* Asks for huge pages: at once for what nothing was written to yet, by and by for the rest; or not at all. */
+void use_huge_pages(void *data, int64_t bytes) {
+#ifdef __linux__
+    const uintptr_t huge = 1 << 21, begin = ((uintptr_t)data + huge - 1) / huge * huge, end = ((uintptr_t)data + bytes) / huge * huge;
+    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#endif
+    (void)data, (void)bytes;
+}
 
 INLINE int64_t in_wholes(int64_t n, int64_t whole) { return (n + whole - 1) / whole; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -156,6 +168,9 @@ typedef struct {
 /* where they have what row i of the panel has for k, 0 to 1, or 0 to 3. */
 INLINE Place place_of(int form, int i, int k) {
     const int line = i / LANES, lane = i % LANES, number = 2 * lane + k % 2, pair = k / 2;
+#if defined(__AVX512VBMI__)
+    if (form == FP8) return (Place){number / 8 * 16 + line * 8 + number % 8, 0};
+#endif
     if (form == FP8) return (Place){2 * number + 1 - line, 0}; /* both lines in turn, the second one first */
     if (form == INT8) return (Place){(2 * line + k) * LANES + lane, 0}; /* each line's first k, and its second */
 #if defined(__AVX512BW__)
@@ -217,6 +232,26 @@ INLINE bf16 widen_e4m3(uint8_t x) {
 
 typedef int16_t vs __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 
+#if defined(__AVX512VBMI__)
+/* The lower bytes of all positive e4m3 as bfloat16, and the upper ones. */
+static uint8_t E4M3[2][128] __attribute__((aligned(64)));
+
+__attribute__((constructor)) static void fill_e4m3(void) {
+    for (int x = 0; x < 128; x++) E4M3[0][x] = widen_e4m3(x) & 255, E4M3[1][x] = widen_e4m3(x) >> 8;
+}
+
+/* Two lines of e4m3: each byte of a number is looked up, and the sign added. */
+INLINE void widen_fp8(const uint8_t *from, vu *lines) {
+    const __m512i x = _mm512_loadu_si512(from);
+    const __m512i lower[2] = {_mm512_load_si512(E4M3[0]), _mm512_load_si512(E4M3[0] + 64)};
+    const __m512i upper[2] = {_mm512_load_si512(E4M3[1]), _mm512_load_si512(E4M3[1] + 64)};
+    const __m512i low = _mm512_permutex2var_epi8(lower[0], x, lower[1]);
+    const __m512i size = _mm512_permutex2var_epi8(upper[0], x, upper[1]);
+    const __m512i high = _mm512_ternarylogic_epi32(size, x, _mm512_set1_epi8(-128), 0xf8); /* size | (x & sign) */
+    lines[0] = (vu)_mm512_unpacklo_epi8(low, high);
+    lines[1] = (vu)_mm512_unpackhi_epi8(low, high);
+}
+#else
 /* Which of these are zero, subnormal or NaN: a bit for each, or for some of them. */
 INLINE uint64_t unusual(const uint8_t *from) {
 #if defined(__AVX512BW__)
@@ -249,6 +284,7 @@ INLINE void widen_fp8(const uint8_t *from, vu *lines) {
         memcpy(lines, numbers, sizeof(numbers));
     }
 }
+#endif
 
 /* A line of bfloat16 of values for the first k and for the second, which it can hold. */
 INLINE vu join_v(vf first, vf second) { return (vu)first >> 16 | (vu)second; }

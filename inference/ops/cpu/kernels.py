@@ -345,6 +345,7 @@ def pack_weight(w: Weight) -> Packed:
     is_stack = data.dim() == 3
     in_place = is_stack and is_packed_in_place(n, k)
     out = held.view(shape) if in_place else held.new_empty(shape)
+    _kernels().use_huge_pages(out, out.numel() * out.element_size())
     threads = torch.get_num_threads()
     scratch = held.new_empty(threads, _even(k) // packing * width)
     for one, to in zip(held, out, strict=True) if is_stack else [(held, out)]:
