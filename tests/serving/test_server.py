@@ -866,27 +866,36 @@ def rest(client: socket.socket, until: bytes | None = None) -> bytes:
     return text
 
 
-def two_ranks(endless: Path, processes: list[Process]) -> RunningServer:
+def two_ranks(endless: Path, processes: list[Process], lanes: int = 1) -> RunningServer:
     port = launch.free_port()
     for rank in range(2):
-        run = launch.start_rank(rank, 2, port, run=command("--ckpt-path", endless, *FLAGS))
+        run = launch.start_rank(rank, 2, port, run=command("--ckpt-path", endless, "--dp", lanes, *FLAGS))
         processes.append(Process(run=run))
     return processes[0].ready()
 
 
-def test_ranks_let_answers_finish(endless: Path, processes: list[Process]) -> None:
-    """torchrun tells every rank to end: an answer from before that is given in full, one asked for later is refused."""
-    running = two_ranks(endless, processes)
-    client = running.start(COMPLETIONS, {"prompt": "x", "max_tokens": 300, "stream": True})
-    assert b"200 OK" in client.recv(1000)
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_ranks_let_answers_finish(endless: Path, processes: list[Process], lanes: int) -> None:
+    """torchrun tells every rank to end: an answer from before that is given in full, one asked for later is refused.
+    With lanes one is in each, and a client leaves both before."""
+    running = two_ranks(endless, processes, lanes)
+    leavers = [running.start(COMPLETIONS, {"prompt": "x", "max_tokens": 2000, "stream": True}) for _ in range(lanes)]
+    assert all(b"200 OK" in leaver.recv(1000) for leaver in leavers)
+    for leaver in leavers:
+        leaver.close()
+    await_that(lambda: "num_requests_running{model_name" in (said := running.send("GET", "/metrics")[2])
+               and all(line.endswith(" 0.0") for line in said.splitlines() if "num_requests_running{" in line), "they left")
+    clients = [running.start(COMPLETIONS, {"prompt": "x", "max_tokens": 300, "stream": True}) for _ in range(lanes)]
+    assert all(b"200 OK" in client.recv(1000) for client in clients)
     for process in reversed(processes):
         process.child.send_signal(signal.SIGTERM)
     processes[0].says("ending: running answers may finish")
     status, _, said = running.send("POST", COMPLETIONS, LONG)
     assert (status, said["error"]["message"]) == (503, "the engine is shutting down")
     assert running.send("GET", "/health")[0] == 503
-    text = rest(client)
-    assert b'"finish_reason":"length"' in text and b"[DONE]" in text
+    for client in clients:
+        text = rest(client)
+        assert b'"finish_reason":"length"' in text and b"[DONE]" in text
     assert [process.left() for process in processes] == [0, 0]
     assert launch.errors("".join(processes[0].said + processes[1].said)) == []
 
