@@ -129,7 +129,11 @@ class Group:
 
     def nonfinite_ranks(self) -> list[int]:
         """The ranks that put NaN or infinity into the first of the recorded collectives that had any, after which
-        every rank has them. Empty if all ranks did, and on GPUs and their like. Clears the record."""
+        every rank has them. Empty if all ranks did, on GPUs and their like, and in one of several lanes: what a rank
+        puts in there may have come from another. Clears the record."""
+        if self.size < self.process.size:
+            self.partial_sums.clear()
+            return []
         first = next((i for i, part in enumerate(self.partial_sums) if not part.isfinite()), MAX_PARTIAL_SUMS)
         self.partial_sums.clear()
         firsts = self.gather_ints(torch.tensor(first)).tolist()

@@ -23,6 +23,7 @@ from engine.rank_memory import RankSpec
 from engine.setup import _choose, choose_virtual_ranks
 from model import Transformer
 from ops.cpu import kernels
+from parallel.failure import RankProcess
 from parallel.group import SOLO, Group, tree_sum
 from support.checkpoints import fp8_sizes
 from support.families import FAMILIES, V3
@@ -199,6 +200,13 @@ def test_rows_change_lanes_over_gloo(tmp_path: Path) -> None:
     ranks = [subprocess.Popen([*run, str(r), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True, env=env)
              for r in range(3)]  # fmt: skip
     assert [p.communicate(timeout=120)[0].split() for p in ranks] == [["right"] * 2] * 3
+
+
+def test_no_rank_of_a_lane_is_blamed() -> None:
+    """For NaN, which may be another lane's: its experts' part of the sum comes with the rank's own."""
+    lane = Group(0, 2, members=(2, 3), process=RankProcess(2, 4))
+    lane._record_partial_sum(torch.tensor([torch.nan]))
+    assert lane.nonfinite_ranks() == [] and not lane.partial_sums
 
 
 @pytest.mark.parametrize("n", range(1, 18))
