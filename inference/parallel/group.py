@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from core.devices import CPU
 from core.errors import UserError
 from parallel.failure import RankFailure, RankProcess
 
@@ -98,7 +99,7 @@ class Group:
         message = parts[0].new_zeros(most, sum(widths), dtype=torch.uint8)
         for part, columns in zip(parts, message.split(widths, dim=1), strict=True):
             columns[:mine] = part[:mine].contiguous().view(torch.uint8).view(mine, columns.shape[1])
-        rows = [message.new_empty(most, sum(widths), device="cpu" if self.through_host else message.device)
+        rows = [message.new_empty(most, sum(widths), device=CPU if self.through_host else message.device)
                 for _ in range(self.size)]  # fmt: skip
         with self.process.translate_collective_errors():
             dist.all_gather(rows, message.to(rows[0].device), group=self.control if self.through_host else self.pg)
@@ -114,7 +115,7 @@ class Group:
         if self.size == 1:
             return x
         mine = counts[self.rank]
-        parts = x.new_empty(self.size * mine, *x.shape[1:], device="cpu" if self.through_host else x.device)
+        parts = x.new_empty(self.size * mine, *x.shape[1:], device=CPU if self.through_host else x.device)
         with self.process.translate_collective_errors():
             dist.all_to_all_single(
                 parts, x.contiguous().to(parts.device), [mine] * self.size, list(counts),

@@ -127,7 +127,7 @@ def _subgroup(world: Group, partition: Sequence[tuple[int, ...]], device: torch.
     if len(mine) == world.size:
         return replace(world, members=mine)
     wait = datetime.timedelta(seconds=world.timeout)
-    backend = collectives_of(device) if device.type != "cpu" else None
+    backend = collectives_of(device)  # None for a CPU: its are those of control
     made = {}
     with world.process.translate_collective_errors("could not join the others"):
         for members in partition:

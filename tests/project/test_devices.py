@@ -52,7 +52,7 @@ NAMED = {
     "engine/runner.py": 1,  # sampling, where there is float64
     "engine/sampling.py": 1,  # CPUs look before they sort
     "model.py": 1,  # where tensors are, unless somebody says
-    "plan.py": 5,  # GPUs that are not here
+    "plan.py": 6,  # GPUs that are not here
     "checkpoint/cast.py": 1,  # from a device to a file
     "checkpoint/quantize.py": 2,  # the same
     "ops/weight_quant.py": 1,  # a table on the CPU
@@ -169,7 +169,7 @@ def test_memory_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (setup.free_memory(xpu), setup.free_memory(mps)) == (3 << 30, 7 << 30)
     monkeypatch.setattr("torch.xpu.mem_get_info", lambda device: 1 / 0)
     assert setup.free_memory(xpu) is None
-    rank = setup._rank_on(xpu, parse(V3), Numerics(), 1, False)
+    rank = setup._rank_on(xpu, parse(V3), Numerics(), 1, False, 1)
     assert rank.reference and not rank.gpu and not rank.compiled
     on_gpu = replace(rank, gpu=True, reference=False)
     assert rank_memory.weight_bytes(rank) == rank_memory.weight_bytes(on_gpu)  # as they are loaded
@@ -247,12 +247,14 @@ def test_a_run_on_a_device_that_there_are_no_kernels_for(tiny: Path) -> None:
 
 
 def test_two_ranks_on_other_devices(tiny: Path) -> None:
-    """By the collectives that torch has for the device, and by way of the host: the answers of one rank."""
-    ways, port = [{"dtype": "float32"}, {"dtype": "float32", "no_collectives": True}], free_port()
+    """By the collectives that torch has for the device, and by way of the host, in one lane and in two: the answers of
+    one rank."""
+    ways = [{"dtype": "float32", "dp": lanes, "no_collectives": without} for without in (False, True) for lanes in (1, 2)]
+    port = free_port()
     found = [results(one)[0] for one in [start(tiny, ways, **rank_environment(rank, 2, port)) for rank in (0, 1)]]
     expected = answers(tiny, torch.float32)
-    assert [one["answers"] for one in found[0]] == [expected, expected]
-    assert [[one["through_host"] for one in rank] for rank in found] == [[False, True]] * 2
+    assert [one["answers"] for one in found[0]] == [expected] * 4
+    assert [[one["through_host"] for one in rank] for rank in found] == [[False, False, True, True]] * 2
 
 
 # ---------------------------------------------------------------- other systems

@@ -26,7 +26,7 @@ def run(checkpoint: str, prompts: list[list[int]], tp: Group, lacks: list[str], 
     standin_device.memory[:] = memory
     devices.holds.cache_clear()
     try:
-        engine = Engine.from_pretrained(checkpoint, tp=tp, progress=True, device="standin", **config)
+        engine = Engine.from_pretrained(checkpoint, world=tp, progress=True, device="standin", **config)
     except UserError as e:
         return {"error": str(e)}
     places = {str(t.device) for t in (*engine.model.parameters(), *engine.model.buffers(), engine.runner.cache)}

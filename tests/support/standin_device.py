@@ -87,6 +87,9 @@ def collective(name: str, args: Any) -> Any:
     held = tree_map(lambda t: t.held if isinstance(t, StandIn) else t, args)
     if name == "allreduce_":
         return args[0], _boxed(backend.allreduce(held[0]))
+    if name == "alltoall_base_":
+        output, x, _, of_output, of_x = held[:5]
+        return _boxed(backend.alltoall_base(output, x, of_output, of_x))
     assert name == "allgather_", name
     return args[0], _boxed(backend.allgather(held[0], held[1]))
 
