@@ -1,6 +1,8 @@
 """Data-parallel lanes and virtual ranks: the same numbers, and in the deterministic mode the same bits, as one rank."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from checkpoint.convert import convert
+from checkpoint.directory import Checkpoint, choose_args
 from checkpoint.partition import Partition
 from core.batch import Batch
 from core.config import ModelArgs, load_config
@@ -20,7 +23,7 @@ from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, RunConfig
 from engine.layouts import Layout, layouts, messages
 from engine.rank_memory import RankSpec
-from engine.setup import _choose, choose_virtual_ranks
+from engine.setup import _choose, choose_numerics, choose_virtual_ranks
 from model import Transformer
 from ops.cpu import kernels
 from parallel.failure import RankProcess
@@ -28,6 +31,9 @@ from parallel.group import SOLO, Group, tree_sum
 from support.checkpoints import fp8_sizes
 from support.families import FAMILIES, V3
 from support.model_pairs import hidden_states, ours, random_checkpoint, relative_error, tokens
+from support.packed_checkpoints import LAYOUTS as PACKED
+from support.packed_checkpoints import make_packed
+from support.rank_weights import write_upstream
 from support.thread_ranks import on_every_lane
 
 IN_FP8 = V3 | fp8_sizes(4) | {
@@ -94,6 +100,59 @@ def test_files_that_were_converted_for_fewer_ranks(tmp_path: Path, experts: Any,
 
             for rank, found in enumerate(on_every_lane(lanes, size, work)):
                 assert relative_error(found, logits[rank // size]) < 1e-5
+
+
+SMALL = V3 | {"num_hidden_layers": 2, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 3,
+              **(WIDE := {"moe_intermediate_size": 512, "n_shared_experts": 1})}  # fmt: skip
+FEW = ("int4-groups-of-32", "int4-zero-points", "int8-blocks")
+KINDS = [*FEW, *(pytest.param(name, marks=pytest.mark.trust) for name in PACKED if name not in FEW),
+         "tied", "dense", "upstream of 1", "upstream of 2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A checkpoint of that kind."""
+    name, folder = request.param, tmp_path_factory.mktemp("kind") / "c"
+    made_for = re.fullmatch(r"upstream of (\d)", name)
+    if name in PACKED:
+        make_packed(folder, PACKED[name], SMALL | fp8_sizes(4) | {"hidden_size": 256, **WIDE})
+    elif made_for:
+        config = SMALL | {"num_nextn_predict_layers": 0}
+        random_checkpoint(folder.with_name("source"), config)
+        write_upstream(folder.with_name("source"), folder, int(made_for[1]), config)
+        shutil.copy(folder.with_name("source") / "config.json", folder)
+    else:
+        changes = {"tied": {"tie_word_embeddings": True, "num_nextn_predict_layers": 0},
+                   "dense": {"first_k_dense_replace": 2, "num_nextn_predict_layers": 0}}  # fmt: skip
+        random_checkpoint(folder, SMALL | changes[name])
+    return name, folder
+
+
+@pytest.mark.parametrize("experts, dtype", [
+    ("whole", "float32"), ("split", "bfloat16"), pytest.param("split", "float32", marks=pytest.mark.trust),
+    pytest.param("whole", "bfloat16", marks=pytest.mark.trust),
+])  # fmt: skip
+def test_lanes_of_every_kind_of_checkpoint(kind: tuple[str, Path], experts: Any, dtype: str) -> None:
+    """One rank's logits on two lanes of two ranks: of weights as they are stored to the bit, in the deterministic mode,
+    and of dequantised ones in float32."""
+    name, folder = kind
+    checkpoint = Checkpoint(folder)
+    args = choose_args(checkpoint, None)
+    num, _ = choose_numerics(args, torch.device("cpu"), dtype, "auto", specs=checkpoint.expected(args))
+    prompts = [tokens(n, args.vocab_size, seed) for seed, n in enumerate((70, 9))]
+    if name == "upstream of 2":
+        if experts == "split":
+            pytest.skip("these are whole")
+        whole = folder.with_name("source")
+    else:
+        whole = folder
+    for virtual_ranks in (1, 4) if dtype == "float32" else (4,):
+        num = replace(num, experts=experts, batch_invariant=virtual_ranks > 1, virtual_ranks=virtual_ranks)
+        alone = ours(whole, num)
+        expected = [in_lockstep(alone, SOLO, [prompt]) for prompt in prompts]
+        work = partial(lambda num, tp, dp, world: in_lockstep(ours(folder, num, tp, dp=dp), dp, prompts), num)
+        for rank, logits in enumerate(on_every_lane(2, 2, work, ordered=virtual_ranks > 1)):
+            assert relative_error(logits, expected[rank // 2]) < (1e-5 if virtual_ranks == 1 else 1e-30)
 
 
 VIRTUAL = [(1, 1), (1, 2), (2, 1), (1, 4), (4, 1), (2, 2)]
