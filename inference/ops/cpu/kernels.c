@@ -678,7 +678,8 @@ static void multiply(const void *x, int64_t rows, const Matrix *w, Way way, Targ
                 }
                 for (int64_t b = b0; b < b1; b++) {
                     const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
-                    const uint8_t *next = own + (k0 + n) * of_k + (b - b0) * (n * of_k / (b1 - b0));
+                    const int64_t soon = b1 - b0 > 1 ? 0 : AHEAD * 2 * WIDTH; /* one block takes less than memory */
+                    const uint8_t *next = own + (k0 + n) * of_k + (b - b0) * (n * of_k / (b1 - b0)) + soon;
                     const Part part = {(const uint8_t *)widened, n * WIDTH * sizeof(bf16), n, scales, next,
                                        in_wholes(of_k, b1 - b0), size};
                     const char *from = (const char *)x + (first * k + k0 * r) * bytes_of(way);

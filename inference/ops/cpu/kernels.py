@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +267,15 @@ class Packed:
     scale: torch.Tensor | None = None
     block: tuple[int, int] = (1, 1)  # rows and columns that share a scale
     zero: torch.Tensor | None = None
+    matrix: Matrix = field(init=False, repr=False, compare=False)  # for C, which may use it as long as this exists
+
+    def __post_init__(self) -> None:
+        tensors = self.data, self.scale, self.zero
+        strides = (t.stride(0) * t.element_size() if t is not None and self.is_stack else 0 for t in tensors)
+        half = self.scale is not None and self.scale.dtype == torch.bfloat16
+        addresses = (None if t is None else t.data_ptr() for t in tensors)
+        matrix = Matrix(*addresses, self.n, self.k, FORMS[self.dtype], *self.block, half, *strides)
+        object.__setattr__(self, "matrix", matrix)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -278,14 +287,6 @@ class Packed:
     @property
     def is_stack(self) -> bool:
         return self.data.dim() == 4
-
-    def matrix(self) -> Matrix:
-        """For C, which may use it as long as this exists."""
-        tensors = self.data, self.scale, self.zero
-        strides = (t.stride(0) * t.element_size() if t is not None and self.is_stack else 0 for t in tensors)
-        half = self.scale is not None and self.scale.dtype == torch.bfloat16
-        addresses = (None if t is None else t.data_ptr() for t in tensors)
-        return Matrix(*addresses, self.n, self.k, FORMS[self.dtype], *self.block, half, *strides)
 
 
 def panel_width() -> int:
@@ -403,7 +404,7 @@ def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, units: bool = False) 
     scratch = x.new_empty(min(t, chunk) * _even(k) // (2 if pairs else 1), dtype=torch.float32)
     flags = x.dtype == torch.float32, dtype == torch.float32
     threads = _threads(w.n * k)
-    _kernels().linear(x, flags[0], t, x.stride(0), w.matrix(), out, flags[1], scratch, chunk, units, threads)
+    _kernels().linear(x, flags[0], t, x.stride(0), w.matrix, out, flags[1], scratch, chunk, units, threads)
     return out
 
 
@@ -470,7 +471,7 @@ def experts(
     numbers = torch.empty(t * top + len(w13) + 1, dtype=torch.int64)
     shared = None if shared is None else shared.contiguous()
     _kernels().experts(
-        x, t, x.stride(0), h, ids.contiguous(), weights.contiguous(), top, first, len(w13), w13.matrix(), w2.matrix(),
+        x, t, x.stride(0), h, ids.contiguous(), weights.contiguous(), top, first, len(w13), w13.matrix, w2.matrix,
         shared, out, BUNDLE_ROWS, sums, scratch, numbers, units, torch.get_num_threads(),
     )  # fmt: skip
     return out
