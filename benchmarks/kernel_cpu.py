@@ -1,4 +1,4 @@
-"""The CPU's C kernels beside what torch has: products of few rows and many, experts, and attention that decodes.
+"""The CPU's C kernels beside what torch has: products of few rows and many, experts, and attention.
 
     python benchmarks/kernel_cpu.py --output benchmarks/results/kernel_cpu.json
 
@@ -30,6 +30,7 @@ from core.batch import Batch
 from core.errors import UserError
 from core.numerics import Form
 from ops import reference
+from ops.cpu import attention as attention_torch
 from ops.cpu import kernels as kernel_cpu
 from ops.formats import Weight
 
@@ -45,6 +46,7 @@ FORMS = {
 FORM_SHAPE, FORM_ROWS = (1536, 2048), (1, 8, 512)
 EXPERTS = (2048, 1024, 32, 4)  # hidden size, width, how many, for a token: bench_cpu.py's
 HEADS, DN, R, C, DV = 16, 128, 64, 512, 128  # DeepSeek-V3's at TP8
+PROMPTS = ((512, 512), (512, 4096))  # new rows, and the context with them
 by_clang: Any = None  # the library that Clang made, where that is compared
 Sides = dict[str, Callable[[int], torch.Tensor]]  # each called with the number of the weights whose turn it is
 
@@ -222,6 +224,38 @@ def attention(turns: int) -> list[dict[str, Any]]:
     return [decode(*of) for of in ((1, 512), (1, 4096), (8, 4096))]
 
 
+def prompts(turns: int) -> list[dict[str, Any]]:
+    """Attention of a prompt's rows, beside torch's fused attention."""
+    w_uk, w_uv = (torch.randn(HEADS, d, C).div(C**0.5).bfloat16() for d in (DN, DV))
+    units = kernel_cpu.may_use_units()
+
+    def prefill(new: int, context: int) -> dict[str, Any]:
+        pages = torch.randperm(-(-context // 64)).tolist()
+        batch = Batch.pack([([1] * new, context - new, pages)])
+        latents = torch.randn(len(pages), 64, C + R).bfloat16()
+        q_nope, q_pe = torch.randn(new, HEADS, DN).bfloat16(), torch.randn(new, HEADS, R).bfloat16()
+
+        def by(form: Callable[..., None], *more: bool) -> Callable[[int], torch.Tensor]:
+            def run(_: int) -> torch.Tensor:
+                out = torch.empty(new, HEADS, DV, dtype=torch.bfloat16)
+                form(q_nope, q_pe, latents, batch, w_uk, w_uv, 0.1, 0, out, *more)
+                return out
+
+            return run
+
+        sides: Sides = {"ours": by(kernel_cpu.mla_prefill, units), "torch": by(attention_torch.prefill)}
+        gathered = reference.gather(latents, batch.pages[0], context, C).double()
+        inputs = q_nope.double(), q_pe.double(), gathered, batch.positions, w_uk.double(), w_uv.double()
+        exact = reference.mla_expanded(*inputs, 0.1)
+        for side, run in sides.items():
+            check(run(0), exact, side)
+        keys = new * (context - new) + new * (new + 1) // 2
+        operations = 2 * HEADS * (context * C * (DN + DV) + keys * (DN + R + DV))
+        return compare(f"attention, {new} rows at {context}", sides, 2, context * (C + R) * 2, operations, turns)
+
+    return [prefill(*of) for of in PROMPTS]
+
+
 def _exact(
     q_nope: torch.Tensor,
     q_pe: torch.Tensor,
@@ -263,7 +297,7 @@ def main() -> int:
         found["rows"] += products(n, k, args.turns)
     if not args.clang:
         found["rows"] += forms(*FORM_SHAPE, args.turns)
-    found["rows"] += experts(args.turns) + attention(args.turns)
+    found["rows"] += experts(args.turns) + attention(args.turns) + prompts(args.turns)
     report.save(args.output, found)
     return 0
 

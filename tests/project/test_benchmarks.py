@@ -251,8 +251,9 @@ def test_the_cpu_kernels_bench(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(kernel_cpu, "SHAPES", [(64, 96)])
     monkeypatch.setattr(kernel_cpu, "FORM_SHAPE", (64, 256))
     monkeypatch.setattr(kernel_cpu, "EXPERTS", (64, 32, 8, 2))
+    monkeypatch.setattr(kernel_cpu, "PROMPTS", [(40, 100)])
     results, printed, code = run(kernel_cpu, "--turns", "2")
-    assert code == 0 and len(results["rows"]) == len(kernel_cpu.ROWS) + len(kernel_cpu.FORM_ROWS) + 6
+    assert code == 0 and len(results["rows"]) == len(kernel_cpu.ROWS) + len(kernel_cpu.FORM_ROWS) + 7
     assert len(printed.splitlines()) == len(results["rows"]) + 1
     for row in results["rows"]:
         ours = row.get("ours") or row["bfloat16"]
