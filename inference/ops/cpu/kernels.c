@@ -800,8 +800,8 @@ INLINE void put_in_tiles(const bf16 *row, int64_t k, int64_t i, bf16 *x) {
 }
 
 /* x (t, k) by w (n, k) to y (t, n), either bf16 or float; with `units`, in those of the processor for bfloat16.
- * scratch: (min(t, chunk), even(k)) floats; chunk, a multiple of ROWS and of two tiles, is how many rows are multiplied
- * by all of w before the next ones come. */
+ * scratch: (min(t, chunk), even(k)) floats, none for one row of pairs, k even; chunk, a multiple of ROWS and of two tiles,
+ * is how many rows are multiplied by all of w before the next ones come. */
 void linear(const void *x, int x_float, int64_t t, int64_t stride, const Matrix *w, void *y, int y_float,
             float *scratch, int64_t chunk, int units, int threads) {
     const int64_t n = w->n, k = w->k, size = even(k);
@@ -819,6 +819,10 @@ void linear(const void *x, int x_float, int64_t t, int64_t stride, const Matrix 
             for (int64_t i = 0; i < rows; i++)
                 put_in_tiles((const bf16 *)x + (t0 + i) * stride, k, i, (bf16 *)scratch);
             multiply_in_tiles((const bf16 *)scratch, rows, w, to);
+            continue;
+        }
+        if (way == PAIRS && rows == 1 && k == size) { /* one row's pairs lie so already */
+            multiply((const bf16 *)x + t0 * stride, 1, w, way, to);
             continue;
         }
 #pragma omp for schedule(static)
@@ -1031,21 +1035,21 @@ void route(const float *logits, int64_t t, int64_t e, const float *bias, int sig
 
 /* ------------------------------------------------------------------------------------- norms, rotation, the cache */
 
-INLINE float mean_square(const float *x, int64_t n) {
+INLINE float mean_square(const bf16 *x, int64_t n) {
     vf sums = {0};
     float rest = 0;
     int64_t j = 0;
-    for (; j + LANES <= n; j += LANES) sums += *(const vf *)(x + j) * *(const vf *)(x + j);
-    for (; j < n; j++) rest += x[j] * x[j];
+    for (; j + LANES <= n; j += LANES) sums += widen_v(x + j) * widen_v(x + j);
+    for (; j < n; j++) rest += widen(x[j]) * widen(x[j]);
     return (sum_v(sums) + rest) / n;
 }
 
 /* row (n) / rms(row) * weight, rounded. */
-INLINE void normed(const float *row, int64_t n, const float *weight, float eps, bf16 *y) {
+INLINE void normed(const bf16 *row, int64_t n, const float *weight, float eps, bf16 *y) {
     const float factor = 1 / sqrtf(mean_square(row, n) + eps);
     int64_t j = 0;
-    for (; j + LANES <= n; j += LANES) narrow_v(*(const vf *)(row + j) * factor * *(const vf *)(weight + j), y + j);
-    for (; j < n; j++) y[j] = narrow(row[j] * factor * weight[j]);
+    for (; j + LANES <= n; j += LANES) narrow_v(widen_v(row + j) * factor * *(const vf *)(weight + j), y + j);
+    for (; j < n; j++) y[j] = narrow(widen(row[j]) * factor * weight[j]);
 }
 
 INLINE void widen_row(const bf16 *x, int64_t n, float *out) {
@@ -1055,12 +1059,11 @@ INLINE void widen_row(const bf16 *x, int64_t n, float *out) {
 }
 
 /* x (t, h), rows `stride` apart, + delta (t, h), if there is one: the sum, rounded, to total (t, h), and its RMSNorm to
- * y (t, h). rows: (threads, h) floats. */
+ * y (t, h). */
 void norm(const bf16 *x, int64_t t, int64_t stride, int64_t h, const bf16 *delta, const float *weight, float eps,
-          bf16 *y, bf16 *total, float *rows, int threads) {
+          bf16 *y, bf16 *total, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < t; i++) {
-        float *row = rows + omp_get_thread_num() * h;
         const bf16 *from = x + i * stride;
         if (delta) {
             const bf16 *more = delta + i * h;
@@ -1069,8 +1072,7 @@ void norm(const bf16 *x, int64_t t, int64_t stride, int64_t h, const bf16 *delta
             for (; j < h; j++) total[i * h + j] = narrow(widen(from[j]) + widen(more[j]));
             from = total + i * h;
         }
-        widen_row(from, h, row);
-        normed(row, h, weight, eps, y + i * h);
+        normed(from, h, weight, eps, y + i * h);
     }
 }
 
@@ -1083,21 +1085,18 @@ INLINE void rotate(const bf16 *x, const float *cos, const float *sin, int64_t pa
 }
 
 /* As reference.latent_write: c_kv (t, c) and k_pe (t, r), rows kv_stride apart, to latents (slots, c + r); q_pe
- * (t, n, r), tokens q_stride and heads head_stride apart, rotated to q_out (t, n, r). rows: (threads, c) floats. */
+ * (t, n, r), tokens q_stride and heads head_stride apart, rotated to q_out (t, n, r). */
 void latent_write(const bf16 *c_kv, const bf16 *k_pe, int64_t t, int64_t kv_stride, int64_t c, int64_t r,
                   const float *weight, float eps, const float *cos, const float *sin, const bf16 *q_pe, int64_t n,
-                  int64_t q_stride, int64_t head_stride, bf16 *q_out, const int64_t *slots, bf16 *latents, float *rows,
-                  int threads) {
+                  int64_t q_stride, int64_t head_stride, bf16 *q_out, const int64_t *slots, bf16 *latents, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < t; i++) {
         const float *turn_cos = cos + i * r / 2, *turn_sin = sin + i * r / 2;
         for (int64_t h = 0; h < n; h++)
             rotate(q_pe + i * q_stride + h * head_stride, turn_cos, turn_sin, r / 2, q_out + (i * n + h) * r);
         if (slots[i] < 0) continue;
-        float *row = rows + omp_get_thread_num() * c;
         bf16 *out = latents + slots[i] * (c + r);
-        widen_row(c_kv + i * kv_stride, c, row);
-        normed(row, c, weight, eps, out);
+        normed(c_kv + i * kv_stride, c, weight, eps, out);
         rotate(k_pe + i * kv_stride, turn_cos, turn_sin, r / 2, out + c);
     }
 }

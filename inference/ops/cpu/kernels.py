@@ -401,7 +401,8 @@ def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, units: bool = False) 
     out = x.new_empty(t, w.n, dtype=dtype)
     pairs = units and x.dtype == torch.bfloat16 and may_use_pairs()
     chunk = tile_chunk_rows(k) if units and not pairs else chunk_rows(k, pairs)
-    scratch = x.new_empty(min(t, chunk) * _even(k) // (2 if pairs else 1), dtype=torch.float32)
+    size = 0 if pairs and t == 1 and k % 2 == 0 else min(t, chunk) * _even(k) // (2 if pairs else 1)
+    scratch = x.new_empty(size, dtype=torch.float32) if size else None
     flags = x.dtype == torch.float32, dtype == torch.float32
     threads = _threads(w.n * k)
     _kernels().linear(x, flags[0], t, x.stride(0), w.matrix, out, flags[1], scratch, chunk, units, threads)
@@ -494,10 +495,9 @@ def norm(
     x, (t, h) = _rows(x), x.shape
     y = x.new_empty(t, h)
     total = x if delta is None else x.new_empty(t, h)
-    threads = _threads(t * h)
-    rows = x.new_empty(threads, h, dtype=torch.float32)
     delta = None if delta is None else delta.contiguous()
-    _kernels().norm(x, t, x.stride(0), h, delta, weight, eps, y, None if delta is None else total, rows, threads)
+    total_or_none = None if delta is None else total
+    _kernels().norm(x, t, x.stride(0), h, delta, weight, eps, y, total_or_none, _threads(t * h))
     return y, total
 
 
@@ -520,10 +520,9 @@ def latent_write(
     assert latents.is_contiguous() and latents.shape[-1] == c + r
     out = q_pe.new_empty(t, n, r)
     threads = _threads(t * (c + n * r))
-    rows = c_kv.new_empty(threads, c, dtype=torch.float32)
     _kernels().latent_write(
         c_kv, k_pe, t, c_kv.stride(0), c, r, weight, eps, cos.contiguous(), sin.contiguous(), q_pe, n, q_pe.stride(0),
-        q_pe.stride(1), out, slots.contiguous(), latents, rows, threads,
+        q_pe.stride(1), out, slots.contiguous(), latents, threads,
     )  # fmt: skip
     return out
 
@@ -549,9 +548,13 @@ def mla(
     assert latents.is_contiguous() and out.is_contiguous() and latents.shape[-1] == c + r
     q_nope, q_pe, threads = _rows(q_nope), q_pe.contiguous(), torch.get_num_threads()
     lengths = batch.cu_seqlens_q, batch.kv_lens
-    numbers = torch.empty(found.mla_numbers(len(batch.kv_lens), len(out)), dtype=torch.int64)
-    size = found.mla_floats(*lengths, len(batch.kv_lens), most, n, c, r, threads, numbers)
-    scratch = torch.empty(size, dtype=torch.float32)
+    shape = "mla", most, n, c, r, threads, len(out)
+    if shape not in batch.memo:  # all layers' are the same
+        numbers = torch.empty(found.mla_numbers(len(batch.kv_lens), len(out)), dtype=torch.int64)
+        size = found.mla_floats(*lengths, len(batch.kv_lens), most, n, c, r, threads, numbers)
+        batch.memo[shape] = len(numbers), size
+    size, floats = batch.memo[shape]
+    numbers, scratch = torch.empty(size, dtype=torch.int64), torch.empty(floats, dtype=torch.float32)
     found.mla(
         q_nope, q_nope.stride(0), q_nope.stride(1), q_pe, latents, latents.shape[1], batch.pages.contiguous(),
         batch.pages.shape[1], *lengths, batch.positions, len(batch.kv_lens), most, n, dn, r, c, dv, w_uk, w_uv, scale,
