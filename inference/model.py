@@ -26,6 +26,7 @@ from core.batch import Batch
 from core.config import ModelArgs
 from core.numerics import PLAIN, Gemm, Numerics
 from core.run_config import PAGE_SIZE
+from core.stages import Stage, whole
 from ops.backend import ReferenceBackend, choose_backend
 from ops.formats import Quantised, Routing, Scales, Weight, packed_latent_bytes
 from ops.reference_backend import plain_tokens
@@ -434,31 +435,35 @@ class Transformer(nn.Module):
         mtp: bool | None = None,
         backend: ReferenceBackend | None = None,
         dp: Group = SOLO,
+        stage: Stage | None = None,
     ):
         """tp: the ranks of a lane, which is all of them unless `dp` are those with this one's place in other lanes.
         mtp: whether to build the MTP module, which a checkpoint may lack; None: if args has it. backend: computes every
-        op; None: the fastest one for the device and the numerics.
+        op; None: the fastest one for the device and the numerics. stage: the layers that this rank has (None: all).
 
         Raises UserError if a size does not divide by the ranks.
         """
         super().__init__()
-        self.args, self.num, self.tp, self.dp = args, num, tp, dp
+        self.args, self.num, self.tp, self.dp, self.stage = args, num, tp, dp, stage or whole(args)
         self.device = torch.device(device)
         self.ops = ops = backend or choose_backend(self.device, num)
+        n_mtp = args.n_mtp_layers if mtp is None else int(mtp)
         with self.device:
-            self.embed = Embedding(args, num, tp)
-            self.layers = nn.ModuleList(
-                Block(args, num.inside(f"layers.{i}"), tp, ops, i < args.n_dense_layers, dp)
-                for i in range(args.n_layers)
-            )
-            self.norm = RMSNorm(args.dim, args.norm_eps, ops)
-            rows, held = tp.split(args.vocab_size, "vocab_size"), num.inside("head").exact_dtype
-            self.head = Linear(args.dim, rows, num, ops, dtype=held)
-            n_mtp = args.n_mtp_layers if mtp is None else int(mtp)
-            self.mtp = nn.ModuleList(MTP(args, num.inside(f"mtp.{k}"), tp, ops, dp) for k in range(n_mtp))
+            if self.stage.has("embed.weight", n_mtp > 0, args.tie_word_embeddings):
+                self.embed = Embedding(args, num, tp)
+            self.layers = nn.ModuleList()
+            for i in self.stage.layers:
+                block = Block(args, num.inside(f"layers.{i}"), tp, ops, i < args.n_dense_layers, dp)
+                self.layers.add_module(str(i), block)
+            self.mtp = nn.ModuleList()
+            if self.stage.is_last:
+                self.norm = RMSNorm(args.dim, args.norm_eps, ops)
+                rows, held = tp.split(args.vocab_size, "vocab_size"), num.inside("head").exact_dtype
+                self.head = Linear(args.dim, rows, num, ops, dtype=held)
+                self.mtp.extend(MTP(args, num.inside(f"mtp.{k}"), tp, ops, dp) for k in range(n_mtp))
+                if args.tie_word_embeddings:
+                    self.head.weight = self.embed.weight
             self.register_buffer("inv_freq", yarn_frequencies(args), persistent=False)
-        if args.tie_word_embeddings:
-            self.head.weight = self.embed.weight
 
     def prepare(self) -> "Transformer":
         """Call after loading: splits and dequantises wkv_b, has the backend pack all weights. Returns self."""
@@ -468,7 +473,7 @@ class Transformer(nn.Module):
         for module in list(self.modules()):
             if isinstance(module, Gate):
                 _replace(module, "weight", self.ops.pack_float32_weight(module.weight))
-            elif module is self.head:
+            elif self.stage.is_last and module is self.head:
                 shares = module.weight.chunk(max(self.num.virtual_ranks // self.tp.size, 1))
                 self.head_shares = [self.ops.pack_float32_weight(share) for share in shares]
                 if self.head_shares[0] is not shares[0]:
@@ -493,13 +498,18 @@ class Transformer(nn.Module):
         return self.new_cache(1).nbytes
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, cache: torch.Tensor) -> torch.Tensor:
-        """Hidden states (T, H) of the batch's tokens after the final norm. Writes their latents into the cache."""
+    def forward(self, batch: Batch, cache: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states (T, H) of the batch's tokens after the final norm. Writes their latents into the cache.
+
+        A stage of a pipeline other than the first takes the hidden states (T, H) that the one before returned, and
+        returns, unless it is the last, those after its layers.
+        """
         cos, sin = self.angles(batch.positions)
-        x, delta = self.embed(batch.tokens), None
+        x: Any = self.embed(batch.tokens) if self.stage.is_first else hidden
+        delta: Any = None
         for layer, latents in zip(self.layers, cache, strict=False):
             x, delta = layer(x, delta, batch, latents, cos, sin)
-        return self.norm(x, delta)
+        return self.norm(x, delta) if self.stage.is_last else x + delta
 
     @torch.inference_mode()
     def draft(self, batch: Batch, hidden: torch.Tensor, cache: torch.Tensor, k: int = 0) -> torch.Tensor:

@@ -18,6 +18,7 @@ from core import devices
 from core.config import ModelArgs
 from core.errors import UserError, warn
 from core.numerics import Form, Numerics
+from core.stages import Stage
 from ops import reference
 
 NUMBERED = re.compile(r"\.(attn|ffn)\.(\d+)\.")  # a share of several in one rank: see model.VirtualRanks
@@ -109,7 +110,10 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint) -> list[TensorCopy]:
             copies.append(_tensor_copy(name, rows, found, cut, spec))
             used |= {name, *({scale_name(name), zero_name(name)} if copies[-1].scale else ())}
     optional = {name for name, spec in expected.items() if not spec.required or name.startswith("mtp.")}
-    others = {name for name in entries if name in expected and partition.cut(expected[name], rank) is None}
+    stage: Stage = model.stage  # type: ignore[assignment]
+    mtp, tied = checkpoint.has_mtp, args.tie_word_embeddings
+    others = {name for name in entries if name in expected and (  # another rank's, or another stage's
+              partition.cut(expected[name], rank) is None or not stage.has(name, mtp, tied))}  # fmt: skip
     if unused := sorted(entries.keys() - used - optional - others):
         raise UserError(f"{entries[unused[0]]}: the model has no place for it")
     return copies

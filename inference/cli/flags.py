@@ -107,4 +107,6 @@ def device(text: str) -> str:
     return text
 
 
-TYPES: dict[str, Callable[[str], Any]] = {"N": positive, "K": int, "GIB": gib, "S": seconds, "DEVICE": device}
+TYPES: dict[str, Callable[[str], Any]] = {
+    "N": positive, "K": int, "GIB": gib, "S": seconds, "DEVICE": device, "LAYERS": str,
+}  # fmt: skip

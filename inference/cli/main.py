@@ -162,9 +162,12 @@ def load(
         config = run_config(options)
         startup.choose_threads(config.threads, local_size)
         require_folder(Path(options.ckpt_path))
-        if tp.size % config.dp:
+        if tp.size % config.dp or tp.size % config.pp:
             ranks = f"{tp.size} rank{'s' * (tp.size > 1)}"
-            raise UserError(f"--dp {config.dp}: {ranks} cannot make so many equal lanes; start a multiple (torchrun)")
+            what = f"--dp {config.dp}: {ranks} cannot make so many equal lanes"
+            if config.pp > 1:
+                what = f"--pp {config.pp}: {ranks} cannot make so many equal stages"
+            raise UserError(f"{what}; start a multiple (torchrun)")
         device = startup.choose_device(config.device, local_rank, local_size)
         prepared = prepare() if tp.rank == 0 else None
         return replace(config, device=device.type), device, prepared  # type: ignore[arg-type]
@@ -174,7 +177,7 @@ def load(
     if config.verify:
         share = local_rank, local_size
         folder, first = Path(options.ckpt_path), tp.rank == 0
-        tp.run_on_all_ranks(lambda: require_hashes(folder, tp.size, share, first, config.dp))
+        tp.run_on_all_ranks(lambda: require_hashes(folder, tp.size // config.pp, share, first, config.dp))
     if "max_num_mixed_tokens" in options:
         config = config.for_serving()
     engine = Engine.from_pretrained(

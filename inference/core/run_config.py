@@ -42,6 +42,12 @@ class RunConfig:
         "(default: %(default)s, all ranks tensor parallel)",
         "N",
     )
+    pp: int = flag(
+        1, "pipeline stages of ranks, each with some of the layers: for slow links (default: %(default)s)", "N"
+    )
+    pp_layers: str | None = flag(
+        None, "layers of each stage, such as 20,21,20 (default: balanced by cost)", "LAYERS"
+    )
     device: str = flag("auto", "cpu, cuda or another that torch has (default: a GPU if there is one)", "DEVICE")
     max_model_len: int | None = flag(None, "most tokens of prompt and answer (default: as fit)", "N")
     max_num_seqs: int = flag(8, "prompts answered at a time (default: %(default)s)", "N")
@@ -77,8 +83,12 @@ class RunConfig:
                 raise UserError(f"--{f.name.replace('_', '-')} is {getattr(self, f.name)!r}, expected {choices}")
         if not 0 <= self.mtp <= MAX_DRAFTS:
             raise UserError(f"--mtp is {self.mtp}, expected from 0 to {MAX_DRAFTS}")
-        if self.dp < 1:
-            raise UserError(f"--dp is {self.dp}, expected at least 1")
+        if self.dp < 1 or self.pp < 1:
+            raise UserError(f"--dp is {self.dp} and --pp is {self.pp}, expected at least 1")
+        if self.dp > 1 and self.pp > 1:
+            raise UserError(f"--dp {self.dp} and --pp {self.pp}: lanes of stages are not implemented; leave one out")
+        if self.pp_layers is not None and self.pp == 1:
+            raise UserError("--pp-layers needs --pp")
         if self.max_num_seqs < 1 or self.max_num_batched_tokens < 1:
             raise UserError("--max-num-seqs and --max-num-batched-tokens must be at least 1")
 
@@ -93,6 +103,11 @@ class RunConfig:
     def max_step_tokens(self) -> int:
         """Tokens of the largest forward: all decoding sequences take part in a step, whatever the budget."""
         return max(self.max_num_batched_tokens, self.max_num_seqs * (1 + self.mtp))
+
+    @property
+    def sequences_of_turn(self) -> int:
+        """The most sequences of one of a pipeline's turns, which are as many as its stages."""
+        return -(-self.max_num_seqs // self.pp)
 
     @property
     def pages_per_sequence(self) -> int:

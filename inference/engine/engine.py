@@ -52,10 +52,11 @@ class Engine:
         capture: Capture | None = None,
         progress: bool = False,
         world: Group | None = None,
+        pp: Group = SOLO,
     ):
         """`model` is loaded and prepared: `run` sizes the engine, and what it says of numerics and devices is not read
         again. The tokenizer is needed on the first rank of a lane only. All ranks give the same `run`. `world`: those
-        of all lanes, where there are several.
+        of all lanes or stages, where there are several; `pp`: those with this one's place in the stages of a pipeline.
 
         `capture` records decode steps, by default as CUDA graphs where these work and `run` is not eager; `progress`
         shows a bar meanwhile. Raises UserError for a run that the model or this rank's memory does not allow.
@@ -63,16 +64,23 @@ class Engine:
         if run.deterministic and not model.num.batch_invariant:
             raise UserError("deterministic needs a model built with Numerics(batch_invariant=True)")
         self.model, self.tokenizer, self.tp, self.dp = model, tokenizer, model.tp, model.dp
-        assert world is not None or self.dp.size == 1, "lanes need the group of all ranks"
-        self.world = self.tp if world is None else world
+        assert world is not None or self.dp.size * run.pp == 1, "lanes and stages need the group of all ranks"
+        self.world, self.pp = self.tp if world is None else world, pp
+        self._like = torch.empty(0, model.args.dim, dtype=model.num.dtype, device=model.device)  # no hidden states
         if capture is None and not run.eager and records(setup.rank_of(model).gpu, model.num.dtype):
             capture = cuda_capture()
-        self.run = run = setup.size_cache(run, model, recorded=capture is not None)
+        self.run = run = setup.size_cache(run, model, capture is not None, pp)
         assert run.n_pages is not None and run.max_model_len is not None
         self.mtp, self.max_model_len = run.mtp, run.max_model_len
-        pool = PagePool(run.n_pages, PAGE_SIZE, lookahead=int(run.mtp > 0))
-        self.scheduler = Scheduler(pool, run)
-        self.runner = ModelRunner(model, run, capture, progress and self.world.rank == 0)
+        # in a pipeline one for each of as many turns as stages, with a share of the pages; otherwise one
+        share, of_turn = run.n_pages // run.pp, replace(run, max_num_seqs=run.sequences_of_turn)
+        pools = [PagePool(share, PAGE_SIZE, int(run.mtp > 0), first=turn * share) for turn in range(run.pp)]
+        self.schedulers = [Scheduler(pool, of_turn) for pool in pools]
+        self._in_flight: list[list[Chunk]] = [[]] * (run.pp - 1)  # what all stages but the last ran, the first's first
+        self._stage = run.pp - 1 - self.world.rank // self.tp.size if run.pp > 1 else 0
+        self._turn = 0  # whose chunks the first stage runs next
+        self._incoming: torch.Tensor | None = None  # hidden states from the stage before
+        self.runner = ModelRunner(model, of_turn, capture, progress and self.world.rank == 0)
         self._stats = Stats(drafted=[0] * run.mtp, accepted=[0] * run.mtp)
         self._others: list[LaneState] = []  # rank 0: of the other lanes, after the last step
         self.default_params = SamplingParams()  # of requests that bring none
@@ -82,10 +90,13 @@ class Engine:
         self._sequences: dict[int, Sequence] = {}  # every rank: the unfinished ones, by id
         self._live: dict[int, Request] = {}  # a lane's first rank: their requests; rank 0: those of all lanes
         self._sequence_of: dict[Request, int] = {}
-        self._dispatcher = Dispatcher(self.dp.size, run.max_num_seqs) if self.dp.size > 1 else None  # rank 0's
-        self.sampler = Sampler(self.tp, tokenizer, self._live, self._stats, run.mtp, self.cancel)
+        lanes = max(self.dp.size, run.pp)  # a pipeline's turns are lanes in time
+        self._dispatcher = Dispatcher(lanes, of_turn.max_num_seqs) if lanes > 1 else None  # rank 0's
+        hear = self.world if run.pp > 1 else self.tp
+        self.sampler = Sampler(hear, tokenizer, self._live, self._stats, run.mtp, self.cancel)
         self._new: list[int] = []
         self._cancelled: list[int] = []
+        self._leaving: list[int] = []  # cancelled sequences whose turn has not come
 
     @classmethod
     def from_pretrained(
@@ -113,10 +124,10 @@ class Engine:
         if unknown := [name for name in run_fields if name not in known]:
             raise TypeError(f"{unknown[0]!r} is neither an argument of from_pretrained nor a field of RunConfig")
         run = replace(run or RunConfig(), **run_fields)
-        model, tokenizer, default_params = setup.load(
+        model, tokenizer, default_params, pp = setup.load(
             ckpt_path, run, config=config, device=device, world=world, progress=progress, chat=chat, thinking=thinking
         )
-        engine = cls(model, tokenizer, run, progress=progress, world=world)
+        engine = cls(model, tokenizer, run, progress=progress, world=world, pp=pp)
         engine.default_params = default_params
         return engine
 
@@ -172,14 +183,19 @@ class Engine:
         return bool(self._live)
 
     @property
+    def scheduler(self) -> Scheduler:
+        """That of the first turn, the only one without a pipeline."""
+        return self.schedulers[0]
+
+    @property
     def max_num_seqs(self) -> int:
-        """Sequences that all lanes together answer at a time."""
-        return self.dp.size * self.run.max_num_seqs
+        """Sequences that all lanes, or all turns of a pipeline, together answer at a time."""
+        return self.dp.size * self.run.pp * self.run.sequences_of_turn
 
     @property
     def lane_states(self) -> list[LaneState]:
         """Rank 0: what each lane had done, and had to do, after the last step."""
-        return [LaneState.of(self.scheduler, self._stats), *self._others]
+        return [LaneState.of(self.schedulers, self._stats), *self._others]
 
     @property
     def stats(self) -> Stats:
@@ -210,7 +226,8 @@ class Engine:
             if isinstance(e, GeneratorExit) or self.world.size == 1:  # after a failure other ranks are in another step
                 for r in requests:
                     self.cancel(r)
-                self.step()
+                for _ in range(self.run.pp):  # until each turn has come
+                    self.step()
             raise
 
     def generate(
@@ -231,23 +248,36 @@ class Engine:
         advanced = self._exchange(_STEP)
         if self.closed:
             return []
-        chunks = self.scheduler.schedule()
-        hidden = self.runner.forward(chunks)
-        if hidden is None:
+        running = [self.schedulers[self._turn].schedule(), *self._in_flight]  # what each stage runs
+        hidden = self.runner.forward(running[self._stage], self._incoming)
+        self._incoming = self._pass_on(running, hidden)
+        self._turn = (self._turn + 1) % self.run.pp
+        *self._in_flight, chunks = running
+        if hidden is None and not any(running):
             self.world.heartbeat()
             return advanced + self._share_reports([])  # a lane may just have lost its last sequence
         sampled = self._sample(chunks, hidden)
         changed = self._commit(chunks, hidden, sampled)
         advanced += [request for _, request in changed]
         self._stats.steps += 1
-        self._stats.preemptions = self.scheduler.preemptions
+        self._stats.preemptions = sum(scheduler.preemptions for scheduler in self.schedulers)
         self._stats.seconds += time.perf_counter() - began
         return advanced + self._share_reports(changed)
 
-    def _sample(self, chunks: list[Chunk], hidden: torch.Tensor) -> Sampled:
-        """The tokens that follow each chunk that samples; prompt tokens are scored on the way. hidden: (T, H)."""
-        self._score_prompts(chunks, hidden)
+    def _pass_on(self, running: list[list[Chunk]], hidden: torch.Tensor | None) -> torch.Tensor | None:
+        """Gives this stage's hidden states to the next, and returns those of the stage before."""
+        if self.run.pp == 1:
+            return None
+        coming = sum(chunk.n_rows for chunk in running[self._stage - 1]) if self._stage else 0
+        return self.pp.pass_on(hidden, coming, self._like)
+
+    def _sample(self, chunks: list[Chunk], hidden: torch.Tensor | None) -> Sampled:
+        """The tokens that follow each chunk that samples; prompt tokens are scored on the way. hidden: (T, H), of the
+        last stage."""
         sampling = [chunk for chunk in chunks if chunk.samples]
+        if not self.model.stage.is_last or hidden is None:
+            return self.sampler.sample(sampling, torch.empty(0)) if sampling else {}
+        self._score_prompts(chunks, hidden)
         return self.sampler.sample(sampling, self.runner.sample_logits(chunks, hidden)) if sampling else {}
 
     def _score_prompts(self, chunks: list[Chunk], hidden: torch.Tensor) -> None:
@@ -256,20 +286,21 @@ class Engine:
             del logits  # before the next block of them is made
 
     def _commit(
-        self, chunks: list[Chunk], hidden: torch.Tensor, sampled: Sampled
+        self, chunks: list[Chunk], hidden: torch.Tensor | None, sampled: Sampled
     ) -> list[tuple[int, Request]]:
         """Appends the tokens, drafts the next ones, and finishes what has its last token; returns on a lane's first
         rank the requests that sampled, each with its sequence."""
         for chunk in chunks:
-            self.scheduler.commit(chunk, sampled[chunk][0] if chunk in sampled else [])
-        if self.mtp:
+            scheduler = self.schedulers[chunk.sequence.turn]
+            scheduler.commit(chunk, sampled[chunk][0] if chunk in sampled else [])
+        if self.mtp and (hidden is not None or not self.model.stage.is_last):
             continuing = [chunk.sequence for chunk, (_, finish) in sampled.items() if finish is None]
-            self.runner.draft(chunks, hidden, continuing, self.sampler.propose)
+            self.runner.draft(chunks, self._like if hidden is None else hidden, continuing, self.sampler.propose)
         advanced = []
         for chunk, (_, finish) in sampled.items():
             id = chunk.sequence.id
             if finish is not None:
-                self.scheduler.remove(self._sequences.pop(id))
+                self.schedulers[chunk.sequence.turn].remove(self._sequences.pop(id))
             if id in self._live:
                 advanced.append((id, self._live[id]))
                 if finish is not None:
@@ -284,7 +315,7 @@ class Engine:
             told = dict(changed)  # a request that failed after it sampled is in it already
             told |= {sequence: self._live[sequence] for sequence in self._cancelled if sequence in self._live}
             self._cancelled = []
-            self.dp.gather_bytes(report(told.items(), LaneState.of(self.scheduler, self._stats)))
+            self.dp.gather_bytes(report(told.items(), LaneState.of(self.schedulers, self._stats)))
             return []
         reports = self.dp.gather_bytes(b"")[1:]
         self._others, advanced = repeat_reports(reports, self._live, self._finish, self.cancel)
@@ -332,24 +363,34 @@ class Engine:
             self.closed = True
             self.runner.close()
             return []
-        gone = []
+        self._leaving += islice(wire, next(wire))
+        gone = self._let_go()
         for _ in range(next(wire)):
-            id = next(wire)
+            id, lane, capacity, scored, n = islice(wire, 5)
+            prompt = list(islice(wire, n))
+            about = bytes(islice(wire, next(wire)))
+            turn = lane if self.run.pp > 1 else 0
+            if self.run.pp > 1 or lane == self.dp.rank:
+                self._sequences[id] = Sequence(id, prompt, capacity, n, no_prefix_reuse=bool(scored), turn=turn)
+                self.schedulers[turn].add(self._sequences[id])
+                if self.tp.rank == 0 and self.world.rank > 0 and self.run.pp == 1:
+                    request = make_request(about, list(prompt), self.tokenizer)
+                    self._live[id], self._sequence_of[request] = request, id
+        return gone
+
+    def _let_go(self) -> list[Request]:
+        """Removes the cancelled sequences whose turn it is: their last step is done. Returns their requests."""
+        gone, later = [], []
+        for id in self._leaving:
+            if id in self._sequences and self._sequences[id].turn != self._turn:
+                later.append(id)
+                continue
             if id in self._sequences:
-                self.scheduler.remove(self._sequences.pop(id))
+                self.schedulers[self._turn].remove(self._sequences.pop(id))
             if id in self._live:
                 request = self._live[id]
                 request.begin_step()
                 self._finish(request, "cancelled")
                 gone.append(request)
-        for _ in range(next(wire)):
-            id, lane, capacity, scored, n = islice(wire, 5)
-            prompt = list(islice(wire, n))
-            about = bytes(islice(wire, next(wire)))
-            if lane == self.dp.rank:
-                self._sequences[id] = Sequence(id, prompt, capacity, n, no_prefix_reuse=bool(scored))
-                self.scheduler.add(self._sequences[id])
-                if self.tp.rank == 0 and self.world.rank > 0:
-                    request = make_request(about, list(prompt), self.tokenizer)
-                    self._live[id], self._sequence_of[request] = request, id
+        self._leaving = later
         return gone

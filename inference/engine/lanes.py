@@ -73,9 +73,11 @@ class LaneState:
     stats: Stats = field(default_factory=Stats)
 
     @classmethod
-    def of(cls, scheduler: Scheduler, stats: Stats) -> "LaneState":
-        pool = scheduler.pool
-        return cls(len(scheduler.running), len(scheduler.waiting), 1 - pool.n_available / pool.n_pages, stats.copy())
+    def of(cls, schedulers: Sequence[Scheduler], stats: Stats) -> "LaneState":
+        """Of a lane with one scheduler, or one for each turn of a pipeline."""
+        free = sum(s.pool.n_available for s in schedulers) / sum(s.pool.n_pages for s in schedulers)
+        running, waiting = sum(len(s.running) for s in schedulers), sum(len(s.waiting) for s in schedulers)
+        return cls(running, waiting, 1 - free, stats.copy())
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -45,13 +45,13 @@ def _share(rank: RankSpec) -> float:
 
 
 def need(rank: RankSpec, config: RunConfig, cache: int | None = None) -> MemoryBudget:
-    """With a cache of so many bytes, which somebody chose, or one for a sequence of full length, beside which the
-    rank's share of memory stays free. A CPU packs its weights, one projection or stack of experts at a time. Lanes have
-    a page more, to which one without sequences writes."""
+    """With a cache of so many bytes, which somebody chose, or one for a sequence of full length (in a pipeline one for
+    each turn), beside which the rank's share of memory stays free. A CPU packs its weights, one projection or stack of
+    experts at a time. Lanes have a page more, to which one without sequences writes."""
     parts = weight_bytes(rank)
     kept = 0
     if cache is None:
-        cache = config.pages_per_sequence * page_bytes(rank)
+        cache = config.pp * config.pages_per_sequence * page_bytes(rank)
         kept = math.ceil(cache / _share(rank)) - cache
     step, graphs = _step(rank, config), _graphs(rank, config)
     return MemoryBudget(sum(parts.values()), _packing(rank, parts), step, graphs, cache, kept)
@@ -77,7 +77,7 @@ def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
     shapes = (2 * rank.inner, args.dim), (args.dim, rank.inner)
     in_place = all(kernel_cpu.is_packed_in_place(*shape) for shape in shapes)
     if args.n_moe_layers and not in_place and (rank.packs or rank.packs_experts):
-        largest = max(largest, parts[False, ROUTED] // args.n_moe_layers * 2 // 3)  # w1 and w3 lie together
+        largest = max(largest, parts.get((False, ROUTED), 0) // args.n_moe_layers * 2 // 3)  # w1 and w3 lie together
     return largest
 
 

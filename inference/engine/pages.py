@@ -13,16 +13,17 @@ from collections.abc import Sequence
 
 
 class PagePool:
-    """Pages 0 … n-1 of `page_size` tokens each.
+    """n pages of `page_size` tokens each, numbered from `first` on.
 
     `lookahead`: how many tokens after a page its content depends on; 1 with an MTP module, whose latent of a token
     is computed from the next token too.
     """
 
-    def __init__(self, n_pages: int, page_size: int, lookahead: int = 0):
-        self.n_pages, self.page_size, self.lookahead = n_pages, page_size, lookahead
-        self._free = list(range(n_pages))  # a heap: the lowest first, so that a sequence's pages are mostly neighbours
-        self._ref_counts = [0] * n_pages
+    def __init__(self, n_pages: int, page_size: int, lookahead: int = 0, first: int = 0):
+        self.n_pages, self.page_size, self.lookahead, self.first = n_pages, page_size, lookahead, first
+        # a heap: the lowest first, so that a sequence's pages are mostly neighbours
+        self._free = list(range(first, first + n_pages))
+        self._ref_counts = [0] * (first + n_pages)
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # registered, no references; least recently used first
@@ -103,7 +104,7 @@ class PagePool:
 
     def check_integrity(self, held: Sequence[Sequence[int]]) -> None:
         """Asserts that each page is free, idle, or held by exactly the sequences whose pages `held` lists."""
-        counts = [0] * self.n_pages
+        counts = [0] * (self.first + self.n_pages)
         for pages in held:
             assert len(set(pages)) == len(pages), "one sequence has a page twice"
             for page in pages:
@@ -111,7 +112,8 @@ class PagePool:
         assert counts == self._ref_counts, "references miscounted"
         idle, free = set(self._idle), set(self._free)
         assert len(free) == len(self._free) and not free & idle, "a page is free twice"
-        assert free | idle == {p for p in range(self.n_pages) if counts[p] == 0}, "a page is lost, or free and held"
+        unheld = {p for p in range(self.first, self.first + self.n_pages) if counts[p] == 0}
+        assert free | idle == unheld, "a page is lost, or free and held"
         known = set(self._digest_of)
         assert idle <= known and not free & known, "an idle page without digest, or a free one with"
         assert {d: p for p, d in self._digest_of.items()} == self._page_of, "digests out of step"

@@ -17,6 +17,7 @@ from checkpoint.table import Spec, expected_tensors, module_of, quantised_rows
 from core.config import BLOCK_SIZE, ModelArgs
 from core.numerics import FLOAT32, PLAIN, Form, Numerics
 from core.run_config import PAGE_SIZE, ExpertLayout
+from core.stages import Stage, whole
 from ops import formats
 from ops.cpu import kernels as kernel_cpu
 
@@ -36,6 +37,7 @@ class RankSpec:
     mtp: bool = False  # the MTP module is loaded, whether or not it drafts
     reference: bool = False  # neither: the reference's forms, on another device
     lanes: int = 1  # data-parallel; each has its own sequences and latents
+    stage: Stage | None = None  # of a pipeline; None: the rank has all layers
 
     @property
     def experts(self) -> ExpertLayout:
@@ -69,7 +71,7 @@ class RankSpec:
     @property
     def kinds(self) -> "Counter[_Kind]":
         num = Numerics(gemm=self.num.gemm, projections=self.num.projections, exceptions=self.num.exceptions)
-        return _kinds(self.args, num, self.mtp)
+        return _kinds(self.args, num, self.mtp, self.stage)
 
     @property
     def compiled(self) -> bool:
@@ -99,11 +101,13 @@ class _Kind(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
-def _kinds(args: ModelArgs, num: Numerics, mtp: bool) -> Counter[_Kind]:
-    """The table's tensors, counted by kind: thousands where V3 has 92 thousand names."""
+def _kinds(args: ModelArgs, num: Numerics, mtp: bool, stage: Stage | None) -> Counter[_Kind]:
+    """The table's tensors that a stage has, counted by kind: thousands where V3 has 92 thousand names."""
     found: Counter[_Kind] = Counter()
     others, usual = dict(num.exceptions), PLAIN if num.gemm is None else num.projections
     for name, spec in expected_tensors(args, False, mtp).items():
+        if stage is not None and not stage.has(name, mtp, args.tie_word_embeddings):
+            continue
         leaf = ".".join(name.split(".")[-2:])
         form = others.get(module_of(name), None if spec.form is None else usual)
         found[_Kind(name.startswith("mtp."), _part(name, leaf), leaf, spec._replace(hf="", form=None), form)] += 1
@@ -229,7 +233,9 @@ def latent_bytes(rank: RankSpec, mtp: bool | None = None) -> int:
     width = args.latent_dim * num.dtype.itemsize
     if num.fp8_latents:
         width = formats.packed_latent_bytes(args.kv_lora_rank, args.qk_rope_head_dim)
-    layers = (args.n_layers if mtp is not True else 0) + (args.n_mtp_layers if rank.mtp and mtp is not False else 0)
+    stage = rank.stage or whole(args)
+    modules = args.n_mtp_layers if rank.mtp and stage.is_last else 0
+    layers = (len(stage.layers) if mtp is not True else 0) + (modules if mtp is not False else 0)
     return layers * width
 
 

@@ -32,14 +32,14 @@ class ModelRunner:
         if capture is not None:
             self._record(run, capture, progress)
 
-    def forward(self, chunks: list[Chunk]) -> torch.Tensor | None:
+    def forward(self, chunks: list[Chunk], hidden: torch.Tensor | None = None) -> torch.Tensor | None:
         """Hidden states (T, H) of all chunks' tokens, in order; writes their latents into the cache. None where no lane
-        has a chunk."""
+        has a chunk. `hidden` (T, H): in a later stage of a pipeline, what the one before made of the same chunks."""
         self.model.tp.partial_sums.clear()
-        return self._run(self._step, self.step_graphs, [chunk.slice for chunk in chunks])
+        return self._run(self._step, self.step_graphs, [chunk.slice for chunk in chunks], hidden)
 
     def _step(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
-        return self.model(batch, self.cache)
+        return self.model(batch, self.cache, hidden)
 
     def _draft(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
         assert hidden is not None
@@ -103,8 +103,13 @@ class ModelRunner:
 
         The MTP module (V3 section 2.2) runs on every token that the step has cached, each with the next one, and on
         the main model's hidden (T, H). For drafts after the first it runs on its own state and its own proposal.
-        A lane without chunks calls this too.
+        A lane without chunks calls this too, and so does a stage that is not the last: it has no module, and hears the
+        proposals.
         """
+        if not self.model.stage.is_last:
+            for _ in range(self.mtp if continuing else 0):
+                self._append_drafts(continuing, propose(continuing, torch.empty(0)))
+            return
         slices: list[SequenceSlice] = []
         rows: list[int] = []
         ends: dict[Sequence, tuple[int, int]] = {}  # its last row, and the position after it
@@ -128,9 +133,11 @@ class ModelRunner:
                 if states is None:
                     return
             if continuing:
-                drafts = propose(continuing, self.logits(states))
-                for sequence, token in zip(continuing, drafts, strict=True):
-                    sequence.drafts.append(token)
+                self._append_drafts(continuing, propose(continuing, self.logits(states)))
+
+    def _append_drafts(self, sequences: list[Sequence], drafts: list[int]) -> None:
+        for sequence, token in zip(sequences, drafts, strict=True):
+            sequence.drafts.append(token)
 
     def close(self) -> None:
         """Frees the graphs: they hold communicators, which must go before the process group does."""
@@ -152,5 +159,7 @@ class ModelRunner:
             )  # fmt: skip
 
         self.step_graphs.append(record(width, self._step, "decode steps"))
+        if not model.stage.is_last:
+            return
         for tokens in sorted({1, width} if run.mtp > 1 else {width} if run.mtp else ()):
             self.draft_graphs.append(record(tokens, self._draft, "drafts"))

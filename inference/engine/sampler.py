@@ -35,8 +35,8 @@ class Sampler:
         n_drafts: int,
         cancel: Callable[[Request], None],
     ):
-        """`requests`: the unfinished ones by their sequence's id, kept up to date by the engine; `cancel` ends one of
-        them with the next step."""
+        """`tp`: the ranks that hear what its first one samples, a lane's or a pipeline's. `requests`: the unfinished
+        ones by their sequence's id, kept up to date by the engine; `cancel` ends one of them with the next step."""
         self.tp, self.tokenizer, self.requests, self.stats = tp, tokenizer, requests, stats
         self.n_drafts, self.cancel = n_drafts, cancel
 

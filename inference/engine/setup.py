@@ -33,13 +33,14 @@ from core.numerics import PLAIN as PLAIN_FORM
 from core.numerics import Form, Numerics
 from core.run_config import PAGE_SIZE, ExpertLayout, RunConfig
 from core.sampling_params import SamplingParams, params_from_generation_config
+from core.stages import Stage, divide, whole
 from engine import host_memory, memory, rank_memory
 from model import Transformer
 from ops.backend import has_fp8 as device_has_fp8
 from ops.backend import why_reference
 from ops.cpu import kernels as kernel_cpu
 from parallel import startup
-from parallel.group import Group
+from parallel.group import SOLO, Group
 from text.tokenizer import Tokenizer
 
 VIRTUAL_RANKS = (16, 8, 4, 2)  # of a deterministic run, the first that the model divides over
@@ -52,6 +53,7 @@ class _Plan(NamedTuple):
     args: ModelArgs
     num: Numerics
     has_mtp: bool
+    stage: Stage
     default_params: SamplingParams
 
 
@@ -65,26 +67,30 @@ def load(
     progress: bool,
     chat: bool,
     thinking: bool | None,
-) -> tuple[Transformer, Tokenizer | None, SamplingParams]:
-    """The loaded model, on the first rank of a lane the tokenizer, and the checkpoint's sampling defaults. For
-    arguments and errors see Engine.from_pretrained."""
+) -> tuple[Transformer, Tokenizer | None, SamplingParams, Group]:
+    """The loaded model, on the first rank of a lane the tokenizer, the checkpoint's sampling defaults, and the ranks
+    with this one's place in other stages. For arguments and errors see Engine.from_pretrained."""
     target = world.run_on_all_ranks(lambda: resolve_device(device, run))
     # free memory is measured before any rank takes of it
     plan = world.run_on_all_ranks(lambda: _choose(ckpt_path, run, config, target, world, progress))
-    tp, dp = startup.lanes(world, run.dp, target)
+    pp = SOLO
+    if run.pp > 1:
+        (tp, pp), dp = startup.stages(world, run.pp, target), SOLO
+    else:
+        tp, dp = startup.lanes(world, run.dp, target)
 
     def load_weights() -> tuple[Transformer, Tokenizer | None]:
         tokenizer = Tokenizer(ckpt_path, plan.args.vocab_size) if tp.rank == 0 else None
         if chat and tokenizer is not None:
             tokenizer.encode_chat([{"role": "user", "content": "Hello"}], thinking=thinking)
         group = replace(tp, ordered=plan.num.batch_invariant)
-        model = Transformer(plan.args, plan.num, group, target, mtp=plan.has_mtp, dp=dp)
+        model = Transformer(plan.args, plan.num, group, target, mtp=plan.has_mtp, dp=dp, stage=plan.stage)
         load_into(model, plan.checkpoint, progress)
         return model.prepare(), tokenizer
 
     model, tokenizer = world.run_on_all_ranks(load_weights)
-    _check_agreement(model, world)
-    return model, tokenizer, plan.default_params
+    _check_agreement((model.args, model.num, plan.has_mtp), world)
+    return model, tokenizer, plan.default_params, pp
 
 
 def _choose(
@@ -94,13 +100,14 @@ def _choose(
     args = choose_args(checkpoint, config)
     specs = checkpoint.expected(args)
     num, says = choose_numerics(args, device, run.dtype, run.gemm, specs=specs)
-    partition = checkpoint.partition(args, world.size, run.experts, quantised_rows(specs, num), run.dp)
+    ranks = world.size // run.pp  # of a stage, if there are several
+    partition = checkpoint.partition(args, ranks, run.experts, quantised_rows(specs, num), run.dp)
     fp8_latents = run.kv_cache_dtype == "fp8"
     if fp8_latents and not devices.holds(device, torch.float8_e4m3fn):
         raise UserError(f"--kv-cache-dtype fp8: {device.type} has no such type in torch; leave it out")
     num = replace(num, fp8_latents=fp8_latents, experts=partition.experts, batch_invariant=run.deterministic)
     if run.deterministic:
-        held = checkpoint.experts(checkpoint.made_for(world.size, run.dp)) or run.experts
+        held = checkpoint.experts(checkpoint.made_for(ranks, run.dp)) or run.experts
         num = replace(num, **choose_virtual_ranks(partition, ("split", "whole") if held == "auto" else (held,)))
     for text in args.warnings if world.rank == 0 else ():
         warn(text)
@@ -112,12 +119,17 @@ def _choose(
             print(f"note: the reference computes, in plain torch ({why})", file=sys.stderr)
         if device.type == "cpu" and num.dtype == torch.bfloat16 and (slower := kernel_cpu.why_not()):
             print(f"note: on this CPU bfloat16 is slower than it could be ({slower})", file=sys.stderr)
-        if world.size > 1:
+        if run.pp == 1 < world.size:
             print(describe_lanes(world.size, run.dp), file=sys.stderr)
+        if ranks > 1:
             print(partition.reason, file=sys.stderr)
     has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
-    check_start(_rank_on(device, args, num, world.size, has_mtp, run.dp), device, run)
-    return _Plan(checkpoint, args, num, has_mtp, params_from_generation_config(Path(ckpt_path)))
+    stages = divide(args, run.pp, run.pp_layers, has_mtp)
+    if progress and world.rank == 0 and run.pp > 1:
+        print(describe_stages(stages, ranks), file=sys.stderr)
+    stage = stages[run.pp - 1 - world.rank // ranks]
+    check_start(_rank_on(device, args, num, ranks, has_mtp, run.dp, stage), device, run)
+    return _Plan(checkpoint, args, num, has_mtp, stage, params_from_generation_config(Path(ckpt_path)))
 
 
 def describe_lanes(ranks: int, lanes: int) -> str:
@@ -126,6 +138,13 @@ def describe_lanes(ranks: int, lanes: int) -> str:
         return f"lanes: one of {ranks} ranks, which answers a few sequences soonest; --dp {ranks} holds more of them"
     each = "1 rank" if ranks == lanes else f"{ranks // lanes} ranks"
     return f"lanes: {lanes} of {each} each, as asked; each keeps the latents of its own sequences"
+
+
+def describe_stages(stages: Sequence[Stage], ranks: int) -> str:
+    """A line that says which layers each stage has."""
+    each = "1 rank" if ranks == 1 else f"{ranks} ranks"
+    layers = ", ".join(f"{s.layers.start}-{s.layers.stop - 1}" for s in stages)
+    return f"pipeline: {len(stages)} stages of {each}, the last with rank 0 and the head: layers {layers}"
 
 
 def choose_virtual_ranks(partition: Partition, layouts: Sequence[ExpertLayout]) -> dict[str, Any]:
@@ -146,10 +165,10 @@ def choose_virtual_ranks(partition: Partition, layouts: Sequence[ExpertLayout]) 
     return {"virtual_ranks": n, "experts": experts if n > 1 else partition.experts}
 
 
-def _check_agreement(model: Transformer, world: Group) -> None:
+def _check_agreement(computes: tuple[ModelArgs, Numerics, bool], world: Group) -> None:
     """Raises UserError on all ranks if one of them would compute something else than rank 0, because its GPU differs or
     its path leads to another checkpoint."""
-    mine = repr((model.args, model.num, len(model.mtp)))
+    mine = repr(computes)
     first = bytes(world.broadcast_ints(list(mine.encode()))).decode()
 
     def check() -> None:
@@ -270,16 +289,18 @@ def describe_rounding(specs: Mapping[str, Spec], num: Numerics) -> Iterator[str]
 
 
 def _rank_on(
-    device: torch.device, args: ModelArgs, num: Numerics, ranks: int, mtp: bool, lanes: int
+    device: torch.device, args: ModelArgs, num: Numerics, ranks: int, mtp: bool, lanes: int, stage: Stage
 ) -> rank_memory.RankSpec:
     """A rank with the forms of weights and ops that its device has."""
     reference = bool(why_reference(device))
-    return rank_memory.RankSpec(args, num, ranks, device.type == "cuda" and not reference, mtp, reference, lanes=lanes)
+    gpu = device.type == "cuda" and not reference
+    part = None if stage == whole(args) else stage
+    return rank_memory.RankSpec(args, num, ranks, gpu, mtp, reference, lanes=lanes, stage=part)
 
 
 def rank_of(model: Transformer) -> rank_memory.RankSpec:
     ranks, lanes = model.tp.size * model.dp.size, model.dp.size
-    return _rank_on(model.device, model.args, model.num, ranks, len(model.mtp) > 0, lanes)
+    return _rank_on(model.device, model.args, model.num, ranks, len(model.mtp) > 0, lanes, model.stage)
 
 
 def check_limits(run: RunConfig, args: ModelArgs, has_mtp: bool) -> RunConfig:
@@ -317,7 +338,7 @@ def check_start(rank: rank_memory.RankSpec, device: torch.device, run: RunConfig
     elif run.kv_cache_gib is not None:
         cache = int(run.kv_cache_gib * 2**30)
     if cache is not None:
-        length_that_fits(run, cache // rank_memory.page_bytes(rank), shrink)
+        length_that_fits(run, cache // rank_memory.page_bytes(rank) // run.pp, shrink)
     free = free_memory(device)
     if free is None and cache is None:
         raise UserError(f"{device.type} does not say how much memory is free: give --kv-cache-gib")
@@ -325,22 +346,24 @@ def check_start(rank: rank_memory.RankSpec, device: torch.device, run: RunConfig
         memory.check_fits(rank, run, free, cache, shrink)
 
 
-def size_cache(run: RunConfig, model: Transformer, recorded: bool) -> RunConfig:
+def size_cache(run: RunConfig, model: Transformer, recorded: bool, pp: Group = SOLO) -> RunConfig:
     """`run` with n_pages and max_model_len filled in, the same on all ranks: as asked, else as this memory holds, at
-    most max_num_seqs sequences of full length. `recorded`: decode steps are recorded. Raises UserError."""
+    most max_num_seqs sequences of full length. `recorded`: decode steps are recorded; `pp`: the ranks with this one's
+    place in other stages, of whose turns each has an equal share of the pages. Raises UserError."""
     shrink = run.max_model_len is None
-    run = check_limits(run, model.args, len(model.mtp) > 0)
+    has_mtp = len(model.mtp) > 0 or not model.stage.is_last  # the last stage knows
+    run = check_limits(run, model.args, has_mtp)
     n_pages = run.n_pages
     if n_pages is None:
         if run.kv_cache_gib is None:
             free, as_run = free_memory(model.device), replace(run, eager=not recorded)
             assert free is not None, "check_start refuses a device that does not say"
             fit = memory.pages_that_fit(rank_of(model), as_run, free, shrink=shrink)
-            fit = min(fit, run.max_num_seqs * run.pages_per_sequence)
+            fit = min(fit, run.sequences_of_turn * run.pp * run.pages_per_sequence)
         else:
             fit = int(run.kv_cache_gib * 2**30) // model.page_bytes
-        n_pages = model.dp.min_int(model.tp.min_int(fit))
-    return replace(run, n_pages=n_pages, max_model_len=length_that_fits(run, n_pages, shrink))
+        n_pages = pp.min_int(model.dp.min_int(model.tp.min_int(fit)))
+    return replace(run, n_pages=n_pages, max_model_len=length_that_fits(run, n_pages // run.pp, shrink))
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -124,6 +124,28 @@ class Group:
         total = tree_sum(parts.to(x.device).view(self.size, mine, *x.shape[1:])).to(x.dtype)
         return total if mine == n else torch.cat((total, total.new_zeros(n - mine, *x.shape[1:])))
 
+    def pass_on(self, x: torch.Tensor | None, n: int, like: torch.Tensor) -> torch.Tensor | None:
+        """Between the stages of a pipeline, whose last is rank 0: gives x (T, H) to the next stage and returns the n
+        rows that the one before gives, in the dtype, width and device of `like`; None for no rows."""
+        if self.size == 1:
+            return None
+        others = self.members or range(self.size)
+        device = torch.device("cpu") if self.through_host else like.device
+        pg = self.control if self.through_host else self.pg
+        with self.process.translate_collective_errors():
+            pending = []
+            if x is not None and len(x) and self.rank > 0:
+                x = x.contiguous().to(device)
+                pending.append(dist.isend(x, others[self.rank - 1], group=pg))
+            got = None
+            if n and self.rank < self.size - 1:
+                got = torch.empty(n, like.shape[1], dtype=like.dtype, device=device)
+                pending.append(dist.irecv(got, others[self.rank + 1], group=pg))
+            for work in pending:
+                assert work is not None
+                work.wait()
+        return None if got is None else got.to(like.device)
+
     def _record_partial_sum(self, x: torch.Tensor) -> None:
         if x.is_cpu:  # elsewhere a kernel more for each collective would slow decoding down
             self.partial_sums.append(x.sum(dtype=torch.float32))

@@ -19,7 +19,8 @@ MINIMAL = {generate: ["--ckpt-path", "C", "--interactive"], server: ["--ckpt-pat
 EVERY_FLAG = {
     "dtype": "float32", "gemm": "bf16", "experts": "split", "device": "cpu", "max_model_len": 300, "max_num_seqs": 3,
     "max_num_batched_tokens": 70, "kv_cache_gib": 0.5, "kv_cache_dtype": "fp8", "mtp": 2, "deterministic": True,
-    "eager": True, "verify": True, "threads": 2, "timeout": 9.5, "max_num_mixed_tokens": 40, "dp": 2,
+    "eager": True, "verify": True, "threads": 2, "timeout": 9.5, "max_num_mixed_tokens": 40, "dp": 1,
+    "pp": 3, "pp_layers": "20,21,20",
 }  # fmt: skip
 
 
@@ -32,6 +33,7 @@ def test_flags_are_the_fields_of_run_config(command, capsys):
     given = {name: EVERY_FLAG[name] for name in names}
     flags = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value)) if text != "True"]
     assert run_config(command.parse([*MINIMAL[command], *flags])) == RunConfig(**given)
+    assert run_config(command.parse([*MINIMAL[command], "--dp", "2"])) == RunConfig(dp=2)  # not beside --pp
     with pytest.raises(SystemExit):
         command.parse(["--help"])
     shown = " ".join(capsys.readouterr().out.split())

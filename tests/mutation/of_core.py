@@ -202,4 +202,12 @@ MUTANTS = (
      "if not any(value == one and type(value) is type(one) for one in values):",
      "if False:",
      "core/test_quantization_config.py::test_what_is_refused", "three bits are read as four"),
+    ("stages-head-for-nothing", "core/stages.py",
+     "more = last if k == n else 0",
+     "more = 0",
+     "parallel/test_pipeline.py::test_stages_are_balanced", "the last stage has the head beside as many layers as the others"),
+    ("stages-any-sum", "core/stages.py",
+     "if len(counts) != n or sum(counts) != args.n_layers or min(counts) < 1:",
+     "if len(counts) != n or min(counts) < 1:",
+     "parallel/test_pipeline.py::test_stages_that_do_not_add_up", "layers are left out, or missing, by --pp-layers"),
 )  # fmt: skip

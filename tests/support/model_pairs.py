@@ -15,6 +15,7 @@ from checkpoint.table import exceptions
 from core.batch import Batch
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE
+from core.stages import Stage
 from model import Transformer
 from ops.reference_backend import ReferenceBackend
 from parallel.group import SOLO, Group
@@ -28,12 +29,13 @@ def ours(
     device: torch.device | str = "cpu",
     backend: ReferenceBackend | None = None,
     dp: Group = SOLO,
+    stage: Stage | None = None,
 ) -> Transformer:
     """Our model, float32 unless told otherwise, with the checkpoint's weights."""
     checkpoint = Checkpoint(path)
     assert checkpoint.args is not None
     num = replace(num, exceptions=exceptions(checkpoint.expected(checkpoint.args), num))
-    model = Transformer(checkpoint.args, num, tp, device, mtp=checkpoint.has_mtp, backend=backend, dp=dp)
+    model = Transformer(checkpoint.args, num, tp, device, mtp=checkpoint.has_mtp, backend=backend, dp=dp, stage=stage)
     load_into(model, checkpoint, progress=False)
     return model.prepare()
 

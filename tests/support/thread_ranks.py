@@ -52,6 +52,14 @@ class ThreadGroup(Group):
         total = tree_sum(mine).to(x.dtype)
         return torch.cat((total, total.new_zeros(n - len(total), x.shape[1])))
 
+    def pass_on(self, x: torch.Tensor | None, n: int, like: torch.Tensor) -> torch.Tensor | None:
+        given = self.ranks.exchange(self.rank, None if x is None else x.clone())
+        if self.rank == self.size - 1 or not n:
+            return None
+        got = given[self.rank + 1]
+        assert isinstance(got, torch.Tensor) and got.shape == (n, like.shape[1]) and got.dtype == like.dtype
+        return got
+
     def gather_ints(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack(self.ranks.exchange(self.rank, x.clone()))
 
@@ -115,3 +123,15 @@ def on_every_lane(
         return work(tp, group(lane, lanes, dps[number], range(number, n, size)), group(rank, n, world, range(n)))
 
     return on_threads(n, one, [world, *tps, *dps])
+
+
+def on_every_stage(
+    stages: int, size: int, work: Callable[[Group, Group, Group, int], Any], ordered: bool = False
+) -> list[Any]:
+    """work(tp, pp, world, stage) on the ranks of a pipeline of so many stages of `size` ranks each, in rank order: the
+    last stage's first."""
+
+    def one(tp: Group, pp: Group, world: Group) -> Any:
+        return work(tp, pp, world, stages - 1 - pp.rank if stages > 1 else 0)
+
+    return on_every_lane(stages, size, one, ordered)

@@ -1,0 +1,304 @@
+"""Pipeline stages: the same numbers, and in the deterministic mode the same bits, as one stage; and the engine over them."""
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.config import ModelArgs, load_config
+from core.errors import UserError
+from core.numerics import Numerics
+from core.run_config import RunConfig
+from core.sampling_params import SamplingParams
+from core.stages import Stage, balanced, divide, layer_costs
+from engine import rank_memory
+from engine.engine import Engine
+from engine.rank_memory import RankSpec
+from engine.request import Request
+from model import Transformer
+from parallel.group import Group
+from support.families import FAMILIES, V3
+from support.model_pairs import ours, random_checkpoint, tokens
+from support.thread_ranks import on_every_stage
+from text.tokenizer import Tokenizer
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
+LAYOUTS = [(2, 1), (2, 2), (3, 1)]  # stages, ranks of each
+RUN = RunConfig(n_pages=36, max_model_len=300, max_num_seqs=6, max_num_batched_tokens=64)
+VOCABULARY = V3["vocab_size"]
+
+
+def answers(
+    path: Path, stages: int, size: int, use: Callable[[Engine], Any], run: RunConfig = RUN, num: Numerics | None = None,
+    text: bool = False, layers: str | None = None, prepare: Callable[[Engine], object] = lambda engine: None,
+    **of_engine: Any,
+) -> Any:  # fmt: skip
+    """What `use` makes of an engine over stages, on rank 0; the others follow, and afterwards nobody holds anything."""
+    num = num or Numerics(torch.float32)
+
+    def work(tp: Group, pp: Group, world: Group, stage: int) -> Any:
+        args = load_args(path)
+        model = ours(path, num, tp, stage=divide(args, stages, layers, args.n_mtp_layers > 0)[stage])
+        tokenizer = Tokenizer(path, model.args.vocab_size) if text and world.rank == 0 else None
+        made = {name: make() for name, make in of_engine.items()}
+        engine = Engine(model, tokenizer, replace(run, pp=stages), world=world, pp=pp, **made)
+        prepare(engine)
+        found = None
+        if world.rank == 0:
+            found = use(engine)
+            engine.close()
+        else:
+            engine.serve()
+        for scheduler in engine.schedulers:
+            scheduler.check_integrity()
+            assert scheduler.pool.n_available == (run.n_pages or 0) // stages
+        assert not engine._live and not engine._sequences and not any(engine._in_flight) and not engine._leaving
+        return found
+
+    return on_every_stage(stages, size, work, ordered=num.batch_invariant)[0]
+
+
+def load_args(path: Path) -> ModelArgs:
+    return load_config(path / "config.json")
+
+
+def questions(n: int, seed: int = 0, most: int = 150) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [tokens(draw.randint(1, most), VOCABULARY, seed * 1000 + i) for i in range(n)]
+
+
+def greedy(n: int = 12, **more: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_new_tokens=n, **more)
+
+
+@pytest.fixture(scope="module")
+def v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("pipeline") / "v3", V3)
+
+
+@pytest.mark.parametrize("mtp", [0, 2])
+@pytest.mark.parametrize("stages, size", LAYOUTS)
+def test_answers_over_stages(v3: Path, stages: int, size: int, mtp: int) -> None:
+    """Fourteen prompts, more than fit at once, are answered as by one rank, in the order asked; with drafts too."""
+    run = replace(RUN, mtp=mtp)
+    alone = answers(v3, 1, 1, lambda engine: engine.generate(questions(14), greedy()), run)
+
+    def use(engine: Engine) -> list[Request]:
+        found = engine.generate(questions(14), greedy())
+        assert engine.stats.generated == 14 * 12 and (not mtp or engine.stats.drafted[0] > 10)
+        return found
+
+    found = answers(v3, stages, size, use, run)
+    assert [r.tokens for r in found] == [r.tokens for r in alone]
+    assert [r.finish_reason for r in found] == ["length"] * 14
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family(tmp_path: Path, name: str) -> None:
+    """Stages of one layer each, and uneven ones: the dense layers alone, or the MTP module's stage with one layer."""
+    path = random_checkpoint(tmp_path / "c", FAMILIES[name])
+    args = load_args(path)
+    run = replace(RUN, mtp=int(args.n_mtp_layers > 0))
+    prompts = [[t % args.vocab_size for t in prompt] for prompt in questions(5)]
+
+    def use(engine: Engine) -> list[list[int]]:
+        return [r.tokens for r in engine.generate(prompts, greedy(6))]
+
+    alone = answers(path, 1, 1, use, run)
+    n = args.n_layers
+    assert answers(path, n, 1, use, replace(run, n_pages=12 * n), layers=",".join(["1"] * n)) == alone
+    assert answers(path, 2, 2, use, run, layers=f"1,{n - 1}") == alone
+    assert answers(path, 2, 1, use, run, layers=f"{n - 1},1") == alone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_as_one_stage(v3: Path, dtype: torch.dtype) -> None:
+    """In the deterministic mode the log-probabilities of all likeliest tokens are bitwise those of one rank, drafts or
+    not, on two and three stages, of one and of two ranks."""
+    num = Numerics(dtype, experts="split", batch_invariant=True, virtual_ranks=4)
+
+    def use(engine: Engine) -> list[Any]:
+        return [[(e.token, e.logprob, e.top) for e in r.logprobs] for r in engine.generate(questions(5), greedy(8, logprobs=5))]
+
+    alone = answers(v3, 1, 1, use, num=num)
+    for stages, size, mtp in ((2, 1, 0), (3, 1, 2), (2, 2, 1)):
+        assert answers(v3, stages, size, use, replace(RUN, mtp=mtp), num=num) == alone
+
+
+@pytest.mark.parametrize("how", [Numerics(torch.float32, fp8_latents=True), Numerics(torch.bfloat16)])
+def test_answers_in_other_numerics(v3: Path, how: Numerics) -> None:
+    """With one prompt at a time, as rows of a CPU's products in bfloat16 are independent anyway."""
+
+    def use(engine: Engine) -> list[list[int]]:
+        return [engine.generate([prompt], greedy(6))[0].tokens for prompt in questions(4)]
+
+    assert answers(v3, 3, 1, use, num=how) == answers(v3, 1, 1, use, num=how)
+
+
+class Recorder:
+    """Stands in for the capture of CUDA graphs: the same forward is run again, on what its inputs hold then."""
+
+    replayed = 0
+
+    def __call__(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        run()
+
+        def replay() -> torch.Tensor:
+            Recorder.replayed += 1
+            return run()
+
+        return replay
+
+
+def test_recorded_steps(v3: Path) -> None:
+    """Each stage replays its layers on what the one before made."""
+    run = replace(RUN, mtp=1)
+    alone = answers(v3, 1, 1, lambda engine: [r.tokens for r in engine.generate(questions(5), greedy())], run)
+    Recorder.replayed = 0
+    found = answers(
+        v3, 2, 1, lambda engine: [r.tokens for r in engine.generate(questions(5), greedy())], run, capture=Recorder
+    )
+    assert found == alone and Recorder.replayed > 20
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_requests_that_come_and_go(v3: Path, seed: int) -> None:
+    """Requests added, and some cancelled, at random moments, while pages run out: those that stay are answered as
+    alone, in turns that share nothing; nothing is lost."""
+    draw = random.Random(seed)
+    prompts = questions(24, seed + 20, most=100)
+    run = replace(RUN, n_pages=9, mtp=seed % 2, max_model_len=150)
+    alone = {i: r.tokens for i, r in enumerate(answers(v3, 1, 1, lambda e: e.generate(prompts, greedy(10)), run))}
+
+    def use(engine: Engine) -> list[Request]:
+        waiting, requests = list(enumerate(prompts)), []
+        while waiting or engine.busy:
+            for _ in range(min(draw.choice((0, 0, 1, 4)), len(waiting))):
+                i, prompt = waiting.pop()
+                requests.append(engine.add(prompt, greedy(10), i))
+            if requests and draw.random() < 0.3:
+                engine.cancel(draw.choice(requests))
+            engine.step()
+            for scheduler in engine.schedulers:
+                scheduler.check_integrity()
+        return requests
+
+    found = answers(v3, 3, 1, use, run)
+    assert {r.finish_reason for r in found} == {"length", "cancelled"} and len(found) == 24
+    assert all(r.tokens == alone[r.id] for r in found if r.finish_reason == "length")
+    assert all(alone[r.id][: len(r.tokens)] == r.tokens for r in found)
+
+
+def test_a_call_that_is_left_in_the_middle(v3: Path) -> None:
+    """Leaving `stream` gives all turns' pages back, and the next call is answered."""
+
+    def use(engine: Engine) -> list[list[int]]:
+        for i, _ in enumerate(engine.stream(questions(6), greedy(30))):
+            if i == 4:
+                break
+        assert not engine.busy
+        return [r.tokens for r in engine.generate(questions(3), greedy(5))]
+
+    assert answers(v3, 3, 1, use) == answers(v3, 1, 1, use)
+
+
+def test_stages_are_balanced() -> None:
+    """The costliest stage costs as little as it can; V3's head weighs 1.6 layers, and with the MTP module 4.4."""
+    v3 = load_config(CONFIGS / "config_671B.json")
+    costs = layer_costs(v3)
+    assert costs[0] == pytest.approx(costs[-1], rel=0.02)  # a dense MLP is as wide as nine experts
+    assert [len(s.layers) for s in divide(v3, 2)] == [31, 30]
+    assert [len(s.layers) for s in divide(v3, 2, mtp=True)] == [33, 28]
+    assert [len(s.layers) for s in divide(v3, 4, mtp=True)] == [17, 16, 16, 12]
+    assert divide(v3, 3, "20,21,20") == [
+        Stage(range(20), True, False), Stage(range(20, 41), False, False), Stage(range(41, 61), False, True)
+    ]  # fmt: skip
+    draw = random.Random(0)
+    for _ in range(50):
+        n, costs = draw.randint(1, 4), [draw.randint(1, 9) for _ in range(draw.randint(4, 8))]
+        last = draw.choice((0, 5, 30))
+        counts = balanced(costs, last, n)
+
+        def worst(counts: list[int], costs: list[int] = costs, last: int = last) -> int:
+            ends = [sum(counts[:i]) for i in range(len(counts) + 1)]
+            stages = [sum(costs[a:b]) for a, b in itertools.pairwise(ends)]
+            return max([*stages[:-1], stages[-1] + last])
+
+        assert sum(counts) == len(costs) and min(counts) >= 1 and len(counts) == n
+        assert worst(counts) == min(worst(list(other)) for other in compositions(len(costs), n))
+
+
+def compositions(total: int, n: int) -> list[tuple[int, ...]]:
+    if n == 1:
+        return [(total,)]
+    return [(first, *rest) for first in range(1, total - n + 2) for rest in compositions(total - first, n - 1)]
+
+
+@pytest.mark.parametrize("n, asked, says", [
+    (4, None, "--pp 4: the model has 3 layers, fewer than stages"),
+    (2, "1,x", "--pp-layers 1,x: expected numbers of layers, such as 20,21,20"),
+    (2, "1,1", "--pp-layers 1,1: these are 2 numbers, 2 together; expected 2 stages of 3 layers, at least one in each"),
+    (2, "1,1,1", "--pp-layers 1,1,1: these are 3 numbers, 3 together; expected 2 stages of 3 layers, at least one"),
+    (2, "3,0", "--pp-layers 3,0: these are 2 numbers, 3 together; expected 2 stages of 3 layers, at least one in each"),
+])  # fmt: skip
+def test_stages_that_do_not_add_up(n: int, asked: str | None, says: str) -> None:
+    with pytest.raises(UserError) as e:
+        divide(ModelArgs.from_hf(V3), n, asked)
+    assert str(e.value).startswith(says)
+
+
+@pytest.mark.parametrize("fields, says", [
+    ({"pp": 0}, "--dp is 1 and --pp is 0, expected at least 1"),
+    ({"pp": 2, "dp": 2}, "--dp 2 and --pp 2: lanes of stages are not implemented; leave one out"),
+    ({"pp_layers": "1,2"}, "--pp-layers needs --pp"),
+])  # fmt: skip
+def test_runs_that_contradict_themselves(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as e:
+        RunConfig(**fields)
+    assert str(e.value) == says
+
+
+def test_drafts_of_the_demo_are_accepted() -> None:
+    """Greedy answers of the demo over two stages with drafts are those of one without, and most drafts are accepted."""
+    prompts = [[{"role": "user", "content": f"What is {a} + {a + 281}?"}] for a in range(300, 360, 12)]
+
+    def use(engine: Engine) -> list[list[int]]:
+        found = [r.tokens for r in engine.generate(prompts, greedy(60))]
+        if engine.mtp:
+            assert engine.stats.accepted[0] > 0.6 * engine.stats.drafted[0] > 20
+        return found
+
+    run = RunConfig(n_pages=30, max_model_len=256, max_num_seqs=4)
+    alone = answers(DEMO, 1, 1, use, run, text=True)
+    assert answers(DEMO, 2, 1, use, replace(run, mtp=1), text=True) == alone
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_memory_of_a_stage(name: str) -> None:
+    """Weights and latents of each stage are what its model holds, and together those of the whole."""
+    args = ModelArgs.from_hf(FAMILIES[name])
+    mtp = args.n_mtp_layers > 0
+    latents = 0
+    for stage in divide(args, 2, mtp=mtp):
+        model = Transformer(args, Numerics(torch.float32), stage=stage, device="cpu")
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        held = {p.data_ptr(): p.nbytes for p in model.prepare().state_dict().values()}
+        rank = RankSpec(args, Numerics(torch.float32), 1, gpu=False, mtp=mtp, stage=stage)
+        assert sum(rank_memory.weight_bytes(rank).values()) == sum(held.values()) + absorbed(model)
+        assert rank_memory.page_bytes(rank) == model.page_bytes
+        latents += model.page_bytes
+    whole = RankSpec(args, Numerics(torch.float32), 1, gpu=False, mtp=mtp)
+    assert latents == rank_memory.page_bytes(whole)
+
+
+def absorbed(model: Transformer) -> int:
+    """Bytes of W^UK and W^UV, which no state dict has."""
+    buffers = [b for name, b in model.named_buffers() if name.endswith(("w_uk", "w_uv"))]
+    return sum(b.nbytes for b in buffers)
