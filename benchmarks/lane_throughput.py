@@ -1,9 +1,11 @@
-"""Two ranks as two data-parallel lanes, or as one tensor-parallel lane: tokens a second of both, in turns.
+"""Two ranks as two data-parallel lanes, as two pipeline stages, or tensor parallel: tokens a second, in turns.
 
     python benchmarks/lane_throughput.py --output benchmarks/results/lane_throughput.json
     python benchmarks/lane_throughput.py --checkpoint DIR       # also bench_cpu.py's random model
+    sudo python benchmarks/lane_throughput.py --links 1gbit 100mbit --output benchmarks/results/slow_links.json
 
-Each side is two processes with half of the cores each, which stay alive and wait while the other works. Its first rank
+Each side is two processes with half of the cores each, which stay alive and wait while the others work; with --links,
+in network namespaces whose cable has that rate and, each way, that delay. Its first rank
 answers so many random prompts at a time (CONCURRENT) through the engine, greedily and to a fixed length; a figure is
 the tokens of all answers over the time from the first prompt to the last token, prefill included, the best of a side's
 turns, and a ratio the median of the turns' ratios. What one decode step of these sends is counted beside it: bytes of
@@ -27,12 +29,16 @@ from typing import Any
 from lib import INFERENCE, ROOT, report
 from lib.timing import take_turns
 
+sys.path.append(str(ROOT / "deploy"))
+from two_hosts import Hosts  # type: ignore[import-not-found]
+
 DEMO = ROOT / "demo" / "checkpoint"
 CONCURRENT = (1, 8, 64)
-SIDES = {"lanes": 2, "tensor parallel": 1}  # the lanes of two ranks
+PROMPT = 32  # tokens
+SIDES: dict[str, dict[str, int]] = {"tensor parallel": {}, "lanes": {"dp": 2}, "pipeline": {"pp": 2}}
 
 
-def work(checkpoint: str, lanes: int) -> None:
+def work(checkpoint: str, layout: dict[str, Any]) -> None:
     """A rank; the first takes a case for each line of JSON on stdin, and answers with a line on stdout."""
     answers, sys.stdout = sys.stdout, sys.stderr
     import time
@@ -65,8 +71,9 @@ def work(checkpoint: str, lanes: int) -> None:
         counted(name)
     world = startup.join(3600)
     engine = Engine.from_pretrained(
-        checkpoint, world=world, dp=lanes, device="cpu", max_model_len=256, max_num_seqs=64 // lanes, prefix_reuse=False
-    )
+        checkpoint, world=world, device="cpu", max_model_len=256, max_num_seqs=64 // layout.get("dp", 1),
+        prefix_reuse=False, **layout,
+    )  # fmt: skip
     if world.rank > 0:
         engine.serve()
         return
@@ -92,21 +99,25 @@ def work(checkpoint: str, lanes: int) -> None:
 class Side:
     """Two ranks of one layout."""
 
-    def __init__(self, checkpoint: Path, lanes: int, stack: ExitStack):
+    def __init__(self, checkpoint: Path, layout: dict[str, int], stack: ExitStack, hosts: Hosts | None = None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         ranks = []
         for rank in range(2):
             env = os.environ | {
-                "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(INFERENCE),
+                "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0" if hosts else str(rank),
+                "LOCAL_WORLD_SIZE": "1" if hosts else "2", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": hosts.address(0) if hosts else "127.0.0.1", "PYTHONPATH": str(INFERENCE),
             }  # fmt: skip
-            command = [sys.executable, __file__, "--worker", str(checkpoint), str(lanes)]
+            command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(checkpoint), json.dumps(layout)]
             pipe = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-            ranks.append(stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)))
-            stack.callback(ranks[-1].kill)
+            if hosts is None:
+                process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
+            else:
+                process = hosts.start(rank, command, environment=env, stdin=pipe, stdout=pipe)
+            ranks.append(stack.enter_context(process))
+            stack.callback(process.kill)
         self.first = ranks[0]
         self.sent: dict[int, int] = {}
 
@@ -143,27 +154,35 @@ def predicted(checkpoint: Path, lanes: int, sequences: int) -> int:
     return total
 
 
-def compare(checkpoint: Path, model: str, prompt: int, new: int, turns: int, stack: ExitStack) -> list[dict[str, Any]]:
-    sides = {name: Side(checkpoint, lanes, stack) for name, lanes in SIDES.items()}
+def compare(
+    checkpoint: Path, model: str, new: int, turns: int, stack: ExitStack, link: str | None = None
+) -> list[dict[str, Any]]:
+    hosts = None
+    if link is not None:
+        hosts = stack.enter_context(Hosts())
+    sides = {name: Side(checkpoint, layout, stack, hosts) for name, layout in SIDES.items()}
+    for side in sides.values():  # loaded, over a cable that is still fast
+        side.seconds(1, PROMPT, 2, "first")
+    if hosts is not None and link is not None:
+        rate, _, delay = link.partition(",")
+        for i in range(2):
+            hosts.slow_down(i, rate, delay or None)
     rows = []
     for sequences in CONCURRENT:
         seeds = {name: iter(range(1000)) for name in sides}
 
         def case(name: str, n: int = sequences, seeds: Any = seeds) -> Callable[[], float]:
-            return lambda: sides[name].seconds(n, prompt, new, f"{n} {next(seeds[name])}")  # the same for both
+            return lambda: sides[name].seconds(n, PROMPT, new, f"{n} {next(seeds[name])}")  # the same for all
 
-        runs = {name: case(name) for name in sides}
-        for run in runs.values():  # a process's first is slow
-            run()
-        seconds, ratios = take_turns(runs, turns)
-        row: dict[str, Any] = {"model": model, "concurrent": sequences, "prompt": prompt, "new": new, "turns": turns}
+        seconds, ratios = take_turns({name: case(name) for name in sides}, turns)
+        row: dict[str, Any] = {"model": model, "link": link, "concurrent": sequences, "new": new, "turns": turns}
         for name, side in sides.items():
-            row[name] = {
-                "tokens_s": sequences * new / min(seconds[name]),
-                "sent": side.sent[sequences],
-                "predicted": predicted(checkpoint, SIDES[name], sequences),
-            }
-        row["ratio"] = statistics.median(ratios["tensor parallel"])  # above 1 where lanes are faster
+            row[name] = {"tokens_s": sequences * new / min(seconds[name])}
+            if name in ratios:  # above 1 where it is faster than tensor parallel
+                row[name]["ratio"] = 1 / statistics.median(ratios[name])
+            if name != "pipeline":
+                counted = predicted(checkpoint, SIDES[name].get("dp", 1), sequences)
+                row[name] |= {"sent": side.sent[sequences], "predicted": counted}
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
@@ -172,24 +191,27 @@ def compare(checkpoint: Path, model: str, prompt: int, new: int, turns: int, sta
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, help="also this one, bench_cpu.py's random one")
+    parser.add_argument("--links", nargs="+", metavar="RATE[,DELAY]", help="between network namespaces, as tc has them")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--new", type=int, default=24, help="tokens of an answer (default: 24)")
     parser.add_argument("--output", help="JSON file for the results")
     options = parser.parse_args()
-    with ExitStack() as stack:
-        rows = compare(DEMO, "the demo", 32, options.new, options.turns, stack)
-    if options.checkpoint is not None:
+    rows = []
+    for link in options.links or [None]:
         with ExitStack() as stack:
-            whole = Path(stack.enter_context(tempfile.TemporaryDirectory()))  # with a tokenizer, which is not used
-            for path in [*options.checkpoint.resolve().iterdir(), *DEMO.glob("tokenizer*.json")]:
-                (whole / path.name).symlink_to(path)
-            rows += compare(whole, "1.7 B", 32, options.new, options.turns, stack)
+            rows += compare(DEMO, "the demo", options.new, options.turns, stack, link)
+        if options.checkpoint is not None:
+            with ExitStack() as stack:
+                whole = Path(stack.enter_context(tempfile.TemporaryDirectory()))  # with a tokenizer, which is not used
+                for path in [*options.checkpoint.resolve().iterdir(), *DEMO.glob("tokenizer*.json")]:
+                    (whole / path.name).symlink_to(path)
+                rows += compare(whole, "1.7 B", options.new, options.turns, stack, link)
     report.save(options.output, rows)
     return 0
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2], int(sys.argv[3]))
+        work(sys.argv[2], json.loads(sys.argv[3]))
     else:
         sys.exit(main())

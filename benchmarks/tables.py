@@ -346,14 +346,29 @@ def rank_step(record: dict[str, Any]) -> str:
 
 
 def lane_throughput(record: dict[str, Any]) -> str:
-    header = ["model", "at a time", "two lanes, tok/s", "tensor parallel, tok/s", "ratio", "bytes a rank gives a step, "
-              "lanes", "counted", "tensor parallel", "counted"]  # fmt: skip
+    header = ["model", "at a time", "tensor parallel, tok/s", "two lanes", "ratio", "two stages", "ratio",
+              "bytes a rank gives a step, tensor parallel", "lanes"]  # fmt: skip
     rows = []
     for row in record["results"]:
-        sides = [row["lanes"], row["tensor parallel"]]
-        sent = [f"{n:,}" for side in sides for n in (side["sent"], side["predicted"])]
-        speeds = [f"{side['tokens_s']:.1f}" for side in sides]
-        rows.append([row["model"], str(row["concurrent"]), *speeds, f"{row['ratio']:.2f}", *sent])
+        tp, lanes, stages = (row[side] for side in ("tensor parallel", "lanes", "pipeline"))
+        speeds = [f"{tp['tokens_s']:.1f}"]
+        for side in (lanes, stages):
+            speeds += [f"{side['tokens_s']:.1f}", f"{side['ratio']:.2f}"]
+        sent = [f"{side['sent']:,}" + ("" if side["sent"] == side["predicted"] else f" (counted {side['predicted']:,})")
+                for side in (tp, lanes)]  # fmt: skip
+        rows.append([row["model"], str(row["concurrent"]), *speeds, *sent])
+    return report.table(header, rows)
+
+
+def slow_links(record: dict[str, Any]) -> str:
+    header = ["model", "link", "at a time", "tensor parallel, tok/s", "two stages, tok/s", "ratio", "two lanes, tok/s",
+              "ratio"]  # fmt: skip
+    rows = []
+    for row in record["results"]:
+        speeds = [f"{row['tensor parallel']['tokens_s']:.1f}"]
+        for side in (row["pipeline"], row["lanes"]):
+            speeds += [f"{side['tokens_s']:.1f}", f"{side['ratio']:.2f}"]
+        rows.append([row["model"], row["link"].replace(",", ", "), str(row["concurrent"]), *speeds])
     return report.table(header, rows)
 
 
@@ -386,7 +401,7 @@ BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "check_speed": (check_speed, "check_speed"), "results": (results, "demo"),
     "compiled_reference": (compiled_reference, "compiled_reference"),
     "kernel_cpu_clang": (kernel_cpu_clang, "kernel_cpu_clang"),
-    "lane_throughput": (lane_throughput, "lane_throughput"),
+    "lane_throughput": (lane_throughput, "lane_throughput"), "slow_links": (slow_links, "slow_links"),
     "scale_out": (scale_out, "scale_out"), "overlap": (overlap, "overlap"),
 }  # fmt: skip
 

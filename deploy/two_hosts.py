@@ -97,10 +97,13 @@ class Hosts:
         """Takes a host off the network."""
         ip("-n", self.names[i], "link", "set", CABLE, "down")
 
-    def slow_down(self, i: int, rate: str) -> None:
-        """What a host sends goes at this rate, such as "20mbit", from now on."""
-        tc = ["tc", "-n", self.names[i], "qdisc", "replace", "dev", CABLE, "root", "tbf"]
-        done = subprocess.run([*tc, "rate", rate, "burst", "32kb", "latency", "100ms"], capture_output=True, text=True)
+    def slow_down(self, i: int, rate: str, delay: str | None = None) -> None:
+        """What a host sends goes at this rate, such as "20mbit", and this much later, such as "1ms", from now on."""
+        tc = ["tc", "-n", self.names[i], "qdisc", "replace", "dev", CABLE, "root"]
+        how = ["tbf", "rate", rate, "burst", "32kb", "latency", "100ms"]
+        if delay is not None:
+            how = ["netem", "rate", rate, "delay", delay, "limit", "10000"]
+        done = subprocess.run([*tc, *how], capture_output=True, text=True)
         if done.returncode:
             raise Unavailable(f"tc: {done.stderr.strip()}")
 
