@@ -267,10 +267,12 @@ def verify_command(folder: Path) -> int:
 
 def require_hashes(folder: Path, ranks: int, share: tuple[int, int], progress: bool = True, lanes: int = 1) -> None:
     """Verifies, before a load for that many ranks in so many lanes, every n-th file from the i-th on, where `share` is
-    (i, n), so that the ranks of a host divide the work. Raises UserError with the first difference, or where there is
-    no manifest."""
+    (i, n), so that the ranks of a host divide the work; none where all files are for other ranks, which a load
+    refuses. Raises UserError with the first difference, or where there is no manifest."""
     manifests = read_manifests(folder)
     manifest = manifests.get(choose_files([n for n in manifests if n], ranks, lanes)) or manifests.get(None)
+    if manifest is None and manifests:
+        return  # files for other ranks: Checkpoint.made_for says which
     if manifest is None:
         raise UserError(f"{folder}: --verify needs the manifest that {WRITERS} write")
     files = [*manifest.files, *manifest.small][share[0] :: share[1]]

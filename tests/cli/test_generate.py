@@ -731,7 +731,7 @@ def test_one_rank_s_mistake_is_everyone_s(tiny: Path, copy: Path, tmp_path: Path
         ([], ["--max-num-seqs", "4"], "rank 1: --max-num-seqs 4 (rank 0: 8): start every host with the same flags"),
         ([], ["--dp", "2"], "rank 1: --dp 2 (rank 0: 1): start every host with the same flags"),
         (["--dp", "3"], ["--dp", "3"], "--dp 3: 2 ranks cannot make so many equal lanes; start a multiple (torchrun)"),
-        (["--dp", "2", *at], ["--dp", "2", *at], f"{converted}: converted for 2 ranks, not 2 in 2 lanes; convert for 1"),
+        (["--dp", "2", "--verify", *at], ["--dp", "2", "--verify", *at], f"{converted}: converted for 2 ranks, not 2 in 2 lanes; convert for 1"),
         (["--dp", "2", "--experts", "whole", *odd], ["--dp", "2", "--experts", "whole", *odd],
          "n_routed_experts 3 does not divide by 2 ranks (it works with none in 2 lanes)"),
         ([], ["--dp", "0"], "rank 1: argument --dp: 0 is not at least 1 (--help lists the flags)"),
