@@ -208,6 +208,12 @@ class Checkpoint:
             raise self._made_for_others(ranks, lanes)
         return found
 
+    def partition_of_files(self, partition: Partition) -> Partition:
+        """How weights are divided over the files that its ranks read. Raises UserError as `made_for` does."""
+        if self.kind == "hf" or (made_for := self.made_for(partition.ranks, partition.lanes)) == partition.ranks:
+            return partition
+        return Partition(partition.args, made_for, partition.experts, partition.quantised)
+
     def _made_for_others(self, ranks: int, lanes: int = 1) -> UserError:
         counts = " or ".join(map(str, self.ranks or ()))
         wanted = f"not {ranks}; start as many, or convert for {ranks}"

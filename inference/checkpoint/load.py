@@ -74,9 +74,7 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint) -> list[TensorCopy]:
         warn(f"{checkpoint.path} was converted by another program: no MTP module, no checksums, no config.json")
     elif args.n_mtp_layers and not checkpoint.has_mtp and rank == 0:
         warn(f"{checkpoint.path} has no MTP module, though its config names one")
-    files = partition
-    if checkpoint.kind != "hf" and (made_for := checkpoint.made_for(ranks, lanes)) != ranks:
-        files = Partition(args, made_for, partition.experts, partition.quantised)
+    files = checkpoint.partition_of_files(partition)
     sources: dict[int, dict[str, Entry]] = {}  # by the rank that files were made for
 
     def tensors(of: int) -> dict[str, Entry]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import plan
+from checkpoint.convert import convert
 from core.config import load_config
 from core.numerics import Numerics
 from core.run_config import RunConfig
@@ -168,6 +169,17 @@ def test_a_config_that_engines_read_differently_is_worth_one_line(capsys, tmp_pa
     status, _, err = command(capsys, "--config", tmp_path / "config.json")
     assert status == 0 and err.count("\n") == 1
     assert err.startswith(f"warning: {tmp_path}/config.json: config: rope_scaling.mscale is missing and counts as 1")
+
+
+def test_files_for_other_ranks(capsys, tmp_path):
+    """A plan takes the converted files that a run takes, and refuses the others in its words."""
+    make_checkpoint(tmp_path / "c", FAMILIES["v3"] | fp8_sizes(4) | {"n_shared_experts": 4})
+    convert(tmp_path / "c", tmp_path / "two", 2)
+    flags = ("--ckpt-path", tmp_path / "two", "--device", "cpu", "--tp")
+    assert command(capsys, *flags, 2, "--dp", 2)[0] == command(capsys, *flags, 4)[0] == 0
+    status, _, err = command(capsys, *flags, 1, "--dp", 2)
+    says = f"{tmp_path / 'two'}: converted for 2 ranks, not 2 in 2 lanes; convert for 1, or give the original files"
+    assert (status, err) == (2, f"error: {says}\n")
 
 
 def test_a_checkpoint_on_a_cpu(capsys, tmp_path):
