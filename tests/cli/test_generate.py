@@ -659,8 +659,8 @@ def test_records_are_whole_lines(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- ranks
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_two_ranks_answer_as_one(engine: Engine, copy: Path, tmp_path: Path, lanes: int) -> None:
+@pytest.mark.parametrize("ranks, lanes", [(2, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.trust)])
+def test_ranks_answer_as_one(engine: Engine, copy: Path, tmp_path: Path, ranks: int, lanes: int) -> None:
     """As one lane, and as two. From a config that is worth a warning, though it means the same."""
     rope = {name: value for name, value in launch.CONFIG["rope_scaling"].items() if name != "mscale"}
     config = json.loads((copy / "config.json").read_text())
@@ -670,7 +670,7 @@ def test_two_ranks_answer_as_one(engine: Engine, copy: Path, tmp_path: Path, lan
     flags = ("--ckpt-path", copy, "--input-file", prompts, "--output-file", output, "--temperature", 0,
              "--max-new-tokens", 12, "--max-num-seqs", 3, "--experts", "split", "--dp", lanes, *EXACT)  # fmt: skip
     done = subprocess.run(
-        launch.torchrun(*flags), env=launch.environment(), capture_output=True, text=True, timeout=120
+        launch.torchrun(*flags, ranks=ranks), env=launch.environment(), capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     texts = ["hello", "What is 2+2?", "z" * 200, "last"]
@@ -681,7 +681,7 @@ def test_two_ranks_answer_as_one(engine: Engine, copy: Path, tmp_path: Path, lan
     )
     assert done.stderr.count("numerics: ") == 1, "only rank 0 speaks"
     assert done.stderr.count("experts: split, as asked\n") == 1
-    says = "2 of 1 rank each, as asked;" if lanes == 2 else "one of 2 ranks,"
+    says = f"2 of {ranks // 2} rank{'s' * (ranks > 2)} each, as asked;" if lanes == 2 else "one of 2 ranks,"
     assert done.stderr.count(f"lanes: {says}") == 1
     assert done.stderr.count("config: rope_scaling.mscale is missing and counts as 1") == 1
 

@@ -358,6 +358,22 @@ def test_nothing_is_left_of_many_requests(v3: Path, requests: int) -> None:
     assert max(answers(v3, 4, 1, use, run)) < 12  # of the last step, on other threads
 
 
+def test_a_stream_that_is_left(v3: Path) -> None:
+    """In the middle, with requests in every lane and more waiting: nothing of them is left, and the next are answered
+    as alone."""
+    run = replace(RUN, mtp=1, prefix_reuse=False)
+    alone = [r.tokens for r in answers(v3, 1, 1, lambda engine: engine.generate(questions(3), greedy()), run)]
+
+    def use(engine: Engine) -> list[list[int]]:
+        for i, _ in enumerate(engine.stream(questions(12), greedy(30))):
+            if i == 20:
+                break
+        assert not engine.busy and all((s.running, s.waiting) == (0, 0) for s in engine.lane_states)
+        return [r.tokens for r in engine.generate(questions(3), greedy())]
+
+    assert answers(v3, 2, 2, use, run) == alone
+
+
 def test_drafts_of_the_demo_are_accepted_in_each_lane() -> None:
     """Greedy answers of the demo with drafts are those without, and in each lane most drafts are accepted."""
     prompts = [[{"role": "user", "content": f"What is {a} + {a + 281}?"}] for a in range(300, 360, 12)]
