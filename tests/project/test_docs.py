@@ -22,6 +22,7 @@ OTHERS = set(  # of checkpoints, of their users, of other projects
     "model.safetensors.manifest.json config.json tokenizer_config.json".split()
 )
 ELSEWHERE = {"--nnodes", "--nproc-per-node", "--node-rank", "--master-addr", "--shutdown-timeout"}  # torchrun's
+ELSEWHERE |= set("--nodes --ntasks-per-node --gpus-per-node --gpus-per-task --gpu-bind --kill-on-bad-exit".split())  # SLURM's
 SEED = """
 cd DeepSeek-V3/inference
 pip install -r requirements.txt
