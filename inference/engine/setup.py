@@ -122,7 +122,10 @@ def _choose(
         if run.pp == 1 < world.size:
             print(describe_lanes(world.size, run.dp), file=sys.stderr)
         if ranks > 1:
-            print(partition.reason, file=sys.stderr)
+            reason = partition.reason
+            if num.experts != partition.experts:
+                reason = f"experts: {num.experts}, as --deterministic divides them for any number of ranks"
+            print(reason, file=sys.stderr)
     has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
     stages = divide(args, run.pp, run.pp_layers, has_mtp)
     if progress and world.rank == 0 and run.pp > 1:

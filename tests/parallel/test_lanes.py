@@ -300,6 +300,15 @@ def test_experts_of_converted_files(tmp_path: Path) -> None:
                 assert _choose(folder, run, None, torch.device("cpu"), Group(0, ranks), False).num.experts == "whole"
 
 
+def test_a_deterministic_run_says_how_experts_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two ranks could split them, four virtual ones cannot."""
+    path = random_checkpoint(tmp_path / "c", V3 | {"moe_intermediate_size": 126, "n_shared_experts": 4})
+    for same, says in ((False, "split, a rank has 63"), (True, "whole, as --deterministic divides them")):
+        run = RunConfig(n_pages=4, dtype="float32", deterministic=same)
+        found = _choose(path, run, None, torch.device("cpu"), Group(0, 2), True).num.experts
+        assert f"experts: {says}" in capsys.readouterr().err and says.startswith(found)
+
+
 def test_virtual_ranks_of_a_run() -> None:
     """As many as the model divides over, with split experts if these allow as many; the ranks must share them."""
     v3, tiny = load_config(CONFIGS / "config_671B.json"), ModelArgs.from_hf(V3)
