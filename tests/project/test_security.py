@@ -15,7 +15,7 @@ import pytest
 from support import processes as launch
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [p for folder in ("inference", "demo", "benchmarks", "figures") for p in sorted((ROOT / folder).rglob("*.py"))]
+SOURCES = [p for folder in ("inference", "demo", "benchmarks", "figures", "deploy") for p in sorted((ROOT / folder).rglob("*.py"))]
 OURS_TOP = {part for path in SOURCES for part in path.relative_to(ROOT).with_suffix("").parts[1:2]}
 PINNED = {
     line.split("==")[0].replace("-", "_")
@@ -64,6 +64,9 @@ ALLOWED = {  # file and finding: why
     ("benchmarks/online_serving.py", "import subprocess"): "starts the servers that it compares",
     ("benchmarks/online_serving.py", "import urllib"): "asks those servers whether they are ready",
     ("benchmarks/online_serving.py", "import openai"): "the client; pinned in requirements-dev.txt",
+    ("benchmarks/lane_throughput.py", "import socket"): "looks for a free port",
+    ("benchmarks/lane_throughput.py", "import subprocess"): "starts the ranks that it compares",
+    ("deploy/two_hosts.py", "import subprocess"): "starts torchrun on two hosts, and ip and tc, which make them",
     ("benchmarks/bench.py", "import subprocess"): "starts the other benchmarks",
     ("benchmarks/lib/machine.py", "import subprocess"): "starts convert.py, fp8_cast_bf16.py, check_checkpoint.py and llama.cpp, to see their memory",
     ("benchmarks/revisions.py", "import subprocess"): "starts two revisions of this project, and git to get them",
