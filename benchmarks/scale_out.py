@@ -83,12 +83,12 @@ def copies(args: ModelArgs, gpus: int, per_node: int = 8, tokens: int = TOKENS) 
 
 def whole(rank: RankSpec, gpus: int, tp: int) -> Layout:
     """A layout of whole experts with MLPs in lanes, see above."""
-    num = replace(rank.num, experts="whole")
+    num = replace(rank.num, experts="whole", mlps_in_lane=True)
     lane = rank_memory.weight_bytes(replace(rank, num=num, ranks=tp))
     every = rank_memory.weight_bytes(replace(rank, num=num, ranks=1))
     held = -(-rank.args.n_routed_experts // gpus)
     parts = {key: every[key] * held // rank.args.n_routed_experts if key[1] == ROUTED else n for key, n in lane.items()}
-    return Layout(replace(rank, num=num, ranks=gpus, lanes=gpus // tp), parts, mlps_in_lane=True)
+    return Layout(replace(rank, num=num, ranks=gpus, lanes=gpus // tp), parts)
 
 
 def candidates(rank: RankSpec, gpus: int, how: str) -> list[Layout]:

@@ -287,15 +287,15 @@ class MoE(nn.Module):
 
     whole = ("gate",)
 
-    def __init__(self, args: ModelArgs, num: Numerics, ep: Group, ops: ReferenceBackend):
+    def __init__(self, args: ModelArgs, num: Numerics, ep: Group, ops: ReferenceBackend, tp: Group):
         super().__init__()
         self.gate = Gate(args, num.inside("gate"), ops)
         self.experts = Experts(args, num.inside("experts"), ep, ops)
-        self.shared_experts = None
+        self.shared_experts, self.shared_apart = None, num.mlps_in_lane
         if args.n_shared_experts:
-            width = args.n_shared_experts * args.moe_inter_dim
+            sharers, width = tp if num.mlps_in_lane else ep, args.n_shared_experts * args.moe_inter_dim
             self.shared_experts = MLP(
-                args.dim, width, num.inside("shared_experts"), ep, ops, "the shared experts' width"
+                args.dim, width, num.inside("shared_experts"), sharers, ops, "the shared experts' width"
             )
 
     @property
@@ -306,16 +306,21 @@ class MoE(nn.Module):
         """What `forward` takes of tokens x (T, H): they themselves, and the router's choice. A Quantised x must have
         kept x itself, which the router takes."""
         routed = self.gate(plain_tokens(x))
-        if isinstance(x, Quantised) and (self.shared_experts is None or self.shared_experts.fp8):
+        if isinstance(x, Quantised) and (self.shared_experts is None or self.shared_apart or self.shared_experts.fp8):
             x = x._replace(x=None)
         return x, *routed
 
     def forward(self, x: torch.Tensor | Quantised, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """x (T, H), weights and ids (T, K) to (T, H)."""
         shared = None
-        if self.shared_experts is not None:
-            shared = partial(self.shared_experts, x if self.shared_experts.fp8 else plain_tokens(x))
+        if self.shared_experts is not None and not self.shared_apart:
+            shared = partial(self.shared, x)
         return self.experts(x, weights, ids, shared)
+
+    def shared(self, x: torch.Tensor | Quantised) -> torch.Tensor:
+        """The shared experts' part of the result, on tokens x (T, H)."""
+        assert self.shared_experts is not None
+        return self.shared_experts(x if self.shared_experts.fp8 else plain_tokens(x))
 
 
 # Tokens x (T, H), of experts with their weights and ids (T, K).
@@ -378,11 +383,17 @@ class Block(nn.Module):
         self.attn = VirtualRanks.of(num, tp, lambda tp: MLA(args, num.inside("attn"), tp, ops))
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps, ops)
 
+        if dense and num.mlps_in_lane:
+            self.dp = SOLO  # nothing to share with other lanes
+
         def feed_forward(ep: Group) -> nn.Module:
             inner = num.inside("ffn")
-            return MLP(args.dim, args.inter_dim, inner, ep, ops, "inter_dim") if dense else MoE(args, inner, ep, ops)
+            if dense:
+                return MLP(args.dim, args.inter_dim, inner, ep, ops, "inter_dim")
+            return MoE(args, inner, ep, ops, tp)
 
-        self.ffn = VirtualRanks.of(num, share_of(tp, dp), feed_forward)
+        self.ffn = VirtualRanks.of(num, share_of(tp, self.dp), feed_forward)
+        self.shared_apart = num.mlps_in_lane and not dense and args.n_shared_experts > 0
 
     def forward(
         self,
@@ -400,6 +411,8 @@ class Block(nn.Module):
         y, x = self.ffn_norm.add(x, delta, self.ffn.fp8, keep=True)
         inputs = gather_inputs(self.dp, batch.lane_rows, self.ffn.inputs(y))
         own = self.dp.scatter_sum(self.ffn(*inputs), batch.lane_rows, len(x))
+        if self.shared_apart:
+            own = own + self.ffn.shared(y)
         return x, self.tp.all_reduce(own).to(self.dtype)
 
 

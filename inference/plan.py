@@ -136,7 +136,8 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
     partition = first_that_works(divide, world) if options.any_dp else divide(options.dp)
     if checkpoint is not None:
         checkpoint.match(checkpoint.partition_of_files(partition))
-    num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8", experts=partition.experts)
+    num = replace(num, fp8_latents=options.kv_cache_dtype == "fp8", experts=partition.experts,
+                  mlps_in_lane=partition.mlps_in_lane)  # fmt: skip
     rank = rank_memory.RankSpec(args, num, world, gpu, has_mtp, not gpu and on.type != "cpu", partition.lanes)
     config = setup.check_limits(run_config(options), args, has_mtp)
     return rank, config, says

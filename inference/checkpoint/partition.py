@@ -1,5 +1,6 @@
 """How weights are divided over ranks: chosen once for a run or a conversion, and passed on as a `Partition`."""
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -16,7 +17,8 @@ class Partition:
     """The part of each tensor that each of `ranks` ranks holds.
 
     With data-parallel lanes, each of `tp` ranks, a lane's ranks share embedding, head and attention, and all lanes'
-    ranks share the MLPs and the experts. Rank r is number r % tp of lane r // tp.
+    ranks share the MLPs and the experts; with `mlps_in_lane` only the routed experts, and a lane's ranks share the
+    dense MLPs and shared experts too. Rank r is number r % tp of lane r // tp.
 
     Raises UserError unless the lanes divide the ranks, heads, vocabulary, widths and experts divide by the ranks that
     share them and, where weights stay quantised, each part consists of whole blocks that share a scale. The message
@@ -29,6 +31,7 @@ class Partition:
     quantised: frozenset[str] | bool = False  # the rows of the table that stay so; True: all that can be
     reason: str = field(default="", compare=False)  # one line for people: why the experts have this layout
     lanes: int = 1
+    mlps_in_lane: bool = False
 
     def __post_init__(self) -> None:
         if self.ranks < 1:
@@ -37,7 +40,7 @@ class Partition:
             raise UserError(f"--dp {self.lanes} does not divide {self.ranks} ranks")
 
         def error(ranks: int, experts: ExpertLayout = self.experts) -> str | None:
-            return _error(self.args, ranks, experts, self.quantised, self.lanes)
+            return _error(self.args, ranks, experts, self.quantised, self.lanes, self.mlps_in_lane)
 
         if problem := error(self.ranks):
             counts = range(self.lanes, self.lanes * self.args.n_heads + 1, self.lanes)
@@ -58,9 +61,17 @@ class Partition:
         quantised_experts: bool | None = None,
         lanes: int = 1,
     ) -> "Partition":
-        """The partition that `choose_experts` decides on. Raises UserError as both do."""
+        """The partition that `choose_experts` decides on, with the MLPs in the lanes where all lanes' ranks together
+        cannot share them. Raises UserError as both do."""
         experts, reason = choose_experts(args, ranks, asked, converted, quantised_experts)
-        return cls(args, ranks, experts, quantised, reason, lanes)
+        try:
+            return cls(args, ranks, experts, quantised, reason, lanes)
+        except UserError:
+            if lanes > 1:
+                with contextlib.suppress(UserError):
+                    reason += "; dense MLPs and shared experts within each lane"
+                    return cls(args, ranks, experts, quantised, reason, lanes, mlps_in_lane=True)
+            raise
 
     @property
     def tp(self) -> int:
@@ -80,12 +91,18 @@ class Partition:
         each, share = self.args.n_routed_experts // self.ranks, self.share(rank)
         return range(share * each, (share + 1) * each)
 
+    def _place(self, spec: Spec, rank: int) -> tuple[int, int]:
+        """Which of how many equal parts of a tensor a rank holds, if it is split."""
+        if spec.inner and not (self.mlps_in_lane and spec.expert is None):
+            return self.share(rank), self.ranks
+        return rank % self.tp, self.tp
+
     def cut(self, spec: Spec, rank: int) -> Ranges | None:
         """The part of a tensor that a rank holds; None where it holds nothing of it."""
         if spec.expert is not None and spec.expert not in self.held_experts(rank):
             return None
         split = spec.split if spec.expert is None or self.experts == "split" else None
-        part, parts = (self.share(rank), self.ranks) if spec.inner else (rank % self.tp, self.tp)
+        part, parts = self._place(spec, rank)
         return tuple(
             (part * (n // parts), (part + 1) * (n // parts)) if d == split else (0, n) for d, n in enumerate(spec.shape)
         )
@@ -95,7 +112,7 @@ def holder(spec: Spec, of: Partition, part: int, files: Partition) -> int:
     """The rank of `files` whose part of a tensor has in it part number `part` of `of`, which is no coarser."""
     if files.experts == "whole" and spec.expert is not None:
         return spec.expert // (files.args.n_routed_experts // files.ranks)
-    number, parts = (of.share(part), of.ranks) if spec.inner else (part % of.tp, of.tp)
+    number, parts = of._place(spec, part)
     return number * files.ranks // parts
 
 
@@ -148,7 +165,12 @@ def _blocks(args: ModelArgs) -> str:
 
 
 def _error(
-    args: ModelArgs, ranks: int, experts: ExpertLayout, quantised: frozenset[str] | bool, lanes: int
+    args: ModelArgs,
+    ranks: int,
+    experts: ExpertLayout,
+    quantised: frozenset[str] | bool,
+    lanes: int,
+    mlps_in_lane: bool,
 ) -> str | None:
     """Why the model does not divide over the ranks, by its config's names and without the ways out; None if it does."""
     size, tp = sizes(args), ranks // lanes
@@ -156,16 +178,18 @@ def _error(
     for name, count in {"n_heads": args.n_heads, "vocab_size": args.vocab_size}.items():
         if count % tp:
             return f"{args.names.get(name, name)} {count} does not divide by {of_a_lane}"
-    counts = {"inter_dim": args.inter_dim} if args.n_dense_layers else {}
+    of_all = f"{ranks} ranks"
+    mlps, of_mlps = (tp, of_a_lane) if mlps_in_lane else (ranks, of_all)
+    counts = {"inter_dim": (args.inter_dim, mlps, of_mlps)} if args.n_dense_layers else {}
     if args.n_moe_layers or args.n_mtp_layers:
         if experts == "whole":
-            counts["n_routed_experts"] = args.n_routed_experts
-        counts["the shared experts' width"] = size["S"]
+            counts["n_routed_experts"] = args.n_routed_experts, ranks, of_all
+        counts["the shared experts' width"] = size["S"], mlps, of_mlps
         if experts == "split":
-            counts["moe_inter_dim"] = args.moe_inter_dim
-    for name, count in counts.items():
-        if count % ranks:
-            return f"{args.names.get(name, name)} {count} does not divide by {ranks} ranks"
+            counts["moe_inter_dim"] = args.moe_inter_dim, ranks, of_all
+    for name, (count, sharers, text) in counts.items():
+        if count % sharers:
+            return f"{args.names.get(name, name)} {count} does not divide by {text}"
     if not quantised or ranks == 1:
         return None
 
@@ -174,12 +198,12 @@ def _error(
 
     blocks = f"cannot share in whole {_blocks(args)}"
     for row in (*BLOCK, *(DENSE if args.n_dense_layers else ()), *MOE):
-        parts, sharers = (ranks, f"{ranks} ranks") if row.inner else (tp, of_a_lane)
+        parts, text = (mlps, of_mlps) if row.inner else (tp, of_a_lane)
         if stays(row) and row.split is not None and _width(row, size) // parts % args.weight_block[row.split]:
             dimension = ("rows", "columns")[row.split]
             name = (row.hf if args.names else row.ours).removesuffix(".weight")
-            return f"{name} has {_width(row, size)} {dimension}, which {sharers} {blocks}"
-    if any(map(stays, EXPERT)) and counts.get("moe_inter_dim", 0) // ranks % args.weight_block[1]:
+            return f"{name} has {_width(row, size)} {dimension}, which {text} {blocks}"
+    if any(map(stays, EXPERT)) and "moe_inter_dim" in counts and args.moe_inter_dim // ranks % args.weight_block[1]:
         width = f"{args.names.get('moe_inter_dim', 'moe_inter_dim')} is {args.moe_inter_dim}"
         return f"{width}, which {ranks} ranks {blocks}"
     return None

@@ -62,6 +62,7 @@ class Numerics:
     scale_fmt: str | None = None
     fp8_latents: bool = False  # the cache holds the compressed key/value in e4m3, see reference.pack_latents
     experts: ExpertLayout = "whole"  # how ranks share the routed experts, see checkpoint/partition.py
+    mlps_in_lane: bool = False  # dense MLPs and shared experts are shared by a lane's ranks, not by those of all lanes
     batch_invariant: bool = False  # a token's result does not depend on the rest of its batch, to the bit
     # how many ranks' shares of heads, MLPs and experts are computed apart and summed in one order, whatever ranks hold
     # them: the same bits on any number of ranks (a power of two, see model.VirtualRanks); 1: each rank's as a whole

@@ -11,9 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from checkpoint.partition import Partition
 from core.config import BLOCK_SIZE
-from core.errors import UserError
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, AskedLayout, ExpertLayout, RunConfig
 from engine import memory
@@ -43,9 +41,10 @@ class Layout:
 
     rank: RankSpec
     weights: dict[tuple[bool, str], int]
-    # Dense MLPs and shared experts are split over a lane's ranks and run on its own tokens, instead of over all ranks
-    # and on the tokens of all. The engine has no such layout; benchmarks/layouts.py counts it.
-    mlps_in_lane: bool = False
+
+    @property
+    def mlps_in_lane(self) -> bool:
+        return self.rank.num.mlps_in_lane
 
     @property
     def name(self) -> str:
@@ -60,13 +59,11 @@ def layouts(rank: RankSpec, world: int, asked: AskedLayout = "auto") -> Iterator
         found: list[Layout] = []
         problem = ""
         for kind in experts if world > 1 else ("whole",):
-            other = replace(rank, ranks=world, lanes=lanes, num=replace(rank.num, experts=kind))
-            try:
-                Partition(other.args, world, kind, other.quantised_rows, lanes=lanes)
-            except UserError:
-                problem = problem or memory.partition_error(other) or ""
-                continue
-            found.append(Layout(other, weight_bytes(other)))
+            other = memory.in_lanes(replace(rank, ranks=world, lanes=lanes, num=replace(rank.num, experts=kind)))
+            if error := memory.partition_error(other):
+                problem = problem or error
+            else:
+                found.append(Layout(other, weight_bytes(other)))
         yield from found
         if not found:
             yield lanes, problem

@@ -73,7 +73,7 @@ def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
         return head
     queries = args.n_heads // rank.tp * max(args.qk_head_dim, args.v_head_dim)
     attention = plain * (queries + args.latent_dim) * max(args.dim, args.q_lora_rank)
-    largest = max(head, attention, 2 * plain * args.inter_dim // rank.ranks * args.dim)
+    largest = max(head, attention, 2 * plain * args.inter_dim // rank.mlp_ranks * args.dim)
     shapes = (2 * rank.inner, args.dim), (args.dim, rank.inner)
     in_place = all(kernel_cpu.is_packed_in_place(*shape) for shape in shapes)
     if args.n_moe_layers and not in_place and (rank.packs or rank.packs_experts):
@@ -179,13 +179,23 @@ def with_ranks(rank: RankSpec, ranks: int, asked: AskedLayout = "auto") -> RankS
     """The same run on another number of ranks, in as many lanes."""
     quantised = has_experts(rank.quantised_rows) if rank.num.gemm else None
     experts, _ = choose_experts(rank.args, ranks, asked, quantised=quantised)
-    return replace(rank, ranks=ranks, num=replace(rank.num, experts=experts))
+    return in_lanes(replace(rank, ranks=ranks, num=replace(rank.num, experts=experts)))
+
+
+def in_lanes(rank: RankSpec) -> RankSpec:
+    """The rank with the MLPs in its lane where all lanes' ranks together cannot share them, as Partition.choose."""
+    for within in (False, True) if rank.lanes > 1 else (False,):
+        other = replace(rank, num=replace(rank.num, mlps_in_lane=within))
+        if partition_error(other) is None:
+            return other
+    return replace(rank, num=replace(rank.num, mlps_in_lane=False))
 
 
 def partition_error(rank: RankSpec) -> str | None:
     """Why the model does not divide over its ranks, in Partition's words; None if it does."""
     try:
-        Partition(rank.args, rank.ranks, rank.experts, rank.quantised_rows, lanes=rank.lanes)
+        rows, within = rank.quantised_rows, rank.num.mlps_in_lane
+        Partition(rank.args, rank.ranks, rank.experts, rows, lanes=rank.lanes, mlps_in_lane=within)
     except UserError as e:
         return re.sub(r" \(it works with [^)]*\)", "", str(e))
     return None

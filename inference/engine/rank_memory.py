@@ -49,6 +49,11 @@ class RankSpec:
         return self.ranks // self.lanes
 
     @property
+    def mlp_ranks(self) -> int:
+        """The ranks that share dense MLPs and shared experts."""
+        return self.tp if self.num.mlps_in_lane else self.ranks
+
+    @property
     def inner(self) -> int:
         """A routed expert's width here."""
         return -(-self.args.moe_inter_dim // (self.ranks if self.experts == "split" else 1))
@@ -136,7 +141,8 @@ def weight_bytes(rank: RankSpec) -> dict[tuple[bool, str], int]:
     share = rank  # whose parts lie apart in memory: a virtual rank's in the deterministic mode
     if rank.num.virtual_ranks > 1:
         share = replace(rank, ranks=rank.num.virtual_ranks, lanes=1)
-    partition = Partition(rank.args, share.ranks, rank.experts, rank.quantised_rows, lanes=share.lanes)
+    rows, within = rank.quantised_rows, rank.num.mlps_in_lane
+    partition = Partition(rank.args, share.ranks, rank.experts, rows, lanes=share.lanes, mlps_in_lane=within)
     for kind, n in rank.kinds.items():
         cut = partition.cut(kind.spec, 0)  # the ranks' parts are equal
         if cut is None:

@@ -105,7 +105,8 @@ def _choose(
     fp8_latents = run.kv_cache_dtype == "fp8"
     if fp8_latents and not devices.holds(device, torch.float8_e4m3fn):
         raise UserError(f"--kv-cache-dtype fp8: {device.type} has no such type in torch; leave it out")
-    num = replace(num, fp8_latents=fp8_latents, experts=partition.experts, batch_invariant=run.deterministic)
+    num = replace(num, fp8_latents=fp8_latents, experts=partition.experts, batch_invariant=run.deterministic,
+                  mlps_in_lane=partition.mlps_in_lane)  # fmt: skip
     if run.deterministic:
         held = checkpoint.experts(checkpoint.made_for(ranks, run.dp)) or run.experts
         num = replace(num, **choose_virtual_ranks(partition, ("split", "whole") if held == "auto" else (held,)))

@@ -38,7 +38,7 @@ def step_bytes(rank: RankSpec, config: RunConfig, decode: bool = False) -> int:
     head = 4 * min(args.vocab_size, HEAD_ROWS) * args.dim if rank.reference else 0
     peaks = {
         "attention": _attention(rank, config, tokens, rows),
-        "dense MLP": _layer(rank, gathered, -(-args.inter_dim // rank.ranks)) if args.n_dense_layers else 0,
+        "dense MLP": _layer(rank, gathered, -(-args.inter_dim // rank.mlp_ranks)) if args.n_dense_layers else 0,
         "experts": _experts(rank, gathered) if args.n_moe_layers or rank.mtp else 0,
         "logits": scored * (row * (3 if rank.tp > 1 else 2) + 8 * args.dim) + head,  # parts of a row, and it joined
         "sampling": sampled * row + min(sampled, DRAWN_ROWS) * SAMPLER_BYTES * args.vocab_size,
@@ -70,7 +70,7 @@ def _experts(rank: RankSpec, tokens: int) -> int:
     rows, of_value, sums = (tokens * top, b, b) if rank.gpu else (kernels.bundle_rows(tokens, top), 4, 12)
     routing = 48 * tokens * top + 4 * args.n_routed_experts * (8 * tokens + 1024 + args.dim)
     experts = rows * of_value * (args.dim + 3 * in_blocks(rank.inner)) + tokens * sums * args.dim
-    shared = -(-args.n_shared_experts * args.moe_inter_dim // rank.ranks)
+    shared = -(-args.n_shared_experts * args.moe_inter_dim // rank.mlp_ranks)
     return _layer(rank, tokens, shared, 0, 2 * in_blocks(rank.inner)) + routing + experts
 
 

@@ -141,7 +141,8 @@ def test_messages_of_lanes():
     assert mixed[-1] == Message("logits", "gather", "tp", 5 * 129280 // 4 * 4)
     assert len(list(layouts.messages(layout(1, 1), 10, 5))) == 0
     assert sum(map(len, (layouts.layer_messages(layout(8, 2), 10, e) for e in (True, False)))) == 8
-    alone = replace(layout(8, 8), mlps_in_lane=True)
+    one = layout(8, 8)
+    alone = replace(one, rank=replace(one.rank, num=replace(one.rank.num, mlps_in_lane=True)))
     assert len(list(layouts.messages(alone, 10, 5))) == 2 * 58
 
 
@@ -182,11 +183,11 @@ def test_every_layout_that_divides():
     assert [(x.rank.lanes, x.rank.experts) for x in layouts.layouts(ONE, 8, "whole")] == [
         (n, "whole") for n in (1, 2, 4, 8)
     ]
-    refused = list(layouts.layouts(ONE, 32))
-    assert [lanes for lanes, _ in refused] == [1, 2, 4, 8, 16, 32]
-    assert {why for _, why in refused} == {
-        "ffn.w1 has 18432 rows, which 32 ranks cannot share in whole 128-wide FP8 blocks"
-    }
+    refused, *many = layouts.layouts(ONE, 32)  # whose MLPs 32 ranks cannot share, and a lane's can
+    assert refused == (1, "ffn.w1 has 18432 rows, which 32 ranks cannot share in whole 128-wide FP8 blocks")
+    assert [(x.rank.lanes, x.rank.experts, x.mlps_in_lane) for x in many] == [
+        (lanes, "whole", True) for lanes in (2, 4, 8, 16, 32)
+    ]
 
 
 def test_what_is_recommended():

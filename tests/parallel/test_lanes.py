@@ -82,6 +82,47 @@ def test_lanes_are_the_whole(tmp_path: Path, name: str, lanes: int, size: int, e
             assert relative_error(logits, wanted) < 1e-5
 
 
+@pytest.mark.parametrize("lanes, size", [(2, 2), (4, 1)])
+def test_mlps_within_a_lane(tmp_path: Path, lanes: int, size: int) -> None:
+    """Widths that four ranks cannot share: a lane's ranks share the dense MLPs and shared experts, on its own tokens,
+    and all ranks the routed experts. What is sent is what is counted."""
+    uneven = V3 | {"intermediate_size": 258, "moe_intermediate_size": 126, "n_shared_experts": 1}
+    path = random_checkpoint(tmp_path / "c", uneven)
+    args = ModelArgs.from_hf(uneven)
+    partition = Partition.choose(args, 4, lanes=lanes)
+    assert partition.mlps_in_lane and partition.experts == "whole" and "within each lane" in partition.reason
+    num = Numerics(torch.float32, experts="whole", mlps_in_lane=True)
+    whole = ours(path)
+    prompts = [tokens(n, V3["vocab_size"], seed) for seed, n in enumerate(LENGTHS[:lanes])]
+    expected = [whole.logits(hidden_states(whole, p)) for p in prompts]
+
+    def work(tp: Group, dp: Group, world: Group) -> Any:
+        model = ours(path, num, tp, dp=dp)
+        logits = in_lockstep(model, dp, prompts)
+        dp.ranks.calls[dp.rank].clear()  # type: ignore[attr-defined]
+        batch = Batch.pack([(list(range(5)), 0, [0])], "cpu", (5,) * lanes)
+        model(batch, model.new_cache(1))
+        return logits, dp.ranks.calls[dp.rank]  # type: ignore[attr-defined]
+
+    rank = RankSpec(args, num, 4, gpu=False, mtp=True, lanes=lanes)
+    [layout] = [found for found in layouts(rank, 4, "whole") if isinstance(found, Layout) and found.rank.lanes == lanes]
+    counted = [(m.collective, m.nbytes) for m in messages(layout, 5, 0) if m.group == "dp"]
+    for number, (logits, sent) in enumerate(on_every_lane(lanes, size, work)):
+        assert relative_error(logits, expected[number // size]) < 1e-5
+        assert sent == counted and len(sent) == 2 * args.n_moe_layers
+
+
+def test_v3_over_many_gpus() -> None:
+    """FP8 blocks of its MLPs do not divide over more than 16 ranks; in lanes they need not."""
+    v3 = load_config(CONFIGS / "config_671B.json")
+    assert not Partition.choose(v3, 16, quantised=True, lanes=16).mlps_in_lane
+    for ranks, lanes in ((32, 32), (128, 128), (32, 4), (256, 64)):
+        partition = Partition.choose(v3, ranks, quantised=True, lanes=lanes)
+        assert (partition.mlps_in_lane, partition.experts) == (True, "whole")
+    with pytest.raises(UserError, match="cannot share in whole 128-wide FP8 blocks"):
+        Partition.choose(v3, 32, quantised=True)
+
+
 @pytest.mark.parametrize("gemm", [None, "bf16"])
 @pytest.mark.parametrize("experts", ["whole", "split"])
 def test_files_that_were_converted_for_fewer_ranks(tmp_path: Path, experts: Any, gemm: Any) -> None:
