@@ -293,12 +293,12 @@ def describe_rounding(specs: Mapping[str, Spec], num: Numerics) -> Iterator[str]
 
 
 def _rank_on(
-    device: torch.device, args: ModelArgs, num: Numerics, ranks: int, mtp: bool, lanes: int, stage: Stage
+    device: torch.device, args: ModelArgs, num: Numerics, ranks: int, mtp: bool, lanes: int, stage: Stage | None = None
 ) -> rank_memory.RankSpec:
     """A rank with the forms of weights and ops that its device has."""
     reference = bool(why_reference(device))
     gpu = device.type == "cuda" and not reference
-    part = None if stage == whole(args) else stage
+    part = None if stage in (None, whole(args)) else stage
     return rank_memory.RankSpec(args, num, ranks, gpu, mtp, reference, lanes=lanes, stage=part)
 
 

@@ -44,7 +44,7 @@ NAMED = {
     "parallel/network_facts.py": 1,  # CPUs have no product name worth comparing
     "parallel/network_probe.py": 4,  # gloo or NCCL, and how long its work takes
     "parallel/startup.py": 7,  # --device auto; one-shot sums on GPUs
-    "parallel/group.py": 3,  # CPUs record what they sum; sums by way of the host
+    "parallel/group.py": 4,  # CPUs record what they sum; sums and hidden states by way of the host
     "ops/backend.py": 7,  # the choice of kernels
     "ops/cpu/kernels.py": 1,  # C is given the host's tensors
     "engine/setup.py": 7,  # the note about C; which products of quantised weights there are; the host's memory
