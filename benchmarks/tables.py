@@ -360,6 +360,15 @@ def lane_throughput(record: dict[str, Any]) -> str:
     return report.table(header, rows)
 
 
+def revisions(record: dict[str, Any]) -> str:
+    before, now = record["results"]["revisions"]
+    rows = [
+        [row["name"], *(f"{seconds:.3f} s" for seconds in row["seconds"].values()), f"{row['ratio']:.2f}"]
+        for row in record["results"]["rows"]
+    ]
+    return report.table(["", before, now, "times as fast"], rows)
+
+
 def slow_links(record: dict[str, Any]) -> str:
     header = ["model", "link", "at a time", "tensor parallel, tok/s", "two stages, tok/s", "ratio", "two lanes, tok/s",
               "ratio"]  # fmt: skip
@@ -402,6 +411,7 @@ BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "compiled_reference": (compiled_reference, "compiled_reference"),
     "kernel_cpu_clang": (kernel_cpu_clang, "kernel_cpu_clang"),
     "lane_throughput": (lane_throughput, "lane_throughput"), "slow_links": (slow_links, "slow_links"),
+    "revisions": (revisions, "revisions"),
     "scale_out": (scale_out, "scale_out"), "overlap": (overlap, "overlap"),
 }  # fmt: skip
 
