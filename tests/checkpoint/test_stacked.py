@@ -178,7 +178,7 @@ def damage_scales(tensors: dict[str, torch.Tensor]) -> None:
     (DOWN + "_scale_inv", damage_scales,
      f"{DOWN}_scale_inv: expected experts stacked as F32 4x2x1, found F32 4x1x2"),
     (GATE_UP, lambda t: t.update({GATE_UP: t[GATE_UP].char()}),
-     f"{GATE_UP}[0, 0:128]: expected F8_E4M3 128x192, found I8 128x192"),
+     f"{GATE_UP}[0, 0:128]: expected F8_E4M3 128x192 (or BF16, F32, F16), found I8 128x192"),
     (DOWN + "_scale_inv", lambda t: t[DOWN + "_scale_inv"][2, 1].fill_(-1),
      f"{DOWN}_scale_inv[2]: expected finite, positive scales, found -1.0 at [1, 0]"),
 ])  # fmt: skip

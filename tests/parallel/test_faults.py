@@ -61,15 +61,16 @@ def processes(mark: str) -> list[str]:
 
 
 def run(
-    checkpoint: Path, folder: Path, kind: str, rank: int, at: int, ranks: int = 2, prompts: int = 100, lanes: int = 1
-) -> Ended:
+    checkpoint: Path, folder: Path, kind: str, rank: int, at: int, ranks: int = 2, prompts: int = 100, lanes: int = 1,
+    stages: int = 1,
+) -> Ended:  # fmt: skip
     """`torchrun` on the checkpoint, with a fault in one rank; nothing of it is left afterwards."""
     mark, fault = uuid.uuid4().hex, {"kind": kind, "rank": rank, "at": at, "file": str(folder / "when")}
     (folder / "prompts.txt").write_text("hello\n" * prompts)
     output = folder / "answers.jsonl"
     flags = ("--ckpt-path", checkpoint, "--input-file", folder / "prompts.txt", "--output-file", output,
              "--temperature", 0, "--max-new-tokens", 20, "--device", "cpu", "--dtype", "float32", "--threads", 1,
-             "--timeout", TIMEOUT, "--dp", lanes)  # fmt: skip
+             "--timeout", TIMEOUT, "--dp", lanes, "--pp", stages)  # fmt: skip
     command = launch.torchrun(json.dumps(fault), *flags, ranks=ranks, script=FAULTY)
     torchrun = subprocess.Popen(
         command, env=launch.environment(MARK=mark), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -120,6 +121,16 @@ def test_a_fault_in_one_rank(tiny: Path, tmp_path: Path, kind: str) -> None:
 def test_a_fault_in_one_lane(tiny: Path, tmp_path: Path, ranks: int, rank: int, kind: str) -> None:
     """Every rank of every lane ends, with one line, whatever its own lane was doing."""
     check(run(tiny, tmp_path, kind, rank, 3 * SUMS + 2, ranks, lanes=2), kind, rank, ranks)
+
+
+@linux
+@pytest.mark.parametrize("rank, kind", [
+    (1, "kill"), (0, "exception"),
+    *(pytest.param(*one, marks=pytest.mark.trust) for one in ((0, "kill"), (1, "stop"), (0, "stop"), (1, "oom"))),
+])  # fmt: skip
+def test_a_fault_in_one_stage(tiny: Path, tmp_path: Path, rank: int, kind: str) -> None:
+    """Of two, each with one of the two layers: both end, with one line. A stage of one rank calls two sums a layer."""
+    check(run(tiny, tmp_path, kind, rank, at=9, stages=2), kind, rank)
 
 
 @linux
