@@ -9,30 +9,29 @@ each samples its lane's sequences, and reports to rank 0 (lanes.py).
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from core.errors import UserError, describe
-from core.run_config import PAGE_SIZE, RunConfig
+from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import setup
+from engine.exchange import STOP, Arrival, pack, unpack
 from engine.graphs import Capture, cuda_capture, records
 from engine.lanes import Dispatcher, LaneState, add_stats, describe_request, make_request, repeat_reports, report
-from engine.pages import PagePool
 from engine.request import FinishReason, Prompt, Request, encode
 from engine.runner import ModelRunner
 from engine.sampler import Sampled, Sampler, isolate_request_errors
 from engine.scheduler import Chunk, Scheduler, Sequence
 from engine.stats import Stats
+from engine.turns import Turns
 from model import Transformer
 from parallel.group import SOLO, Group
 from text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-_STEP, _STOP = 0, 1
 
 
 class Engine:
@@ -65,22 +64,15 @@ class Engine:
             raise UserError("deterministic needs a model built with Numerics(batch_invariant=True)")
         self.model, self.tokenizer, self.tp, self.dp = model, tokenizer, model.tp, model.dp
         assert world is not None or self.dp.size * run.pp == 1, "lanes and stages need the group of all ranks"
-        self.world, self.pp = self.tp if world is None else world, pp
-        self._like = torch.empty(0, model.args.dim, dtype=model.num.dtype, device=model.device)  # no hidden states
+        self.world = self.tp if world is None else world
         if capture is None and not run.eager and records(setup.rank_of(model).gpu, model.num.dtype):
             capture = cuda_capture()
         self.run = run = setup.size_cache(run, model, capture is not None, pp)
         assert run.n_pages is not None and run.max_model_len is not None
         self.mtp, self.max_model_len = run.mtp, run.max_model_len
-        # in a pipeline one for each of as many turns as stages, with a share of the pages; otherwise one
-        share, of_turn = run.n_pages // run.pp, replace(run, max_num_seqs=run.sequences_of_turn)
-        pools = [PagePool(share, PAGE_SIZE, int(run.mtp > 0), first=turn * share) for turn in range(run.pp)]
-        self.schedulers = [Scheduler(pool, of_turn) for pool in pools]
-        self._in_flight: list[list[Chunk]] = [[]] * (run.pp - 1)  # what all stages but the last ran, the first's first
-        self._stage = run.pp - 1 - self.world.rank // self.tp.size if run.pp > 1 else 0
-        self._turn = 0  # whose chunks the first stage runs next
-        self._incoming: torch.Tensor | None = None  # hidden states from the stage before
-        self.runner = ModelRunner(model, of_turn, capture, progress and self.world.rank == 0)
+        no_states = torch.empty(0, model.args.dim, dtype=model.num.dtype, device=model.device)
+        self.turns = Turns(run, pp, no_states)
+        self.runner = ModelRunner(model, self.turns.of_turn, capture, progress and self.world.rank == 0)
         self._stats = Stats(drafted=[0] * run.mtp, accepted=[0] * run.mtp)
         self._others: list[LaneState] = []  # rank 0: of the other lanes, after the last step
         self.default_params = SamplingParams()  # of requests that bring none
@@ -91,7 +83,7 @@ class Engine:
         self._live: dict[int, Request] = {}  # a lane's first rank: their requests; rank 0: those of all lanes
         self._sequence_of: dict[Request, int] = {}
         lanes = max(self.dp.size, run.pp)  # a pipeline's turns are lanes in time
-        self._dispatcher = Dispatcher(lanes, of_turn.max_num_seqs) if lanes > 1 else None  # rank 0's
+        self._dispatcher = Dispatcher(lanes, run.sequences_of_turn) if lanes > 1 else None  # rank 0's
         hear = self.world if run.pp > 1 else self.tp
         self.sampler = Sampler(hear, tokenizer, self._live, self._stats, run.mtp, self.cancel)
         self._new: list[int] = []
@@ -185,7 +177,7 @@ class Engine:
     @property
     def scheduler(self) -> Scheduler:
         """That of the first turn, the only one without a pipeline."""
-        return self.schedulers[0]
+        return self.turns.schedulers[0]
 
     @property
     def max_num_seqs(self) -> int:
@@ -195,7 +187,7 @@ class Engine:
     @property
     def lane_states(self) -> list[LaneState]:
         """Rank 0: what each lane had done, and had to do, after the last step."""
-        return [LaneState.of(self.schedulers, self._stats), *self._others]
+        return [LaneState.of(self.turns.schedulers, self._stats), *self._others]
 
     @property
     def stats(self) -> Stats:
@@ -245,31 +237,20 @@ class Engine:
         """Runs one forward; returns the requests that have new tokens or are finished. A step without work only checks
         that every rank is alive."""
         began = time.perf_counter()
-        advanced = self._exchange(_STEP)
+        advanced = self._exchange()
         if self.closed:
             return []
-        running = [self.schedulers[self._turn].schedule(), *self._in_flight]  # what each stage runs
-        hidden = self.runner.forward(running[self._stage], self._incoming)
-        self._incoming = self._pass_on(running, hidden)
-        self._turn = (self._turn + 1) % self.run.pp
-        *self._in_flight, chunks = running
-        if hidden is None and not any(running):
+        chunks, hidden, busy = self.turns.run(self.runner)
+        if not busy:
             self.world.heartbeat()
             return advanced + self._share_reports([])  # a lane may just have lost its last sequence
         sampled = self._sample(chunks, hidden)
         changed = self._commit(chunks, hidden, sampled)
         advanced += [request for _, request in changed]
         self._stats.steps += 1
-        self._stats.preemptions = sum(scheduler.preemptions for scheduler in self.schedulers)
+        self._stats.preemptions = self.turns.preemptions
         self._stats.seconds += time.perf_counter() - began
         return advanced + self._share_reports(changed)
-
-    def _pass_on(self, running: list[list[Chunk]], hidden: torch.Tensor | None) -> torch.Tensor | None:
-        """Gives this stage's hidden states to the next, and returns those of the stage before."""
-        if self.run.pp == 1:
-            return None
-        coming = sum(chunk.n_rows for chunk in running[self._stage - 1]) if self._stage else 0
-        return self.pp.pass_on(hidden, coming, self._like)
 
     def _sample(self, chunks: list[Chunk], hidden: torch.Tensor | None) -> Sampled:
         """The tokens that follow each chunk that samples; prompt tokens are scored on the way. hidden: (T, H), of the
@@ -291,16 +272,16 @@ class Engine:
         """Appends the tokens, drafts the next ones, and finishes what has its last token; returns on a lane's first
         rank the requests that sampled, each with its sequence."""
         for chunk in chunks:
-            scheduler = self.schedulers[chunk.sequence.turn]
-            scheduler.commit(chunk, sampled[chunk][0] if chunk in sampled else [])
+            self.turns.commit(chunk, sampled[chunk][0] if chunk in sampled else [])
         if self.mtp and (hidden is not None or not self.model.stage.is_last):
             continuing = [chunk.sequence for chunk, (_, finish) in sampled.items() if finish is None]
-            self.runner.draft(chunks, self._like if hidden is None else hidden, continuing, self.sampler.propose)
+            states = self.turns.no_states if hidden is None else hidden
+            self.runner.draft(chunks, states, continuing, self.sampler.propose)
         advanced = []
         for chunk, (_, finish) in sampled.items():
             id = chunk.sequence.id
             if finish is not None:
-                self.schedulers[chunk.sequence.turn].remove(self._sequences.pop(id))
+                self.turns.remove(self._sequences.pop(id))
             if id in self._live:
                 advanced.append((id, self._live[id]))
                 if finish is not None:
@@ -315,7 +296,7 @@ class Engine:
             told = dict(changed)  # a request that failed after it sampled is in it already
             told |= {sequence: self._live[sequence] for sequence in self._cancelled if sequence in self._live}
             self._cancelled = []
-            self.dp.gather_bytes(report(told.items(), LaneState.of(self.schedulers, self._stats)))
+            self.dp.gather_bytes(report(told.items(), LaneState.of(self.turns.schedulers, self._stats)))
             return []
         reports = self.dp.gather_bytes(b"")[1:]
         self._others, advanced = repeat_reports(reports, self._live, self._finish, self.cancel)
@@ -342,51 +323,51 @@ class Engine:
     def close(self) -> None:
         """Rank 0: ends `serve` on the other ranks, and frees the graphs on all."""
         if not self.closed:
-            self._exchange(_STOP)
+            self._exchange(stop=True)
 
-    def _exchange(self, command: int) -> list[Request]:
-        """Broadcasts rank 0's command, new requests and cancellations; returns on rank 0 the cancelled requests."""
-        message = [command]
-        if self.world.rank == 0 and command == _STEP and not self._new and not self._cancelled:
-            message = []  # no news costs one broadcast instead of two
-        elif self.world.rank == 0:
+    def _exchange(self, stop: bool = False) -> list[Request]:
+        """Every rank hears rank 0's new requests and cancellations, or that it stops; returns on rank 0 the cancelled
+        requests."""
+        message = STOP if stop else []
+        if self.world.rank == 0 and not stop:
             new = [sequence for sequence in self._new if sequence not in self._cancelled]
-            message += [len(self._cancelled), *self._cancelled, len(new)]
-            for sequence in new:
-                r, lane = self._live[sequence], self._dispatcher.lane_of(sequence) if self._dispatcher else 0
-                about = describe_request(r) if lane else b""
-                scored = int(r.params.prompt_logprobs is not None)
-                message += [sequence, lane, self._capacity(r), scored, len(r.prompt), *r.prompt, len(about), *about]
+            message = pack(self._cancelled, [self._arrival(sequence) for sequence in new])
             self._new, self._cancelled = [], []
-        wire = iter(self.world.broadcast_ints(message) or [_STEP, 0, 0])
-        if next(wire) == _STOP:
+        said = self.world.broadcast_ints(message)
+        if said == STOP:
             self.closed = True
             self.runner.close()
             return []
-        self._leaving += islice(wire, next(wire))
+        cancelled, arrivals = unpack(said)
+        self._leaving += cancelled
         gone = self._let_go()
-        for _ in range(next(wire)):
-            id, lane, capacity, scored, n = islice(wire, 5)
-            prompt = list(islice(wire, n))
-            about = bytes(islice(wire, next(wire)))
-            turn = lane if self.run.pp > 1 else 0
-            if self.run.pp > 1 or lane == self.dp.rank:
-                self._sequences[id] = Sequence(id, prompt, capacity, n, no_prefix_reuse=bool(scored), turn=turn)
-                self.schedulers[turn].add(self._sequences[id])
+        for a in arrivals:
+            if self.run.pp > 1 or a.lane == self.dp.rank:
+                turn = a.lane if self.run.pp > 1 else 0
+                sequence = Sequence(a.id, a.prompt, a.capacity, len(a.prompt), no_prefix_reuse=a.scored, turn=turn)
+                self._sequences[a.id] = sequence
+                self.turns.add(sequence)
                 if self.tp.rank == 0 and self.world.rank > 0 and self.run.pp == 1:
-                    request = make_request(about, list(prompt), self.tokenizer)
-                    self._live[id], self._sequence_of[request] = request, id
+                    request = make_request(a.about, list(a.prompt), self.tokenizer)
+                    self._live[a.id], self._sequence_of[request] = request, a.id
         return gone
+
+    def _arrival(self, sequence: int) -> Arrival:
+        """Rank 0: a new request, as all ranks hear of it."""
+        request, lane = self._live[sequence], self._dispatcher.lane_of(sequence) if self._dispatcher else 0
+        about = describe_request(request) if lane and self.dp.size > 1 else b""
+        scored = request.params.prompt_logprobs is not None
+        return Arrival(sequence, lane, self._capacity(request), scored, request.prompt, about)
 
     def _let_go(self) -> list[Request]:
         """Removes the cancelled sequences whose turn it is: their last step is done. Returns their requests."""
         gone, later = [], []
         for id in self._leaving:
-            if id in self._sequences and self._sequences[id].turn != self._turn:
+            if id in self._sequences and self._sequences[id].turn != self.turns.next:
                 later.append(id)
                 continue
             if id in self._sequences:
-                self.schedulers[self._turn].remove(self._sequences.pop(id))
+                self.turns.remove(self._sequences.pop(id))
             if id in self._live:
                 request = self._live[id]
                 request.begin_step()

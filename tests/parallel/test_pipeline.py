@@ -55,10 +55,10 @@ def answers(
             engine.close()
         else:
             engine.serve()
-        for scheduler in engine.schedulers:
+        for scheduler in engine.turns.schedulers:
             scheduler.check_integrity()
             assert scheduler.pool.n_available == (run.n_pages or 0) // stages
-        assert not engine._live and not engine._sequences and not any(engine._in_flight) and not engine._leaving
+        assert not engine._live and not engine._sequences and not any(engine.turns.in_flight) and not engine._leaving
         return found
 
     return on_every_stage(stages, size, work, ordered=num.batch_invariant)[0]
@@ -185,7 +185,7 @@ def test_requests_that_come_and_go(v3: Path, seed: int) -> None:
             if requests and draw.random() < 0.3:
                 engine.cancel(draw.choice(requests))
             engine.step()
-            for scheduler in engine.schedulers:
+            for scheduler in engine.turns.schedulers:
                 scheduler.check_integrity()
         return requests
 

@@ -1,0 +1,58 @@
+"""The turns of a pipeline: what each stage runs in a step. Without a pipeline there is one turn, and one stage."""
+
+from dataclasses import replace
+
+import torch
+
+from core.run_config import PAGE_SIZE, RunConfig
+from engine.pages import PagePool
+from engine.runner import ModelRunner
+from engine.scheduler import Chunk, Scheduler, Sequence
+from parallel.group import Group
+
+
+class Turns:
+    """As many schedulers as stages, each with sequences and a share of the pages of its own. In a step the first stage
+    runs chunks of one turn, the second those of the turn before, and so on; the last one's are sampled. A turn is
+    scheduled again when its chunks have been through all stages. Every rank calls the same methods."""
+
+    def __init__(self, run: RunConfig, pp: Group, no_states: torch.Tensor):
+        """`run` with n_pages filled in; `pp`: the ranks with this one's place in the stages, the last stage's first;
+        no_states (0, H): hidden states of no tokens."""
+        assert run.n_pages is not None
+        self.pp, self.no_states, self.n = pp, no_states, run.pp
+        self.stage = run.pp - 1 - pp.rank
+        self.of_turn = replace(run, max_num_seqs=run.sequences_of_turn)
+        share = run.n_pages // run.pp
+        pools = [PagePool(share, PAGE_SIZE, int(run.mtp > 0), first=turn * share) for turn in range(run.pp)]
+        self.schedulers = [Scheduler(pool, self.of_turn) for pool in pools]
+        self.next = 0  # the turn that the first stage runs next
+        self.in_flight: list[list[Chunk]] = [[]] * (run.pp - 1)  # what all stages but the last ran, the first's first
+        self._incoming: torch.Tensor | None = None  # hidden states from the stage before
+
+    def run(self, runner: ModelRunner) -> tuple[list[Chunk], torch.Tensor | None, bool]:
+        """A step: schedules, runs this stage's chunks, and gives their states to the next stage. Returns the chunks
+        that the last stage has run, this stage's hidden states (T, H), None if it had nothing to do, and whether any
+        stage or lane had."""
+        running = [self.schedulers[self.next].schedule(), *self.in_flight]
+        hidden = runner.forward(running[self.stage], self._incoming)
+        if self.n > 1:
+            coming = sum(chunk.n_rows for chunk in running[self.stage - 1]) if self.stage else 0
+            self._incoming = self.pp.pass_on(hidden, coming, self.no_states)
+        self.next = (self.next + 1) % self.n
+        *self.in_flight, done = running
+        return done, hidden, hidden is not None or any(running)
+
+    def add(self, sequence: Sequence) -> None:
+        self.schedulers[sequence.turn].add(sequence)
+
+    def commit(self, chunk: Chunk, tokens: list[int]) -> None:
+        self.schedulers[chunk.sequence.turn].commit(chunk, tokens)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes out a sequence that no stage is running a chunk of."""
+        self.schedulers[sequence.turn].remove(sequence)
+
+    @property
+    def preemptions(self) -> int:
+        return sum(scheduler.preemptions for scheduler in self.schedulers)
