@@ -18,12 +18,13 @@ from core.errors import UserError, describe
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import setup
-from engine.exchange import STOP, Arrival, pack, unpack
+from engine.exchange import STOP, unpack
 from engine.graphs import Capture, cuda_capture, records
-from engine.lanes import Dispatcher, LaneState, add_stats, describe_request, make_request, repeat_reports, report
-from engine.request import FinishReason, Prompt, Request, encode
+from engine.lanes import Dispatcher, LaneState, add_stats, make_request, repeat_reports
+from engine.registry import RequestRegistry
+from engine.request import Prompt, Request, encode
 from engine.runner import ModelRunner
-from engine.sampler import Sampled, Sampler, isolate_request_errors
+from engine.sampler import Sampled, Sampler
 from engine.scheduler import Chunk, Scheduler, Sequence
 from engine.stats import Stats
 from engine.turns import Turns
@@ -78,16 +79,12 @@ class Engine:
         self.default_params = SamplingParams()  # of requests that bring none
         self.closed = False
         self._next_id = 0
-        self._next_sequence = 0
         self._sequences: dict[int, Sequence] = {}  # every rank: the unfinished ones, by id
-        self._live: dict[int, Request] = {}  # a lane's first rank: their requests; rank 0: those of all lanes
-        self._sequence_of: dict[Request, int] = {}
         lanes = max(self.dp.size, run.pp)  # a pipeline's turns are lanes in time
-        self._dispatcher = Dispatcher(lanes, run.sequences_of_turn) if lanes > 1 else None  # rank 0's
+        dispatcher = Dispatcher(lanes, run.sequences_of_turn) if lanes > 1 and self.world.rank == 0 else None
+        self.registry = RequestRegistry(dispatcher, others_keep=self.dp.size > 1)
         hear = self.world if run.pp > 1 else self.tp
-        self.sampler = Sampler(hear, tokenizer, self._live, self._stats, run.mtp, self.cancel)
-        self._new: list[int] = []
-        self._cancelled: list[int] = []
+        self.sampler = Sampler(hear, tokenizer, self.registry.live, self._stats, run.mtp, self.cancel)
         self._leaving: list[int] = []  # cancelled sequences whose turn has not come
 
     @classmethod
@@ -157,22 +154,16 @@ class Engine:
             request.finish_reason, request.error = "error", describe(e)
             return request
         self._stats.prompt += len(request.prompt)
-        sequence = self._next_sequence
-        self._next_sequence += 1
-        if self._dispatcher is not None:
-            self._dispatcher.assign(sequence, request.prompt, self._capacity(request))
-        self._live[sequence], self._sequence_of[request] = request, sequence
-        self._new.append(sequence)
+        self.registry.queue(request, min(len(request.prompt) + request.params.max_new_tokens, self.max_model_len))
         return request
 
     def cancel(self, request: Request) -> None:
         """Ends a request; it is finished, as "cancelled" (or "error", if it has one), after the next step."""
-        if request in self._sequence_of:
-            self._cancelled.append(self._sequence_of[request])
+        self.registry.cancel(request)
 
     @property
     def busy(self) -> bool:
-        return bool(self._live)
+        return bool(self.registry.live)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -193,9 +184,6 @@ class Engine:
     def stats(self) -> Stats:
         """Rank 0: what all lanes have done so far."""
         return add_stats([state.stats for state in self.lane_states]) if self._others else self._stats
-
-    def _capacity(self, request: Request) -> int:
-        return min(len(request.prompt) + request.params.max_new_tokens, self.max_model_len)
 
     def stream(
         self, prompts: Iterable[Prompt], params: SamplingParams | None = None, *, thinking: bool | None = None
@@ -282,10 +270,10 @@ class Engine:
             id = chunk.sequence.id
             if finish is not None:
                 self.turns.remove(self._sequences.pop(id))
-            if id in self._live:
-                advanced.append((id, self._live[id]))
+            if (request := self.registry.live.get(id)) is not None:
+                advanced.append((id, request))
                 if finish is not None:
-                    self._finish(self._live[id], finish)
+                    self.registry.finish(request, finish)
         return advanced
 
     def _share_reports(self, changed: list[tuple[int, Request]]) -> list[Request]:
@@ -293,22 +281,11 @@ class Engine:
         if self.dp.size == 1 or self.tp.rank > 0:
             return []
         if self.world.rank > 0:
-            told = dict(changed)  # a request that failed after it sampled is in it already
-            told |= {sequence: self._live[sequence] for sequence in self._cancelled if sequence in self._live}
-            self._cancelled = []
-            self.dp.gather_bytes(report(told.items(), LaneState.of(self.turns.schedulers, self._stats)))
+            self.dp.gather_bytes(self.registry.report(changed, LaneState.of(self.turns.schedulers, self._stats)))
             return []
         reports = self.dp.gather_bytes(b"")[1:]
-        self._others, advanced = repeat_reports(reports, self._live, self._finish, self.cancel)
+        self._others, advanced = repeat_reports(reports, self.registry.live, self.registry.finish, self.cancel)
         return advanced
-
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        sequence = self._sequence_of.pop(request)
-        del self._live[sequence]
-        if self._dispatcher is not None and self.world.rank == 0:
-            self._dispatcher.release(sequence)
-        isolate_request_errors(request, request.flush)
-        request.finish_reason = "error" if request.error else reason
 
     # ----------------------------------------------------------------------------------------------------------------
     # Ranks
@@ -328,12 +305,7 @@ class Engine:
     def _exchange(self, stop: bool = False) -> list[Request]:
         """Every rank hears rank 0's new requests and cancellations, or that it stops; returns on rank 0 the cancelled
         requests."""
-        message = STOP if stop else []
-        if self.world.rank == 0 and not stop:
-            new = [sequence for sequence in self._new if sequence not in self._cancelled]
-            message = pack(self._cancelled, [self._arrival(sequence) for sequence in new])
-            self._new, self._cancelled = [], []
-        said = self.world.broadcast_ints(message)
+        said = self.world.broadcast_ints(STOP if stop else self.registry.message() if self.world.rank == 0 else [])
         if said == STOP:
             self.closed = True
             self.runner.close()
@@ -348,16 +320,8 @@ class Engine:
                 self._sequences[a.id] = sequence
                 self.turns.add(sequence)
                 if self.tp.rank == 0 and self.world.rank > 0 and self.run.pp == 1:
-                    request = make_request(a.about, list(a.prompt), self.tokenizer)
-                    self._live[a.id], self._sequence_of[request] = request, a.id
+                    self.registry.keep(a.id, make_request(a.about, list(a.prompt), self.tokenizer))
         return gone
-
-    def _arrival(self, sequence: int) -> Arrival:
-        """Rank 0: a new request, as all ranks hear of it."""
-        request, lane = self._live[sequence], self._dispatcher.lane_of(sequence) if self._dispatcher else 0
-        about = describe_request(request) if lane and self.dp.size > 1 else b""
-        scored = request.params.prompt_logprobs is not None
-        return Arrival(sequence, lane, self._capacity(request), scored, request.prompt, about)
 
     def _let_go(self) -> list[Request]:
         """Removes the cancelled sequences whose turn it is: their last step is done. Returns their requests."""
@@ -368,10 +332,9 @@ class Engine:
                 continue
             if id in self._sequences:
                 self.turns.remove(self._sequences.pop(id))
-            if id in self._live:
-                request = self._live[id]
+            if (request := self.registry.live.get(id)) is not None:
                 request.begin_step()
-                self._finish(request, "cancelled")
+                self.registry.finish(request, "cancelled")
                 gone.append(request)
         self._leaving = later
         return gone

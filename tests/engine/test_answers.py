@@ -56,7 +56,7 @@ def scripted(model, tokenizer, text: str | bytes, mtp: int = 0, end: bool = True
         for i, sequence in enumerate(sequences):
             at = len(sequence.tokens) + len(sequence.drafts) - sequence.n_prompt
             out[i] = script[at] if at % 3 else 5
-            engine._live[sequence.id].draft.tokens[-1], engine._live[sequence.id].draft.q[-1] = out[i], None
+            engine.registry.live[sequence.id].draft.tokens[-1], engine.registry.live[sequence.id].draft.q[-1] = out[i], None
         return out
 
     engine.sampler._verify, engine.sampler.propose = verify_scripted, propose_scripted
@@ -119,7 +119,7 @@ def test_nothing_follows_a_stop_text(model, tokenizer):
         request = engine.add([5], SamplingParams(temperature=0, stop=(" ",)))
         request.events.append(TokenEvent(None, "abc"))
         assert request.append(half)
-        engine._finish(request, "stop")
+        engine.registry.finish(request, "stop")
         assert request.text == "abc"
     finally:
         del tokenizer._pieces[half]

@@ -410,7 +410,7 @@ def test_many_short_requests_leave_no_trace(model):
     params = SamplingParams(temperature=0, max_new_tokens=2)
     for _ in range(3):
         engine.generate([[i % 250, 5] for i in range(100)], params)
-    assert not engine._sequences and not engine._live and not engine._sequence_of
+    assert not engine._sequences and not engine.registry.live and not engine.registry.sequence_of
     engine.scheduler.check_integrity()
     assert engine.scheduler.pool.n_available == 6
 
@@ -438,7 +438,7 @@ class Planted:
     def __call__(self, sequences, logits):
         out = []
         for sequence in sequences:
-            request = self.engine._live[sequence.id]
+            request = self.engine.registry.live[sequence.id]
             at = len(sequence.tokens) + len(sequence.drafts) - len(request.prompt)
             answer = self.answers[request.id]
             token = answer[at] if at < len(answer) else 0
@@ -663,7 +663,7 @@ def logits_of_mixes(model, mixes, seed):
         decide = engine.sampler._decide
 
         def record(chunk, verified, logits, engine=engine, decide=decide):
-            request = engine._live[chunk.sequence.id]
+            request = engine.registry.live[chunk.sequence.id]
             at = len(request.tokens)
             tokens, finish = decide(chunk, verified, logits)
             for i in range(len(tokens)):

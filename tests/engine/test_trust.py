@@ -52,4 +52,4 @@ def test_ten_thousand_requests_in_flat_memory(path):
     late = [thousand(seed) for seed in range(2, 10)][-1]
     assert late - early < 20_000, "peak memory grew by more than 20 MB over 8,000 requests"
     engine.scheduler.check_integrity()
-    assert engine.scheduler.pool.n_available == 20 and not engine._live and not engine._sequences
+    assert engine.scheduler.pool.n_available == 20 and not engine.registry.live and not engine._sequences

@@ -430,7 +430,7 @@ MUTANTS = (
      "return advanced + self._share_reports([])",
      "return advanced",
      f"{LANE_ENGINE}test_what_a_lane_holds_after_its_last_request_left", "a lane whose client left seems to run on"),
-    ("lanes-told-twice", "engine/engine.py",
+    ("lanes-told-twice", "engine/registry.py",
      "report(told.items(),",
      "report([*changed, *told.items()],",
      f"{LANE_ENGINE}test_an_error_in_one_request_of_another_lane[propose]", "a failed request's last tokens count twice"),

@@ -202,7 +202,7 @@ def answers(loaded: Engine, failing: str | None, mtp: int = 0) -> tuple[dict[str
     decide = engine.sampler._decide
 
     def record(chunk: Any, verified: Any, logits: torch.Tensor) -> Any:
-        request = engine._live[chunk.sequence.id]
+        request = engine.registry.live[chunk.sequence.id]
         bits.setdefault(str(request.id), set()).add(logits.numpy().tobytes())
         return decide(chunk, verified, logits)
 
@@ -219,7 +219,7 @@ def answers(loaded: Engine, failing: str | None, mtp: int = 0) -> tuple[dict[str
     while engine.busy:
         engine.step()
     engine.scheduler.check_integrity()
-    assert engine.scheduler.pool.n_available == 20 and not engine._sequences and not engine._sequence_of
+    assert engine.scheduler.pool.n_available == 20 and not engine._sequences and not engine.registry.sequence_of
     return wanted, bits
 
 

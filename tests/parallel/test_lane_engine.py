@@ -57,8 +57,8 @@ def answers(
         else:
             engine.serve()
         engine.scheduler.check_integrity()
-        assert engine.scheduler.pool.n_available == run.n_pages and not engine._live and not engine._sequences
-        assert engine._dispatcher is None or engine._dispatcher.unfinished == [0] * lanes
+        assert engine.scheduler.pool.n_available == run.n_pages and not engine.registry.live and not engine._sequences
+        assert engine.registry.dispatcher is None or engine.registry.dispatcher.unfinished == [0] * lanes
         return found
 
     return on_every_lane(lanes, size, work, ordered=num.batch_invariant)[0]
@@ -174,7 +174,7 @@ def test_prefixes_are_found_in_their_lane(v3: Path) -> None:
     def use(engine: Engine) -> list[list[int]]:
         first = engine.generate(prompts[:1], greedy(2))
         if engine.dp.size > 1:
-            dispatcher, lane = engine._dispatcher, itertools.count(1)
+            dispatcher, lane = engine.registry.dispatcher, itertools.count(1)
             assert dispatcher is not None
             assign = dispatcher.assign
             dispatcher.assign = lambda sequence, prompt, n: place(engine, sequence, next(lane))  # type: ignore[method-assign]
@@ -216,7 +216,7 @@ def test_preemption_in_one_lane(v3: Path) -> None:
     alone = answers(v3, 1, 1, lambda engine: engine.generate(prompts, params), replace(run, n_pages=40))
 
     def use(engine: Engine) -> list[Request]:
-        engine._dispatcher.assign = lambda sequence, prompt, n: place(engine, sequence, len(prompt) < 10)  # type: ignore
+        engine.registry.dispatcher.assign = lambda sequence, prompt, n: place(engine, sequence, len(prompt) < 10)  # type: ignore
         found = engine.generate(prompts, params)
         assert engine.lane_states[0].stats.preemptions > 0 and engine.lane_states[1].stats.preemptions == 0
         return found
@@ -226,7 +226,7 @@ def test_preemption_in_one_lane(v3: Path) -> None:
 
 def place(engine: Engine, sequence: int, lane: int) -> int:
     """Has a sequence go to a lane."""
-    dispatcher = engine._dispatcher
+    dispatcher = engine.registry.dispatcher
     assert dispatcher is not None
     dispatcher._taken[sequence] = lane, 0
     dispatcher.unfinished[lane] += 1
@@ -235,8 +235,8 @@ def place(engine: Engine, sequence: int, lane: int) -> int:
 
 def in_turn(engine: Engine) -> None:
     """Has sequences go to lanes by turns."""
-    if engine._dispatcher is not None:
-        engine._dispatcher.assign = lambda sequence, prompt, n: place(engine, sequence, sequence % engine.dp.size)  # type: ignore[method-assign]
+    if engine.registry.dispatcher is not None:
+        engine.registry.dispatcher.assign = lambda sequence, prompt, n: place(engine, sequence, sequence % engine.dp.size)  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("where", ["verify", "propose", "score"])

@@ -58,7 +58,7 @@ def answers(
         for scheduler in engine.turns.schedulers:
             scheduler.check_integrity()
             assert scheduler.pool.n_available == (run.n_pages or 0) // stages
-        assert not engine._live and not engine._sequences and not any(engine.turns.in_flight) and not engine._leaving
+        assert not engine.registry.live and not engine._sequences and not any(engine.turns.in_flight) and not engine._leaving
         return found
 
     return on_every_stage(stages, size, work, ordered=num.batch_invariant)[0]
