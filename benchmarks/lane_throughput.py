@@ -136,13 +136,14 @@ def predicted(checkpoint: Path, lanes: int, sequences: int) -> int:
     import torch
 
     from checkpoint.directory import Checkpoint, choose_args
-    from engine import layouts, setup
+    from engine import layouts
+    from engine.choose_numerics import choose_numerics
     from engine.rank_memory import RankSpec
 
     held = Checkpoint(checkpoint)
     args = choose_args(held, None)
     specs = held.expected(args)
-    num, _ = setup.choose_numerics(args, torch.device("cpu"), "auto", "auto", specs=specs)
+    num, _ = choose_numerics(args, torch.device("cpu"), "auto", "auto", specs=specs)
     rank = RankSpec(args, num, 2, gpu=False, lanes=lanes)
     [layout] = [found for found in layouts.layouts(rank, 2, "whole") if isinstance(found, layouts.Layout)
                 and found.rank.lanes == lanes]  # fmt: skip

@@ -109,6 +109,7 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
     from core import devices
     from core.config import load_config
     from engine import rank_memory, setup
+    from engine.choose_numerics import choose_numerics, describe_rounding
 
     on = devices.parse(options.device) if options.device != "cuda" else torch.device("cuda")  # GPUs need not be here
     checkpoint = None if options.ckpt_path is None else Checkpoint(options.ckpt_path)
@@ -121,10 +122,10 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
         has_mtp = args.n_mtp_layers > 0 and checkpoint.has_mtp
         specs = checkpoint.expected(args)
     gpu = on.type == "cuda"
-    num, says = setup.choose_numerics(args, on, options.dtype, options.gemm, True if gpu else None, specs)
+    num, says = choose_numerics(args, on, options.dtype, options.gemm, True if gpu else None, specs)
     for text in args.warnings:
         warn(text)
-    for text in setup.describe_rounding(specs or {}, num):
+    for text in describe_rounding(specs or {}, num):
         warn(text)
     rows = quantised_rows(specs or expected_tensors(args, args.is_quantised), num)
 

@@ -23,6 +23,7 @@ from checkpoint.load import load_into
 from core.batch import Batch
 from core.run_config import PAGE_SIZE, RunConfig
 from engine import rank_memory, setup
+from engine.choose_numerics import choose_numerics
 from model import Transformer
 
 
@@ -38,7 +39,7 @@ class Side:
         args = choose_args(checkpoint, None)
         run = RunConfig()
         device = torch.device("cpu")
-        num, says = setup.choose_numerics(args, device, run.dtype, run.gemm, specs=checkpoint.expected(args))
+        num, says = choose_numerics(args, device, run.dtype, run.gemm, specs=checkpoint.expected(args))
         self.model = Transformer(args, num, mtp=False)
         load_into(self.model, checkpoint, progress=False)
         self.model.prepare()

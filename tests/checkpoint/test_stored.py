@@ -20,6 +20,7 @@ from checkpoint.table import exceptions
 from core.errors import UserError
 from core.numerics import FLOAT32, PLAIN, Numerics
 from engine import memory, rank_memory, setup
+from engine.choose_numerics import choose_numerics, describe_rounding
 from engine.engine import Engine
 from ops.cpu.backend import CpuBackend
 from ops.reference_backend import ReferenceBackend
@@ -221,13 +222,13 @@ def test_the_files_decide_what_is_computed_in(bf16, stored, said, tmp_path, caps
     args = choose_args(checkpoint, None)
     specs, cpu = checkpoint.expected(args), torch.device("cpu")
     assert args.dtype == {F32: "fp32", F16: "fp16", BF16: "bf16"}[stored]
-    num, _ = setup.choose_numerics(args, cpu, "auto", "auto", specs=specs)
-    assert num == Numerics(BF16 if stored == BF16 else F32) and not [*setup.describe_rounding(specs, num)]
-    num, _ = setup.choose_numerics(args, cpu, "bfloat16", "auto", specs=specs)
+    num, _ = choose_numerics(args, cpu, "auto", "auto", specs=specs)
+    assert num == Numerics(BF16 if stored == BF16 else F32) and not [*describe_rounding(specs, num)]
+    num, _ = choose_numerics(args, cpu, "bfloat16", "auto", specs=specs)
     assert num.dtype == BF16 and ("head" in dict(num.exceptions)) == (stored != BF16)
     name = str(stored).removeprefix("torch.")
     says = f"weights stored in {name} are rounded to bfloat16; --dtype float32 computes exactly"
-    assert [*setup.describe_rounding(specs, num)] == ([says] if stored != BF16 else [])
+    assert [*describe_rounding(specs, num)] == ([says] if stored != BF16 else [])
     tensors = whole(folder)
     for dtype in (BF16, F32):
         assert_same(loaded(folder, Numerics(dtype)), in_memory(multiplied_out(tensors, dtype), 0, 1, CONFIG))
@@ -299,7 +300,7 @@ def test_scale_formats_of_a_config(copy, fp8):
         edit_json(copy / "config.json", lambda raw, w=written: raw["quantization_config"].update(scale_fmt=w))
         args = choose_args(Checkpoint(copy), None)
         assert (args.dtype, args.scale_fmt) == ("fp8", means)
-        assert setup.choose_numerics(args, torch.device("cpu"), "auto", "fp8")[0].scale_fmt == means
+        assert choose_numerics(args, torch.device("cpu"), "auto", "fp8")[0].scale_fmt == means
     assert_same(loaded(copy, FP8), loaded(fp8, FP8))
 
 
@@ -390,12 +391,12 @@ def test_a_run_says_what_is_not_fp8(mixed):
     folder, modules, some = mixed
     checkpoint = Checkpoint(folder)
     args = choose_args(checkpoint, None)
-    num, says = setup.choose_numerics(args, torch.device("cuda"), "auto", "auto", True, checkpoint.expected(args))
+    num, says = choose_numerics(args, torch.device("cuda"), "auto", "auto", True, checkpoint.expected(args))
     assert num.gemm == "fp8" and num.exceptions == tuple((module, PLAIN) for module in sorted(modules))
     assert says.startswith("numerics: W8A8 (FP8 weights and activations) on cuda; ")
     assert f"; {len(modules)} projections in bfloat16, as they are stored (" in says and ("dequantised" in says) == some
     cpu = torch.device("cpu")
-    num, says = setup.choose_numerics(args, cpu, "auto", "dequantised", specs=checkpoint.expected(args))
+    num, says = choose_numerics(args, cpu, "auto", "dequantised", specs=checkpoint.expected(args))
     assert says == "numerics: bfloat16, FP8 weights dequantised once at load, on cpu"
 
 
@@ -421,9 +422,9 @@ def test_float32_projections_beside_fp8(copy):
     args = choose_args(checkpoint, None)
     specs = checkpoint.expected(args)
     for device, dtype in (("cuda", "auto"), ("cpu", "auto"), ("cpu", "bfloat16"), ("cpu", "float32")):
-        num, _ = setup.choose_numerics(args, torch.device(device), dtype, "auto", True, specs)
+        num, _ = choose_numerics(args, torch.device(device), dtype, "auto", True, specs)
         assert num.dtype == (F32 if dtype == "float32" else BF16)
-        assert len([*setup.describe_rounding(specs, num)]) == (dtype != "float32")
+        assert len([*describe_rounding(specs, num)]) == (dtype != "float32")
     tensors = whole(copy)
     assert_same(loaded(copy, Numerics(F32)), in_memory(multiplied_out(tensors, F32), 0, 1, CONFIG))
 

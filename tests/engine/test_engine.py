@@ -19,9 +19,10 @@ from core.numerics import PLAIN, Form, Numerics
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import host_memory
+from engine.choose_numerics import choose_numerics
 from engine.engine import Engine
 from engine.graphs import Graphs, cuda_capture, records
-from engine.setup import choose_numerics, free_memory
+from engine.setup import free_memory
 from ops import reference
 from ops.backend import choose_backend
 from ops.cpu import kernels

@@ -13,7 +13,7 @@ from checkpoint.directory import Checkpoint, choose_args
 from checkpoint.table import exceptions
 from core.errors import UserError
 from core.numerics import Form, Numerics
-from engine.setup import choose_numerics
+from engine.choose_numerics import choose_numerics
 from support.checkpoints import fp8_sizes
 from support.damaged_checkpoints import whole
 from support.families import FAMILIES, two_layers

@@ -21,9 +21,10 @@ from core.config import ModelArgs, load_config
 from core.errors import UserError
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, RunConfig
+from engine.choose_numerics import choose_numerics, choose_virtual_ranks
 from engine.layouts import Layout, layouts, messages
 from engine.rank_memory import RankSpec
-from engine.setup import _choose, choose_numerics, choose_virtual_ranks
+from engine.setup import _choose
 from model import Transformer
 from ops.cpu import kernels
 from parallel.failure import RankProcess

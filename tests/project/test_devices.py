@@ -24,6 +24,7 @@ from core.numerics import Numerics
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import host_memory, rank_memory, setup
+from engine.choose_numerics import choose_numerics
 from engine.engine import Engine
 from ops import backend
 from ops.reference_backend import ReferenceBackend
@@ -147,16 +148,16 @@ def test_numerics_where_types_are_missing(monkeypatch: pytest.MonkeyPatch) -> No
     """FP8 weights are widened where nothing multiplies them; what torch cannot hold there is refused or widened."""
     args, xpu = replace(parse(V3), dtype="fp8"), torch.device("xpu", 0)
     monkeypatch.setattr(devices, "holds", lambda device, dtype: True)
-    assert setup.choose_numerics(args, xpu, "auto", "auto") == (Numerics(), "numerics: bfloat16, FP8 weights dequantised once at load, on xpu")
-    numerics, says = setup.choose_numerics(args, xpu, "auto", "bf16")
+    assert choose_numerics(args, xpu, "auto", "auto") == (Numerics(), "numerics: bfloat16, FP8 weights dequantised once at load, on xpu")
+    numerics, says = choose_numerics(args, xpu, "auto", "bf16")
     assert numerics.gemm == "bf16" and "computed by the reference (slow, for comparison), on xpu" in says
-    assert setup.choose_numerics(args, xpu, "auto", "fp8")[0].gemm == "fp8"
+    assert choose_numerics(args, xpu, "auto", "fp8")[0].gemm == "fp8"
     monkeypatch.setattr(devices, "holds", lambda device, dtype: dtype == torch.float32)
     with pytest.raises(UserError, match=r"^--gemm fp8 and --dtype float32|^--gemm fp8: xpu has no FP8 in torch"):
-        setup.choose_numerics(args, xpu, "auto", "fp8")
+        choose_numerics(args, xpu, "auto", "fp8")
     with pytest.raises(UserError, match=r"^--dtype bfloat16: xpu has no such type in torch; --dtype float32 has$"):
-        setup.choose_numerics(args, xpu, "bfloat16", "auto")
-    numerics, says = setup.choose_numerics(args, xpu, "auto", "auto")
+        choose_numerics(args, xpu, "bfloat16", "auto")
+    numerics, says = choose_numerics(args, xpu, "auto", "auto")
     assert numerics == Numerics(torch.float32) and says.endswith("on xpu, which has no bfloat16")
 
 
