@@ -15,7 +15,7 @@ MUTANTS = (
      "cli/test_plan.py::test_lanes", "one lane's cache is shown for all"),
     ("plan-files-of-as-many-ranks", "plan.py",
      "checkpoint.match(checkpoint.partition_of_files(partition))",
-     "checkpoint.match(checkpoint.partition_of_files(partition))",
+     "checkpoint.match(partition)",
      "cli/test_plan.py::test_files_for_other_ranks", "a plan refuses converted files that a run takes"),
     ("plan-one-lane-only", "plan.py",
      "first_that_works(divide, world) if options.any_dp else divide(options.dp)",
