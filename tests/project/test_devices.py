@@ -48,7 +48,8 @@ NAMED = {
     "parallel/group.py": 4,  # CPUs record what they sum; sums and hidden states by way of the host
     "ops/backend.py": 7,  # the choice of kernels
     "ops/cpu/kernels.py": 1,  # C is given the host's tensors
-    "engine/setup.py": 7,  # the note about C; which products of quantised weights there are; the host's memory
+    "engine/setup.py": 3,  # the note about C; the host's memory
+    "engine/choose_numerics.py": 4,  # which products of quantised weights there are
     "engine/graphs.py": 8,  # CUDA graphs
     "engine/runner.py": 1,  # sampling, where there is float64
     "engine/sampling.py": 1,  # CPUs look before they sort
