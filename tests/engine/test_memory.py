@@ -579,3 +579,18 @@ def test_the_engine_takes_the_pages_that_fit(monkeypatch):
     with pytest.raises(UserError, match="memory holds"):
         Engine(model, None, RunConfig(max_model_len=2560, max_num_batched_tokens=512))
     assert Engine(model, None, RunConfig(max_num_batched_tokens=512)).max_model_len < 2560
+
+
+@pytest.mark.parametrize("rows, context, n, dn, r, c, dv", [
+    (128, 4096, 16, 128, 64, 512, 128), (2048, 2048, 16, 128, 64, 512, 128), (65, 100_000, 1, 16, 16, 32, 16),
+    (4000, 4000, 2, 64, 32, 64, 64), (70, 70, 128, 128, 64, 512, 128),
+])  # fmt: skip
+def test_what_c_takes_for_a_prompt_is_bounded(rows, context, n, dn, r, c, dv):
+    """The scratch that ops/cpu/kernels.c asks for is no more than the bound says, and not much less, whether the latents
+    or the threads take the most of it."""
+    if (library := kernels.library()) is None:
+        pytest.skip("there is no C compiler")
+    said = step_memory._expanded_in_c(rows, context, n, dn, r, c, dv)
+    threads = torch.get_num_threads()
+    asked = max(library.prefill_bytes(rows, context, n, dn, r, c, dv, units, threads) for units in (False, True))
+    assert asked <= said <= 2.5 * asked
