@@ -26,7 +26,7 @@ import re
 import sys
 from pathlib import Path
 
-from cli.flags import Parser, device, output_errors, seconds
+from cli.flags import Parser, device, output_errors, positive_number, seconds
 from cli.main import complain, run_command
 from core.errors import UserError
 from parallel import launcher
@@ -43,7 +43,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--ckpt-path", type=Path, metavar="DIR", help="also compare this checkpoint's config and headers on all ranks")
     add("--sizes", type=size, nargs="+", metavar="BYTES",
         help=f"of what is sent (default: {' '.join(ON_GPUS)} on GPUs, {' '.join(ON_CPUS)} on CPUs)")  # fmt: skip
-    add("--expected", type=positive_number, nargs=2, metavar="GB/S",
+    add("--expected", type=positive_number("GB/s", 1e5), nargs=2, metavar="GB/S",
         help="of a link within a host and between hosts, one way; less than --share of it is wrong "
              f"(default: {GPU_LINKS[0]:g} {GPU_LINKS[1]:g} on GPUs, shown only)")  # fmt: skip
     add("--share", type=share, default=0.5, metavar="X",
@@ -62,12 +62,6 @@ def size(text: str) -> int:
     if not found or not 64 <= (n := int(found[1]) * UNITS[found[2]]) <= 1 << 32:
         raise argparse.ArgumentTypeError(f"{text!r} is not from 64 bytes to 4G")
     return n
-
-
-def positive_number(text: str) -> float:
-    if not 0 < (value := float(text)) < 1e5:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of GB/s")
-    return value
 
 
 def share(text: str) -> float:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cli.flags import Parser, add_run_flags, device, output_errors, positive, run_config
+from cli.flags import Parser, add_run_flags, device, output_errors, positive, positive_number, run_config
 from cli.main import run_command
 from core.errors import UserError, warn
 from core.run_config import PAGE_SIZE, RunConfig
@@ -55,14 +55,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--max-model-len", type=positive, metavar="N", help="tokens of a sequence (default: as the model allows)")
     add_run_flags(parser, RUN_FLAGS)
     add("--context", type=positive, metavar="N", help="tokens of each sequence while decoding (default: 4096 at most)")
-    add("--bandwidth", type=bandwidth, nargs="+", metavar="TB/S",
+    add("--bandwidth", type=positive_number("TB/s", 1000), nargs="+", metavar="TB/S",
         help="of a rank's memory, for the decode limit (default: on GPUs 3.35 4.8, else none shown)")  # fmt: skip
-    add("--memory", type=number, metavar="GB", help="of a rank, for layouts (default: 141, an H200's)")
-    add("--tflops", type=number, nargs=2, metavar=("FP8", "BF16"),
+    add("--memory", type=positive_number(), metavar="GB", help="of a rank, for layouts (default: 141, an H200's)")
+    add("--tflops", type=positive_number(), nargs=2, metavar=("FP8", "BF16"),
         help="of a rank, for layouts (default: 1979 989, an H100's, H200's or H800's)")  # fmt: skip
-    add("--nvlink", type=number, default=450.0, metavar="GB/S",
+    add("--nvlink", type=positive_number(), default=450.0, metavar="GB/S",
         help="a rank sends to others of its node, for layouts (default: 450; H800: 200)")  # fmt: skip
-    add("--network", type=number, default=50.0, metavar="GB/S",
+    add("--network", type=positive_number(), default=50.0, metavar="GB/S",
         help="a rank sends to other nodes, for layouts (default: 50, InfiniBand NDR)")  # fmt: skip
     add("--ranks-per-node", type=positive, default=8, metavar="N", help="ranks of a node, for layouts (default: 8)")
     add("--json", action="store_true", help="one JSON object; sizes in bytes, times in seconds")
@@ -84,18 +84,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"layouts on {options.device} need --memory, --bandwidth and --tflops")
     run_config(options)  # raises for values that no run can have
     return options
-
-
-def bandwidth(text: str) -> float:
-    if not 0 < (value := float(text)) < 1000:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of TB/s")
-    return value
-
-
-def number(text: str) -> float:
-    if not 0 < (value := float(text)) < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunConfig, str]:

@@ -88,10 +88,15 @@ def positive(text: str) -> int:
     return value
 
 
-def gib(text: str) -> float:
-    if not 0 < (value := float(text)) < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of GiB")
-    return value
+def positive_number(unit: str = "", below: float = 1e6) -> Callable[[str], float]:
+    """A flag's type: a number above 0. `unit` is named where it is not."""
+
+    def number(text: str) -> float:
+        if not 0 < (value := float(text)) < below:
+            raise argparse.ArgumentTypeError(f"{text} is not a positive number{unit and f' of {unit}'}")
+        return value
+
+    return number
 
 
 def seconds(text: str) -> float:
@@ -108,5 +113,5 @@ def device(text: str) -> str:
 
 
 TYPES: dict[str, Callable[[str], Any]] = {
-    "N": positive, "K": int, "GIB": gib, "S": seconds, "DEVICE": device, "LAYERS": str,
+    "N": positive, "K": int, "GIB": positive_number("GiB"), "S": seconds, "DEVICE": device, "LAYERS": str,
 }  # fmt: skip
