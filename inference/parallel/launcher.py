@@ -37,11 +37,10 @@ class Launch:
 def find() -> Launch:
     """torchrun's variables count first, then Open MPI's, whose daemons may be tasks of SLURM, then SLURM's. Raises
     UserError for values that are no numbers or contradict each other, and where rank 0's host is not known."""
-    names = _names()
+    names = NAMES[by := _launched_by()]
     try:
         launch = _read()
     except ValueError as e:
-        by = next(by for by, variables in NAMES.items() if variables == names)
         raise UserError(f"{by}'s environment ({', '.join(names)}) is not made of numbers: {e}") from None
     if not 0 <= launch.rank < launch.size:
         raise UserError(f"{names[0]} is {launch.rank} but {names[1]} is {launch.size}")
@@ -73,34 +72,34 @@ def is_first(of_host: bool = False) -> bool:
     return (launch.local_rank if of_host else launch.rank) == 0
 
 
-NAMES = {
+NAMES = {  # the variables with a rank, the number of ranks, and both among the ranks of its host
     TORCHRUN: ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     OPEN_MPI: tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     SLURM: ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
 
 
-def _names() -> tuple[str, ...]:
-    """The variables that count here: rank, size, local rank, local size."""
+def _launched_by() -> str:
+    """The launcher whose variables count here: a key of NAMES."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # RANK alone: a user's, for torchrun's --node-rank
-        return NAMES[TORCHRUN]
+        return TORCHRUN
     if "OMPI_COMM_WORLD_RANK" in os.environ:
-        return NAMES[OPEN_MPI]
+        return OPEN_MPI
     # sbatch and salloc set SLURM_NTASKS for a script or a shell too, which is one process: only srun makes tasks
     step = os.environ.get("SLURM_STEP_ID", "")
     if step.isdecimal() and int(step) < RESERVED_STEPS and "SLURM_PROCID" in os.environ:
-        return NAMES[SLURM]
-    return NAMES[TORCHRUN]
+        return SLURM
+    return TORCHRUN
 
 
 def _read() -> Launch:
     """Raises ValueError for what is no number."""
-    names = _names()
-    if names == NAMES[SLURM]:
+    by = _launched_by()
+    if by == SLURM:
         return _read_slurm()
-    rank, size, local, local_size = (int(os.environ.get(n, d)) for n, d in zip(names, "0101", strict=True))
+    rank, size, local, local_size = (int(os.environ.get(n, d)) for n, d in zip(NAMES[by], "0101", strict=True))
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    if names == NAMES[TORCHRUN]:
+    if by == TORCHRUN:
         return Launch(rank, size, local, local_size, TORCHRUN, address, port, os.environ.get("GROUP_RANK"))
     run = os.environ.get("PMIX_NAMESPACE") or os.environ.get("OMPI_MCA_orte_hnp_uri", "")  # noqa: SIM112 (Open MPI 5, 4)
     port = port or str(PORTS[zlib.crc32(run.encode()) % len(PORTS)])
