@@ -54,9 +54,7 @@ class RankProcess:
             while not (line := self.describe_dead_ranks()) and time.monotonic() < until:
                 time.sleep(0.02)
             if not line:
-                cause = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__).strip()
-                cause = re.sub(r"^\[\S+:\d+\] ", "", cause).partition(". This is typically")[0]  # gloo's additions
-                line = f"rank {self.rank} {failure}: {cause}"
+                line = f"rank {self.rank} {failure}: {first_sentence(error)}"
             raise RankFailure(line) from error
 
     def abort(self, message: str, exit_code: int) -> NoReturn:
@@ -126,6 +124,13 @@ class RankProcess:
             self.exit_on_signal(signal.SIGTERM)
 
         threading.Thread(target=wait, name="termination", daemon=True).start()
+
+
+def first_sentence(error: BaseException) -> str:
+    """An error of torch.distributed in one line: without its file, line, call stack and advice."""
+    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = re.sub(r"^\[\S+:\d+\] ", "", text).partition(". This ")[0].partition(". Original ")[0]
+    return text.partition(" Exception raised from")[0].strip()[:300]
 
 
 def process_state(pid: int) -> str:

@@ -22,9 +22,9 @@ import torch.distributed as dist
 
 from core.devices import CPU
 from parallel import network_facts, startup
-from parallel.failure import RankProcess
+from parallel.failure import RankProcess, first_sentence
 from parallel.launcher import Launch
-from parallel.network_probe import COLLECTIVES, Probe, Test, first_sentence
+from parallel.network_probe import COLLECTIVES, Probe, Test
 
 JOINING = 3  # times the limit of a test that ranks wait for each other at the start
 OF_CONTROL = ("all_reduce", "broadcast")

@@ -1,7 +1,6 @@
 """One link or collective tried and timed, within a limit: for network.py."""
 
 import datetime
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from core import devices
 from core.errors import describe
+from parallel.failure import first_sentence
 
 TIMED = 0.15  # seconds to repeat a collective
 MOST_REPEATS = 30
@@ -208,10 +208,3 @@ def prepare(
         return out
 
     return mine, expected, run
-
-
-def first_sentence(error: BaseException) -> str:
-    """A library's error without its file, line, list of calls and advice."""
-    text = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    text = re.sub(r"^\[\S+:\d+\] ", "", text).partition(". This ")[0].partition(". Original ")[0]
-    return text.partition(" Exception raised from")[0].strip()[:300]
