@@ -67,7 +67,7 @@ def links(found: Findings) -> list[dict[str, Any]]:
         if "link" not in name:
             continue
         entry: dict[str, Any] = {"kind": NODE if name == "node link" else BETWEEN, "ranks": list(ranks)}
-        wrong = {rank: r.get("error") or r.get("wrong") for rank, r in results.items() if "error" in r or "wrong" in r}
+        wrong = errors_by_rank(results)
         wrong |= dict.fromkeys(set(ranks) - set(results), "no answer")
         if wrong:
             entry["errors"] = {str(rank): wrong[rank] for rank in sorted(wrong)}
@@ -83,6 +83,12 @@ def links(found: Findings) -> list[dict[str, Any]]:
     return list(by_ranks.values())
 
 
+def errors_by_rank(results: dict[int, dict[str, Any]]) -> dict[int, str]:
+    """What went wrong on each rank of a test, of those on which something did."""
+    errors = {rank: result.get("error") or result.get("wrong") for rank, result in results.items()}
+    return {rank: text for rank, text in errors.items() if text}
+
+
 def collectives(found: Findings, hosts: Sequence[Sequence[int]], judge: Judge) -> list[dict[str, Any]]:
     """Each group's collectives: µs of the smallest size, GB/s of the largest by its slowest rank, or errors."""
     entries = []
@@ -92,7 +98,7 @@ def collectives(found: Findings, hosts: Sequence[Sequence[int]], judge: Judge) -
         group, what = name.split()
         kind = NODE if any(set(ranks) <= set(host) for host in hosts) else BETWEEN
         entry: dict[str, Any] = {"group": group, "ranks": list(ranks), "collective": what}
-        wrong = {rank: r.get("error") or r.get("wrong") for rank, r in results.items() if "error" in r or "wrong" in r}
+        wrong = errors_by_rank(results)
         if wrong:
             entry["errors"] = {str(rank): wrong[rank] for rank in sorted(wrong)}
         if len(results) == len(ranks) and all("seconds" in r for r in results.values()):
