@@ -17,7 +17,6 @@ from parallel import launcher, startup
 from parallel.group import Group
 from support import processes as launch
 
-DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
 Variables = Callable[..., None]
 
 
@@ -221,14 +220,6 @@ def answers(
     finally:
         for p in ranks:
             p.kill()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo, or, where it has not been trained, a random stand-in."""
-    if (DEMO / "config.json").is_file():
-        return DEMO
-    return launch.make_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny", printable=True)
 
 
 @pytest.mark.parametrize("by", [slurm, open_mpi])

@@ -18,7 +18,6 @@ from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from support import processes as launch
 
-DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
 QUESTIONS = ["What is 17 + 25?", "Reverse the word maple."]
 
 pytestmark = pytest.mark.skipif(
@@ -61,14 +60,6 @@ def start(hosts: two_hosts.Hosts) -> Iterator[Start]:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo, or, where it has not been trained, a random stand-in."""
-    if (DEMO / "config.json").is_file():
-        return DEMO
-    return launch.make_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny", printable=True)
 
 
 def test_batch_on_two_hosts(start: Start, checkpoint: Path, tmp_path: Path) -> None:
