@@ -29,11 +29,16 @@ class Unavailable(Exception):
     """No network namespaces here; the text says why."""
 
 
+def configure(*command: str) -> None:
+    """Runs a command of iproute2. Raises Unavailable."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise Unavailable(f"{' '.join(command)}: {done.stderr.strip()}")
+
+
 def ip(*arguments: str) -> None:
     """Raises Unavailable."""
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise Unavailable(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    configure("ip", *arguments)
 
 
 class Hosts:
@@ -99,13 +104,10 @@ class Hosts:
 
     def slow_down(self, i: int, rate: str, delay: str | None = None) -> None:
         """What a host sends goes at this rate, such as "20mbit", and this much later, such as "1ms", from now on."""
-        tc = ["tc", "-n", self.names[i], "qdisc", "replace", "dev", CABLE, "root"]
         how = ["tbf", "rate", rate, "burst", "32kb", "latency", "100ms"]
         if delay is not None:
             how = ["netem", "rate", rate, "delay", delay, "limit", "10000"]
-        done = subprocess.run([*tc, *how], capture_output=True, text=True)
-        if done.returncode:
-            raise Unavailable(f"tc: {done.stderr.strip()}")
+        configure("tc", "-n", self.names[i], "qdisc", "replace", "dev", CABLE, "root", *how)
 
 
 def run(command: list[str]) -> int:
