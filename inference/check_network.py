@@ -83,29 +83,29 @@ def run(options: argparse.Namespace) -> int:
     sizes = sorted(set(options.sizes or map(size, ON_GPUS if gpu else ON_CPUS)))
     figures = options.expected or (GPU_LINKS if gpu else ())
     expected = dict(zip((network_report.NODE, network_report.BETWEEN), figures, strict=False))
-    judge = network_report.Judge(options.share, expected, options.expected is not None)
+    thresholds = network_report.Thresholds(options.share, expected, options.expected is not None)
     facts = network_facts.collect(launch, on, options.ckpt_path)
-    meeting = None
+    rendezvous = None
     if launch.size == 1:
         found = network.Findings([facts])
     else:
         try:
-            meeting = network.meet(launch, options.timeout)
-            found = network.examine(meeting, facts, on, sizes, judge.find_slow)
+            rendezvous = network.join(launch, options.timeout)
+            found = network.run_tests(rendezvous, facts, on, sizes, thresholds.find_slow)
             if launch.rank != 0:
-                return network.finish(meeting, 0)
-        except network.Lost as e:
+                return network.finish(rendezvous, 0)
+        except network.LostContact as e:
             if launch.local_rank == 0:
                 complain(str(e))
             return 1
-    report = network_report.report(found, judge, "NCCL" if gpu else "gloo", launch.size)
+    report = network_report.report(found, thresholds, "NCCL" if gpu else "gloo", launch.size)
     status = 0 if report["ok"] else 1
     try:
         with output_errors():
             print(json.dumps(report, indent=1) if options.json else "\n".join(network_report.lines(report)), flush=True)
     finally:
-        if meeting is not None:
-            network.finish(meeting, status)
+        if rendezvous is not None:
+            network.finish(rendezvous, status)
     return status
 
 

@@ -27,12 +27,12 @@ from parallel.launcher import Launch
 from parallel.network_probe import COLLECTIVES, Probe, Test
 
 JOINING = 3  # times the limit of a test that ranks wait for each other at the start
-OF_CONTROL = ("all_reduce", "broadcast")
+CONTROL_COLLECTIVES = ("all_reduce", "broadcast")
 SLACK = 5.0  # seconds that a rank may take to do nothing
 
 
-class Lost(Exception):
-    """This rank no longer reaches rank 0."""
+class LostContact(Exception):
+    """This rank cannot reach rank 0, or no longer."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -45,8 +45,8 @@ def link_rounds(hosts: Sequence[Sequence[int]]) -> Iterator[list[Test]]:
     pair at a time."""
     for pairs in zip_longest(*(combinations(ranks, 2) for ranks in hosts)):
         yield [("node link", pair) for pair in pairs if pair is not None]
-    for meeting in tournament(len(hosts)):
-        rails = [list(zip(hosts[a], hosts[b], strict=False)) for a, b in meeting]
+    for matches in tournament(len(hosts)):
+        rails = [list(zip(hosts[a], hosts[b], strict=False)) for a, b in matches]
         for pairs in zip_longest(*rails):
             yield [("link", pair) for pair in pairs if pair is not None]
 
@@ -80,20 +80,20 @@ def group_rounds(hosts: Sequence[Sequence[int]]) -> Iterator[list[Test]]:
 
 
 @dataclass
-class Meeting:
-    """How a rank tells rank 0 what it found, and hears what comes next, through the store."""
+class Rendezvous:
+    """The store where the ranks met: each sends its results to rank 0 through it, which broadcasts what comes next."""
 
     launch: Launch
     store: Any
     limit: float
     process: RankProcess = field(default_factory=RankProcess)
 
-    def tell(self, stage: str, value: object) -> None:
+    def send(self, stage: str, value: object) -> None:
         with self.deadline(SLACK, stage):
             self.store.set(f"{stage}/{self.launch.rank}", json.dumps(value))
 
-    def collect(self, stage: str, seconds: float) -> dict[int, Any]:
-        """On rank 0: what each rank told, of those that did so in time."""
+    def gather(self, stage: str, seconds: float) -> dict[int, Any]:
+        """On rank 0: what each rank sent, by rank, of those that did so in time."""
         until, found = time.monotonic() + seconds, {}
         for rank in range(self.launch.size):
             key = f"{stage}/{rank}"
@@ -111,19 +111,19 @@ class Meeting:
             return True
         return False
 
-    def announce(self, stage: str, value: object) -> None:
+    def broadcast(self, stage: str, value: object) -> None:
         self.store.set(f"{stage}/next", json.dumps(value))
 
-    def hear(self, stage: str, seconds: float) -> Any:
-        """On the other ranks: what rank 0 announces. Raises Lost."""
+    def receive(self, stage: str, seconds: float) -> Any:
+        """On the other ranks: what rank 0 broadcasts. Raises LostContact."""
         try:
             with self.deadline(seconds, stage):
                 self.store.wait([f"{stage}/next"], datetime.timedelta(seconds=seconds))
                 return json.loads(self.store.get(f"{stage}/next"))
         except RuntimeError:
-            raise Lost(self.lost(stage)) from None
+            raise LostContact(self.describe_loss(stage)) from None
 
-    def lost(self, stage: str) -> str:
+    def describe_loss(self, stage: str) -> str:
         where = f"{self.launch.address}:{self.launch.port}"
         return f"rank {self.launch.rank} on {os.uname().nodename} lost contact with rank 0 (at {where}) during {stage}"
 
@@ -132,7 +132,7 @@ class Meeting:
         """Ends this process where the store, whose host may be gone, does not answer a call."""
 
         def give_up() -> None:
-            print(f"error: {self.lost(stage)}", file=sys.stderr, flush=True)
+            print(f"error: {self.describe_loss(stage)}", file=sys.stderr, flush=True)
             os._exit(1)
 
         timer = threading.Timer(seconds + SLACK, give_up)
@@ -146,7 +146,7 @@ class Meeting:
 
 @dataclass
 class Findings:
-    """All that rank 0 knows at the end; of the other ranks only `status` is used."""
+    """What rank 0 knows at the end; on other ranks it is not used."""
 
     facts: list[dict[str, Any]] = field(default_factory=list)
     results: list[tuple[Test, dict[int, dict[str, Any]]]] = field(default_factory=list)  # with each rank's, by rank
@@ -154,44 +154,44 @@ class Findings:
     lost: dict[int, str] = field(default_factory=dict)  # during which stage
 
 
-def meet(launch: Launch, limit: float) -> Meeting:
-    """Connects to the store. Raises Lost where it cannot be reached, UserError where it is not said where it is."""
+def join(launch: Launch, limit: float) -> Rendezvous:
+    """Connects to the store. Raises LostContact where it cannot be reached, UserError without a usable address."""
     wait = datetime.timedelta(seconds=JOINING * limit)
     startup.keep_to_loopback(launch)
     try:
         store = startup.open_store(launch, wait)
     except RuntimeError as e:
         here, there = f"rank {launch.rank} on {os.uname().nodename}", f"MASTER_ADDR {launch.address}:{launch.port}"
-        raise Lost(f"{here} cannot reach rank 0 at {there} in {wait.seconds} s: {first_sentence(e)}") from None
+        raise LostContact(f"{here} cannot reach rank 0 at {there} in {wait.seconds} s: {first_sentence(e)}") from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives torchrun's restarts
     store = dist.PrefixStore(f"network {attempt}", store)  # type: ignore[attr-defined]
-    return Meeting(launch, store, limit)
+    return Rendezvous(launch, store, limit)
 
 
-def examine(
-    meeting: Meeting,
+def run_tests(
+    rendezvous: Rendezvous,
     facts: dict[str, Any],
     device: torch.device,
     sizes: Sequence[int],
     find_slow: Callable[[Findings], list[Test]],
 ) -> Findings:
     """Tries everything; on rank 0 returns all that was found, on the others nothing of use. `find_slow` names links
-    that are to be tried again. Every rank calls it. Raises Lost on ranks that no longer reach rank 0."""
-    launch, limit, found = meeting.launch, meeting.limit, Findings()
-    meeting.tell("start", facts)
+    that are to be tried again. Every rank calls it. Raises LostContact on ranks that no longer reach rank 0."""
+    launch, limit, found = rendezvous.launch, rendezvous.limit, Findings()
+    rendezvous.send("start", facts)
     if launch.rank == 0:
-        told = meeting.collect("start", JOINING * limit)
+        told = rendezvous.gather("start", JOINING * limit)
         found.lost = {rank: "the start" for rank in range(launch.size) if rank not in told}
         found.facts = [told[rank] for rank in sorted(told)]
         processes = [[fact["rank"], fact["pid"]] for fact in found.facts]
-        meeting.announce("start", [network_facts.group_by_host(found.facts), processes, bool(found.lost)])
-    hosts, processes, stop = meeting.hear("start", JOINING * limit + 2 * SLACK)
+        rendezvous.broadcast("start", [network_facts.group_by_host(found.facts), processes, bool(found.lost)])
+    hosts, processes, stop = rendezvous.receive("start", JOINING * limit + 2 * SLACK)
     here: list[int] = next((ranks for ranks in hosts if launch.rank in ranks), [])
     neighbours = tuple((rank, pid) for rank, pid in processes if rank in here)
-    meeting.process = RankProcess(launch.rank, launch.size, neighbours, meeting.store)
-    meeting.process.install_sigterm_handler()
-    probe = Probe(launch.rank, meeting.store, device, sizes, limit)
-    stop = stop or not play(meeting, found, "links", link_rounds(hosts), probe)
+    rendezvous.process = RankProcess(launch.rank, launch.size, neighbours, rendezvous.store)
+    rendezvous.process.install_sigterm_handler()
+    probe = Probe(launch.rank, rendezvous.store, device, sizes, limit)
+    stop = stop or not run_rounds(rendezvous, found, "links", link_rounds(hosts), probe)
     if stop:
         return found
     again, groups = [], []
@@ -202,47 +202,50 @@ def examine(
             found.skipped += [test for test in tests if test not in alive]
             groups += [alive] if alive else []
         again = [[test] for test in find_slow(found)]
-        meeting.announce("plan", [again, groups])
-    again, groups = ([as_tests(tests) for tests in rounds] for rounds in meeting.hear("plan", SLACK))
-    go_on = play(meeting, found, "links again", again, probe) and play(meeting, found, "collectives", groups, probe)
-    if go_on and device.type != "cpu":  # the engine's ranks agree over gloo whatever their device
+        rendezvous.broadcast("plan", [again, groups])
+    again, groups = ([as_tests(tests) for tests in rounds] for rounds in rendezvous.receive("plan", SLACK))
+    stop = not run_rounds(rendezvous, found, "links again", again, probe)
+    stop = stop or not run_rounds(rendezvous, found, "collectives", groups, probe)
+    if not stop and device.type != "cpu":  # the engine's ranks agree over gloo whatever their device
         on_host = replace(probe, device=CPU, sizes=sizes[:1], open=[])
-        play(meeting, found, "gloo", [[(f"gloo {name}", tuple(range(launch.size)))] for name in OF_CONTROL], on_host)
+        world = tuple(range(launch.size))
+        control: list[list[Test]] = [[(f"gloo {name}", world)] for name in CONTROL_COLLECTIVES]
+        run_rounds(rendezvous, found, "gloo", control, on_host)
     return found
 
 
-def play(meeting: Meeting, found: Findings, stage: str, rounds: Iterable[list[Test]], probe: Probe) -> bool:
-    """Tries the tests of each round at the same time and adds to rank 0's findings; False once a rank is lost, on all
-    ranks alike. Raises Lost."""
-    launch, limit = meeting.launch, meeting.limit
+def run_rounds(rendezvous: Rendezvous, found: Findings, stage: str, rounds: Iterable[list[Test]], probe: Probe) -> bool:
+    """Runs the tests of each round at the same time and adds to rank 0's findings; False once a rank is lost, on all
+    ranks alike. Raises LostContact."""
+    launch, limit = rendezvous.launch, rendezvous.limit
     for n, tests in enumerate(rounds):
         name, started = f"{stage} {n}", time.monotonic()
         mine = [i for i, (_, ranks) in enumerate(tests) if launch.rank in ranks]
-        meeting.tell(name, {i: probe.run(f"{name} {i}", tests[i]) for i in mine})
+        rendezvous.send(name, {i: probe.run(f"{name} {i}", tests[i]) for i in mine})
         if launch.rank == 0:
-            told = meeting.collect(name, max(started + 3 * limit - time.monotonic(), 0) + SLACK)
+            told = rendezvous.gather(name, max(started + 3 * limit - time.monotonic(), 0) + SLACK)
             lost = [rank for rank in range(launch.size) if rank not in told]
             found.lost.update(dict.fromkeys(lost, describe_tests(tests)))
             for i, test in enumerate(tests):
                 found.results.append((test, {rank: told[rank][str(i)] for rank in test[1] if rank in told}))
-            meeting.announce(name, bool(lost))
-        over = meeting.hear(name, 3 * limit + 2 * SLACK)
+            rendezvous.broadcast(name, bool(lost))
+        over = rendezvous.receive(name, 3 * limit + 2 * SLACK)
         probe.close()
         if over:
             return False
     return True
 
 
-def finish(meeting: Meeting, status: int) -> int:
+def finish(rendezvous: Rendezvous, status: int) -> int:
     """Ends every rank with rank 0's exit status, and returns it. From here on a rank prints nothing when torchrun ends
-    it because another one has left. Raises Lost."""
-    meeting.process.exit_lock.acquire(blocking=False)
-    if meeting.launch.rank == 0:
-        meeting.announce("end", status)
-    status = meeting.hear("end", meeting.limit + SLACK)
-    meeting.tell("end", status)
-    if meeting.launch.rank == 0:
-        meeting.collect("end", SLACK)  # the others hear it as long as the store is there
+    it because another one has left. Raises LostContact."""
+    rendezvous.process.exit_lock.acquire(blocking=False)
+    if rendezvous.launch.rank == 0:
+        rendezvous.broadcast("end", status)
+    status = rendezvous.receive("end", rendezvous.limit + SLACK)
+    rendezvous.send("end", status)
+    if rendezvous.launch.rank == 0:
+        rendezvous.gather("end", SLACK)  # the others receive it as long as the store is there
     return status
 
 

@@ -23,7 +23,7 @@ CROSSING: dict[str, Callable[[int], float]] = {
 
 
 @dataclass(frozen=True)
-class Judge:
+class Thresholds:
     """What counts as slow."""
 
     share: float  # of the median of links of its kind, and of what is expected
@@ -89,7 +89,7 @@ def errors_by_rank(results: dict[int, dict[str, Any]]) -> dict[int, str]:
     return {rank: text for rank, text in errors.items() if text}
 
 
-def collectives(found: Findings, hosts: Sequence[Sequence[int]], judge: Judge) -> list[dict[str, Any]]:
+def collectives(found: Findings, hosts: Sequence[Sequence[int]], thresholds: Thresholds) -> list[dict[str, Any]]:
     """Each group's collectives: µs of the smallest size, GB/s of the largest by its slowest rank, or errors."""
     entries = []
     for (name, ranks), results in found.results:
@@ -107,13 +107,13 @@ def collectives(found: Findings, hosts: Sequence[Sequence[int]], judge: Judge) -
             entry["bytes"] = results[ranks[0]]["bytes"][-1]
             entry["seconds"] = seconds[-1]
             entry["gb_s"] = entry["bytes"] * CROSSING[what](len(ranks)) / seconds[-1] / 1e9
-        if kind in judge.expected and group != "gloo":
-            entry["expected_gb_s"] = judge.expected[kind]
+        if kind in thresholds.expected and group != "gloo":
+            entry["expected_gb_s"] = thresholds.expected[kind]
         entries.append(entry)
     return entries
 
 
-def report(found: Findings, judge: Judge, backend: str, size: int) -> dict[str, Any]:
+def report(found: Findings, thresholds: Thresholds, backend: str, size: int) -> dict[str, Any]:
     """All of it as plain data: "problems" are lines, "ok" says that there are none."""
     facts = found.facts
     hosts = network_facts.group_by_host(facts)
@@ -130,10 +130,10 @@ def report(found: Findings, judge: Judge, backend: str, size: int) -> dict[str, 
             said = dict.fromkeys(link["errors"].values())
             listening = ", ".join(f"rank {rank} at {gloo_of(facts, rank)}" for rank in (a, b))
             problems.append(f"{who(a)} ↔ {who(b)}: {'; '.join(said)} (gloo: {listening})")
-    for way, why in judge.slow_ways(all_links):
+    for way, why in thresholds.slow_ways(all_links):
         a, b = way["ranks"]
         problems.append(f"{who(a)} → {who(b)} is slow: {rate(way['gb_s'])}, {why}")
-    all_collectives = collectives(found, hosts, judge)
+    all_collectives = collectives(found, hosts, thresholds)
     for entry in all_collectives:
         what = f"{entry['collective']} of ranks {network_facts.spans(entry['ranks'])}"
         problems += [f"{what}: {who(int(rank))}: {text}" for rank, text in entry.get("errors", {}).items()]
@@ -147,8 +147,8 @@ def report(found: Findings, judge: Judge, backend: str, size: int) -> dict[str, 
             "ranks": size,
             "hosts": [{"name": names[ranks[0]], "ranks": list(ranks)} for ranks in hosts],
             "backend": backend,
-            "share": judge.share,
-            "expected_gb_s": judge.expected,
+            "share": thresholds.share,
+            "expected_gb_s": thresholds.expected,
         },
         "links": all_links,
         "slowest": slowest,

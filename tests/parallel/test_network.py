@@ -220,24 +220,24 @@ def links_of(*rates: tuple[float, float]) -> Findings:
 
 
 def test_a_slow_direction_is_named() -> None:
-    judge = network_report.Judge(0.5, {}, False)
+    thresholds = network_report.Thresholds(0.5, {}, False)
     found = links_of((10, 10), (10, 4.9), (9, 11))
-    assert judge.find_slow(found) == [("link", (0, 2))]
-    report = network_report.report(found, judge, "gloo", 5)
+    assert thresholds.find_slow(found) == [("link", (0, 2))]
+    report = network_report.report(found, thresholds, "gloo", 5)
     assert report["problems"] == [
         "rank 2 on h2 → rank 0 on h0 is slow: 4.9 GB/s, less than 50% of 10 GB/s, the median between hosts"
     ]
     assert report["slowest"]["between hosts"]["ranks"] == [2, 0]
     found.results += links_of((10, 10), (10, 9)).results[1:]
-    assert network_report.report(found, judge, "gloo", 5)["ok"], "it was not slow when it was tried again"
+    assert network_report.report(found, thresholds, "gloo", 5)["ok"], "it was not slow when it was tried again"
 
 
 def test_less_than_expected() -> None:
     found = links_of((10, 10), (10, 10))
     expected = {network_report.BETWEEN: 50.0}
-    shown = network_report.report(found, network_report.Judge(0.5, expected, False), "NCCL", 5)
+    shown = network_report.report(found, network_report.Thresholds(0.5, expected, False), "NCCL", 5)
     assert shown["ok"] and "links between hosts, 50 GB/s expected" in "\n".join(network_report.lines(shown))
-    report = network_report.report(found, network_report.Judge(0.5, expected, True), "NCCL", 5)
+    report = network_report.report(found, network_report.Thresholds(0.5, expected, True), "NCCL", 5)
     assert len(report["problems"]) == 4 and not report["ok"]
     assert report["problems"][0].endswith("is slow: 10 GB/s, less than 50% of the 50 GB/s expected between hosts")
 
@@ -251,7 +251,7 @@ def test_wrong_numbers_are_named() -> None:
             {0: {"error": "Connection closed"}, 1: {"wrong": "all_reduce gave wrong numbers"}},
         )
     )
-    problems = network_report.report(found, network_report.Judge(0.5, {}, False), "gloo", 5)["problems"]
+    problems = network_report.report(found, network_report.Thresholds(0.5, {}, False), "gloo", 5)["problems"]
     assert problems[0].startswith(
         "rank 0 on h0 ↔ rank 1 on h1: 16 bytes from rank 0 to rank 1 came changed (gloo: rank 0 at eth0"
     )
