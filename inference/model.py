@@ -26,11 +26,11 @@ from core.batch import Batch
 from core.config import ModelArgs
 from core.numerics import PLAIN, Gemm, Numerics
 from core.run_config import PAGE_SIZE
-from core.stages import Stage, whole
+from core.stages import Stage, single_stage
 from ops.backend import ReferenceBackend, choose_backend
 from ops.formats import Quantised, Routing, Scales, Weight, packed_latent_bytes
 from ops.reference_backend import plain_tokens
-from parallel.group import SOLO, Group, share_of, tree_sum
+from parallel.group import SOLO, Group, mlp_shard, tree_sum
 
 INNER_NORM_EPS = 1e-6  # of q_norm and kv_norm in the released code, whatever rms_norm_eps says
 
@@ -178,7 +178,8 @@ class MLA(nn.Module):
         return self.wqkv_a.fp8
 
     @property
-    def whole(self) -> tuple[str, ...]:
+    def replicated(self) -> tuple[str, ...]:
+        """The modules within that every rank has whole."""
         return ("wqkv_a", "q_norm", "kv_norm") if self.args.q_lora_rank else ("kv_norm",)
 
     def prepare(self) -> None:
@@ -210,7 +211,7 @@ class MLA(nn.Module):
 class MLP(nn.Module):
     """SwiGLU, its inner width split over the ranks: x (T, H) to this rank's partial sum (T, H)."""
 
-    whole = ()
+    replicated = ()
 
     def __init__(self, dim: int, inter_dim: int, num: Numerics, ep: Group, ops: ReferenceBackend, what: str):
         super().__init__()
@@ -285,13 +286,13 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """DeepSeekMoE (12): routed experts, and shared ones for every token. The result is this rank's partial sum."""
 
-    whole = ("gate",)
+    replicated = ("gate",)
 
     def __init__(self, args: ModelArgs, num: Numerics, ep: Group, ops: ReferenceBackend, tp: Group):
         super().__init__()
         self.gate = Gate(args, num.inside("gate"), ops)
         self.experts = Experts(args, num.inside("experts"), ep, ops)
-        self.shared_experts, self.shared_apart = None, num.mlps_in_lane
+        self.shared_experts, self.shared_in_lane = None, num.mlps_in_lane
         if args.n_shared_experts:
             sharers, width = tp if num.mlps_in_lane else ep, args.n_shared_experts * args.moe_inter_dim
             self.shared_experts = MLP(
@@ -306,14 +307,14 @@ class MoE(nn.Module):
         """What `forward` takes of tokens x (T, H): they themselves, and the router's choice. A Quantised x must have
         kept x itself, which the router takes."""
         routed = self.gate(plain_tokens(x))
-        if isinstance(x, Quantised) and (self.shared_experts is None or self.shared_apart or self.shared_experts.fp8):
+        if isinstance(x, Quantised) and (self.shared_experts is None or self.shared_in_lane or self.shared_experts.fp8):
             x = x._replace(x=None)
         return x, *routed
 
     def forward(self, x: torch.Tensor | Quantised, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """x (T, H), weights and ids (T, K) to (T, H)."""
         shared = None
-        if self.shared_experts is not None and not self.shared_apart:
+        if self.shared_experts is not None and not self.shared_in_lane:
             shared = partial(self.shared, x)
         return self.experts(x, weights, ids, shared)
 
@@ -340,11 +341,11 @@ def gather_inputs(dp: Group, lane_rows: tuple[int, ...], inputs: FeedForwardInpu
 
 
 class VirtualRanks(nn.ModuleList):
-    """A module of this rank, computed as the shares that several ranks would have, one after another (deterministic
-    mode). Each share has the shapes of that many ranks and rounds once; their sum is taken in float32, as one tree over
-    all shares of all ranks. Which rank computes a share then changes no bit.
+    """A module of this rank, computed as the shards that several ranks would have, one after another (deterministic
+    mode). Each shard has the shapes of that many ranks and rounds once; their sum is taken in float32, as one tree over
+    all shards of all ranks. Which rank computes a shard then changes no bit.
 
-    What a share does not split (`whole`) the shares have in common.
+    What is not split (`replicated`) the shards have in common.
     """
 
     @classmethod
@@ -353,11 +354,11 @@ class VirtualRanks(nn.ModuleList):
         if num.virtual_ranks == 1:
             return make(ranks)
         n = num.virtual_ranks // ranks.size
-        first, *others = shares = [make(Group(ranks.rank * n + i, num.virtual_ranks)) for i in range(n)]
-        for share in others:
-            for name in first.whole:
-                setattr(share, name, getattr(first, name))
-        return cls(shares)
+        first, *others = shards = [make(Group(ranks.rank * n + i, num.virtual_ranks)) for i in range(n)]
+        for shard in others:
+            for name in first.replicated:
+                setattr(shard, name, getattr(first, name))
+        return cls(shards)
 
     @property
     def fp8(self) -> Scales | None:
@@ -370,7 +371,7 @@ class VirtualRanks(nn.ModuleList):
 
     def forward(self, *inputs: Any) -> torch.Tensor:
         """This rank's partial sum (T, H), float32."""
-        return tree_sum(share(*inputs) for share in self)
+        return tree_sum(shard(*inputs) for shard in self)
 
 
 class Block(nn.Module):
@@ -392,8 +393,8 @@ class Block(nn.Module):
                 return MLP(args.dim, args.inter_dim, inner, ep, ops, "inter_dim")
             return MoE(args, inner, ep, ops, tp)
 
-        self.ffn = VirtualRanks.of(num, share_of(tp, self.dp), feed_forward)
-        self.shared_apart = num.mlps_in_lane and not dense and args.n_shared_experts > 0
+        self.ffn = VirtualRanks.of(num, mlp_shard(tp, self.dp), feed_forward)
+        self.shared_in_lane = num.mlps_in_lane and not dense and args.n_shared_experts > 0
 
     def forward(
         self,
@@ -411,7 +412,7 @@ class Block(nn.Module):
         y, x = self.ffn_norm.add(x, delta, self.ffn.fp8, keep=True)
         inputs = gather_inputs(self.dp, batch.lane_rows, self.ffn.inputs(y))
         own = self.dp.scatter_sum(self.ffn(*inputs), batch.lane_rows, len(x))
-        if self.shared_apart:
+        if self.shared_in_lane:
             own = own + self.ffn.shared(y)
         return x, self.tp.all_reduce(own).to(self.dtype)
 
@@ -437,7 +438,7 @@ class Transformer(nn.Module):
     """One rank's share of the model. Its weights are uninitialised: load them, then call `prepare`."""
 
     inv_freq: torch.Tensor
-    head_shares: list[Any]  # the head's rows as the backend multiplies by them, those of each virtual rank apart
+    head_shards: list[Any]  # the head's rows as the backend multiplies by them, those of each virtual rank apart
 
     def __init__(
         self,
@@ -457,7 +458,7 @@ class Transformer(nn.Module):
         Raises UserError if a size does not divide by the ranks.
         """
         super().__init__()
-        self.args, self.num, self.tp, self.dp, self.stage = args, num, tp, dp, stage or whole(args)
+        self.args, self.num, self.tp, self.dp, self.stage = args, num, tp, dp, stage or single_stage(args)
         self.device = torch.device(device)
         self.ops = ops = backend or choose_backend(self.device, num)
         n_mtp = args.n_mtp_layers if mtp is None else int(mtp)
@@ -487,9 +488,9 @@ class Transformer(nn.Module):
             if isinstance(module, Gate):
                 _replace(module, "weight", self.ops.pack_float32_weight(module.weight))
             elif self.stage.is_last and module is self.head:
-                shares = module.weight.chunk(max(self.num.virtual_ranks // self.tp.size, 1))
-                self.head_shares = [self.ops.pack_float32_weight(share) for share in shares]
-                if self.head_shares[0] is not shares[0]:
+                shards = module.weight.chunk(max(self.num.virtual_ranks // self.tp.size, 1))
+                self.head_shards = [self.ops.pack_float32_weight(shard) for shard in shards]
+                if self.head_shards[0] is not shards[0]:
                     del module.weight
             elif isinstance(module, Linear):
                 module.prepare()
@@ -540,8 +541,8 @@ class Transformer(nn.Module):
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states (rows, H) to logits (rows, V) float32, on every rank of the lane."""
-        shares = [self.ops.project_float32(hidden, share) for share in self.head_shares]
-        return self.tp.all_gather(torch.cat(shares, dim=-1) if len(shares) > 1 else shares[0])
+        parts = [self.ops.project_float32(hidden, shard) for shard in self.head_shards]
+        return self.tp.all_gather(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
 
     def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (T, R/2) float32 of the rotary embedding at positions (T,)."""

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint.directory import Checkpoint
-from checkpoint.partition import Partition, Ranges, holder
+from checkpoint.partition import Partition, Ranges, file_rank
 from checkpoint.reading import Entry, Reader, dtype_and_shape, require_equal
 from checkpoint.table import PLAIN, Spec, quantised_rows, scale_name, zero_name
 from core import devices
@@ -21,7 +21,7 @@ from core.numerics import Form, Numerics
 from core.stages import Stage
 from ops import reference
 
-NUMBERED = re.compile(r"\.(attn|ffn)\.(\d+)\.")  # a share of several in one rank: see model.VirtualRanks
+NUMBERED = re.compile(r"\.(attn|ffn)\.(\d+)\.")  # a shard of several in one rank: see model.VirtualRanks
 
 
 @dataclass
@@ -94,13 +94,13 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint) -> list[TensorCopy]:
     copies: list[TensorCopy] = []
     used: set[str] = set()
     for parameter, target in parameters.items():
-        of, number = _share(parameter, partition, rank, virtual)
+        of, number = _shard_of(parameter, partition, rank, virtual)
         for name, rows in _disk_names(model, parameter, target, of.held_experts(number)):
             if (spec := expected.get(name)) is None:
                 raise UserError(f"{checkpoint.path}: nothing there for the model's {parameter}")
             cut, source = of.cut(spec, number), own
             if checkpoint.kind != "hf" and spec.split is not None:
-                source = holder(spec, of, number, files)
+                source = file_rank(spec, of, number, files)
                 if cut is not None and (held := files.cut(spec, source)) is not None:  # the part of the file's part
                     cut = tuple((a - first, b - first) for (a, b), (first, _) in zip(cut, held, strict=True))
             if name not in (found := tensors(source)):
@@ -117,12 +117,12 @@ def plan_load(model: nn.Module, checkpoint: Checkpoint) -> list[TensorCopy]:
     return copies
 
 
-def _share(parameter: str, partition: Partition, rank: int, virtual: Partition) -> tuple[Partition, int]:
+def _shard_of(parameter: str, partition: Partition, rank: int, virtual: Partition) -> tuple[Partition, int]:
     """The partition of whose parts a parameter is one, and which: this rank's, or a virtual rank's (model.VirtualRanks)
     where its name has the number of one that this rank stands for."""
     if (found := NUMBERED.search(parameter)) is None:
         return partition, rank
-    of, number = (partition.ranks, partition.share(rank)) if found[1] == "ffn" else (partition.tp, rank % partition.tp)
+    of, number = (partition.ranks, partition.shard(rank)) if found[1] == "ffn" else (partition.tp, rank % partition.tp)
     return virtual, number * (virtual.ranks // of) + int(found[2])
 
 

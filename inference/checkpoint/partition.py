@@ -78,9 +78,9 @@ class Partition:
         """The ranks of one lane."""
         return self.ranks // self.lanes
 
-    def share(self, rank: int) -> int:
-        """The number of the share of MLPs and experts that a rank holds. Ranks of one number in their lanes, which
-        exchange tokens, hold neighbouring shares."""
+    def shard(self, rank: int) -> int:
+        """The number of the shard of MLPs and experts that a rank holds. Ranks of one number in their lanes, which
+        exchange tokens, hold neighbouring shards."""
         lane, number = divmod(rank, self.tp)
         return number * self.lanes + lane
 
@@ -88,13 +88,13 @@ class Partition:
         """The numbers of the routed experts that a rank holds, whole or a slice of each."""
         if self.experts == "split":
             return range(self.args.n_routed_experts)
-        each, share = self.args.n_routed_experts // self.ranks, self.share(rank)
-        return range(share * each, (share + 1) * each)
+        each, shard = self.args.n_routed_experts // self.ranks, self.shard(rank)
+        return range(shard * each, (shard + 1) * each)
 
-    def _place(self, spec: Spec, rank: int) -> tuple[int, int]:
+    def _shard_of(self, spec: Spec, rank: int) -> tuple[int, int]:
         """Which of how many equal parts of a tensor a rank holds, if it is split."""
         if spec.inner and not (self.mlps_in_lane and spec.expert is None):
-            return self.share(rank), self.ranks
+            return self.shard(rank), self.ranks
         return rank % self.tp, self.tp
 
     def cut(self, spec: Spec, rank: int) -> Ranges | None:
@@ -102,17 +102,17 @@ class Partition:
         if spec.expert is not None and spec.expert not in self.held_experts(rank):
             return None
         split = spec.split if spec.expert is None or self.experts == "split" else None
-        part, parts = self._place(spec, rank)
+        part, parts = self._shard_of(spec, rank)
         return tuple(
             (part * (n // parts), (part + 1) * (n // parts)) if d == split else (0, n) for d, n in enumerate(spec.shape)
         )
 
 
-def holder(spec: Spec, of: Partition, part: int, files: Partition) -> int:
+def file_rank(spec: Spec, of: Partition, part: int, files: Partition) -> int:
     """The rank of `files` whose part of a tensor has in it part number `part` of `of`, which is no coarser."""
     if files.experts == "whole" and spec.expert is not None:
         return spec.expert // (files.args.n_routed_experts // files.ranks)
-    number, parts = of._place(spec, part)
+    number, parts = of._shard_of(spec, part)
     return number * files.ranks // parts
 
 

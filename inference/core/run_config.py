@@ -105,8 +105,8 @@ class RunConfig:
         return max(self.max_num_batched_tokens, self.max_num_seqs * (1 + self.mtp))
 
     @property
-    def sequences_of_turn(self) -> int:
-        """The most sequences of one of a pipeline's turns, which are as many as its stages."""
+    def seqs_per_microbatch(self) -> int:
+        """The most sequences of one microbatch of a pipeline, which has as many of them as stages."""
         return -(-self.max_num_seqs // self.pp)
 
     @property

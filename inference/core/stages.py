@@ -26,7 +26,7 @@ class Stage(NamedTuple):
         return self.is_last
 
 
-def whole(args: ModelArgs) -> Stage:
+def single_stage(args: ModelArgs) -> Stage:
     """The only stage of a model that is not divided."""
     return Stage(range(args.n_layers))
 

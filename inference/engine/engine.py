@@ -20,14 +20,14 @@ from core.sampling_params import SamplingParams
 from engine import setup
 from engine.exchange import STOP, unpack
 from engine.graphs import Capture, cuda_capture, records
-from engine.lanes import Dispatcher, LaneState, add_stats, make_request, repeat_reports
+from engine.lanes import Dispatcher, LaneState, add_stats, apply_reports, decode_request
+from engine.microbatches import Microbatches
 from engine.registry import RequestRegistry
 from engine.request import Prompt, Request, encode
 from engine.runner import ModelRunner
 from engine.sampler import Sampled, Sampler
 from engine.scheduler import Chunk, Scheduler, Sequence
 from engine.stats import Stats
-from engine.turns import Turns
 from model import Transformer
 from parallel.group import SOLO, Group
 from text.tokenizer import Tokenizer
@@ -72,20 +72,20 @@ class Engine:
         assert run.n_pages is not None and run.max_model_len is not None
         self.mtp, self.max_model_len = run.mtp, run.max_model_len
         no_states = torch.empty(0, model.args.dim, dtype=model.num.dtype, device=model.device)
-        self.turns = Turns(run, pp, no_states)
-        self.runner = ModelRunner(model, self.turns.of_turn, capture, progress and self.world.rank == 0)
+        self.microbatches = Microbatches(run, pp, no_states)
+        self.runner = ModelRunner(model, self.microbatches.config, capture, progress and self.world.rank == 0)
         self._stats = Stats(drafted=[0] * run.mtp, accepted=[0] * run.mtp)
         self._others: list[LaneState] = []  # rank 0: of the other lanes, after the last step
         self.default_params = SamplingParams()  # of requests that bring none
         self.closed = False
         self._next_id = 0
         self._sequences: dict[int, Sequence] = {}  # every rank: the unfinished ones, by id
-        lanes = max(self.dp.size, run.pp)  # a pipeline's turns are lanes in time
-        dispatcher = Dispatcher(lanes, run.sequences_of_turn) if lanes > 1 and self.world.rank == 0 else None
-        self.registry = RequestRegistry(dispatcher, others_keep=self.dp.size > 1)
-        hear = self.world if run.pp > 1 else self.tp
-        self.sampler = Sampler(hear, tokenizer, self.registry.live, self._stats, run.mtp, self.cancel)
-        self._leaving: list[int] = []  # cancelled sequences whose turn has not come
+        places = self.dp.size * run.pp
+        dispatcher = Dispatcher(places, run.seqs_per_microbatch) if places > 1 and self.world.rank == 0 else None
+        self.registry = RequestRegistry(dispatcher, lanes=self.dp.size)
+        followers = self.world if run.pp > 1 else self.tp  # hear what is sampled
+        self.sampler = Sampler(followers, tokenizer, self.registry.live, self._stats, run.mtp, self.cancel)
+        self._leaving: list[int] = []  # cancelled sequences of other microbatches than the next
 
     @classmethod
     def from_pretrained(
@@ -167,18 +167,18 @@ class Engine:
 
     @property
     def scheduler(self) -> Scheduler:
-        """That of the first turn, the only one without a pipeline."""
-        return self.turns.schedulers[0]
+        """That of the first microbatch, the only one without a pipeline."""
+        return self.microbatches.schedulers[0]
 
     @property
     def max_num_seqs(self) -> int:
-        """Sequences that all lanes, or all turns of a pipeline, together answer at a time."""
-        return self.dp.size * self.run.pp * self.run.sequences_of_turn
+        """Sequences that all lanes, or all microbatches of a pipeline, together answer at a time."""
+        return self.dp.size * self.run.pp * self.run.seqs_per_microbatch
 
     @property
     def lane_states(self) -> list[LaneState]:
         """Rank 0: what each lane had done, and had to do, after the last step."""
-        return [LaneState.of(self.turns.schedulers, self._stats), *self._others]
+        return [LaneState.of(self.microbatches.schedulers, self._stats), *self._others]
 
     @property
     def stats(self) -> Stats:
@@ -206,7 +206,7 @@ class Engine:
             if isinstance(e, GeneratorExit) or self.world.size == 1:  # after a failure other ranks are in another step
                 for r in requests:
                     self.cancel(r)
-                for _ in range(self.run.pp):  # until each turn has come
+                for _ in range(self.run.pp):  # until each microbatch has been scheduled
                     self.step()
             raise
 
@@ -228,7 +228,7 @@ class Engine:
         advanced = self._exchange()
         if self.closed:
             return []
-        chunks, hidden, busy = self.turns.run(self.runner)
+        chunks, hidden, busy = self.microbatches.run(self.runner)
         if not busy:
             self.world.heartbeat()
             return advanced + self._share_reports([])  # a lane may just have lost its last sequence
@@ -236,7 +236,7 @@ class Engine:
         changed = self._commit(chunks, hidden, sampled)
         advanced += [request for _, request in changed]
         self._stats.steps += 1
-        self._stats.preemptions = self.turns.preemptions
+        self._stats.preemptions = self.microbatches.preemptions
         self._stats.seconds += time.perf_counter() - began
         return advanced + self._share_reports(changed)
 
@@ -260,16 +260,16 @@ class Engine:
         """Appends the tokens, drafts the next ones, and finishes what has its last token; returns on a lane's first
         rank the requests that sampled, each with its sequence."""
         for chunk in chunks:
-            self.turns.commit(chunk, sampled[chunk][0] if chunk in sampled else [])
+            self.microbatches.commit(chunk, sampled[chunk][0] if chunk in sampled else [])
         if self.mtp and (hidden is not None or not self.model.stage.is_last):
             continuing = [chunk.sequence for chunk, (_, finish) in sampled.items() if finish is None]
-            states = self.turns.no_states if hidden is None else hidden
+            states = self.microbatches.no_states if hidden is None else hidden
             self.runner.draft(chunks, states, continuing, self.sampler.propose)
         advanced = []
         for chunk, (_, finish) in sampled.items():
             id = chunk.sequence.id
             if finish is not None:
-                self.turns.remove(self._sequences.pop(id))
+                self.microbatches.remove(self._sequences.pop(id))
             if (request := self.registry.live.get(id)) is not None:
                 advanced.append((id, request))
                 if finish is not None:
@@ -281,10 +281,10 @@ class Engine:
         if self.dp.size == 1 or self.tp.rank > 0:
             return []
         if self.world.rank > 0:
-            self.dp.gather_bytes(self.registry.report(changed, LaneState.of(self.turns.schedulers, self._stats)))
+            self.dp.gather_bytes(self.registry.report(changed, LaneState.of(self.microbatches.schedulers, self._stats)))
             return []
         reports = self.dp.gather_bytes(b"")[1:]
-        self._others, advanced = repeat_reports(reports, self.registry.live, self.registry.finish, self.cancel)
+        self._others, advanced = apply_reports(reports, self.registry.live, self.registry.finish, self.cancel)
         return advanced
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -312,26 +312,26 @@ class Engine:
             return []
         cancelled, arrivals = unpack(said)
         self._leaving += cancelled
-        gone = self._let_go()
+        gone = self._remove_cancelled()
         for a in arrivals:
-            if self.run.pp > 1 or a.lane == self.dp.rank:
-                turn = a.lane if self.run.pp > 1 else 0
-                sequence = Sequence(a.id, a.prompt, a.capacity, len(a.prompt), no_prefix_reuse=a.scored, turn=turn)
+            microbatch, lane = divmod(a.place, self.dp.size)
+            if lane == self.dp.rank:
+                sequence = Sequence(a.id, a.prompt, a.capacity, len(a.prompt), a.scored, microbatch=microbatch)
                 self._sequences[a.id] = sequence
-                self.turns.add(sequence)
-                if self.tp.rank == 0 and self.world.rank > 0 and self.run.pp == 1:
-                    self.registry.keep(a.id, make_request(a.about, list(a.prompt), self.tokenizer))
+                self.microbatches.add(sequence)
+                if lane > 0 and self.tp.rank == 0:
+                    self.registry.keep(a.id, decode_request(a.about, list(a.prompt), self.tokenizer))
         return gone
 
-    def _let_go(self) -> list[Request]:
-        """Removes the cancelled sequences whose turn it is: their last step is done. Returns their requests."""
+    def _remove_cancelled(self) -> list[Request]:
+        """Removes the cancelled sequences of the next microbatch, which no stage is running; returns their requests."""
         gone, later = [], []
         for id in self._leaving:
-            if id in self._sequences and self._sequences[id].turn != self.turns.next:
+            if id in self._sequences and self._sequences[id].microbatch != self.microbatches.next:
                 later.append(id)
                 continue
             if id in self._sequences:
-                self.turns.remove(self._sequences.pop(id))
+                self.microbatches.remove(self._sequences.pop(id))
             if (request := self.registry.live.get(id)) is not None:
                 request.begin_step()
                 self.registry.finish(request, "cancelled")

@@ -11,7 +11,7 @@ class Arrival(NamedTuple):
     """A new sequence."""
 
     id: int
-    lane: int  # the data-parallel lane, or the turn of a pipeline, that it is for
+    place: int  # the number of its lane and of its microbatch there: lane + lanes * microbatch
     capacity: int  # the most tokens it may have, prompt and answer
     scored: bool  # the log-probabilities of its prompt are asked for
     prompt: list[int]
@@ -24,7 +24,7 @@ def pack(cancelled: Sequence[int], arrivals: Sequence[Arrival]) -> list[int]:
         return []
     message = [len(cancelled), *cancelled]
     for a in arrivals:
-        message += [a.id, a.lane, a.capacity, int(a.scored), len(a.prompt), *a.prompt, len(a.about), *a.about]
+        message += [a.id, a.place, a.capacity, int(a.scored), len(a.prompt), *a.prompt, len(a.about), *a.about]
     return message
 
 
@@ -36,7 +36,7 @@ def unpack(message: Sequence[int]) -> tuple[list[int], list[Arrival]]:
     cancelled = list(islice(words, next(words)))
     arrivals = []
     for id in words:
-        lane, capacity, scored, n = islice(words, 4)
+        place, capacity, scored, n = islice(words, 4)
         prompt = list(islice(words, n))
-        arrivals.append(Arrival(id, lane, capacity, bool(scored), prompt, bytes(islice(words, next(words)))))
+        arrivals.append(Arrival(id, place, capacity, bool(scored), prompt, bytes(islice(words, next(words)))))
     return cancelled, arrivals

@@ -74,7 +74,7 @@ class LaneState:
 
     @classmethod
     def of(cls, schedulers: Sequence[Scheduler], stats: Stats) -> "LaneState":
-        """Of a lane with one scheduler, or one for each turn of a pipeline."""
+        """Of a lane with one scheduler, or in a pipeline one for each microbatch."""
         free = sum(s.pool.n_available for s in schedulers) / sum(s.pool.n_pages for s in schedulers)
         running, waiting = sum(len(s.running) for s in schedulers), sum(len(s.waiting) for s in schedulers)
         return cls(running, waiting, 1 - free, stats.copy())
@@ -85,15 +85,15 @@ class LaneState:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def describe_request(request: Request) -> bytes:
+def encode_request(request: Request) -> bytes:
     """What a lane's first rank must know of a request beside its prompt."""
     params = asdict(request.params)
     about = {"id": request.id, "choice": request.choice, "thinking": request.opens_thinking, "params": params}
     return json.dumps(about).encode()
 
 
-def make_request(about: bytes, prompt: list[int], tokenizer: Tokenizer | None) -> Request:
-    """The request that `describe_request` was about, for the first rank of its lane."""
+def decode_request(about: bytes, prompt: list[int], tokenizer: Tokenizer | None) -> Request:
+    """The request that `encode_request` was about, for the first rank of its lane."""
     said = json.loads(about)
     params: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in said["params"].items()
@@ -109,7 +109,7 @@ def make_request(about: bytes, prompt: list[int], tokenizer: Tokenizer | None) -
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class News(NamedTuple):
+class RequestUpdate(NamedTuple):
     """What a step did to a request of a lane. One with an error that is not finished must be cancelled."""
 
     sequence: int
@@ -120,7 +120,7 @@ class News(NamedTuple):
     error: str | None
 
     @classmethod
-    def of(cls, sequence: int, request: Request) -> "News":
+    def of(cls, sequence: int, request: Request) -> "RequestUpdate":
         scored, request.prompt_logprobs = request.prompt_logprobs, []  # from here on they are rank 0's to keep
         tokens = [(token, drafted, logprob and asdict(logprob)) for token, drafted, logprob in request.step_tokens]
         return cls(
@@ -128,7 +128,7 @@ class News(NamedTuple):
             request.error,
         )  # fmt: skip
 
-    def repeat(self, request: Request) -> None:
+    def apply(self, request: Request) -> None:
         """Does to rank 0's request what the step did to the lane's."""
         request.begin_step()
         request.n_reused, request.error = self.n_reused, request.error or self.error
@@ -139,10 +139,10 @@ class News(NamedTuple):
 
 def report(changed: Iterable[tuple[int, Request]], state: LaneState) -> bytes:
     """What a step did to a lane's requests, each with its sequence."""
-    return json.dumps({"news": [News.of(*one) for one in changed], "state": asdict(state)}).encode()
+    return json.dumps({"updates": [RequestUpdate.of(*one) for one in changed], "state": asdict(state)}).encode()
 
 
-def repeat_reports(
+def apply_reports(
     reports: Iterable[bytes],
     requests: Mapping[int, Request],
     finish: Callable[[Request, FinishReason], object],
@@ -153,12 +153,12 @@ def repeat_reports(
     states, changed = [], []
     for said in map(json.loads, reports):
         states.append(LaneState(**said["state"] | {"stats": Stats(**said["state"]["stats"])}))
-        for news in (News(*one) for one in said["news"]):
-            if (request := requests.get(news.sequence)) is None:
+        for update in (RequestUpdate(*one) for one in said["updates"]):
+            if (request := requests.get(update.sequence)) is None:
                 continue
-            isolate_request_errors(request, partial(news.repeat, request))
-            if news.finish is not None:
-                finish(request, news.finish)
+            isolate_request_errors(request, partial(update.apply, request))
+            if update.finish is not None:
+                finish(request, update.finish)
             elif request.error is not None:
                 cancel(request)
             changed.append(request)

@@ -17,7 +17,7 @@ from checkpoint.table import Spec, expected_tensors, module_of, quantised_rows
 from core.config import BLOCK_SIZE, ModelArgs
 from core.numerics import FLOAT32, PLAIN, Form, Numerics
 from core.run_config import PAGE_SIZE, ExpertLayout
-from core.stages import Stage, whole
+from core.stages import Stage, single_stage
 from ops import formats
 from ops.cpu import kernels as kernel_cpu
 
@@ -138,25 +138,25 @@ def weight_bytes(rank: RankSpec) -> dict[tuple[bool, str], int]:
     form is filled up to whole panels.
     """
     found: Counter[tuple[bool, str]] = Counter()
-    share = rank  # whose parts lie apart in memory: a virtual rank's in the deterministic mode
+    shard = rank  # whose parts lie apart in memory: a virtual rank's in the deterministic mode
     if rank.num.virtual_ranks > 1:
-        share = replace(rank, ranks=rank.num.virtual_ranks, lanes=1)
+        shard = replace(rank, ranks=rank.num.virtual_ranks, lanes=1)
     rows, within = rank.quantised_rows, rank.num.mlps_in_lane
-    partition = Partition(rank.args, share.ranks, rank.experts, rows, lanes=share.lanes, mlps_in_lane=within)
+    partition = Partition(rank.args, shard.ranks, rank.experts, rows, lanes=shard.lanes, mlps_in_lane=within)
     for kind, n in rank.kinds.items():
         cut = partition.cut(kind.spec, 0)  # the ranks' parts are equal
         if cut is None:
             continue
-        if share is not rank and (kind.spec.inner or kind.spec.expert is not None):
-            n *= share.ranks // rank.ranks
-        elif share is not rank and (kind.spec.split is not None or _beside_queries(kind.leaf, rank.args)):
-            n *= share.ranks // rank.tp
-        found[kind.mtp, kind.part] += n * _held_bytes(kind, tuple(b - a for a, b in cut), share)
+        if shard is not rank and (kind.spec.inner or kind.spec.expert is not None):
+            n *= shard.ranks // rank.ranks
+        elif shard is not rank and (kind.spec.split is not None or _beside_queries(kind.leaf, rank.args)):
+            n *= shard.ranks // rank.tp
+        found[kind.mtp, kind.part] += n * _held_bytes(kind, tuple(b - a for a, b in cut), shard)
     return dict(found)
 
 
 def _beside_queries(leaf: str, args: ModelArgs) -> bool:
-    """Whether a tensor that is not split is stacked with the queries, which are, and so is in each share of these."""
+    """Whether a tensor that is not split is stacked with the queries, which are, and so is in each shard of these."""
     return leaf == "wkv_a.weight" and not args.q_lora_rank
 
 
@@ -239,7 +239,7 @@ def latent_bytes(rank: RankSpec, mtp: bool | None = None) -> int:
     width = args.latent_dim * num.dtype.itemsize
     if num.fp8_latents:
         width = formats.packed_latent_bytes(args.kv_lora_rank, args.qk_rope_head_dim)
-    stage = rank.stage or whole(args)
+    stage = rank.stage or single_stage(args)
     modules = args.n_mtp_layers if rank.mtp and stage.is_last else 0
     layers = (len(stage.layers) if mtp is not True else 0) + (modules if mtp is not False else 0)
     return layers * width

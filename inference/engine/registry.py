@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from engine.exchange import Arrival, pack
-from engine.lanes import Dispatcher, LaneState, describe_request, report
+from engine.lanes import Dispatcher, LaneState, encode_request, report
 from engine.request import FinishReason, Request
 from engine.sampler import isolate_request_errors
 
@@ -11,11 +11,11 @@ from engine.sampler import isolate_request_errors
 class RequestRegistry:
     """Rank 0's are all that its callers wait for; those of another lane's first rank are the lane's."""
 
-    def __init__(self, dispatcher: Dispatcher | None, others_keep: bool):
-        """`dispatcher`: rank 0's, where there are several lanes or turns; `others_keep`: other ranks keep requests."""
+    def __init__(self, dispatcher: Dispatcher | None, lanes: int):
+        """`dispatcher`: rank 0's, where there are several lanes or microbatches."""
         self.live: dict[int, Request] = {}  # by sequence
         self.sequence_of: dict[Request, int] = {}
-        self.dispatcher, self._others_keep = dispatcher, others_keep
+        self.dispatcher, self._lanes = dispatcher, lanes
         self._next = 0
         self._new: list[tuple[int, int]] = []  # sequences that no rank knows yet, and their capacities
         self._cancelled: list[int] = []
@@ -51,14 +51,14 @@ class RequestRegistry:
         return pack(cancelled, new)
 
     def _arrival(self, sequence: int, capacity: int) -> Arrival:
-        request, lane = self.live[sequence], self.dispatcher.lane_of(sequence) if self.dispatcher else 0
-        about = describe_request(request) if lane and self._others_keep else b""
+        request, place = self.live[sequence], self.dispatcher.lane_of(sequence) if self.dispatcher else 0
+        about = encode_request(request) if place % self._lanes else b""
         scored = request.params.prompt_logprobs is not None
-        return Arrival(sequence, lane, capacity, scored, request.prompt, about)
+        return Arrival(sequence, place, capacity, scored, request.prompt, about)
 
     def report(self, changed: Iterable[tuple[int, Request]], state: LaneState) -> bytes:
         """Another lane's first rank: what rank 0 must hear after a step that changed these, each with its sequence."""
-        told = dict(changed)  # a request that failed after it sampled is in it already
-        told |= {sequence: self.live[sequence] for sequence in self._cancelled if sequence in self.live}
+        updated = dict(changed)  # a request that failed after it sampled is in it already
+        updated |= {sequence: self.live[sequence] for sequence in self._cancelled if sequence in self.live}
         self._cancelled = []
-        return report(told.items(), state)
+        return report(updated.items(), state)

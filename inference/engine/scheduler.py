@@ -25,7 +25,7 @@ class Sequence:
     n_registered: int = 0  # of its pages, how many the pool knows by digest
     digests: list[bytes] = field(default_factory=list)  # of its full pages
     drafts: list[int] = field(default_factory=list)  # proposed tokens, to be verified in the next step
-    turn: int = 0  # of a pipeline's turns, the one in whose steps it runs
+    microbatch: int = 0  # the number of its microbatch, in a pipeline
 
     @property
     def n_tokens(self) -> int:

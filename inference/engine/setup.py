@@ -22,7 +22,7 @@ from core.errors import UserError, warn
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, RunConfig
 from core.sampling_params import SamplingParams, params_from_generation_config
-from core.stages import Stage, divide, whole
+from core.stages import Stage, divide, single_stage
 from engine import host_memory, memory, rank_memory
 from engine.choose_numerics import choose_numerics, choose_virtual_ranks, describe_rounding
 from model import Transformer
@@ -168,7 +168,7 @@ def _rank_on(
     """A rank with the forms of weights and ops that its device has."""
     reference = bool(why_reference(device))
     gpu = device.type == "cuda" and not reference
-    part = None if stage in (None, whole(args)) else stage
+    part = None if stage in (None, single_stage(args)) else stage
     return rank_memory.RankSpec(args, num, ranks, gpu, mtp, reference, lanes=lanes, stage=part)
 
 
@@ -223,7 +223,7 @@ def check_start(rank: rank_memory.RankSpec, device: torch.device, run: RunConfig
 def size_cache(run: RunConfig, model: Transformer, recorded: bool, pp: Group = SOLO) -> RunConfig:
     """`run` with n_pages and max_model_len filled in, the same on all ranks: as asked, else as this memory holds, at
     most max_num_seqs sequences of full length. `recorded`: decode steps are recorded; `pp`: the ranks with this one's
-    place in other stages, of whose turns each has an equal share of the pages. Raises UserError."""
+    place in other stages; each microbatch gets as many pages. Raises UserError."""
     shrink = run.max_model_len is None
     has_mtp = len(model.mtp) > 0 or not model.stage.is_last  # the last stage knows
     run = check_limits(run, model.args, has_mtp)
@@ -233,7 +233,7 @@ def size_cache(run: RunConfig, model: Transformer, recorded: bool, pp: Group = S
             free, as_run = free_memory(model.device), replace(run, eager=not recorded)
             assert free is not None, "check_start refuses a device that does not say"
             fit = memory.pages_that_fit(rank_of(model), as_run, free, shrink=shrink)
-            fit = min(fit, run.sequences_of_turn * run.pp * run.pages_per_sequence)
+            fit = min(fit, run.seqs_per_microbatch * run.pp * run.pages_per_sequence)
         else:
             fit = int(run.kv_cache_gib * 2**30) // model.page_bytes
         n_pages = pp.min_int(model.dp.min_int(model.tp.min_int(fit)))

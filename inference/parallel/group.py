@@ -124,7 +124,7 @@ class Group:
         total = tree_sum(parts.to(x.device).view(self.size, mine, *x.shape[1:])).to(x.dtype)
         return total if mine == n else torch.cat((total, total.new_zeros(n - mine, *x.shape[1:])))
 
-    def pass_on(self, x: torch.Tensor | None, n: int, like: torch.Tensor) -> torch.Tensor | None:
+    def send_receive(self, x: torch.Tensor | None, n: int, like: torch.Tensor) -> torch.Tensor | None:
         """Between the stages of a pipeline, whose last is rank 0: gives x (T, H) to the next stage and returns the n
         rows that the one before gives, in the dtype, width and device of `like`; None for no rows."""
         if self.size == 1:
@@ -259,10 +259,10 @@ class Group:
 SOLO = Group()
 
 
-def share_of(tp: Group, dp: Group) -> Group:
+def mlp_shard(tp: Group, dp: Group) -> Group:
     """This rank's place among the ranks of all lanes that share the MLPs and experts, for `rank` and `size` alone: it
-    has no collectives. The ranks of one `dp` group hold neighbouring shares, so that dp.scatter_sum and then
-    tp.all_reduce add all shares as one tree (tree_sum)."""
+    has no collectives. The ranks of one `dp` group hold neighbouring shards, so that dp.scatter_sum and then
+    tp.all_reduce add all shards as one tree (tree_sum)."""
     return Group(tp.rank * dp.size + dp.rank, tp.size * dp.size)
 
 

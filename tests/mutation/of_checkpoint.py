@@ -12,7 +12,7 @@ MUTANTS = (
      "return values / spread(scale)",
      "checkpoint/test_load.py::test_dequantised_while_loading", "weight_scale_inv taken for a reciprocal"),
     ("ranks-expert-files", "checkpoint/partition.py",
-     "return range(share * each, (share + 1) * each)",
+     "return range(shard * each, (shard + 1) * each)",
      "return range(each)",
      f"{SHARDS}[2-v3-whole]", "every rank loads the first experts"),
     ("ranks-row-for-column", "checkpoint/table.py",

@@ -264,7 +264,7 @@ def test_the_head_is_cut_as_for_virtual_ranks(tmp_path: Path) -> None:
     """Its product has one shape, whoever computes it: a quarter of the vocabulary."""
     path = random_checkpoint(tmp_path / "c", V3)
     for size, n in ((1, 4), (2, 2), (4, 1)):
-        work = partial(lambda tp, dp, world: ours(path, deterministic(torch.float32, None), tp).head_shares)
+        work = partial(lambda tp, dp, world: ours(path, deterministic(torch.float32, None), tp).head_shards)
         for shares in on_every_lane(1, size, work):
             assert [tuple(share.shape) for share in shares] == [(V3["vocab_size"] // 4, V3["hidden_size"])] * n
 

@@ -55,10 +55,10 @@ def answers(
             engine.close()
         else:
             engine.serve()
-        for scheduler in engine.turns.schedulers:
+        for scheduler in engine.microbatches.schedulers:
             scheduler.check_integrity()
             assert scheduler.pool.n_available == (run.n_pages or 0) // stages
-        assert not engine.registry.live and not engine._sequences and not any(engine.turns.in_flight) and not engine._leaving
+        assert not engine.registry.live and not engine._sequences and not any(engine.microbatches.in_flight) and not engine._leaving
         return found
 
     return on_every_stage(stages, size, work, ordered=num.batch_invariant)[0]
@@ -170,7 +170,7 @@ def test_recorded_steps(v3: Path) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_requests_that_come_and_go(v3: Path, seed: int) -> None:
     """Requests added, and some cancelled, at random moments, while pages run out: those that stay are answered as
-    alone, in turns that share nothing; nothing is lost."""
+    alone, in microbatches that share nothing; nothing is lost."""
     draw = random.Random(seed)
     prompts = questions(24, seed + 20, most=100)
     run = replace(RUN, n_pages=9, mtp=seed % 2, max_model_len=150)
@@ -185,7 +185,7 @@ def test_requests_that_come_and_go(v3: Path, seed: int) -> None:
             if requests and draw.random() < 0.3:
                 engine.cancel(draw.choice(requests))
             engine.step()
-            for scheduler in engine.turns.schedulers:
+            for scheduler in engine.microbatches.schedulers:
                 scheduler.check_integrity()
         return requests
 
@@ -196,7 +196,7 @@ def test_requests_that_come_and_go(v3: Path, seed: int) -> None:
 
 
 def test_a_call_that_is_left_in_the_middle(v3: Path) -> None:
-    """Leaving `stream` gives all turns' pages back, and the next call is answered."""
+    """Leaving `stream` gives all microbatches' pages back, and the next call is answered."""
 
     def use(engine: Engine) -> list[list[int]]:
         for i, _ in enumerate(engine.stream(questions(6), greedy(30))):

@@ -52,7 +52,7 @@ class ThreadGroup(Group):
         total = tree_sum(mine).to(x.dtype)
         return torch.cat((total, total.new_zeros(n - len(total), x.shape[1])))
 
-    def pass_on(self, x: torch.Tensor | None, n: int, like: torch.Tensor) -> torch.Tensor | None:
+    def send_receive(self, x: torch.Tensor | None, n: int, like: torch.Tensor) -> torch.Tensor | None:
         given = self.ranks.exchange(self.rank, None if x is None else x.clone())
         if self.rank == self.size - 1 or not n:
             return None
