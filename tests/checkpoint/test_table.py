@@ -162,7 +162,7 @@ def test_lanes_hold_every_byte_where_it_should_be(form, experts, lanes, tp):
     partition = Partition(args, world, experts, rows, lanes=lanes)
     assert partition.tp == tp
     shares = [t * lanes + lane for lane in range(lanes) for t in range(tp)]
-    assert [partition.share(rank) for rank in range(world)] == shares
+    assert [partition.shard(rank) for rank in range(world)] == shares
     mlps = 0
     for name, spec in expected_tensors(args, quantised).items():
         mlp = ".ffn." in name and "gate" not in name

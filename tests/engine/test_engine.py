@@ -29,6 +29,7 @@ from ops.cpu import kernels
 from ops.formats import Routing
 from parallel.group import Group
 from parallel.startup import choose_threads
+from support.engine_runs import Recorder
 from support.families import V3
 from support.model_pairs import hidden_states, ours, random_checkpoint, relative_error, theirs, tokens
 
@@ -532,23 +533,6 @@ def test_mtp_is_refused_where_there_is_none(tmp_path, monkeypatch):
 
 
 # --- recorded steps --------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Stands in for CUDA's capture: "replays" by running again what was recorded, on whatever its buffers then hold."""
-
-    def __init__(self):
-        self.recorded = self.replayed = 0
-
-    def __call__(self, run):
-        self.recorded += 1
-        run()  # as a capture would
-
-        def replay():
-            self.replayed += 1
-            return run()
-
-        return replay
 
 
 @pytest.mark.parametrize("mtp, temperature", [(0, 0.0), (1, 0.0), (3, 0.0), (2, 0.9)])

@@ -23,6 +23,7 @@ from engine.request import Request
 from engine.scheduler import Sequence
 from parallel.group import Group
 from support import processes as launch
+from support.engine_runs import VOCABULARY, Recorders, come_and_go, greedy, questions, sums
 from support.families import V3
 from support.http_server import GENEROUS, await_that, serving
 from support.model_pairs import ours, random_checkpoint, tokens
@@ -33,7 +34,6 @@ from text.tokenizer import Tokenizer
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
 LAYOUTS = [(2, 1), (4, 1), (2, 2), (1, 4)]
 RUN = RunConfig(n_pages=24, max_model_len=300, max_num_seqs=3, max_num_batched_tokens=64)
-VOCABULARY = V3["vocab_size"]
 
 
 def answers(
@@ -62,16 +62,6 @@ def answers(
         return found
 
     return on_every_lane(lanes, size, work, ordered=num.batch_invariant)[0]
-
-
-def questions(n: int, seed: int = 0, most: int = 150) -> list[list[int]]:
-    """Prompts of 1 to `most` tokens."""
-    draw = random.Random(seed)
-    return [tokens(draw.randint(1, most), VOCABULARY, seed * 1000 + i) for i in range(n)]
-
-
-def greedy(n: int = 12, **more: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, max_new_tokens=n, **more)
 
 
 @pytest.fixture(scope="module")
@@ -116,30 +106,15 @@ def test_answers_in_other_numerics(v3: Path, how: Numerics) -> None:
     assert [r.tokens for r in found] == [r.tokens for r in alone]
 
 
-class Recorder:
-    """Stands in for the capture of CUDA graphs: the same forward is run again, on what its inputs hold then."""
-
-    replayed = 0
-
-    def __call__(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        run()
-
-        def replay() -> torch.Tensor:
-            Recorder.replayed += 1
-            return run()
-
-        return replay
-
-
 @pytest.mark.parametrize("mtp", [0, 2])
 def test_recorded_steps(v3: Path, mtp: int) -> None:
     """All lanes replay a step, of the largest size that one of them needs, or none does; an idle one is all padding."""
     run = replace(RUN, mtp=mtp)
     alone = answers(v3, 1, 1, lambda engine: engine.generate(questions(5), greedy()), run)
-    Recorder.replayed = 0
-    found = answers(v3, 2, 1, lambda engine: engine.generate(questions(5), greedy()), run, capture=Recorder)
+    made = Recorders()
+    found = answers(v3, 2, 1, lambda engine: engine.generate(questions(5), greedy()), run, capture=made.make)
     assert [r.tokens for r in found] == [r.tokens for r in alone]
-    assert Recorder.replayed > 20
+    assert len(made) == 2 and made[0].replayed == made[1].replayed > 10
 
 
 def test_all_that_a_request_may_ask_for(tiny: Path) -> None:
@@ -323,19 +298,7 @@ def test_requests_that_come_and_go(v3: Path, seed: int) -> None:
     run = replace(RUN, n_pages=12, mtp=seed % 2)
     alone = {i: r.tokens for i, r in enumerate(answers(v3, 1, 1, lambda e: e.generate(prompts, greedy(10)), run))}
 
-    def use(engine: Engine) -> list[Request]:
-        waiting, requests = list(enumerate(prompts)), []
-        while waiting or engine.busy:
-            for _ in range(min(draw.choice((0, 0, 1, 4)), len(waiting))):
-                i, prompt = waiting.pop()
-                requests.append(engine.add(prompt, greedy(10), i))
-            if requests and draw.random() < 0.3:
-                engine.cancel(draw.choice(requests))
-            engine.step()
-            engine.scheduler.check_integrity()
-        return requests
-
-    found = answers(v3, 4, 1, use, run)
+    found = answers(v3, 4, 1, lambda engine: come_and_go(engine, prompts, draw), run)
     assert {r.finish_reason for r in found} == {"length", "cancelled"} and len(found) == 30
     assert all(r.tokens == alone[r.id] for r in found if r.finish_reason == "length")
     assert all(alone[r.id][: len(r.tokens)] == r.tokens for r in found)
@@ -377,7 +340,7 @@ def test_a_stream_that_is_left(v3: Path) -> None:
 
 def test_drafts_of_the_demo_are_accepted_in_each_lane() -> None:
     """Greedy answers of the demo with drafts are those without, and in each lane most drafts are accepted."""
-    prompts = [[{"role": "user", "content": f"What is {a} + {a + 281}?"}] for a in range(300, 360, 12)]
+    prompts = sums(5)
 
     def use(engine: Engine) -> tuple[list[list[int]], list[tuple[int, int]]]:
         found = [r.tokens for r in engine.generate(prompts, greedy(60))]

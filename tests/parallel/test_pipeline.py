@@ -14,7 +14,6 @@ from core.config import ModelArgs, load_config
 from core.errors import UserError
 from core.numerics import Numerics
 from core.run_config import RunConfig
-from core.sampling_params import SamplingParams
 from core.stages import Stage, balanced, divide, layer_costs
 from engine import rank_memory
 from engine.engine import Engine
@@ -22,8 +21,9 @@ from engine.rank_memory import RankSpec
 from engine.request import Request
 from model import Transformer
 from parallel.group import Group
+from support.engine_runs import Recorders, come_and_go, greedy, questions, sums
 from support.families import FAMILIES, V3
-from support.model_pairs import ours, random_checkpoint, tokens
+from support.model_pairs import ours, random_checkpoint
 from support.thread_ranks import on_every_stage
 from text.tokenizer import Tokenizer
 
@@ -31,7 +31,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
 LAYOUTS = [(2, 1), (2, 2), (3, 1)]  # stages, ranks of each
 RUN = RunConfig(n_pages=36, max_model_len=300, max_num_seqs=6, max_num_batched_tokens=64)
-VOCABULARY = V3["vocab_size"]
 
 
 def answers(
@@ -66,15 +65,6 @@ def answers(
 
 def load_args(path: Path) -> ModelArgs:
     return load_config(path / "config.json")
-
-
-def questions(n: int, seed: int = 0, most: int = 150) -> list[list[int]]:
-    draw = random.Random(seed)
-    return [tokens(draw.randint(1, most), VOCABULARY, seed * 1000 + i) for i in range(n)]
-
-
-def greedy(n: int = 12, **more: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, max_new_tokens=n, **more)
 
 
 @pytest.fixture(scope="module")
@@ -141,30 +131,15 @@ def test_answers_in_other_numerics(v3: Path, how: Numerics) -> None:
     assert answers(v3, 3, 1, use, num=how) == answers(v3, 1, 1, use, num=how)
 
 
-class Recorder:
-    """Stands in for the capture of CUDA graphs: the same forward is run again, on what its inputs hold then."""
-
-    replayed = 0
-
-    def __call__(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        run()
-
-        def replay() -> torch.Tensor:
-            Recorder.replayed += 1
-            return run()
-
-        return replay
-
-
 def test_recorded_steps(v3: Path) -> None:
     """Each stage replays its layers on what the one before made."""
     run = replace(RUN, mtp=1)
     alone = answers(v3, 1, 1, lambda engine: [r.tokens for r in engine.generate(questions(5), greedy())], run)
-    Recorder.replayed = 0
+    made = Recorders()
     found = answers(
-        v3, 2, 1, lambda engine: [r.tokens for r in engine.generate(questions(5), greedy())], run, capture=Recorder
+        v3, 2, 1, lambda engine: [r.tokens for r in engine.generate(questions(5), greedy())], run, capture=made.make
     )
-    assert found == alone and Recorder.replayed > 20
+    assert found == alone and len(made) == 2 and all(recorder.replayed > 10 for recorder in made)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -176,20 +151,7 @@ def test_requests_that_come_and_go(v3: Path, seed: int) -> None:
     run = replace(RUN, n_pages=9, mtp=seed % 2, max_model_len=150)
     alone = {i: r.tokens for i, r in enumerate(answers(v3, 1, 1, lambda e: e.generate(prompts, greedy(10)), run))}
 
-    def use(engine: Engine) -> list[Request]:
-        waiting, requests = list(enumerate(prompts)), []
-        while waiting or engine.busy:
-            for _ in range(min(draw.choice((0, 0, 1, 4)), len(waiting))):
-                i, prompt = waiting.pop()
-                requests.append(engine.add(prompt, greedy(10), i))
-            if requests and draw.random() < 0.3:
-                engine.cancel(draw.choice(requests))
-            engine.step()
-            for scheduler in engine.microbatches.schedulers:
-                scheduler.check_integrity()
-        return requests
-
-    found = answers(v3, 3, 1, use, run)
+    found = answers(v3, 3, 1, lambda engine: come_and_go(engine, prompts, draw), run)
     assert {r.finish_reason for r in found} == {"length", "cancelled"} and len(found) == 24
     assert all(r.tokens == alone[r.id] for r in found if r.finish_reason == "length")
     assert all(alone[r.id][: len(r.tokens)] == r.tokens for r in found)
@@ -266,7 +228,7 @@ def test_runs_that_contradict_themselves(fields: dict[str, Any], says: str) -> N
 
 def test_drafts_of_the_demo_are_accepted() -> None:
     """Greedy answers of the demo over two stages with drafts are those of one without, and most drafts are accepted."""
-    prompts = [[{"role": "user", "content": f"What is {a} + {a + 281}?"}] for a in range(300, 360, 12)]
+    prompts = sums(5)
 
     def use(engine: Engine) -> list[list[int]]:
         found = [r.tokens for r in engine.generate(prompts, greedy(60))]
