@@ -162,12 +162,6 @@ def load(
         config = run_config(options)
         startup.choose_threads(config.threads, local_size)
         require_folder(Path(options.ckpt_path))
-        if tp.size % config.dp or tp.size % config.pp:
-            ranks = f"{tp.size} rank{'s' * (tp.size > 1)}"
-            what = f"--dp {config.dp}: {ranks} cannot make so many equal lanes"
-            if config.pp > 1:
-                what = f"--pp {config.pp}: {ranks} cannot make so many equal stages"
-            raise UserError(f"{what}; start a multiple (torchrun)")
         device = startup.choose_device(config.device, local_rank, local_size)
         prepared = prepare() if tp.rank == 0 else None
         return replace(config, device=device.type), device, prepared  # type: ignore[arg-type]

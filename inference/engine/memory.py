@@ -46,8 +46,8 @@ def _share(rank: RankSpec) -> float:
 
 def need(rank: RankSpec, config: RunConfig, cache: int | None = None) -> MemoryBudget:
     """With a cache of so many bytes, which somebody chose, or one for a sequence of full length (in a pipeline one for
-    each microbatch), beside which the rank's share of memory stays free. A CPU packs its weights, one projection or stack of
-    experts at a time. Lanes have a page more, to which one without sequences writes."""
+    each microbatch), beside which the rank's share of memory stays free. A CPU packs its weights, one projection or
+    stack of experts at a time. Lanes have a page more, to which one without sequences writes."""
     parts = weight_bytes(rank)
     kept = 0
     if cache is None:

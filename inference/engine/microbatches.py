@@ -12,9 +12,9 @@ from parallel.group import Group
 
 
 class Microbatches:
-    """As many microbatches as stages, each with a scheduler, sequences and a part of the pages of its own. In a step the
-    first stage runs the chunks of one microbatch, the second those of the one before, and so on; the last stage's are
-    sampled. A microbatch is scheduled again when its chunks have been through all stages. Every rank calls the same
+    """As many microbatches as stages, each with a scheduler, sequences and a part of the pages of its own. In a step
+    the first stage runs the chunks of one microbatch, the second those of the one before, and so on; the last stage's
+    are sampled. A microbatch is scheduled again when its chunks have been through all stages. Every rank calls the same
     methods."""
 
     def __init__(self, run: RunConfig, pp: Group, no_states: torch.Tensor):

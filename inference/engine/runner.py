@@ -56,7 +56,8 @@ class ModelRunner:
         replayed where the sequences of all of them fit one of `graphs`. hidden (T, H): its input hidden states."""
         n_rows = sum(len(tokens) for tokens, _, _ in slices)
         narrowest = next((i for i, recorded in enumerate(graphs) if recorded.fit(slices)), len(graphs))
-        lanes = self.model.dp.gather_ints(torch.tensor([n_rows, len(slices), narrowest])).tolist()
+        mine, dp = [n_rows, len(slices), narrowest], self.model.dp
+        lanes = [mine] if dp.size == 1 else dp.gather_ints(torch.tensor(mine)).tolist()
         rows, sequences, fitting = zip(*lanes, strict=True)
         if not any(rows):
             return None

@@ -60,11 +60,8 @@ def load(
     target = world.run_on_all_ranks(lambda: resolve_device(device, run))
     # free memory is measured before any rank takes of it
     plan = world.run_on_all_ranks(lambda: _choose(ckpt_path, run, config, target, world, progress))
-    pp = SOLO
-    if run.pp > 1:
-        (tp, pp), dp = startup.stages(world, run.pp, target), SOLO
-    else:
-        tp, dp = startup.lanes(world, run.dp, target)
+    tp, others = startup.lanes(world, run.dp * run.pp, target)  # of which one is 1
+    dp, pp = (others, SOLO) if run.pp == 1 else (SOLO, others)
 
     def load_weights() -> tuple[Transformer, Tokenizer | None]:
         tokenizer = Tokenizer(ckpt_path, plan.args.vocab_size) if tp.rank == 0 else None
@@ -83,6 +80,10 @@ def load(
 def _choose(
     ckpt_path: str | Path, run: RunConfig, config: str | Path | None, device: torch.device, world: Group, progress: bool
 ) -> _Plan:
+    if world.size % (run.dp * run.pp):
+        flag, what = (f"--dp {run.dp}", "lanes") if run.pp == 1 else (f"--pp {run.pp}", "stages")
+        count = f"{world.size} rank{'s' * (world.size > 1)}"
+        raise UserError(f"{flag}: {count} cannot make so many equal {what}; start a multiple (torchrun)")
     checkpoint = Checkpoint(ckpt_path)
     args = choose_args(checkpoint, config)
     specs = checkpoint.expected(args)

@@ -133,16 +133,14 @@ class Group:
         device = torch.device("cpu") if self.through_host else like.device
         pg = self.control if self.through_host else self.pg
         with self.process.translate_collective_errors():
-            pending = []
+            transfers = []
             if x is not None and len(x) and self.rank > 0:
-                x = x.contiguous().to(device)
-                pending.append(dist.isend(x, others[self.rank - 1], group=pg))
+                transfers.append(dist.P2POp(dist.isend, x.contiguous().to(device), others[self.rank - 1], pg))
             got = None
             if n and self.rank < self.size - 1:
                 got = torch.empty(n, like.shape[1], dtype=like.dtype, device=device)
-                pending.append(dist.irecv(got, others[self.rank + 1], group=pg))
-            for work in pending:
-                assert work is not None
+                transfers.append(dist.P2POp(dist.irecv, got, others[self.rank + 1], pg))
+            for work in dist.batch_isend_irecv(transfers) if transfers else ():
                 work.wait()
         return None if got is None else got.to(like.device)
 

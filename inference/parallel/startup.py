@@ -103,35 +103,17 @@ def on(device: torch.device, group: Group) -> Group:
 
 
 def lanes(world: Group, n: int, device: torch.device) -> tuple[Group, Group]:
-    """This rank's lane, of the n that the ranks of `world` make, and the ranks that have its place in the others.
+    """This rank's lane, of the n that the ranks of `world` make, and the ranks that have its place in the others: for
+    data-parallel lanes, and for the stages of a pipeline. n divides the ranks.
 
     Lanes are neighbouring ranks, so that they share a host. `world` is one that `on` made for `device`. Every rank
-    calls it with the same n. Raises UserError where n does not divide the ranks.
+    calls it with the same n.
     """
     if n == 1:
         return world, replace(SOLO, process=world.process)
-    if world.size % n:
-        raise UserError(f"--dp {n} does not divide {world.size} rank{'s' * (world.size > 1)}")
-    return _rows_and_columns(world, world.size // n, device)
-
-
-def stages(world: Group, n: int, device: torch.device) -> tuple[Group, Group]:
-    """This rank's stage, of the n that the ranks of `world` make in a pipeline, and the ranks that have its place in
-    the others, the last stage's first: rank 0 is of the last one, which has the logits.
-
-    As `lanes` otherwise. Raises UserError where n does not divide the ranks.
-    """
-    if n == 1:
-        return world, replace(SOLO, process=world.process)
-    if world.size % n:
-        raise UserError(f"--pp {n} does not divide {world.size} rank{'s' * (world.size > 1)}")
-    return _rows_and_columns(world, world.size // n, device)
-
-
-def _rows_and_columns(world: Group, size: int, device: torch.device) -> tuple[Group, Group]:
-    """Of ranks in rows of `size` neighbours, this rank's row and its column."""
-    rows = _subgroup(world, [tuple(range(i, i + size)) for i in range(0, world.size, size)], device)
-    return rows, _subgroup(world, [tuple(range(i, world.size, size)) for i in range(size)], device)
+    size = world.size // n
+    row = _subgroup(world, [tuple(range(i, i + size)) for i in range(0, world.size, size)], device)
+    return row, _subgroup(world, [tuple(range(i, world.size, size)) for i in range(size)], device)
 
 
 def _subgroup(world: Group, partition: Sequence[tuple[int, ...]], device: torch.device) -> Group:
