@@ -10,6 +10,7 @@ exist, which never take more. Left out: what torch's libraries take inside an op
 import torch
 
 from core.batch import DECODE_ROWS
+from core.config import ModelArgs
 from core.run_config import PAGE_SIZE, RunConfig
 from engine.rank_memory import RankSpec, in_blocks
 from ops import reference
@@ -22,7 +23,7 @@ DRAWN_ROWS, SAMPLER_BYTES = 32, 56  # distributions the sampler makes at one tim
 # Limits that ops have, of which a test compares each with the op's own; importing them would take Triton, or C.
 SPLIT_BYTES, SLAB_BYTES, PROGRAMS, TILE_ROWS, FIXED_SPLIT = 256 << 20, 1 << 30, 264, 64, 512  # ops/gpu/attention.py
 SPLIT_K_BYTES = 10 << 20  # ops/gpu/gemm.py: a product's sums of parts of K
-LANES, COLUMNS, SPLIT, PART_ROWS, THREAD_ROWS = 16, 64, 256, 8192, 80  # ops/cpu/kernels.c, for mla: see _in_torch
+LANES, COLUMNS, SPLIT, PART_ROWS, THREAD_ROWS = 16, 64, 256, 8192, 80  # ops/cpu/kernels.c, for mla: see _in_c
 BLOCK_KEYS, PANEL, ROWS = 256, 32, 12  # the same, for mla_prefill: see _expanded_in_c
 
 
@@ -79,7 +80,8 @@ def _attention(rank: RankSpec, config: RunConfig, tokens: int, rows: int) -> int
     args, q, latent, n = rank.args, rank.args.q_lora_rank, rank.args.latent_dim, -(-rank.args.n_heads // rank.tp)
     of_heads = n * (args.qk_head_dim + args.qk_rope_head_dim + 2 * args.v_head_dim)
     widest = latent + max(n * args.qk_head_dim, n * args.v_head_dim, 3 * q)
-    works_in = _on_gpu if rank.gpu and rank.num.dtype == torch.bfloat16 else _in_torch
+    in_c = rank.compiled and not (rank.num.batch_invariant or rank.num.fp8_latents)
+    works_in = _on_gpu if rank.gpu and rank.num.dtype == torch.bfloat16 else _in_c if in_c else _in_torch
     sequences, context = min(config.max_num_seqs, tokens), config.pages_per_sequence * PAGE_SIZE
     layer = _layer(rank, tokens, 0, q + in_blocks(q) + latent + of_heads, widest)
     return layer + works_in(rank, tokens, rows, sequences, context, n)
@@ -101,32 +103,41 @@ def _on_gpu(rank: RankSpec, tokens: int, rows: int, sequences: int, context: int
 
 
 def _in_torch(rank: RankSpec, tokens: int, rows: int, sequences: int, context: int, n: int) -> int:
-    """ops/reference.py and the CPU's forms: gathered latents, and the form that takes the most. In C none are gathered;
-    the results of parts of SPLIT keys or more are joined, PART_ROWS of a sequence or one of each row; a thread has
-    THREAD_ROWS."""
+    """ops/reference.py and ops/cpu/attention.py: gathered latents, and the form that takes the most."""
     args, num, b, alike = rank.args, rank.num, rank.num.dtype.itemsize, rank.num.batch_invariant
     c, r, dv = args.kv_lora_rank, args.qk_rope_head_dim, args.v_head_dim
-    latent, width = args.latent_dim, args.qk_head_dim
-    w_uk, w_uv = (torch.empty(1, d, c, device="meta") for d in (width - r, dv))
-    few = reference.absorbed_rows(w_uk, w_uv, r)
+    latent, width, few = args.latent_dim, args.qk_head_dim, _absorbed_rows(args)
     plain = rank.gpu or rank.reference
-    in_c = rank.compiled and not (plain or alike or num.fp8_latents)
-    gathered = 0 if in_c else b * (min(sequences, 2) + alike if plain or alike else sequences) + 14 * num.fp8_latents
-    forms = [] if in_c else [_tiles(b, ROW_BLOCK if alike else min(rows, few), n, latent, c, 8 * latent)]
+    gathered = b * (min(sequences, 2) + alike if plain or alike else sequences) + 14 * num.fp8_latents
+    forms = [_tiles(b, ROW_BLOCK if alike else min(rows, few), n, latent, c, 8 * latent)]
     if not alike:
-        absorbed = n * min(tokens, few * sequences) + LANES * sequences + THREAD_ROWS * torch.get_num_threads()
-        most = max(absorbed, PART_ROWS) if sequences == 1 else absorbed + PART_ROWS * sequences
-        parts, wide = min(absorbed * -(-context // SPLIT), most), -(-c // COLUMNS) * COLUMNS
-        mask = 0 if in_c else cpu_attention.TORCH_DECODE_ROWS * context * n * (1 + b)
-        forms += [b * absorbed * (4 * latent + dv) + 4 * parts * (wide + 2) + mask]
-    if in_c and rows > few:
-        forms += [_expanded_in_c(rows, context, n, width - r, r, c, dv)]
-    elif not alike and rows > few:
+        mask = cpu_attention.TORCH_DECODE_ROWS * context * n * (1 + b)
+        forms += [b * n * min(tokens, few * sequences) * (4 * latent + dv) + mask]
+    if not alike and rows > few:
         at_once = 0 if plain or dv > width else min(context, cpu_attention.EXPANDED_BYTES // (8 * n * width))
         forms += [at_once * (12 * n * width + 4 * latent) + 4 * n * dv * c + rows * (5 * at_once + 12 * n * width)]
         forms += [_tiles(b, rows, n, width, dv, 10 * n * (width + dv))] if at_once < context else []
-    rotated = 0 if in_c else 16 * tokens * (n * r + latent)  # in float32, before anything is gathered
+    rotated = 16 * tokens * (n * r + latent)  # in float32, before anything is gathered
     return max(rotated, (context + alike * reference.KEY_TILE) * latent * gathered + max(forms))
+
+
+def _absorbed_rows(args: ModelArgs) -> int:
+    dims = args.qk_nope_head_dim, args.v_head_dim
+    w_uk, w_uv = (torch.empty(1, d, args.kv_lora_rank, device="meta") for d in dims)
+    return reference.absorbed_rows(w_uk, w_uv, args.qk_rope_head_dim)
+
+
+def _in_c(rank: RankSpec, tokens: int, rows: int, sequences: int, context: int, n: int) -> int:
+    """ops/cpu/kernels.c, which reads latents in their pages: what mla takes for few rows of a sequence, or mla_prefill
+    for many. mla joins the results of parts of SPLIT keys or more, PART_ROWS of a sequence or one of each row; a thread
+    has THREAD_ROWS."""
+    args, b, few = rank.args, rank.num.dtype.itemsize, _absorbed_rows(rank.args)
+    dn, r, c, dv = args.qk_nope_head_dim, args.qk_rope_head_dim, args.kv_lora_rank, args.v_head_dim
+    absorbed = n * min(tokens, few * sequences) + LANES * sequences + THREAD_ROWS * torch.get_num_threads()
+    parts = min(absorbed * -(-context // SPLIT), max(absorbed, PART_ROWS) if sequences == 1 else absorbed + PART_ROWS * sequences)
+    wide = -(-c // COLUMNS) * COLUMNS
+    by_mla = b * absorbed * (4 * args.latent_dim + dv) + 4 * parts * (wide + 2)
+    return max(by_mla, _expanded_in_c(rows, context, n, dn, r, c, dv) if rows > few else 0)
 
 
 def _expanded_in_c(rows: int, context: int, n: int, dn: int, r: int, c: int, dv: int) -> int:

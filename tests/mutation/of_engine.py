@@ -269,7 +269,7 @@ MUTANTS = (
      "engine/test_engine.py::test_recorded_steps_change_no_answer[1-0.0]", "what fills a recorded batch up is written over real latents"),
     ("bound-graphs-only-the-page", "engine/memory.py", "    return page_bytes(rank) + kept + step_bytes", "    return page_bytes(rank) + kept + 0 * step_bytes",
      "engine/test_memory.py::test_graphs_keep_a_step_and_a_page", "recorded steps' tensors are not counted"),
-    ("bound-latents-gather", "engine/step_memory.py", " else b * (min(", " else 0 * (min(",
+    ("bound-latents-gather", "engine/step_memory.py", "    gathered = b * (min(", "    gathered = 0 * (min(",
      "engine/test_memory.py::test_a_step_never_takes_more_than_its_bound", "the bound forgets the latents that are gathered"),
     ("bound-expanded-in-c", "engine/step_memory.py", "    return 2 * (context + PANEL) * (c + r + 2) + threads * thread", "    return threads * thread",
      "engine/test_memory.py::test_what_c_takes_for_a_prompt_is_bounded", "the bound forgets the latents that C puts in panels"),
