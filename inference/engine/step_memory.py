@@ -134,7 +134,7 @@ def _in_c(rank: RankSpec, tokens: int, rows: int, sequences: int, context: int, 
     args, b, few = rank.args, rank.num.dtype.itemsize, _absorbed_rows(rank.args)
     dn, r, c, dv = args.qk_nope_head_dim, args.qk_rope_head_dim, args.kv_lora_rank, args.v_head_dim
     absorbed = n * min(tokens, few * sequences) + LANES * sequences + THREAD_ROWS * torch.get_num_threads()
-    parts = min(absorbed * -(-context // SPLIT), max(absorbed, PART_ROWS) if sequences == 1 else absorbed + PART_ROWS * sequences)
+    parts = min(absorbed * -(-context // SPLIT), max(absorbed, PART_ROWS) + PART_ROWS * (sequences - 1))
     wide = -(-c // COLUMNS) * COLUMNS
     by_mla = b * absorbed * (4 * args.latent_dim + dv) + 4 * parts * (wide + 2)
     return max(by_mla, _expanded_in_c(rows, context, n, dn, r, c, dv) if rows > few else 0)
