@@ -1467,12 +1467,17 @@ static void interleave_blocks(const bf16 *x, int64_t n, int64_t k, int64_t strid
     }
 }
 
+/* x, r <= ROWS rows interleaved, by one panel of k that is near: sums to out (r, WIDTH), or, with scales, added there. */
+INLINE void by_panel(const void *x, int r, const bf16 *panel, int64_t k, const float *scales, Way way, float *out) {
+    const Part part = {(const uint8_t *)panel, 0, k, scales, (const uint8_t *)panel, 0, 0};
+    product(x, r, &part, way, 1, out);
+}
+
 /* x, n rows interleaved in blocks, by one panel of k: sums (n, WIDTH). */
-static void by_panel(const char *x, int64_t n, const bf16 *panel, int64_t k, Way way, float *out) {
-    const Part part = {(const uint8_t *)panel, 0, k, 0, (const uint8_t *)panel, 0, 0};
+static void blocks_by_panel(const char *x, int64_t n, const bf16 *panel, int64_t k, Way way, float *out) {
     for (int64_t b = 0; b < blocks_of(n); b++) {
         const int64_t first = block_start(n, b), r = block_start(n, b + 1) - first;
-        product((const float *)(x + first * k * bytes_of(way)), r, &part, way, 1, out + first * WIDTH);
+        by_panel(x + first * k * bytes_of(way), r, panel, k, 0, way, out + first * WIDTH);
     }
 }
 
@@ -1568,14 +1573,14 @@ void mla_prefill(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, cons
                 for (int64_t p = 0; p < panels; p++) {
                     const bf16 *panel = packed + (key / WIDTH + p) * of_panel;
                     vu *to = (vu *)(keys + p * WIDTH * m.d);
-                    by_panel(weights, dn, panel, m.c, way, summed);
+                    blocks_by_panel(weights, dn, panel, m.c, way, summed);
                     for (int64_t j = 0; j < dn; j += 2)
                         for (int i = 0; i < WIDTH; i += LANES, to++) {
                             *to = bits_v(*(vf *)(summed + j * WIDTH + i));
                             if (j + 1 < dn) *to |= bits_v(*(vf *)(summed + (j + 1) * WIDTH + i)) << 16;
                         }
                     memcpy(to, panel + m.c * WIDTH, even(r) * WIDTH * sizeof(bf16));
-                    by_panel(weights + dn * m.c * of_x, dv, panel, m.c, way, summed);
+                    blocks_by_panel(weights + dn * m.c * of_x, dv, panel, m.c, way, summed);
                     for (int64_t v = 0; v < dv; v++) {
                         bf16 rounded[WIDTH], *column = values + v / WIDTH * BLOCK_KEYS * WIDTH + v % WIDTH * 2;
                         for (int i = 0; i < WIDTH; i += LANES) narrow_v(*(vf *)(summed + v * WIDTH + i), rounded + i);
@@ -1591,22 +1596,17 @@ void mla_prefill(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, cons
                     const int64_t used = least(in_wholes(seen, WIDTH), panels);
                     float *acc = sums + own * m.values;
                     if (used == 0) continue;
-                    for (int64_t p = 0; p < used; p++) {
-                        const uint8_t *lines = (const uint8_t *)(keys + p * WIDTH * m.d);
-                        const Part part = {lines, 0, m.d, 0, lines, 0, 0};
-                        product((const float *)(queries + own * m.d * of_x), count, &part, way, 1, scores + p * count * WIDTH);
-                    }
+                    for (int64_t p = 0; p < used; p++)
+                        by_panel(queries + own * m.d * of_x, count, keys + p * WIDTH * m.d, m.d, 0, way,
+                                 scores + p * count * WIDTH);
                     for (int64_t i = 0; i < count; i++) {
                         const float kept = weigh(scores, used, i, count, positions[first + i] + 1 - key, scale, way,
                                                  most + own + i, total + own + i, chosen);
                         for (int64_t v = 0; v < m.values && kept != 1; v += LANES)
                             *(vf *)(acc + (v / WIDTH * count + i) * WIDTH + v % WIDTH) *= kept;
                     }
-                    for (int64_t v = 0; v < m.values; v += WIDTH) {
-                        const uint8_t *lines = (const uint8_t *)(values + v * BLOCK_KEYS);
-                        const Part part = {lines, 0, used * WIDTH, ones, lines, 0, 0};
-                        product(chosen, count, &part, way, 1, acc + v * count);
-                    }
+                    for (int64_t v = 0; v < m.values; v += WIDTH)
+                        by_panel(chosen, count, values + v * BLOCK_KEYS, used * WIDTH, ones, way, acc + v * count);
                 }
             }
             for (int64_t b = b0; b < b1; b++) {
