@@ -1421,11 +1421,12 @@ void mla(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, const bf16 *
 
 enum { BLOCK_KEYS = 256 }; /* of a head, that are expanded, scored and summed up together */
 
-/* Bytes of mla_prefill's scratch: latents in panels, and each thread's parts. */
+/* Sizes of mla_prefill: c, dn + r and dv filled up; blocks of query rows, and into how many tasks a head's are split; and
+ * bytes of its scratch: latents in panels, and what each thread has. summed: what becomes keys or values. */
 typedef struct {
     Way way;
-    int64_t c, d, values, blocks, splits;                                /* c, dn + r and dv filled up; of query rows */
-    int64_t latents, weights, keys, summed, queries, sums, scores, thread; /* summed: what becomes keys or values */
+    int64_t c, d, values, blocks, splits;
+    int64_t latents, weights, keys, summed, queries, sums, scores, thread;
 } Many;
 
 static Many many_of(int64_t n, int64_t length, int64_t heads, int64_t dn, int64_t r, int64_t c, int64_t dv, int units,
@@ -1455,8 +1456,7 @@ int64_t prefill_bytes(int64_t n, int64_t length, int64_t heads, int64_t dn, int6
     return 64 + m.latents + threads * m.thread;
 }
 
-/* Rows of numbers (n, k), `stride` apart, to blocks of interleaved rows, of which each has `wide` k in all, from k `at`
- * on: blocks [b0, b1) of n's. */
+/* Interleaves blocks [b0, b1) of the rows of x (n, k), `stride` apart: its k go to k `at` and on of rows of `wide`. */
 static void interleave_blocks(const bf16 *x, int64_t n, int64_t k, int64_t stride, int64_t wide, int64_t at, int64_t b0,
                               int64_t b1, Way way, char *out) {
     const int64_t row = block_start(n, b0);
@@ -1467,7 +1467,7 @@ static void interleave_blocks(const bf16 *x, int64_t n, int64_t k, int64_t strid
     }
 }
 
-/* x, r <= ROWS rows interleaved, by one panel of k that is near: sums to out (r, WIDTH), or, with scales, added there. */
+/* x, r <= ROWS rows interleaved, by one panel of k that is near: sums to out (r, WIDTH), or, scaled, added there. */
 INLINE void by_panel(const void *x, int r, const bf16 *panel, int64_t k, const float *scales, Way way, float *out) {
     const Part part = {(const uint8_t *)panel, 0, k, scales, (const uint8_t *)panel, 0, 0};
     product(x, r, &part, way, 1, out);
@@ -1481,8 +1481,8 @@ static void blocks_by_panel(const char *x, int64_t n, const bf16 *panel, int64_t
     }
 }
 
-/* Scores (panels, r, WIDTH) of row i of r, times scale, of which the first `seen` keys count, to weights: interleaved, and
- * their sum added to *total. Returns what the sums so far are multiplied by. */
+/* Row i of r: its scores (panels, r, WIDTH), times scale, become the weights of the softmax, interleaved, of the first
+ * `seen` keys alone. Updates the row's maximum *most and its sum of weights *total; returns the factor of its sums so far. */
 INLINE float weigh(float *scores, int64_t panels, int i, int r, int64_t seen, float scale, Way way, float *most,
                    float *total, float *weights) {
     vf largest = (vf){0} + *most, sum = {0};
