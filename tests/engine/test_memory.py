@@ -594,3 +594,14 @@ def test_what_c_takes_for_a_prompt_is_bounded(rows, context, n, dn, r, c, dv):
     threads = torch.get_num_threads()
     asked = max(library.prefill_bytes(rows, context, n, dn, r, c, dv, units, threads) for units in (False, True))
     assert asked <= said <= 2.5 * asked
+
+
+def test_a_step_of_long_prompts_counts_what_c_takes():
+    """With a long context the latents in panels take the most of an attention in C, and its bound grows as they do."""
+    rank = RankSpec(V3, Numerics(), 8, gpu=False)
+    if not rank.compiled:
+        pytest.skip("there is no C compiler")
+    lengths, threads = (65536, 131072), torch.get_num_threads()
+    asked = [kernels.library().prefill_bytes(256, length, 16, 128, 64, 512, 128, True, threads) for length in lengths]
+    bounds = [step_memory._attention(rank, limits_of(length, 1, 256), 256, 256) for length in lengths]
+    assert asked[1] - asked[0] <= bounds[1] - bounds[0] <= 1.1 * (asked[1] - asked[0])
