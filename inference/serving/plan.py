@@ -123,7 +123,7 @@ def read_body(kind: type[Body], raw: bytes | bytearray, served: Served) -> Body:
     except FieldError as e:
         raise ApiError(str(e), e.param) from None
     if body.model not in (None, "", served.name):
-        raise ApiError(f"there is no model {shown(body.model)}, only {served.name!r}", "model", status=404,
+        raise ApiError(f"there is no model {shown(body.model)}, only {shown(served.name)}", "model", status=404,
                        code="model_not_found")  # fmt: skip
     return body
 

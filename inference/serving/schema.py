@@ -5,6 +5,7 @@ is refused by name: to leave it out silently would be to answer another question
 SamplingParams' own.
 """
 
+import json
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -18,6 +19,11 @@ NOT_IMPLEMENTED: dict[str, tuple] = {  # with the values that do not ask for it
     "best_of": (1,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True,), "response_format": ({"type": "text"},), "modalities": (["text"],), "suffix": ("",),
     "top_logprobs": (0,), "echo": (False,),  # of chats and of texts alone
+}  # fmt: skip
+JSON_TYPES = {  # by pydantic's type of error, which speaks of Python's
+    "string_type": "a string", "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
+    "bool_type": "true or false", "list_type": "an array", "dict_type": "an object", "model_type": "an object",
+    "string_too_short": "a string that is not empty",
 }  # fmt: skip
 
 
@@ -100,6 +106,9 @@ class TemplateSwitches(Schema):
     enable_thinking: bool | None = None
 
 
+NotEmpty = Annotated[str, Field(min_length=1)]
+
+
 class Sampled(Schema):
     """What chats and completions have in common."""
 
@@ -115,7 +124,7 @@ class Sampled(Schema):
     frequency_penalty: float | None = None
     seed: int | None = None
     n: int = 1
-    stop: str | Annotated[list[str], Field(fail_fast=True)] = []
+    stop: NotEmpty | Annotated[list[NotEmpty], Field(fail_fast=True)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
@@ -220,11 +229,18 @@ def _describe(error: Any, data: Any) -> tuple[list[str], str]:
             return [*path, str(part)], "is missing"
     if error["type"] == "extra_forbidden":
         return path, "is not supported"
-    says = error["msg"].replace("Input should be ", "expected ").removeprefix("Value error, ")
+    if error["type"] in JSON_TYPES:
+        says = f"expected {JSON_TYPES[error['type']]}"
+    elif error["type"] == "literal_error":
+        expected = error["ctx"]["expected"].replace("'", '"').replace("True", "true").replace("False", "false")
+        says = f"expected {expected}"
+    else:
+        says = error["msg"].replace("Input should be ", "expected ").removeprefix("Value error, ")
+        says = says.replace("List should have", "expected").replace(" after validation", "")
     return path, says if says.startswith(("has ", "needs ")) else f"is {shown(data)}: {says}"
 
 
 def shown(value: Any) -> str:
-    """A value in a message, its middle left out if it is long."""
-    text = repr(value)
+    """A JSON value in a message, as JSON, its middle left out if it is long."""
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()  # no lone surrogates
     return text if len(text) <= 80 else f"{text[:60]} … ({len(text)} characters)"

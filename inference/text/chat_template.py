@@ -221,7 +221,8 @@ def _checked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 raise UserError(f"message {i}: only parts of type text are supported")
             message = message | {"content": "".join(texts)}
         elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise UserError(f"message {i}: content is {type(content).__name__}, expected a string")
+            says = "is missing" if content is None else "has another type"
+            raise UserError(f"message {i}: content {says}, expected a string")
         try:
             require_unicode(json.dumps(message, ensure_ascii=False), f"message {i}")
         except (TypeError, ValueError) as e:

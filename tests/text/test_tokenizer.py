@@ -653,7 +653,7 @@ def test_broken_template_spares_raw_prompts(tmp_path: Path) -> None:
         ([], "no messages"),
         ([{"role": "wizard", "content": "a"}], "message 0: role 'wizard' is not supported"),
         (["a"], "message 0: role 'a' is not supported"),
-        ([*chat("a"), {"role": "user"}], "message 1: content is NoneType"),
+        ([*chat("a"), {"role": "user"}], "message 1: content is missing"),
         (chat("a\ud800"), r"message 0 is not valid Unicode: lone surrogate '\\ud800'"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "message 0: only parts of type text"),
         ([{"role": "user", "content": "a", "extra": object()}], "message 0: not plain JSON data"),
