@@ -23,7 +23,8 @@ T = TypeVar("T")
 LOADING_LIMIT = 6 * 3600.0  # seconds that the slowest rank may load longer than the fastest
 MAX_PARTIAL_SUMS = 1024  # more than a step has
 ERROR_BYTES = 2048  # of an error's text that other ranks get
-ONE_SHOT_BYTES = 384 << 10  # up to which one-shot sums are faster than NCCL's ring on eight GPUs
+ONE_SHOT_BYTES = 384 << 10  # up to which one-shot sums are the fastest on eight GPUs
+MULTICAST_BYTES = 16 << 20  # up to which sums in the switch, with a copy before and after, beat NCCL's ring
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Group:
     # ----------------------------------------------------------------------------------------------------------------
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Sums x over the ranks in place, in x's own dtype, and returns it.
+        """x summed over the ranks, in its own dtype: x itself, or another tensor.
 
         A library's all-reduce adds the ranks in an order that depends on an element's place in the buffer, so with
         `ordered` the parts are gathered and added here, in float32; two ranks' sum is the same either way.
@@ -282,34 +283,62 @@ def tree_sum(parts: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 class OneShot:
-    """Sums of small tensors over the GPUs of one host: each rank reads all parts from its peers' memory at once, which
-    takes one kernel and no rounds (torch's symmetric memory)."""
+    """Sums over the GPUs of one host through each other's memory (torch's symmetric memory). Small tensors take one
+    kernel and no rounds: each rank reads all parts from its peers at once. Larger ones are summed by NVLink's switches,
+    where they multicast."""
 
     def __init__(self, group: Group, device: torch.device):
-        """Raises RuntimeError, AttributeError or ImportError where torch or the GPUs cannot do that."""
+        """Raises RuntimeError, AttributeError or ImportError where torch or this GPU cannot do that. Asks no other
+        rank: `meet` does."""
         from torch.distributed import _symmetric_memory as symmetric
 
-        self.name = group.pg.group_name
-        self.buffer = symmetric.empty(ONE_SHOT_BYTES, dtype=torch.uint8, device=device)
-        symmetric.rendezvous(self.buffer, group=self.name)
+        ops = torch.ops.symm_mem
+        self._sum, self._multicast = ops.one_shot_all_reduce_copy_out, ops.multimem_all_reduce_
+        self._rendezvous, self.name = symmetric.rendezvous, group.pg.group_name
+        self.buffer = symmetric.empty(MULTICAST_BYTES, dtype=torch.uint8, device=device)
+        self.most = ONE_SHOT_BYTES
+
+    def meet(self) -> bool:
+        """Exchanges the buffers' addresses with the other ranks, which all call it; returns whether they multicast."""
+        return bool(getattr(self._rendezvous(self.buffer, group=self.name), "multicast_ptr", 0))
 
     @classmethod
     def create(cls, group: Group, device: torch.device) -> "OneShot | None":
-        """One that has summed a sample correctly, or None. Every rank calls it."""
-        try:
-            one_shot = cls(group, device)
-            sample = torch.arange(8, device=device, dtype=torch.bfloat16) + group.rank
-            expected = torch.arange(8, device=device) * group.size + group.size * (group.size - 1) // 2
-            return one_shot if torch.equal(one_shot(sample).float(), expected.to(torch.bfloat16).float()) else None
-        except (RuntimeError, AttributeError, ImportError, TypeError, ValueError):
+        """One that has summed samples correctly on every rank, or None on every rank. Every rank calls it.
+
+        The ranks agree before each step that needs all of them: where one had given up, the others would wait for it.
+        """
+
+        def attempt(work: Callable[[], T]) -> T | None:
+            try:
+                result = work()
+            except (RuntimeError, AttributeError, ImportError, TypeError, ValueError):
+                result = None
+            return result if group.min_int(int(result is not None)) else None
+
+        one_shot = attempt(lambda: cls(group, device))
+        multicasts = None if one_shot is None else attempt(one_shot.meet)
+        if one_shot is None or multicasts is None or not attempt(lambda: one_shot.check(group, 8) or None):
             return None
+        if group.min_int(int(multicasts)):
+            one_shot.most = MULTICAST_BYTES
+            if not attempt(lambda: one_shot.check(group, ONE_SHOT_BYTES) or None):
+                one_shot.most = ONE_SHOT_BYTES
+        return one_shot
+
+    def check(self, group: Group, n: int) -> bool:
+        """Whether n numbers are summed correctly."""
+        sample = torch.arange(n, device=self.buffer.device) % 8  # whole numbers small enough to be exact, as sums too
+        expected = sample * group.size + group.size // 2
+        return torch.equal(self((sample + group.rank % 2).bfloat16()), expected.bfloat16())
 
     def accepts(self, x: torch.Tensor) -> bool:
         """Whether x is small enough, and of whole 16-byte pieces."""
-        return x.nbytes <= ONE_SHOT_BYTES and x.nbytes % 16 == 0 and x.is_contiguous()
+        return x.nbytes <= self.most and x.nbytes % 16 == 0 and x.is_contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Sums x over the ranks in place and returns it."""
+        """x summed over the ranks; x itself may be overwritten."""
         part = self.buffer[: x.nbytes].view(x.dtype).view(x.shape)
-        part.copy_(x)
-        return x.copy_(torch.ops.symm_mem.one_shot_all_reduce(part, "sum", self.name))
+        if x.nbytes <= ONE_SHOT_BYTES:
+            return self._sum(part, x, "sum", self.name, torch.empty_like(x))
+        return x.copy_(self._multicast(part.copy_(x), "sum", self.name))

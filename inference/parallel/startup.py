@@ -142,8 +142,7 @@ def _with_one_shot(group: Group, device: torch.device) -> Group:
     neighbours = {rank for rank, _ in group.process.neighbours}
     if device.type != "cuda" or not neighbours.issuperset(group.members or range(group.size)):
         return group
-    one_shot = OneShot.create(group, device)
-    return replace(group, one_shot=one_shot) if group.min_int(int(one_shot is not None)) else group
+    return replace(group, one_shot=OneShot.create(group, device))
 
 
 def _require_own_gpu(device: torch.device, group: Group) -> None:

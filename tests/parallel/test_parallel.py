@@ -16,7 +16,7 @@ from core.config import ModelArgs
 from core.errors import UserError
 from core.numerics import Numerics
 from model import Transformer
-from parallel.group import ONE_SHOT_BYTES, SOLO, Group, OneShot
+from parallel.group import MULTICAST_BYTES, ONE_SHOT_BYTES, SOLO, Group, OneShot
 from parallel.startup import environment
 from support.checkpoints import fp8_sizes
 from support.families import FAMILIES, V3
@@ -167,32 +167,94 @@ def test_ordered_sums_do_not_depend_on_their_size(tmp_path):
 
 
 class StandIn(OneShot):
-    """A one-shot sum of two equal ranks, without GPUs."""
+    """A sum of two equal ranks through memory of their own, without GPUs."""
 
     def __init__(self):
-        self.calls = 0
+        self.buffer, self.name, self.most, self.calls = torch.empty(1 << 20, dtype=torch.uint8), "pair", ONE_SHOT_BYTES, []
 
-    def __call__(self, x):
-        self.calls += 1
-        return x.mul_(2)
+    def _sum(self, buffer, x, op, name, out):
+        assert buffer.shape == x.shape and buffer.dtype == x.dtype and (op, name) == ("sum", "pair")
+        self.calls.append("one shot")
+        return torch.mul(buffer.copy_(x), 2, out=out)
+
+    def _multicast(self, buffer, op, name):
+        self.calls.append("multicast")
+        return buffer.mul_(2)
 
 
 @pytest.mark.parametrize(
-    "n, ordered, taken", [(8, False, True), (7, False, False), (8, True, False), (ONE_SHOT_BYTES // 2 + 8, False, False)]
+    "n, most, ordered, taken",
+    [
+        (8, ONE_SHOT_BYTES, False, "one shot"),
+        (7, ONE_SHOT_BYTES, False, None),
+        (8, ONE_SHOT_BYTES, True, None),
+        (ONE_SHOT_BYTES // 2, ONE_SHOT_BYTES, False, "one shot"),
+        (ONE_SHOT_BYTES // 2 + 8, ONE_SHOT_BYTES, False, None),
+        (ONE_SHOT_BYTES // 2 + 8, 1 << 20, False, "multicast"),
+        ((1 << 19) + 8, 1 << 20, False, None),
+    ],
 )
-def test_small_sums_take_one_shot(monkeypatch, n, ordered, taken):
-    """In bfloat16: whole 16-byte pieces up to the limit; others, and ordered sums, go the long way."""
+def test_small_sums_take_one_shot(monkeypatch, n, most, ordered, taken):
+    """In bfloat16: whole 16-byte pieces up to the limit; larger ones by multicast where there is one; others, and ordered
+    sums, go the long way."""
     long_way = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group: long_way.append(x))
     group = Group(0, 2, one_shot=(one := StandIn()), ordered=ordered)
+    one.most = most
     x = torch.ones(n, dtype=torch.bfloat16)
-    assert group.all_reduce(x) is x
-    assert one.calls == taken == (x[0] == 2) and len(long_way) == (not taken)
+    y = group.all_reduce(x)
+    assert one.calls == [taken] * bool(taken) and len(long_way) == (not taken)
+    assert y.shape == x.shape and y.dtype == x.dtype and bool((y == (2 if taken else 1)).all())
+
+
+def test_one_shot_calls_operators_that_torch_has():
+    """In one launch: the copy into the shared memory is the operator's."""
+    schema = torch.ops.symm_mem.one_shot_all_reduce_copy_out.default._schema
+    assert [a.name for a in schema.arguments] == ["symm_buffer", "local_input", "reduce_op", "group_name", "out"]
+    schema = torch.ops.symm_mem.multimem_all_reduce_.default._schema
+    assert [a.name for a in schema.arguments] == ["input", "reduce_op", "group_name"]
+
+
+class Failing(OneShot):
+    """Of three ranks; rank 1 fails at one step, or has no multicast."""
+
+    def __init__(self, group, fails):
+        self.group, self.fails = group, fails
+        if (group.rank, fails) == (1, "memory"):
+            raise RuntimeError("out of memory")
+
+    def meet(self):
+        met = self.group.gather_ints(torch.tensor(int((self.group.rank, self.fails) != (1, "address"))))
+        if not met.all():
+            raise ValueError("no address")
+        return (self.group.rank, self.fails) != (1, "multicast")
+
+    def check(self, group, n):
+        self.group.gather_ints(torch.tensor(n))
+        return (group.rank, self.fails) != (1, {8: "sum"}.get(n, "large sum"))
+
+
+@pytest.mark.parametrize(
+    "fails, most",
+    [
+        ("memory", None),
+        ("address", None),
+        ("sum", None),
+        ("multicast", ONE_SHOT_BYTES),
+        ("large sum", ONE_SHOT_BYTES),
+        ("", MULTICAST_BYTES),
+    ],
+)
+def test_ranks_agree_on_one_shot_step_by_step(monkeypatch, fails, most):
+    """Where one gives up, no other waits for it in the next step."""
+    monkeypatch.setattr(Failing, "most", ONE_SHOT_BYTES, raising=False)
+    found = on_every_rank(3, lambda group: Failing.create(group, fails))
+    assert [one and one.most for one in found] == [most] * 3
 
 
 def test_one_shot_is_left_out_where_it_is_not_offered():
     """A group that is none, or no GPU: None, and NCCL goes on."""
-    assert OneShot.create(Group(0, 2), torch.device("cpu")) is None
+    assert on_every_rank(2, lambda group: OneShot.create(group, torch.device("cpu"))) == [None, None]
 
 
 @pytest.mark.parametrize(
