@@ -36,6 +36,7 @@ class BatchItem:
     params: "SamplingParams"
     custom_id: str | None = None
     error: str | None = None  # why it cannot be answered
+    thinking: bool | None = None  # whether its body asks for thinking; None: it does not say
 
 
 def read_items(options: argparse.Namespace, params: "SamplingParams") -> list[BatchItem]:
@@ -88,15 +89,16 @@ def read_request(text: str, where: str, options: argparse.Namespace, params: "Sa
     prompt = body.get("prompt" if options.raw else "messages")
     item = BatchItem(last_text(prompt), "", params, name)
     try:
-        item.prompt, fields = read_body(body, options)
+        item.prompt, fields, item.thinking = read_body(body, options)
         item.params = replace(params, **fields)
     except UserError as e:
         item.error = str(e)
     return item
 
 
-def read_body(body: dict[str, Any], options: argparse.Namespace) -> tuple["Prompt", dict[str, Any]]:
-    """The prompt, and the fields of SamplingParams that the body sets. Raises UserError."""
+def read_body(body: dict[str, Any], options: argparse.Namespace) -> tuple["Prompt", dict[str, Any], bool | None]:
+    """The prompt, the fields of SamplingParams that the body sets, and whether it asks for thinking. Raises
+    UserError."""
     from serving import schema  # with pydantic, which plain text does without
 
     if options.raw and body.get("prompt") is None:
@@ -106,19 +108,19 @@ def read_body(body: dict[str, Any], options: argparse.Namespace) -> tuple["Promp
     try:
         parsed = schema.parse(schema.CompletionBody, body) if options.raw else schema.parse(schema.ChatBody, body)
     except schema.FieldError as e:
-        raise UserError(f"body.{e}") from None
+        raise UserError(f"body.{e}" if e.param else str(e)) from None
     given = parsed.given
-    for field in ("tools", "chat_template_kwargs", "echo"):  # which only the server implements
+    for field in ("tools", "echo", "suffix"):  # which only the server implements
         if given.get(field):
             raise UserError(f"body.{field} is not supported with the value {schema.shown(given[field])}")
     if isinstance(parsed, schema.CompletionBody):
         if not isinstance(parsed.prompt, str) and not are_ids(parsed.prompt):
             raise UserError(f"body.prompt is {schema.shown(parsed.prompt)}: expected a string or a list of token ids")
-        return parsed.prompt, parsed.sampling  # type: ignore[return-value]  # no list of texts
+        return parsed.prompt, parsed.sampling, None  # type: ignore[return-value]  # no list of texts
     messages = [message.for_template for message in parsed.messages]
     if options.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": options.system}, *messages]
-    return messages, parsed.sampling
+    return messages, parsed.sampling, parsed.wants_thinking[0]
 
 
 def are_ids(prompt: Any) -> bool:
@@ -236,7 +238,7 @@ def submit(engine: "Engine", index: int, choice: int, item: BatchItem, thinking:
 
     if item.error is not None:
         return Request(index, [], item.params, finish_reason="error", error=item.error)
-    thinking = None if isinstance(item.prompt, str) else thinking
+    thinking = None if isinstance(item.prompt, str) else thinking if item.thinking is None else item.thinking
     request = engine.add(item.prompt, item.params, id=index, choice=choice, thinking=thinking)
     if are_ids(item.prompt) and request.error is None:
         assert engine.tokenizer is not None

@@ -12,7 +12,7 @@ from core.errors import UserError
 from core.sampling_params import SamplingParams
 from serving.errors import ApiError
 from serving.schema import Body, ChatBody, CompletionBody, FieldError, Sampled, parse, shown
-from text.tokenizer import Tokenizer
+from text.tokenizer import NoThinkingSwitch, Tokenizer
 from text.vocabulary import TooLong
 
 MAX_VALUES = 1 << 20  # in one body: making Python objects of it holds all other threads up
@@ -55,13 +55,7 @@ def plan_chat(raw: bytes | bytearray, served: Served) -> Plan:
     body = read_body(ChatBody, raw, served)
     if not served.tokenizer.has_chat_template:
         raise ApiError("this checkpoint has no chat template, so no conversations; /v1/completions continues texts")
-    thinking, enabled = body.chat_template_kwargs.thinking, body.chat_template_kwargs.enable_thinking
-    if thinking is not None and enabled is not None and thinking != enabled:
-        raise ApiError("thinking and enable_thinking contradict each other", "chat_template_kwargs")
-    thinking = enabled if thinking is None else thinking
-    if thinking is not None and not served.tokenizer.has_thinking_switch:
-        raise ApiError("this checkpoint's chat template does not let thinking be switched on or off",
-                       "chat_template_kwargs")  # fmt: skip
+    thinking, says_thinking = body.wants_thinking
     tools = [tool.given for tool in body.tools] if body.offers_tools else None
     if tools and served.tool_style is None and served.tokenizer.knows_tools:
         raise ApiError("tools are not supported: this model writes its calls in a way that is not known (known: V3's, "
@@ -74,6 +68,8 @@ def plan_chat(raw: bytes | bytearray, served: Served) -> Plan:
         prompt = served.tokenizer.encode_chat(messages, thinking=thinking, tools=tools, most=served.context)
     except TooLong:
         raise too_long("messages", served) from None
+    except NoThinkingSwitch as e:
+        raise ApiError(str(e), says_thinking) from None
     except UserError as e:
         raise ApiError(str(e), "messages") from None
     return Plan(body, [prompt], sampling_params(body, served, [prompt], "messages"))
@@ -121,7 +117,7 @@ def read_body(kind: type[Body], raw: bytes | bytearray, served: Served) -> Body:
     try:
         body = parse(kind, data)
     except FieldError as e:
-        raise ApiError(str(e), e.param) from None
+        raise ApiError(str(e), e.param or None) from None
     if body.model not in (None, "", served.name):
         raise ApiError(f"there is no model {shown(body.model)}, only {shown(served.name)}", "model", status=404,
                        code="model_not_found")  # fmt: skip

@@ -1,8 +1,8 @@
 """What a request may say, in OpenAI's format: the one schema of .jsonl files and HTTP bodies.
 
 Types are exact, a field that is null counts as absent, and a field that would change the answer and is not implemented
-is refused by name: to leave it out silently would be to answer another question. The ranges of sampling parameters are
-SamplingParams' own.
+is refused by name, at any depth: to leave it out silently would be to answer another question. `accepted` lists those
+that change nothing. The ranges of sampling parameters are SamplingParams' own.
 """
 
 import json
@@ -11,15 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from core.errors import UserError
+from serving.accepted import OFF_NAMES, changes_nothing
 
 MAX_FIELDS = 64  # of one object
 SERVER_ONLY = ("model", "stream", "stream_options")  # without effect in a file of requests
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # change no answer
-NOT_IMPLEMENTED: dict[str, tuple] = {  # with the values that do not ask for it
-    "best_of": (1,), "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True,), "response_format": ({"type": "text"},), "modalities": (["text"],), "suffix": ("",),
-    "top_logprobs": (0,), "echo": (False,),  # of chats and of texts alone
-}  # fmt: skip
+# What each effort means to a template that has thinking on or off.
+EFFORTS = {"none": False, "minimal": False, "low": True, "medium": True, "high": True, "xhigh": True, "max": True}
+THINKING = {"enabled": True, "disabled": False, "auto": None, "adaptive": None}
 JSON_TYPES = {  # by pydantic's type of error, which speaks of Python's
     "string_type": "a string", "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
     "bool_type": "true or false", "list_type": "an array", "dict_type": "an object", "model_type": "an object",
@@ -37,15 +35,21 @@ class FieldError(UserError):
 
 class Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    kind: ClassVar[str] = ""  # among `accepted`'s; "": no other field is
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_null(cls, value: Any) -> Any:
+    def _drop_what_changes_nothing(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        value = {name: entry for name, entry in value.items() if entry is not None and not cls._is_idle(name, entry)}
         if len(value) > MAX_FIELDS:
             raise ValueError(f"has {len(value)} fields, at most {MAX_FIELDS} are read")
-        return {name: entry for name, entry in value.items() if entry is not None}
+        return value
+
+    @classmethod
+    def _is_idle(cls, name: str, entry: Any) -> bool:
+        return name not in cls.model_fields and cls.kind != "" and changes_nothing(cls.kind, name, entry)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -53,16 +57,22 @@ class Schema(BaseModel):
 
 
 class TextPart(Schema):
+    kind = "part"
+
     type: Literal["text"]
     text: str
 
 
 class Function(Schema):
+    kind = "call"
+
     name: str
     arguments: str | dict[str, Any]  # some templates want it parsed
 
 
 class ToolCall(Schema):
+    kind = "call"
+
     id: str = ""
     type: Literal["function"]
     function: Function
@@ -70,21 +80,26 @@ class ToolCall(Schema):
 
 
 class Message(Schema):
-    role: Literal["system", "user", "assistant", "tool"]
+    kind = "message"
+
+    role: Literal["system", "user", "assistant", "tool", "developer"]
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str = ""
     reasoning_content: str = ""
+    reasoning: str = ""  # as some servers call it
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=128)] = []
     tool_call_id: str = ""
-    annotations: Annotated[list[Any], Field(max_length=0)] = []  # clients send an answer back whole
 
     @property
     def for_template(self) -> dict[str, Any]:
         left = {name: value for name, value in self.given.items() if name == "content" or value not in ("", [])}
-        return {"role": self.role, "content": None} | left
+        role = "system" if self.role == "developer" else self.role  # OpenAI's newer name
+        return {"content": None} | left | {"role": role}
 
 
 class Definition(Schema):
+    kind = "tool"
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str = ""
     parameters: dict[str, Any] = {}
@@ -92,13 +107,16 @@ class Definition(Schema):
 
 
 class Tool(Schema):
+    kind = "tool"
+
     type: Literal["function"]
     function: Definition
 
 
 class StreamOptions(Schema):
+    kind = "stream_options"
+
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
 
 
 class TemplateSwitches(Schema):
@@ -109,8 +127,14 @@ class TemplateSwitches(Schema):
 NotEmpty = Annotated[str, Field(min_length=1)]
 
 
+class Thinking(Schema):
+    type: Literal["enabled", "disabled", "auto", "adaptive"]
+
+
 class Sampled(Schema):
     """What chats and completions have in common."""
+
+    kind = "body"
 
     model: str | None = None
     max_tokens: int | None = None
@@ -160,6 +184,9 @@ class ChatBody(Sampled):
     tools: Annotated[list[Tool], Field(fail_fast=True)] = []
     tool_choice: Literal["none", "auto"] = "auto"
     chat_template_kwargs: TemplateSwitches = TemplateSwitches()
+    thinking: Thinking | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
 
     is_chat = True
 
@@ -173,6 +200,30 @@ class ChatBody(Sampled):
     @property
     def n_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _agree_on_thinking(self) -> "ChatBody":
+        if len({wanted for wanted, _ in self._thinking}) > 1:
+            names = " and ".join(name for _, name in self._thinking)
+            raise ValueError(f"has {names}, which contradict each other")
+        return self
+
+    @property
+    def _thinking(self) -> list[tuple[bool, str]]:
+        """(whether to think, the field that says so), of each field that does."""
+        said = {
+            "chat_template_kwargs.thinking": self.chat_template_kwargs.thinking,
+            "chat_template_kwargs.enable_thinking": self.chat_template_kwargs.enable_thinking,
+            "thinking": None if self.thinking is None else THINKING[self.thinking.type],
+            "enable_thinking": self.enable_thinking,
+            "reasoning_effort": None if self.reasoning_effort is None else EFFORTS[self.reasoning_effort],
+        }
+        return [(wanted, name) for name, wanted in said.items() if wanted is not None]
+
+    @property
+    def wants_thinking(self) -> tuple[bool | None, str]:
+        """Whether the model is to think, and the field that says so; None where none does."""
+        return next(iter(self._thinking), (None, ""))
 
     @property
     def offers_tools(self) -> bool:
@@ -199,19 +250,10 @@ Body = TypeVar("Body", ChatBody, CompletionBody)
 
 def parse(kind: type[Body], data: dict[str, Any]) -> Body:
     """A request of JSON values. Raises FieldError."""
-    values = {}
-    for name, value in data.items():
-        if name in kind.model_fields:
-            values[name] = value
-        elif value is not None and name in NOT_IMPLEMENTED:
-            if not any(type(value) is type(off) and value == off for off in NOT_IMPLEMENTED[name]):
-                raise FieldError(name, f"is not supported with the value {shown(value)}")
-        elif value is not None and name not in IGNORED:
-            raise FieldError(shown(name)[1:-1], "is not supported")
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(data)
     except ValidationError as e:
-        problems = [(_describe(error, values), error["type"]) for error in e.errors(include_url=False)]
+        problems = [(_describe(error, data), error["type"]) for error in e.errors(include_url=False)]
     # Of a union's errors those of the alternative that came furthest, and of these one about more than the type.
     (path, says), _ = max(problems, key=lambda found: (len(found[0][0]), not found[1].endswith("_type")))
     raise FieldError(".".join(path), says)
@@ -224,11 +266,12 @@ def _describe(error: Any, data: Any) -> tuple[list[str], str]:
         inside = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)
         if inside:
             data = data[part]
-            path.append(str(part))
+            path.append(shown(part)[1:-1] if isinstance(part, str) else str(part))
         elif error["type"] == "missing" and part == error["loc"][-1] and isinstance(data, dict):
             return [*path, str(part)], "is missing"
     if error["type"] == "extra_forbidden":
-        return path, "is not supported"
+        with_value = f" with the value {shown(data)}" if path[-1] in OFF_NAMES else ""
+        return path, f"is not supported{with_value}"
     if error["type"] in JSON_TYPES:
         says = f"expected {JSON_TYPES[error['type']]}"
     elif error["type"] == "literal_error":

@@ -23,6 +23,10 @@ THINK, THINK_END = "<think>", "</think>"
 ROUND_TRIP = "Hello  world, 3.14 and 1024\n\tdéjà vu — 你好，世界 🙂 end"
 
 
+class NoThinkingSwitch(UserError):
+    """A chat template that always thinks, or never does, and is asked for the other."""
+
+
 class Tokenizer:
     """A checkpoint's tokenizer.
 
@@ -101,14 +105,18 @@ class Tokenizer:
         `thinking` switches a template that offers it (DeepSeek-V3.1); None leaves the template's default. `tools` are
         offered to the model, by a template that can.
         Equal to encoding `render_chat`'s text with the full tokenizer whenever no message spells an added token.
-        Raises UserError without a chat template, for messages the template cannot render and for invalid Unicode, and
-        TooLong for a message of more than `most` tokens, as `encode_text` does.
+        Raises UserError without a chat template, for messages the template cannot render and for invalid Unicode,
+        NoThinkingSwitch where a template does not offer the `thinking` asked for, and TooLong for a message of more
+        than `most` tokens, as `encode_text` does.
         """
+        switch = thinking if self._template.has_thinking_switch else None
         ids: list[int] = []
-        for run in self._template.render(messages, thinking, add_generation_prompt, tools)[1]:
+        for run in self._template.render(messages, switch, add_generation_prompt, tools)[1]:
             ids += [run] if isinstance(run, int) else self._encode_plain(run, most)
         if self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)  # the checkpoint asks for one and its template leaves it to the tokenizer
+        if switch is not thinking and self.starts_thinking(ids) is not thinking:
+            raise NoThinkingSwitch("this checkpoint's chat template does not let thinking be switched on or off")
         return ids
 
     def render_chat(

@@ -484,7 +484,7 @@ def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
         "wordless": 'body.stop.0 is "": expected a string that is not empty',
         "typed": 'body.max_tokens is "3": expected an integer',
         "cold": "temperature is -1.0, expected 0 or a positive number",
-        "beams": "body.use_beam_search is not supported",
+        "beams": "body.use_beam_search is not supported with the value true",
         "empty": "body.messages is []: expected at least 1 item, not 0",
         "odd": "message 0 is not valid Unicode: lone surrogate '\\ud800'",
     }
@@ -495,7 +495,8 @@ def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
     ("raw", "fields", "message"),
     [
         (False, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "body.tools is not supported with the value [{"),
-        (False, {"chat_template_kwargs": {"thinking": True}}, 'body.chat_template_kwargs is not supported with the value {"thinking": true}'),
+        (False, {"chat_template_kwargs": {"x": True}}, "body.chat_template_kwargs.x is not supported"),
+        (False, {"thinking": {"type": "disabled"}, "reasoning_effort": "high"}, "the body has thinking and reasoning_effort, which"),
         (False, {"prompt": "x"}, "body.prompt is not supported"),
         (False, {"messages": [{"role": "user", "content": "x", "weight": 1}]}, "body.messages.0.weight is not supported"),
         (False, {"messages": [{"role": "root", "content": "x"}]}, 'body.messages.0.role is "root": expected "system", "user"'),

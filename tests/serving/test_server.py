@@ -36,7 +36,8 @@ from engine import sampler
 from engine.engine import Engine
 from parallel.group import SOLO
 from serving import app
-from serving.schema import IGNORED, NOT_IMPLEMENTED, ChatBody, CompletionBody
+from serving.accepted import IGNORED, OFF
+from serving.schema import ChatBody, CompletionBody
 from serving.serve import serve
 from support import processes as launch
 from support.http_server import GENEROUS, Gate, RunningServer, await_that, serving
@@ -304,7 +305,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         (CHAT, chat(logit_bias={"5": 1}), "logit_bias", "is not supported with the value"),
         (CHAT, chat(guided_regex="(a+)+"), "guided_regex", "is not supported"),
         (CHAT, chat(chat_template="{{ x }}"), "chat_template", "is not supported"),
-        (CHAT, chat(chat_template_kwargs={"thinking": True}), "chat_template_kwargs", "does not let thinking be switched"),
+        (CHAT, chat(chat_template_kwargs={"thinking": False}), "chat_template_kwargs.thinking", "does not let thinking be switched"),
         (CHAT, chat(chat_template_kwargs={"x": 1}), "chat_template_kwargs.x", "is not supported"),
         (CHAT, chat(tools=[{"type": "function", "function": {"name": "f"}}]), "tools", "offers none to the model"),
         (CHAT, chat(messages=[{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}]),
@@ -727,7 +728,7 @@ def fuzzed(draw: random.Random) -> tuple[str, bytes]:
     if isinstance(body, dict):
         body.setdefault("max_tokens", draw.randint(1, 4))
         if draw.random() < 0.3:
-            body[draw.choice([*NOT_IMPLEMENTED, *IGNORED])] = junk(draw)
+            body[draw.choice([*OFF["body"], *sorted(IGNORED["body"])])] = junk(draw)
     raw = json.dumps(body, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
     chance = draw.random()
     if chance < 0.05:
