@@ -53,13 +53,17 @@ def source_of(c: Configuration) -> tuple[ASTSource, GPUTarget]:
     assert isinstance(c.kernel, JITCallable), "these are the interpreter's kernels"
     names = c.kernel.arg_names
     assert set(names) == set(c.types) | set(c.constexprs), (c.name, names)
-    signature = {n: c.types.get(n, "constexpr") for n in names}
     unseen = {p.name for p in c.kernel.params if p.do_not_specialize}
-    aligned = [n for n, t in c.types.items() if (t == "i32" or t.startswith("*")) and n not in unseen]
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    aligned = {n for n, t in c.types.items() if (t == "i32" or t.startswith("*")) and n not in unseen}
     amd = c.target.startswith("gfx")
     target = GPUTarget("hip", c.target, 64) if amd else GPUTarget("cuda", int(c.target.removeprefix("sm_")), 32)
-    return ASTSource(c.kernel, signature, c.constexprs, attrs), target
+    # The JIT's own function puts these in the form and the order that its cache's keys are made of.
+    specialised = [(c.types.get(n, "constexpr"), "D" if n in aligned else None) for n in names]
+    values = {n: c.constexprs.get(n) for n in names}
+    _, signature, constants, attrs = c.kernel._pack_args(
+        make_backend(target), dict(c.options), values, specialised, None
+    )
+    return ASTSource(c.kernel, signature, constants, attrs), target
 
 
 def compile_(c: Configuration) -> Any:
@@ -80,7 +84,11 @@ def key(c: Configuration) -> str:
     given = (
         *(triton.__version__, backend.hash(), sorted(options.items())),
         *(_read_by(c.kernel, *c.constexprs.values()), c.kernel.arg_names),
-        *(list(source.signature.items()), sorted(source.constants.items()), sorted(source.attrs.items())),
+        *(
+            list(source.signature.items()),
+            sorted(source.constants.items()),
+            sorted(i for i in source.attrs.items() if i[1]),
+        ),
         _heeded(),
         [inspect.getsource(function) for function in (source_of, compile_, report, _run)],
     )

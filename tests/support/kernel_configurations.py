@@ -159,6 +159,8 @@ def of_fused() -> Iterator[Configuration]:
         for h, add, keep, fp8 in (
             (7168, True, True, None),
             (7168, True, True, "float32"),
+            (7168, True, False, "float32"),
+            (7168, False, False, "float32"),
             (7168, True, False, "ue8m0"),
             (1536, False, False, "float32"),
         ):
@@ -181,8 +183,10 @@ def of_fused() -> Iterator[Configuration]:
         for blocks, fp8, parts in (
             (fused.FEW_BLOCKS + 1, None, 1),
             (1, "float32", 1),
+            (fused.FEW_BLOCKS + 1, "float32", 1),
             (fused.FEW_BLOCKS + 1, "ue8m0", 1),
             (1, None, 2),
+            (1, "float32", 2),
             (1, "float32", 16),
         ):
             if fp8 and target not in tiles.W8A8:
@@ -350,15 +354,16 @@ def of_attention() -> Iterator[Configuration]:
             {},
             {"num_warps": 1},
         )
-        yield Configuration(
-            f"combine_splits {target}",
-            attention.combine_splits_kernel,
-            target,
-            {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "splits_ptr": "*i32", "positions_ptr": "*i64"}
-            | {"out_ptr": "*bf16", "first": "i32"},
-            {"N": 128, "C": 512, "COLUMNS": attention.COLUMNS, "SPLITS": attention.SPLITS},
-            {"num_warps": attention.COMBINE_WARPS},
-        )
+        for n_heads in (16, 128):
+            yield Configuration(
+                f"combine_splits {target} {n_heads} heads",
+                attention.combine_splits_kernel,
+                target,
+                {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "splits_ptr": "*i32", "positions_ptr": "*i64"}
+                | {"out_ptr": "*bf16", "first": "i32"},
+                {"N": n_heads, "C": 512, "COLUMNS": attention.COLUMNS, "SPLITS": attention.SPLITS},
+                {"num_warps": attention.COMBINE_WARPS},
+            )
 
 
 OF_MODULE = {

@@ -1,0 +1,66 @@
+"""A rank's step through Triton's own path of a launch, for a GPU that is not there (support/stub_driver.py).
+
+OTHER_TRITON names a folder with another release of Triton, unpacked, for these tests to run under:
+
+    pip download --no-deps triton==3.6.0 && unzip -d /tmp/triton-3.6.0 triton-3.6.0-*.whl
+    OTHER_TRITON=/tmp/triton-3.6.0 pytest tests/ops/test_stub_driver.py
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from support.limits import LAST_RESORT, run_within
+
+pytestmark = pytest.mark.timeout(LAST_RESORT)
+PROGRAM = Path(__file__).parents[1] / "support" / "step_launches.py"
+SECONDS = 120  # of processor time; 8 are usual
+
+
+def run_program(*arguments: str, cache: Path) -> dict[str, Any]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.environ.get("OTHER_TRITON", "")}
+    done = run_within(SECONDS, [sys.executable, str(PROGRAM), *arguments], env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_program(cache=tmp_path_factory.mktemp("triton"))
+
+
+def test_every_compilation_of_a_step_is_listed(counted: dict[str, Any]) -> None:
+    """So that what compile_kernels.py makes beforehand is what the JIT looks for, key by key."""
+    missed = sorted(name for key, name in counted["compilations"].items() if key not in counted["listed"])
+    assert len(counted["compilations"]) > 30
+    assert not missed, f"{len(missed)} of {len(counted['compilations'])} would be compiled again: {missed}"
+
+
+def test_a_step_is_as_many_launches(counted: dict[str, Any]) -> None:
+    """At most, and no fewer than one of each layer."""
+    at_most = {"decode 1": 1710, "decode 8": 1710, "decode 32": 1710, "decode 128": 1643, "prefill 4096": 1523}
+    found = {name: step["launches"] for name, step in counted["steps"].items()}
+    assert all(61 * 8 < found[name] <= most for name, most in at_most.items()), found
+
+
+def test_layers_chains_add_up_to_the_step(counted: dict[str, Any]) -> None:
+    for name, step in counted["steps"].items():
+        layers = 3 * len(step["chains"]["dense"]) + 58 * len(step["chains"]["moe"])
+        assert 0 < step["launches"] - step["side"] - layers < 50, name
+
+
+def test_what_was_compiled_beforehand_is_found(tmp_path: Path) -> None:
+    """Compiled from the list, one of them with descriptors, and launched by the ops, twice."""
+    found = run_program("--compile", cache=tmp_path)
+    assert found["first"]["hits"] == found["second"]["hits"] == found["compiled"] > 0
+    assert found["first"]["compilations"] == found["compiled"]
+    assert found["first"]["allocated"] > 0, "descriptors lie in memory that the allocator gave"
+    refused = ("must be a tensor or None", "is no i32", "no such grid as (1, 65536, 1)", "shared memory")
+    assert all(text in said for text, said in zip(refused, found["refused"], strict=True)), found["refused"]
