@@ -15,8 +15,8 @@ class SamplingParams:
 
     repetition_penalty divides (multiplies, if negative) the logits of tokens in prompt and answer (CTRL, arXiv
     1909.05858, section 4.1); presence_penalty and frequency_penalty are subtracted for tokens in the answer, once and
-    per occurrence. top_k, top_p and min_p then cut the distribution in this order; min_p drops tokens less likely than
-    that part of the likeliest.
+    per occurrence. logit_bias is added. top_k, top_p and min_p then cut the distribution in this order;
+    min_p drops tokens less likely than that part of the likeliest.
     """
 
     max_new_tokens: int = 200
@@ -34,6 +34,7 @@ class SamplingParams:
     logprobs: int | None = None  # of each token made, with this many of the likeliest beside it
     prompt_logprobs: int | None = None
     n: int = 1  # answers to each prompt
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
 
     def __post_init__(self) -> None:
         for name, ok, wanted in (
@@ -51,13 +52,29 @@ class SamplingParams:
             ("logprobs", self.logprobs is None or self.logprobs >= 0, "None or at least 0"),
             ("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "None or at least 0"),
             ("n", self.n >= 1, "at least 1"),
+            ("logit_bias", all(t >= 0 and abs(bias) <= 100 for t, bias in self.logit_bias),
+             "token ids with numbers from -100 to 100"),
         ):  # fmt: skip
             if not ok:
                 raise UserError(f"{name} is {getattr(self, name)}, expected {wanted}")
 
     @property
-    def penalises(self) -> bool:
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+    def changes_logits(self) -> bool:
+        """Whether penalties or biases change the logits."""
+        penalises = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return penalises or bool(self.logit_bias)
+
+    @classmethod
+    def from_json(cls, said: dict[str, Any]) -> "SamplingParams":
+        """From what `dataclasses.asdict` makes of some, through JSON."""
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
+        fields["logit_bias"] = tuple((token, bias) for token, bias in said["logit_bias"])
+        return cls(**fields)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises UserError for a token id that is not below vocab_size."""
+        if (beyond := next((token for token, _ in self.logit_bias if token >= vocab_size), None)) is not None:
+            raise UserError(f"logit_bias: token id {beyond} is not in the vocabulary of {vocab_size}")
 
 
 def params_from_generation_config(folder: Path, **given: Any) -> SamplingParams:

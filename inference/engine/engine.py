@@ -144,6 +144,7 @@ class Engine:
             request.prompt = encode(prompt, self.tokenizer, self.model.args.vocab_size, thinking)
             if not request.prompt:
                 raise UserError("the prompt is empty")
+            request.params.check_vocabulary(self.model.args.vocab_size)
             if len(request.prompt) >= self.max_model_len:
                 raise UserError(f"the prompt has {len(request.prompt)} tokens and leaves no room for an answer in the "
                                 f"context of {self.max_model_len} (--max-model-len)")  # fmt: skip

@@ -95,10 +95,7 @@ def encode_request(request: Request) -> bytes:
 def decode_request(about: bytes, prompt: list[int], tokenizer: Tokenizer | None) -> Request:
     """The request that `encode_request` was about, for the first rank of its lane."""
     said = json.loads(about)
-    params: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in said["params"].items()
-    }
-    request = Request(said["id"], prompt, SamplingParams(**params), said["choice"])
+    request = Request(said["id"], prompt, SamplingParams.from_json(said["params"]), said["choice"])
     request.opens_thinking = said["thinking"]
     request.detokenizer = tokenizer.stream() if tokenizer else None
     return request

@@ -21,8 +21,9 @@ def uniform(seed: int, rng_key: int, position: int, use: int = SAMPLE) -> float:
 
 
 def penalised(logits: torch.Tensor, params: SamplingParams, tokens: Sequence[int], n_prompt: int) -> torch.Tensor:
-    """One row of logits (V,) after the penalties for `tokens`, the first n_prompt of which are the prompt."""
-    if not params.penalises:
+    """One row of logits (V,) after the penalties for `tokens`, the first n_prompt of which are the prompt, and with the
+    biases of single tokens."""
+    if not params.changes_logits:
         return logits
     logits = logits.clone()
     if params.repetition_penalty != 1:
@@ -33,6 +34,9 @@ def penalised(logits: torch.Tensor, params: SamplingParams, tokens: Sequence[int
     if len(answer):
         made, times = answer.unique(return_counts=True)
         logits[made] -= params.presence_penalty + params.frequency_penalty * times
+    if params.logit_bias:
+        ids, biases = zip(*params.logit_bias, strict=True)
+        logits[torch.tensor(ids, device=logits.device)] += torch.tensor(biases, device=logits.device)
     return logits
 
 
@@ -112,8 +116,8 @@ class SamplingState:
     draft: Draft = field(default_factory=Draft)  # of what follows
 
     def penalised(self, logits: torch.Tensor, n_drafts: int) -> torch.Tensor:
-        """One row of logits (V,), after `n_drafts` drafts, less the penalties."""
-        if not self.params.penalises:
+        """One row of logits (V,), after `n_drafts` drafts, with penalties and biases."""
+        if not self.params.changes_logits:
             return logits
         return penalised(logits, self.params, [*self.tokens, *self.draft.tokens[:n_drafts]], self.n_prompt)
 
@@ -141,7 +145,7 @@ def verify(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[list[i
     at temperature 0 it is equal. All rows are decided at once; what comes after a rejection is dropped.
     """
     rows = [(state, i) for state in states for i in range(len(state.draft.tokens) + 1)]
-    if any(state.params.penalises for state in states):
+    if any(state.params.changes_logits for state in states):
         logits = torch.stack([state.penalised(row, i) for row, (state, i) in zip(logits, rows, strict=True)])
     accepted = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
     token_ids = logits.argmax(dim=-1)
@@ -194,7 +198,7 @@ def propose(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
     It is drawn as the main model's token would be, because a proposal like the target is accepted most often.
     """
     logits = logits.masked_fill(~is_finite(logits).unsqueeze(-1), 0.0)  # a bad draft costs time, never correctness
-    if any(state.params.penalises for state in states):
+    if any(state.params.changes_logits for state in states):
         logits = torch.stack(
             [state.penalised(row, len(state.draft.tokens)) for row, state in zip(logits, states, strict=True)]
         )

@@ -46,7 +46,6 @@ OFF: dict[str, dict[str, tuple[Any, ...]]] = {
         "include_reasoning": (True,),
         "include_stop_str_in_output": (False,),
         "length_penalty": (1,),
-        "logit_bias": ({},),
         "min_tokens": (0,),
         "modalities": (["text"],),
         "models": ([],),

@@ -154,6 +154,8 @@ def sampling_params(body: Sampled, served: Served, prompts: list[list[int]], sou
     fields.setdefault("seed", secrets.randbits(63))
     fields.setdefault("max_new_tokens", served.context - min(map(len, prompts)) if body.is_chat else COMPLETION_TOKENS)
     try:
-        return replace(served.defaults, **fields)
+        params = replace(served.defaults, **fields)
+        params.check_vocabulary(served.vocab_size)
     except UserError as e:
-        raise ApiError(str(e), str(e).split()[0]) from None
+        raise ApiError(str(e), str(e).split()[0].rstrip(":")) from None
+    return params

@@ -6,6 +6,7 @@ that change nothing. The ranges of sampling parameters are SamplingParams' own.
 """
 
 import json
+import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -14,6 +15,7 @@ from core.errors import UserError
 from serving.accepted import OFF_NAMES, changes_nothing
 
 MAX_FIELDS = 64  # of one object
+MAX_BIASES = 1024
 SERVER_ONLY = ("model", "stream", "stream_options")  # without effect in a file of requests
 # What each effort means to a template that has thinking on or off.
 EFFORTS = {"none": False, "minimal": False, "low": True, "medium": True, "high": True, "xhigh": True, "max": True}
@@ -149,10 +151,21 @@ class Sampled(Schema):
     seed: int | None = None
     n: int = 1
     stop: NotEmpty | Annotated[list[NotEmpty], Field(fail_fast=True)] = []
+    logit_bias: dict[str, float] = {}
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
     is_chat: ClassVar[bool]
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _by_token(cls, value: dict[str, float]) -> dict[str, float]:
+        if len(value) > MAX_BIASES:
+            raise ValueError(f"has {len(value)} fields, at most {MAX_BIASES} are read")
+        for token, bias in value.items():
+            if not re.fullmatch("0|[1-9][0-9]{0,8}", token) or abs(bias) > 100:
+                raise ValueError(f"has {shown(token)}: {bias:g}, expected token ids with numbers from -100 to 100")
+        return value
 
     @property
     def n_logprobs(self) -> int | None:
@@ -174,6 +187,8 @@ class Sampled(Schema):
             fields["max_new_tokens"] = most
         if "stop" in self.model_fields_set:
             fields["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if self.logit_bias:
+            fields["logit_bias"] = tuple((int(token), bias) for token, bias in self.logit_bias.items())
         return fields if self.n_logprobs is None else fields | {"logprobs": self.n_logprobs}
 
 

@@ -440,7 +440,7 @@ def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
         request("stopped", stop=["never said", end]),
         request("many", n=0),
         request("unclear", n=True),
-        request("biased", logit_bias={"7": 100}),
+        request("biased", logit_bias={"9999": 100}),
         request("wordless", stop=[""]),
         request("typed", max_tokens="3"),
         request("cold", temperature=-1),
@@ -448,6 +448,7 @@ def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
         request("empty", []),
         request("odd", "\ud800"),
         request("late", temperature=1.5, seed=7),
+        request("drawn", logit_bias={"40": 100, "41": -100}),
     ]
     prompts = prompts_file(tmp_path, "\n\n".join(lines), "requests.jsonl")
     output = tmp_path / "answers.jsonl"
@@ -468,6 +469,7 @@ def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
         ("stops", expected(8, hello, stop=(end,))),
         ("stopped", expected(9, hello, stop=(end,))),
         ("late", expected(19, hello, temperature=1.5, seed=7)),
+        ("drawn", expected(20, hello, logit_bias=((40, 100), (41, -100)))),
     ):
         assert (found[name]["tokens"], found[name]["completion"]) == (asked.tokens, asked.text), name
         assert found[name]["finish_reason"] == ("stop" if "stop" in str(name) else "length") == asked.finish_reason
@@ -475,12 +477,13 @@ def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
     assert found["stops"]["completion"] == plain.text.partition(end)[0] != plain.text
     assert found["penalised"]["tokens"] != plain.tokens
     assert found["warm"]["tokens"] != plain.tokens
+    assert found["drawn"]["tokens"] == [40] * 12
     assert found[4]["prompt"] == "two" and "Prompt: two\n" in out
     failed = {name: line["error"] for name, line in found.items() if line["finish_reason"] == "error"}
     assert failed == {
         "many": "n is 0, expected at least 1",
         "unclear": "body.n is true: expected an integer",
-        "biased": 'body.logit_bias is not supported with the value {"7": 100}',
+        "biased": "logit_bias: token id 9999 is not in the vocabulary of 320",
         "wordless": 'body.stop.0 is "": expected a string that is not empty',
         "typed": 'body.max_tokens is "3": expected an integer',
         "cold": "temperature is -1.0, expected 0 or a positive number",

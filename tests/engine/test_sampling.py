@@ -82,12 +82,13 @@ def verify_one(logits, params, tokens=(0,), n_prompt=1, draft=None, request=0):
 
 
 def distribution(logits, params):
-    return probabilities(logits[None], [params])[0]
+    return probabilities(penalised(logits, params, [], 0)[None], [params])[0]
 
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 6, "top_p": 0.9, "temperature": 1.5}],
+    [{}, {"temperature": 0.6}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 6, "top_p": 0.9, "temperature": 1.5},
+     {"logit_bias": ((0, 1.5), (4, -2.0), (7, -100.0)), "top_k": 8}],
     ids=str,
 )
 def test_verified_tokens_are_distributed_as_sampled_ones(how):
@@ -270,6 +271,18 @@ def test_penalties():
     assert logits.tolist() == [2, -2, 1, 1], "the logits were changed in place"
 
 
+def test_biases():
+    """Added once to each token named, before cuts and for drafts too; -100 bans, 100 selects."""
+    logits = torch.tensor([[0.0, 3.0, 2.5], [0.0, 3.0, 2.5]])
+    biased = SamplingParams(temperature=0, logit_bias=((1, -1.0), (0, 0.5)))
+    assert penalised(logits[0], biased, [1, 1], 0).tolist() == [0.5, 2.0, 2.5] and logits[0, 1] == 3
+    assert verify_one(logits, biased, draft=Draft([2], [None])) == [2, 2]
+    assert verify_one(logits, biased, draft=Draft([1], [None])) == [2]
+    for bias, kept in ((((1, -100.0), (2, -100.0)), 0), (((0, 100.0),), 0), (((2, 100.0),), 2)):
+        p = distribution(logits[0], SamplingParams(temperature=1.0, logit_bias=bias))
+        assert p[kept] > 1 - 1e-9
+
+
 def test_repetition_penalty_is_transformers():
     from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -329,6 +342,8 @@ def test_noise_is_a_function_of_its_numbers():
         ({"stop": "end"}, "expected a tuple of texts"),
         ({"logprobs": -1}, "logprobs is -1"),
         ({"n": 0}, "n is 0, expected at least 1"),
+        ({"logit_bias": ((1, 101.0),)}, "logit_bias is ((1, 101.0),), expected token ids with numbers from -100 to 100"),
+        ({"logit_bias": ((-1, 1.0),)}, "expected token ids with numbers from -100 to 100"),
     ],
 )
 def test_bad_parameters(how, says):

@@ -3,6 +3,14 @@
 from mutation.tests_named import CUTS, LANE_ENGINE, NOISE, PIPELINE, RANDOM_USE, STORED, VERIFIED
 
 MUTANTS = (
+    ("biases-of-tokens-left-out", "engine/sampling.py",
+     "    if params.logit_bias:\n",
+     "    if False:\n",
+     "engine/test_sampling.py::test_biases", "logit_bias changes nothing"),
+    ("biases-beyond-the-vocabulary", "core/sampling_params.py",
+     "if token >= vocab_size), None)",
+     "if token > vocab_size), None)",
+     "serving/test_server.py::test_refused_fields", "the id behind the last is let through, and fails in the step"),
     ("config-warning-of-every-rank", "engine/setup.py",
      "for text in args.warnings if world.rank == 0 else ():",
      "for text in args.warnings:",

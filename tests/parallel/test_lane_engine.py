@@ -118,10 +118,11 @@ def test_recorded_steps(v3: Path, mtp: int) -> None:
 
 
 def test_all_that_a_request_may_ask_for(tiny: Path) -> None:
-    """Sampling with a seed, log-probabilities of answer and prompt, stop texts, text piece by piece, several answers:
+    """Sampling with a seed and biases, log-probabilities of answer and prompt, stop texts, text piece by piece, several answers:
     rank 0 has for requests of other lanes what their lane has for its own."""
     prompts = ["What is 2+2?", "hello " * 30, "z", "another one", "five", "six of them"]
-    asked = SamplingParams(temperature=1.0, seed=5, max_new_tokens=24, logprobs=2, prompt_logprobs=1, n=2, stop=("e", "qu"))
+    asked = SamplingParams(temperature=1.0, seed=5, max_new_tokens=24, logprobs=2, prompt_logprobs=1, n=2, stop=("e", "qu"),
+                           logit_bias=((100, 2.0), (104, -100.0)))  # fmt: skip
 
     def use(engine: Engine) -> list[tuple[Any, ...]]:
         pieces: dict[tuple[int, int], str] = {}

@@ -190,6 +190,15 @@ def test_stop_texts_and_defaults(demo: tuple[RunningServer, Engine], client: ope
     assert seen[0].max_new_tokens == 1024 - len(demo[1].tokenizer.encode_chat(QUESTION))
 
 
+def test_biases(demo: tuple[RunningServer, Engine], client: openai.OpenAI) -> None:
+    (expected,) = demo[1].generate(["The"], SamplingParams(max_new_tokens=3, temperature=0, logit_bias=((40, 100.0),)))
+    answer = client.completions.create(model="model", prompt="The", temperature=0, max_tokens=3, logit_bias={"40": 100})
+    assert expected.tokens == [40] * 3 and answer.choices[0].text == expected.text
+    banned = client.completions.create(model="model", prompt="The", temperature=0, max_tokens=1,
+                                       logit_bias={"40": -100}, logprobs=3)  # fmt: skip
+    assert banned.choices[0].text != expected.text[:1]
+
+
 def test_async_clients_at_once(demo: tuple[RunningServer, Engine]) -> None:
     async def ask(client: openai.AsyncOpenAI, a: int) -> str:
         said = ""
@@ -302,7 +311,11 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         (CHAT, chat(response_format={"type": "json_schema", "json_schema": {}}), "response_format", "is not supported"),
         (CHAT, chat(audio={"voice": "x"}), "audio", "audio is not supported"),
         (CHAT, chat(modalities=["audio"]), "modalities", "is not supported with the value"),
-        (CHAT, chat(logit_bias={"5": 1}), "logit_bias", "is not supported with the value"),
+        (CHAT, chat(logit_bias={"5": 101}), "logit_bias", 'has "5": 101, expected token ids with numbers from -100 to 100'),
+        (CHAT, chat(logit_bias={"05": 1}), "logit_bias", 'has "05": 1, expected token ids'),
+        (CHAT, chat(logit_bias={str(i): 1 for i in range(1025)}), "logit_bias", "has 1025 fields, at most 1024"),
+        (CHAT, chat(logit_bias={"448": 1}), "logit_bias", "token id 448 is not in the vocabulary of 448"),
+        (COMPLETIONS, complete(logit_bias=[1]), "logit_bias", "expected an object"),
         (CHAT, chat(guided_regex="(a+)+"), "guided_regex", "is not supported"),
         (CHAT, chat(chat_template="{{ x }}"), "chat_template", "is not supported"),
         (CHAT, chat(chat_template_kwargs={"thinking": False}), "chat_template_kwargs.thinking", "does not let thinking be switched"),
