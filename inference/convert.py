@@ -4,6 +4,7 @@
 
 writes, for each rank, `model{rank}-mp{N}.safetensors`, or parts `…-00001-of-0000K.safetensors` of at most 1.5 GiB (a
 single larger tensor gets a part of its own), then `model-mp{N}.index.json`, the manifest (see checkpoint/manifest.py).
+With `--pipeline-parallel S` the files of each stage's ranks hold its layers alone: `model{rank}-mp{N}-pp{stage}…`.
 FP8 weights and their scales stay as they are, byte for byte; the MTP module is kept; config, tokenizer and chat
 template files are copied.
 
@@ -35,7 +36,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--hf-ckpt-path", type=Path, help="directory of the Hugging Face checkpoint")
     parser.add_argument("--save-path", type=Path, help="directory for the converted files")
     parser.add_argument("--n-experts", type=int, help="number of routed experts, checked against config.json")
-    parser.add_argument("--model-parallel", type=int, help="number of ranks")
+    parser.add_argument("--model-parallel", type=int, help="number of ranks, in a pipeline of each stage")
+    parser.add_argument(
+        "--pipeline-parallel", type=int, default=1, metavar="S", help="pipeline stages, each with some of the layers"
+    )
+    parser.add_argument(
+        "--pp-layers", metavar="LAYERS", help="layers of each stage, such as 20,21,20 (default: balanced by cost)"
+    )
     parser.add_argument(
         "--experts",
         choices=("auto", "whole", "split"),
@@ -47,6 +54,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     wanted = (options.hf_ckpt_path, options.save_path, options.model_parallel)
     if sum(value is not None for value in wanted) != (len(wanted) if options.verify is None else 0):
         parser.error("give --hf-ckpt-path, --save-path and --model-parallel, or --verify alone")
+    if options.pipeline_parallel < 1:
+        parser.error(f"--pipeline-parallel is {options.pipeline_parallel}, expected at least 1")
+    if options.pp_layers is not None and options.pipeline_parallel == 1:
+        parser.error("--pp-layers needs --pipeline-parallel")
     return options
 
 
@@ -58,7 +69,10 @@ def run(options: argparse.Namespace) -> int:
     if options.verify:
         with output_errors():
             return verify_command(options.verify)
-    convert(options.hf_ckpt_path, options.save_path, options.model_parallel, options.n_experts, experts=options.experts)
+    convert(
+        options.hf_ckpt_path, options.save_path, options.model_parallel, options.n_experts, experts=options.experts,
+        n_stages=options.pipeline_parallel, layers=options.pp_layers,
+    )  # fmt: skip
     return 0
 
 

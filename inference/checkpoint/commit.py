@@ -28,7 +28,6 @@ from checkpoint.reading import read_header
 from core import PROGRAM_VERSION
 from core.errors import UserError
 from core.files import read_json
-from core.run_config import ExpertLayout
 
 
 class Source:
@@ -105,22 +104,23 @@ def check_target(target: Path, mark: dict[str, str], config: dict[str, Any]) -> 
 
 
 def commit(
-    out: AtomicWriter, source: Source, format: str, ranks: int | None, experts: ExpertLayout, small: Sequence[str]
+    out: AtomicWriter, source: Source, format: str, ranks: int | None, layout: dict[str, Any], small: Sequence[str]
 ) -> None:
     """Makes the finished files, those named in `small` and a manifest of that format the checkpoint of the directory.
-    Raises UserError if the source has changed."""
+    `layout`: the manifest's fields that say how weights are divided. Raises UserError if the source has changed."""
     source.check_unchanged()
     files: dict[str, dict[str, Any]] = {}
     for name, writer in out.writers.items():
         assert writer.record is not None, f"{name} is not finished"
-        files[name] = writer.record | ({} if ranks is None else {"rank": int(writer.metadata["rank"])})
+        place = {key: int(value) for key, value in writer.metadata.items() if key in ("rank", "stage")}
+        files[name] = writer.record | place
     name = manifest_name(ranks)
     out.write_json(
         name,
         {
             "format": format,
             "version": VERSION,
-            **({} if ranks is None else {"ranks": ranks, "experts": experts}),
+            **layout,
             "written_by": versions(),
             "source": source.hashes,
             "small": {name: out.small[name] for name in small},

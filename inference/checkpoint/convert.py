@@ -1,5 +1,7 @@
-"""A Hugging Face checkpoint converted into files for each tensor-parallel rank, byte for byte."""
+"""A Hugging Face checkpoint converted into files for each tensor-parallel rank, byte for byte; of a pipeline's stages
+each rank's files hold the layers alone."""
 
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from checkpoint.writing import Writer
 from core.errors import UserError, warn
 from core.files import read_json
 from core.run_config import AskedLayout
+from core.stages import describe_stages, divide
 
 MAX_FILE = 1536 << 20  # bytes
 COPIED = re.compile(r"(generation_)?config\.json|.*token.*|chat_template.*|vocab\..*|merges\.txt|.*\.(model|tiktoken)")
@@ -49,11 +52,15 @@ def convert(
     n_experts: int | None = None,
     max_file: int = MAX_FILE,
     experts: AskedLayout = "auto",
+    n_stages: int = 1,
+    layers: str | None = None,
 ) -> None:
-    """Converts `source` for that many ranks into files of at most `max_file` bytes in `target`.
+    """Converts `source` for that many ranks, of each of `n_stages` stages, into files of at most `max_file` bytes in
+    `target`.
 
-    `n_experts` is compared with the config; `experts` is as in partition.choose_experts. Raises UserError, before
-    anything is written to the target, for a damaged checkpoint, one that does not divide over the ranks, or a target
+    `n_experts` is compared with the config; `experts` is as in partition.choose_experts, `layers` as in stages.divide.
+    A tensor that two stages need, an embedding, is in the first one's files. Raises UserError, before anything is
+    written to the target, for a damaged checkpoint, one that does not divide over the ranks or the stages, or a target
     that cannot be written to.
     """
     checkpoint, state = open_source(source, target)
@@ -62,24 +69,31 @@ def convert(
         raise UserError(f"--n-experts is {n_experts}, but config.json says {args.n_routed_experts}")
     specs = checkpoint.expected(args)
     partition = checkpoint.partition(args, ranks, experts, quantised_rows(specs))
+    stages = divide(args, n_stages, layers, args.n_mtp_layers > 0 and checkpoint.has_mtp, "--pipeline-parallel")
     entries = checkpoint.check(Partition(args))
     if args.n_mtp_layers and not checkpoint.has_mtp:
         warn(f"{source} has no MTP module, though its config names one")
     print(partition.reason, file=sys.stderr, flush=True)
+    if n_stages > 1:
+        print(describe_stages(stages, ranks), file=sys.stderr, flush=True)
     in_order = sorted(entries.items(), key=lambda item: (item[1].file, item[1].start))
     files: list[OutputFile] = []
-    for rank in range(ranks):
+    for rank, number in itertools.product(range(ranks), range(n_stages)):
         slices: list[Output] = []
         for name, entry in in_order:
-            if cut := partition.cut(specs[name], rank):
+            if stages[number].files_have(name) and (cut := partition.cut(specs[name], rank)):
                 slices.append(Slice(name, entry, entry.dtype, tuple(b - a for a, b in cut), cut))
+        stage = number if n_stages > 1 else None
+        mark = file_mark(rank, ranks, partition.experts, stage)
         parts = split_by_size(slices, max_file)
         for i, part in enumerate(parts):
-            name = f"model{rank}-mp{ranks}" + (f"-{i + 1:05}-of-{len(parts):05}" if len(parts) > 1 else "")
-            files.append(OutputFile(f"{name}.safetensors", file_mark(rank, ranks, partition.experts), part))
+            name = f"model{rank}-mp{ranks}" + ("" if stage is None else f"-pp{stage}")
+            name += f"-{i + 1:05}-of-{len(parts):05}" if len(parts) > 1 else ""
+            files.append(OutputFile(f"{name}.safetensors", mark, part))
     copies = [path for path in small_files(source) if COPIED.fullmatch(path.name) and path.suffix != ".py"]
     config = read_json(source / "config.json")
-    new = NewCheckpoint(files, config, copies, FORMAT, ranks=ranks, experts=partition.experts)
+    counts = [len(stage.layers) for stage in stages] if n_stages > 1 else []
+    new = NewCheckpoint(files, config, copies, FORMAT, ranks=ranks, experts=partition.experts, stages=counts)
     write_checkpoint(new, state, target, "converting")
 
 

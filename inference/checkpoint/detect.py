@@ -86,7 +86,8 @@ class Detected:
             if any(name.startswith(TEMPORARY) for name in names):
                 raise UserError(f"{self.folder}: an unfinished conversion and nothing else; run the conversion again")
             raise UserError(f"{self.folder}: no checkpoint here (no .safetensors files)")
-        ranked = [re.fullmatch(r"model(\d+)-mp([1-9]\d*)(-\d+-of-\d+)?\.safetensors", file) for file in self.files]
+        of_ranks = re.compile(r"model(\d+)-mp([1-9]\d*)((?:-pp\d+)?(?:-\d+-of-\d+)?)\.safetensors")
+        ranked = [of_ranks.fullmatch(file) for file in self.files]
         if all(ranked):
             for file in self.files:
                 if read_header(self.folder / file)[0].get("format") == FORMAT:

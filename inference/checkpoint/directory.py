@@ -196,16 +196,17 @@ class Checkpoint:
             return None
         return self.manifests[ranks].experts if ranks in self.manifests else "whole"
 
-    def made_for(self, ranks: int, lanes: int = 1) -> int:
+    def made_for(self, ranks: int, lanes: int = 1, stages: int = 1) -> int:
         """The number of ranks whose files such a run reads: its own, else the most for which each part that one of its
-        ranks holds lies within one file's part. Whole tensors, an "hf" directory's, are those of one rank.
+        ranks holds lies within one file's part. Whole tensors, an "hf" directory's, are those of one rank. `ranks` are
+        those of one of so many stages; into which stages files are cut does not matter.
 
         Raises UserError where there are no such files.
         """
         if self.ranks is None:
             return 1
         if (found := choose_files(self.ranks, ranks, lanes)) is None:
-            raise self._made_for_others(ranks, lanes)
+            raise self._made_for_others(ranks, lanes, stages)
         return found
 
     def partition_of_files(self, partition: Partition) -> Partition:
@@ -214,11 +215,32 @@ class Checkpoint:
             return partition
         return Partition(partition.args, made_for, partition.experts, partition.quantised)
 
-    def _made_for_others(self, ranks: int, lanes: int = 1) -> UserError:
+    def layers_of_stages(self, args: ModelArgs, ranks: int, stages: int) -> str | None:
+        """The layers of each stage as --pp-layers has them, where files for that many ranks of a stage were converted
+        for as many stages: then each rank reads its own files alone. Files for other stages are read too. Raises
+        CheckpointError as `check_stages` reports it."""
+        self.check_stages(args)
+        manifest = self.manifests.get(self.made_for(ranks)) if self.kind == "converted" else None
+        if manifest is None or stages == 1 or len(manifest.stages) != stages:
+            return None
+        return ",".join(map(str, manifest.stages))
+
+    def check_stages(self, args: ModelArgs) -> None:
+        """Reports manifests with stages of another number of layers than the model's."""
+        for manifest in self.manifests.values():
+            if manifest.stages and sum(manifest.stages) != args.n_layers:
+                counts = ", ".join(map(str, manifest.stages))
+                text = f"{manifest.path}: stages of {counts} layers, but the model has {args.n_layers}"
+                self.report(CheckpointError(text, manifest.path))
+
+    def _made_for_others(self, ranks: int, lanes: int = 1, stages: int = 1) -> UserError:
         counts = " or ".join(map(str, self.ranks or ()))
         wanted = f"not {ranks}; start as many, or convert for {ranks}"
         if lanes > 1:
             wanted = f"not {ranks} in {lanes} lanes; convert for {ranks // lanes}, or give the original files"
+        if stages > 1:
+            needs = ", ".join(f"--pp {stages} takes {n * stages}" for n in self.ranks or ())
+            wanted = f"not {ranks} in each of {stages} stages: {needs}, or convert for {ranks}"
         return UserError(f"{self.path}: converted for {counts} ranks, {wanted}")
 
     def partition(
@@ -228,13 +250,14 @@ class Checkpoint:
         asked: AskedLayout = "auto",
         quantised: frozenset[str] = frozenset(),
         lanes: int = 1,
+        stages: int = 1,
     ) -> Partition:
-        """How its weights are divided over `ranks` ranks, those of all lanes. `quantised`: the rows of the table that
-        stay so when they are loaded or converted.
+        """How its weights are divided over `ranks` ranks, those of all lanes, or of one of several stages. `quantised`:
+        the rows of the table that stay so when they are loaded or converted.
 
         Raises UserError as Partition.choose and `made_for` do.
         """
-        made_for = self.made_for(ranks, lanes)
+        made_for = self.made_for(ranks, lanes, stages)
         stored = quantised_rows(self.expected(args))
         if self.kind != "hf":  # files made for ranks hold parts of the scales
             quantised |= stored
@@ -336,6 +359,7 @@ class Checkpoint:
                 held = f"{'FP8 scales' if fp8 else 'quantised weights'}; get the config.json that belongs to them"
             text = f"{self.path}: config.json has {said} quantization_config, but the files hold {held}"
             self.report(CheckpointError(text, self.path / "config.json"))
+        self.check_stages(partition.args)
         tensors = self.tensors(partition.args, rank, partition.ranks)
         on_disk = {self.table_name(name): entry for name, entry in tensors.items()}
         for problem in self._contradictions(tensors):

@@ -3,20 +3,23 @@
 A manifest is a JSON file. Its appearance makes a directory a checkpoint. Its fields:
 
     format, version   `deepseek-v3-ranks` (convert.py, `model-mp{N}.index.json`, with the number of `ranks` and the
-                      layout of the routed `experts`), or `deepseek-v3-bf16` (fp8_cast_bf16.py) or
+                      layout of the routed `experts` and, of files that are cut into the stages of a pipeline too, the
+                      number of layers of each in `stages`), or `deepseek-v3-bf16` (fp8_cast_bf16.py) or
                       `deepseek-v3-quantized` (quantize.py), both `model.safetensors.manifest.json`
     written_by        versions of this program, torch and safetensors
     source            `config_sha256`, and `manifest_sha256` of a source with a manifest, else `headers_sha256`: of each
                       weight file its name, size and header, then of the index (see commit.hash_headers)
     small             `bytes` and `sha256` of files that are not weights
-    files             of weight files `bytes`, `sha256` as sha256sum prints it, the `rank` each is for, and of each of
-                      its `tensors` CRC-32 and SHA-256 of the bytes, "crc32 sha256". A load checks sizes and CRC-32
+    files             of weight files `bytes`, `sha256` as sha256sum prints it, the `rank` each is for (of a stage, and
+                      which `stage`), and of each of its `tensors` CRC-32 and SHA-256 of the bytes, "crc32 sha256". A
+                      load checks sizes and CRC-32
 
 While a commit is pending, the manifest has the prefix `.pending-`: its files count, under temporary names where they do
 not have their own yet, and files of the checkpoint that it replaces may still be there (see commit.py).
 """
 
 import hashlib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -50,10 +53,10 @@ def hf_mark(format: str) -> dict[str, str]:
     return {"format": "pt", "written_by": HF_FORMATS[format]}
 
 
-def file_mark(rank: int, ranks: int, experts: ExpertLayout) -> dict[str, str]:
-    """The safetensors metadata of a converted file."""
-    mark = {"format": FORMAT, "version": str(VERSION), "rank": str(rank), "ranks": str(ranks)}
-    return mark | {"experts": experts}
+def file_mark(rank: int, ranks: int, experts: ExpertLayout, stage: int | None = None) -> dict[str, str]:
+    """The safetensors metadata of a converted file; `stage`: the one it is for, if there are several."""
+    mark = {"format": FORMAT, "version": str(VERSION), "rank": str(rank), "ranks": str(ranks), "experts": experts}
+    return mark | ({} if stage is None else {"stage": str(stage)})
 
 
 class Manifest:
@@ -77,6 +80,7 @@ class Manifest:
         self.files: dict[str, dict[str, Any]] = raw.get("files", {})
         self.small: dict[str, dict[str, Any]] = raw.get("small", {})
         self.experts: ExpertLayout = raw.get("experts", "whole")
+        self.stages: list[int] = raw.get("stages", [])  # the layers of each, if there are several
         if not self._is_well_formed():
             raise CheckpointError(f"{self.path}: damaged; copy the directory again or convert again", self.path)
         for file in self.files:
@@ -84,7 +88,9 @@ class Manifest:
 
     def _is_well_formed(self) -> bool:
         try:
-            ranks = {record.get("rank") for record in self.files.values()}
+            places = {(record.get("rank"), record.get("stage")) for record in self.files.values()}
+            stages = range(len(self.stages)) if self.stages else [None]
+            layers = all(type(n) is int and n > 0 for n in self.stages)
             records = [*self.files.values(), *self.small.values()]
             digests = [text for record in self.files.values() for text in record["tensors"].values()]
             hashes = all(type(record["bytes"]) is int and len(record["sha256"]) == 64 for record in records)
@@ -93,7 +99,8 @@ class Manifest:
             return False
         names = not any("/" in name or name == ".." for name in self.small)
         layout = self.raw.get("ranks") == self.ranks and self.experts in get_args(ExpertLayout)
-        return hashes and names and layout and ranks == ({None} if self.ranks is None else set(range(self.ranks)))
+        ranks = [None] if self.ranks is None else range(self.ranks)
+        return hashes and names and layout and layers and places == set(itertools.product(ranks, stages))
 
     def where(self, file: str) -> Path:
         """The path of one of its files, which may have a temporary name while the commit is pending."""
@@ -105,11 +112,12 @@ class Manifest:
         same_ranks = self.ranks is None or re.match(rf"model\d+-mp{self.ranks}\D", file)
         return self.pending and bool(same_ranks) and file not in self.files
 
-    def mark(self, rank: int | None) -> dict[str, str]:
-        """The metadata of that rank's files."""
-        if rank is None or self.ranks is None:
+    def mark(self, file: str) -> dict[str, str]:
+        """The metadata of one of its files."""
+        if self.ranks is None:
             return hf_mark(self.raw["format"])
-        return file_mark(rank, self.ranks, self.experts)
+        record = self.files[file]
+        return file_mark(record["rank"], self.ranks, self.experts, record.get("stage"))
 
     def check_sizes(self) -> None:
         """Raises CheckpointError when a weight file is missing or has another size than it was written with."""
@@ -124,7 +132,8 @@ class Manifest:
     def entries(
         self, rank: int | None, header: Callable[[str, Path], tuple[dict[str, str], dict[str, Entry]]]
     ) -> dict[str, Entry]:
-        """A rank's tensors. Raises CheckpointError when a file, of any rank, is missing or not as the manifest says."""
+        """A rank's tensors, of all stages. Raises CheckpointError when a file, of any rank, is missing or not as the
+        manifest says."""
         self.check_sizes()
         found: dict[str, Entry] = {}
         for file, record in self.files.items():
@@ -132,9 +141,10 @@ class Manifest:
                 continue
             path = self.where(file)
             metadata, tensors = header(file, path)
-            wanted = self.mark(rank)
+            wanted = self.mark(file)
             if (mark := {key: metadata.get(key) for key in wanted}) != wanted:
-                what = f"rank {rank} of {self.ranks}, {self.experts} experts"
+                of = f", stage {record['stage']} of {len(self.stages)}" if self.stages else ""
+                what = f"rank {rank} of {self.ranks}{of}, {self.experts} experts"
                 what = f"written by {self.command}" if rank is None else what
                 text = f"{path}: its metadata does not mark it as {what}: found {mark}"
                 raise CheckpointError(text, path, "", wanted, mark)

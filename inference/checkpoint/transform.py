@@ -75,6 +75,7 @@ class NewCheckpoint:
     texts: dict[str, Any] = field(default_factory=dict)  # JSON files by name
     ranks: int | None = None  # that it is cut for; None: any number can load it
     experts: ExpertLayout = "whole"
+    stages: Sequence[int] = ()  # the layers of each, if its files are cut into several
     options: Sequence[Any] = ()  # JSON of what determines the bytes besides the source and the files' headers
 
 
@@ -143,7 +144,10 @@ def write_checkpoint(new: NewCheckpoint, source: Source, target: Path, verb: str
             out.copy(path)
         for name, value in new.texts.items():
             out.write_json(name, value)
-        commit(out, source, new.format, new.ranks, new.experts, [*(path.name for path in new.copies), *new.texts])
+        small = [*(path.name for path in new.copies), *new.texts]
+        layout: dict[str, Any] = {} if new.ranks is None else {"ranks": new.ranks, "experts": new.experts}
+        layout |= {"stages": list(new.stages)} if new.stages else {}
+        commit(out, source, new.format, new.ranks, layout, small)
 
 
 def write_outputs(outputs: list[Output], verb: str) -> None:

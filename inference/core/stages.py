@@ -1,5 +1,6 @@
 """Pipeline stages: runs of layers, each computed by ranks of its own."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,20 +26,32 @@ class Stage(NamedTuple):
             return self.is_first or (self.is_last and (mtp or tied))
         return self.is_last
 
+    def files_have(self, name: str) -> bool:
+        """Whether a tensor, by our name, is in files that were converted for it: each tensor is in one stage's."""
+        return self.has(name, mtp=False, tied=False)
+
 
 def single_stage(args: ModelArgs) -> Stage:
     """The only stage of a model that is not divided."""
     return Stage(range(args.n_layers))
 
 
-def divide(args: ModelArgs, n: int, asked: str | None = None, mtp: bool = False) -> list[Stage]:
+def cut(counts: Sequence[int]) -> list[Stage]:
+    """Stages of so many layers each, in order."""
+    starts = [0, *itertools.accumulate(counts)]
+    last = len(counts) - 1
+    return [Stage(range(starts[i], starts[i + 1]), i == 0, i == last) for i in range(len(counts))]
+
+
+def divide(args: ModelArgs, n: int, asked: str | None = None, mtp: bool = False, flag: str = "--pp") -> list[Stage]:
     """The n stages of a model: as many layers each as `asked` says ("20,21,20"), else so that the costliest stage costs
     least. A stage costs the weights that one token is multiplied by.
 
-    Raises UserError for more stages than layers, and for numbers that do not add up.
+    Raises UserError, which names the `flag` that asked for n, for more stages than layers, and for numbers that do not
+    add up.
     """
     if n > args.n_layers:
-        raise UserError(f"--pp {n}: the model has {args.n_layers} layers, fewer than stages")
+        raise UserError(f"{flag} {n}: the model has {args.n_layers} layers, fewer than stages")
     counts = balanced(layer_costs(args), last_cost(args, mtp), n)
     if asked is not None:
         try:
@@ -49,11 +62,14 @@ def divide(args: ModelArgs, n: int, asked: str | None = None, mtp: bool = False)
             of = f"{n} stage{'s' * (n > 1)} of {args.n_layers} layers"
             raise UserError(f"--pp-layers {asked}: these are {len(counts)} numbers, {sum(counts)} together; "
                             f"expected {of}, at least one in each")  # fmt: skip
-    stages, start = [], 0
-    for i, count in enumerate(counts):
-        stages.append(Stage(range(start, start + count), i == 0, i == n - 1))
-        start += count
-    return stages
+    return cut(counts)
+
+
+def describe_stages(stages: Sequence[Stage], ranks: int) -> str:
+    """A line that says which layers each stage has."""
+    each = "1 rank" if ranks == 1 else f"{ranks} ranks"
+    layers = ", ".join(f"{s.layers.start}-{s.layers.stop - 1}" for s in stages)
+    return f"pipeline: {len(stages)} stages of {each}, the last with rank 0 and the head: layers {layers}"
 
 
 def layer_costs(args: ModelArgs) -> list[int]:
@@ -72,6 +88,12 @@ def last_cost(args: ModelArgs, mtp: bool) -> int:
     """What the last stage has beside layers: the head, and the MTP module, which uses it again."""
     head = args.vocab_size * args.dim
     return head + (layer_costs(args)[-1] + 2 * args.dim**2 + head if mtp else 0)
+
+
+def stage_costs(args: ModelArgs, stages: Sequence[Stage], mtp: bool) -> list[int]:
+    """What each stage costs, as `divide` counts."""
+    costs, last = layer_costs(args), last_cost(args, mtp)
+    return [sum(costs[i] for i in stage.layers) + (last if stage.is_last else 0) for stage in stages]
 
 
 def balanced(costs: Sequence[int], last: int, n: int) -> list[int]:

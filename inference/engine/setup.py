@@ -4,7 +4,6 @@ All ranks call these functions together; an error on one of them is raised on al
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from core.errors import UserError, warn
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, RunConfig
 from core.sampling_params import SamplingParams, params_from_generation_config
-from core.stages import Stage, divide, single_stage
+from core.stages import Stage, describe_stages, divide, single_stage
 from engine import host_memory, memory, rank_memory
 from engine.choose_numerics import choose_numerics, choose_virtual_ranks, describe_rounding
 from model import Transformer
@@ -89,7 +88,7 @@ def _choose(
     specs = checkpoint.expected(args)
     num, says = choose_numerics(args, device, run.dtype, run.gemm, specs=specs)
     ranks = world.size // run.pp  # of a stage, if there are several
-    partition = checkpoint.partition(args, ranks, run.experts, quantised_rows(specs, num), run.dp)
+    partition = checkpoint.partition(args, ranks, run.experts, quantised_rows(specs, num), run.dp, run.pp)
     fp8_latents = run.kv_cache_dtype == "fp8"
     if fp8_latents and not devices.holds(device, torch.float8_e4m3fn):
         raise UserError(f"--kv-cache-dtype fp8: {device.type} has no such type in torch; leave it out")
@@ -116,7 +115,7 @@ def _choose(
                 reason = f"experts: {num.experts}, as --deterministic divides them for any number of ranks"
             print(reason, file=sys.stderr)
     has_mtp = bool(args.n_mtp_layers) and checkpoint.has_mtp
-    stages = divide(args, run.pp, run.pp_layers, has_mtp)
+    stages = divide(args, run.pp, run.pp_layers or checkpoint.layers_of_stages(args, ranks, run.pp), has_mtp)
     if progress and world.rank == 0 and run.pp > 1:
         print(describe_stages(stages, ranks), file=sys.stderr)
     stage = stages[run.pp - 1 - world.rank // ranks]
@@ -130,13 +129,6 @@ def describe_lanes(ranks: int, lanes: int) -> str:
         return f"lanes: one of {ranks} ranks, which answers a few sequences soonest; --dp {ranks} holds more of them"
     each = "1 rank" if ranks == lanes else f"{ranks // lanes} ranks"
     return f"lanes: {lanes} of {each} each, as asked; each keeps the latents of its own sequences"
-
-
-def describe_stages(stages: Sequence[Stage], ranks: int) -> str:
-    """A line that says which layers each stage has."""
-    each = "1 rank" if ranks == 1 else f"{ranks} ranks"
-    layers = ", ".join(f"{s.layers.start}-{s.layers.stop - 1}" for s in stages)
-    return f"pipeline: {len(stages)} stages of {each}, the last with rank 0 and the head: layers {layers}"
 
 
 def _check_agreement(computes: tuple[ModelArgs, Numerics, bool], world: Group) -> None:

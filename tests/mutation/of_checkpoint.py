@@ -1,6 +1,6 @@
 """Mutants of checkpoint/: name, file, text, what takes its place, the tests that must fail, the bug."""
 
-from mutation.tests_named import BITS, LOGITS, MTP, QUANTIZE, SHARDS, STORED
+from mutation.tests_named import BITS, LOGITS, MTP, QUANTIZE, SHARDS, STAGES, STORED
 
 MUTANTS = (
     ("mtp-layer-61", "checkpoint/table.py",
@@ -402,4 +402,36 @@ MUTANTS = (
      "return virtual, number * (virtual.ranks // of) + int(found[2])",
      "return virtual, number + int(found[2])",
      f"{BITS}[dtype0-None]", "virtual ranks of the second rank load the first's weights"),
+    ("convert-layers-of-all-stages", "checkpoint/convert.py",
+     "if stages[number].files_have(name) and (cut := partition.cut(specs[name], rank)):",
+     "if cut := partition.cut(specs[name], rank):",
+     f"{STAGES}test_every_family_comes_back[v3]", "each stage's files hold every layer"),
+    ("convert-stages-unbalanced", "checkpoint/convert.py",
+     "stages = divide(args, n_stages, layers, args.n_mtp_layers > 0 and checkpoint.has_mtp,",
+     "stages = divide(args, n_stages, layers or '1,2', False,",
+     f"{STAGES}test_stages_are_those_of_a_run", "files are cut into other stages than a run's"),
+    ("stage-files-unmarked", "checkpoint/manifest.py",
+     "wanted = self.mark(file)",
+     "wanted = {key: value for key, value in self.mark(file).items() if key != 'stage'}",
+     f"{STAGES}test_files_of_another_stage", "a file of another stage is not told from its own"),
+    ("stage-files-missing", "checkpoint/manifest.py",
+     "places == set(itertools.product(ranks, stages))",
+     "{rank for rank, _ in places} == set(ranks)",
+     f"{STAGES}test_files_of_another_stage", "a manifest may lack a stage's files"),
+    ("stage-files-of-another-model", "checkpoint/directory.py",
+     "if manifest.stages and sum(manifest.stages) != args.n_layers:",
+     "if False:",
+     f"{STAGES}test_layers_that_are_not_the_config_s", "stages of another number of layers than the model's pass a check"),
+    ("stage-files-without-their-manifest", "checkpoint/detect.py",
+     "((?:-pp\\d+)?(?:-",
+     "((?:-",
+     f"{STAGES}test_a_stage_without_its_files", "of files of stages without a manifest nobody says what they are"),
+    ("stages-unlike-the-files", "checkpoint/directory.py",
+     "if manifest is None or stages == 1 or len(manifest.stages) != stages:",
+     "if True:",
+     f"{STAGES}test_stages_are_those_of_a_run", "a run balances stages anew, and ranks read each other's files"),
+    ("stages-refusal-of-plain-ranks", "checkpoint/directory.py",
+     "        if stages > 1:\n            needs",
+     "        if False:\n            needs",
+     f"{STAGES}test_ranks_that_the_files_do_not_divide_over", "a pipeline is told to start as many ranks as one stage has"),
 )  # fmt: skip
