@@ -4,6 +4,7 @@ can be at most; and which layout of ranks is the best for a load. Only the confi
   python plan.py --config configs/config_671B.json --tp 8 --max-model-len 32768 --max-num-seqs 32
   python plan.py --ckpt-path CKPT --tp 2 --device cpu --json
   python plan.py --config configs/config_671B.json --world-size 16 --concurrency 500 --context 4096
+  python plan.py --config configs/config_671B.json --world-size 16 --pp 2 --concurrency 500 --network 1.25
 
 Exit status: 0; 2 wrong use, or a model or checkpoint that cannot be run so.
 """
@@ -28,6 +29,7 @@ from core.run_config import PAGE_SIZE, RunConfig
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
     from checkpoint.partition import Partition
     from engine import layouts as counted
+    from engine import memory as budget
     from engine import rank_memory
 
 GPUS = (80, 96, 141, 192)  # GB a card is sold with; its driver may report more
@@ -35,7 +37,10 @@ GPU_BANDWIDTHS = [3.35, 4.8]  # TB/s: H100 and H200
 GPU_TFLOPS = [1979.0, 989.0]  # FP8 and BF16, dense: H100, H200, H800
 GPU_MEMORY = 141.0  # GB of the ranks in a table of layouts: H200
 SEQUENCES = (1, 8, 32, 128)
-RUN_FLAGS = ("max_num_seqs", "max_num_batched_tokens", "mtp", "dtype", "gemm", "kv_cache_dtype", "experts", "eager")
+RUN_FLAGS = (
+    "pp", "pp_layers", "max_num_seqs", "max_num_batched_tokens", "mtp", "dtype", "gemm", "kv_cache_dtype", "experts",
+    "eager",
+)  # fmt: skip
 RANKS = (*range(1, 17), 24, 32, 48, 64, 128)
 
 
@@ -45,10 +50,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt-path", metavar="DIR", help="a checkpoint; or only")
     add("--config", metavar="FILE", help="the model's config")
-    add("--tp", type=positive, metavar="N", help="ranks of a lane, tensor parallel (default: 1)")
+    add("--tp", type=positive, metavar="N", help="ranks of a lane or a stage, tensor parallel (default: 1)")
     add("--dp", type=positive, metavar="N", help="data-parallel lanes of so many ranks (default: 1)")
     add("--world-size", type=positive, metavar="N",
-        help="tabulate every layout of N ranks: dp x tp, experts (with --concurrency default: dp x tp)")  # fmt: skip
+        help="tabulate every layout of N ranks: dp x tp, experts; with --pp this pipeline too (with --concurrency "
+             "default: dp x tp, or pp x tp)")  # fmt: skip
     add("--concurrency", type=positive, metavar="N",
         help="recommend a layout for N sequences of --context tokens at a time")  # fmt: skip
     add("--device", type=device, default="cuda", metavar="DEVICE", help="what the ranks run on (default: GPUs)")
@@ -70,25 +76,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if options.ckpt_path is None and options.config is None:
         parser.error("give --config or --ckpt-path")
     world = options.world_size
-    options.any_dp = world is not None and options.tp is None and options.dp is None
+    options.any_dp = world is not None and options.tp is None and options.dp is None and options.pp == 1
     options.dp = options.dp or 1
-    if world is not None and world % options.dp:
-        parser.error(f"--dp {options.dp} does not divide {world} ranks")
+    run_config(options)  # raises for values that no run can have
+    divided, parts = ("--pp", options.pp) if options.pp > 1 else ("--dp", options.dp)
+    if world is not None and world % parts:
+        parser.error(f"{divided} {parts} does not divide {world} ranks")
     if options.tp is None:
-        options.tp = 1 if world is None else world // options.dp
-    if world not in (None, options.dp * options.tp):
-        parser.error(f"--dp {options.dp} times --tp {options.tp} are {options.dp * options.tp} ranks, "
+        options.tp = 1 if world is None else world // parts
+    if world not in (None, parts * options.tp):
+        parser.error(f"{divided} {parts} times --tp {options.tp} are {parts * options.tp} ranks, "
                      f"--world-size says {world}")  # fmt: skip
     lists_layouts = world is not None or options.concurrency is not None
     if lists_layouts and options.device != "cuda" and not (options.bandwidth and options.tflops and options.memory):
         parser.error(f"layouts on {options.device} need --memory, --bandwidth and --tflops")
-    run_config(options)  # raises for values that no run can have
     return options
 
 
-def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunConfig, str]:
-    """The rank and the run asked for, and a line about the numerics. Raises UserError for a bad config, a checkpoint
-    that is incomplete or contradicts it, and numbers of ranks that do not divide the model."""
+def describe(options: argparse.Namespace) -> tuple[list["rank_memory.RankSpec"], RunConfig, str]:
+    """The rank asked for, or one of each stage, and the run, and a line about the numerics. Raises UserError for a bad
+    config, a checkpoint that is incomplete or contradicts it, and numbers of ranks or stages that do not divide the
+    model."""
     import torch
 
     from checkpoint.directory import Checkpoint, choose_args
@@ -96,7 +104,8 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
     from checkpoint.table import expected_tensors, quantised_rows
     from core import devices
     from core.config import load_config
-    from engine import rank_memory, setup
+    from core.stages import divide as divide_layers
+    from engine import rank_memory, setup, stage_layouts
     from engine.choose_numerics import choose_numerics, describe_rounding
 
     on = devices.parse(options.device) if options.device != "cuda" else torch.device("cuda")  # GPUs need not be here
@@ -120,7 +129,7 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
     def divide(lanes: int) -> Partition:
         if checkpoint is None:
             return Partition.choose(args, world, options.experts, quantised=rows, lanes=lanes)
-        return checkpoint.partition(args, world, options.experts, rows, lanes)
+        return checkpoint.partition(args, world, options.experts, rows, lanes, options.pp)
 
     partition = first_that_works(divide, world) if options.any_dp else divide(options.dp)
     if checkpoint is not None:
@@ -129,7 +138,9 @@ def describe(options: argparse.Namespace) -> tuple["rank_memory.RankSpec", RunCo
                   mlps_in_lane=partition.mlps_in_lane)  # fmt: skip
     rank = rank_memory.RankSpec(args, num, world, gpu, has_mtp, not gpu and on.type != "cpu", partition.lanes)
     config = setup.check_limits(run_config(options), args, has_mtp)
-    return rank, config, says
+    converted = None if checkpoint is None else checkpoint.layers_of_stages(args, world, options.pp)
+    stages = divide_layers(args, options.pp, options.pp_layers or converted, has_mtp)
+    return stage_layouts.on_stages(rank, stages), config, says
 
 
 def first_that_works(divide: Callable[[int], "Partition"], world: int) -> "Partition":
@@ -146,12 +157,14 @@ def first_that_works(divide: Callable[[int], "Partition"], world: int) -> "Parti
 
 def plan(options: argparse.Namespace) -> dict[str, Any]:
     """All that is printed, as plain data: sizes in bytes, times in seconds. Raises UserError as `describe` does."""
-    rank, config, says = describe(options)
+    stages, config, says = describe(options)
     from core import devices
     from engine import memory, rank_memory, setup
 
-    pages = config.max_num_seqs * config.pages_per_sequence
-    wanted = memory.need(rank, config, cache=pages * rank_memory.page_bytes(rank))
+    pages = config.pp * config.seqs_per_microbatch * config.pages_per_sequence
+    needs = [memory.need(stage, config, cache=pages * rank_memory.page_bytes(stage)) for stage in stages]
+    wanted = max(needs, key=lambda need: need.total)
+    rank = stages[needs.index(wanted)]
     parts: dict[str, int] = {}
     for (mtp, part), n in rank_memory.weight_bytes(rank).items():
         name = rank_memory.MTP if mtp else part
@@ -163,16 +176,18 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
     context = min(options.context or 4096, config.max_model_len or rank.args.max_seq_len)
     return {
         "model": {
-            "parameters": rank_memory.parameters(rank),
-            "mtp_parameters": rank_memory.parameters(rank, mtp=True),
+            "parameters": rank_memory.parameters(replace(rank, stage=None)),
+            "mtp_parameters": rank_memory.parameters(replace(rank, stage=None), mtp=True),
         },
         "run": {
-            "ranks": rank.ranks, "dp": rank.lanes, "tp": rank.tp, "device": options.device, "numerics": says,
+            "ranks": config.pp * rank.ranks, "dp": rank.lanes, "tp": rank.tp, "pp": config.pp,
+            "device": options.device, "numerics": says,
             "experts": rank.experts,
             "max_model_len": config.max_model_len, "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.max_step_tokens, "mtp": config.mtp,
             "kv_cache_dtype": options.kv_cache_dtype,
         },
+        "stages": stage_rows(stages, needs, config) if config.pp > 1 else None,
         "rank": {
             "weights": {part: parts[part] for part in (*rank_memory.PARTS, rank_memory.MTP) if part in parts},
             "packing": wanted.packing,
@@ -181,89 +196,132 @@ def plan(options: argparse.Namespace) -> dict[str, Any]:
             "graphs": wanted.graphs,
             "total": wanted.total,
         },
-        "fits": {name: room(rank, config, size) for name, size in sizes.items()},
-        "ranks": list(other_ranks(rank, config, sizes, options.experts)),
-        "decode": [decode(rank, config, sequences, context, bandwidths) for sequences in SEQUENCES],
-        "layouts": layouts(options, rank, config, context) if options.world_size or options.concurrency else None,
+        "fits": {name: room(stages, config, size) for name, size in sizes.items()},
+        "ranks": list(other_ranks(stages, config, sizes, options.experts)),
+        "decode": [decode(stages, config, sequences, context, bandwidths) for sequences in SEQUENCES],
+        "layouts": layouts(options, stages, config, context) if options.world_size or options.concurrency else None,
     }  # fmt: skip
 
 
-def room(rank: "rank_memory.RankSpec", config: RunConfig, size: int) -> dict[str, Any]:
-    """What so much memory of each rank has room for beside the weights and the largest step, in all lanes."""
+def stage_rows(
+    stages: list["rank_memory.RankSpec"], needs: list["budget.MemoryBudget"], config: RunConfig
+) -> list[dict[str, Any]]:
+    """What each stage of a pipeline costs, holds and gives to the next."""
+    from core.stages import stage_costs
+    from engine import rank_memory, stage_layouts
+
+    args = stages[0].args
+    costs = stage_costs(args, [stage.layers for stage in stages], stages[0].mtp)
+    rows = config.seqs_per_microbatch * (1 + config.mtp)
+    return [
+        {
+            "layers": [stage.layers.layers.start, stage.layers.layers.stop - 1],
+            "cost": cost / sum(costs),
+            "weights": need.weights,
+            "latents": {"of_a_token": rank_memory.latent_bytes(stage), "bytes": need.cache},
+            "total": need.total,
+            "sends": {
+                "a_token": stage_layouts.boundary_bytes(stage, 1),
+                "decode_step": stage_layouts.boundary_bytes(stage, rows),
+                "largest_step": stage_layouts.boundary_bytes(stage, config.max_step_tokens),
+            },
+        }
+        for stage, need, cost in zip(stages, needs, costs, strict=True)
+    ]
+
+
+def room(stages: list["rank_memory.RankSpec"], config: RunConfig, size: int) -> dict[str, Any]:
+    """What so much memory of each rank has room for beside the weights and the largest step, in all lanes, or in the
+    microbatches of a pipeline, as far as every stage has the room."""
     from engine import memory, rank_memory
 
-    free = size - sum(rank_memory.weight_bytes(rank).values())
-    pages = memory.pages_that_fit(rank, config, free)
+    lanes, free = stages[0].lanes, [size - sum(rank_memory.weight_bytes(stage).values()) for stage in stages]
+    pages = min(memory.pages_that_fit(stage, config, n) for stage, n in zip(stages, free, strict=True)) // config.pp
     return {
         "memory": size,
-        "weights_fit": free >= 0,
-        "tokens": rank.lanes * pages * PAGE_SIZE,
-        "sequences": rank.lanes * (pages // config.pages_per_sequence),
+        "weights_fit": min(free) >= 0,
+        "tokens": lanes * config.pp * pages * PAGE_SIZE,
+        "sequences": lanes * config.pp * (pages // config.pages_per_sequence),
     }
 
 
 def other_ranks(
-    rank: "rank_memory.RankSpec", config: RunConfig, sizes: dict[str, int], experts: Any
+    stages: list["rank_memory.RankSpec"], config: RunConfig, sizes: dict[str, int], experts: Any
 ) -> Iterator[dict[str, Any]]:
-    """Numbers of ranks in as many lanes, with the weights of each and the tokens that memories have room for, or why
-    they do not do."""
+    """Numbers of ranks in as many lanes or stages, with the most weights of one and the tokens that memories have room
+    for, or why they do not do."""
     from engine import memory, rank_memory
 
-    for ranks in sorted({*(n * rank.lanes for n in RANKS if n * rank.lanes <= RANKS[-1]), rank.ranks}):
-        other = memory.with_ranks(rank, ranks, experts)
-        if problem := memory.partition_error(other):
-            yield {"ranks": ranks, "problem": problem}
+    lanes = stages[0].lanes
+    for ranks in sorted({*(n * lanes for n in RANKS if n * lanes <= RANKS[-1]), stages[0].ranks}):
+        others = [memory.with_ranks(stage, ranks, experts) for stage in stages]
+        if problem := memory.partition_error(others[0]):
+            yield {"ranks": config.pp * ranks, "problem": problem}
             continue
         yield {
-            "ranks": ranks,
-            "experts": other.experts,
-            "weights": sum(rank_memory.weight_bytes(other).values()),
-            "tokens": {name: room(other, config, size)["tokens"] for name, size in sizes.items()},
+            "ranks": config.pp * ranks,
+            "experts": others[0].experts,
+            "weights": max(sum(rank_memory.weight_bytes(other).values()) for other in others),
+            "tokens": {name: room(others, config, size)["tokens"] for name, size in sizes.items()},
         }
 
 
 def decode(
-    rank: "rank_memory.RankSpec", config: RunConfig, sequences: int, context: int, bandwidths: list[float]
+    stages: list["rank_memory.RankSpec"], config: RunConfig, sequences: int, context: int, bandwidths: list[float]
 ) -> dict[str, Any]:
-    """What a decode step reads, and how many steps a second that allows."""
+    """What a decode step reads, and how many steps a second that allows. In a pipeline a stage reads it for each
+    microbatch; shown is the stage that reads the most."""
     from engine import rank_memory
 
-    read = rank_memory.decode_reads(rank, sequences, context, config.mtp)
+    microbatches = min(sequences, config.pp)
+    rows = -(-sequences // config.pp)
+    reads = [rank_memory.decode_reads(stage, rows, context, config.mtp) for stage in stages]
+    read = max(reads, key=lambda read: read.weights + read.latents)
+    total = max(microbatches * (read.weights + read.latents), sum(read.weights + read.latents for read in reads))
     return {
         "sequences": sequences,
         "experts": read.experts,
         "weights": read.weights,
         "context": context,
         "latents": read.latents,
-        "seconds": {str(tb): (read.weights + read.latents) / (tb * 1e12) for tb in bandwidths},
+        "seconds": {str(tb): total / (tb * 1e12) for tb in bandwidths},
     }
 
 
 def layouts(
-    options: argparse.Namespace, rank: "rank_memory.RankSpec", config: RunConfig, context: int
+    options: argparse.Namespace, stages: list["rank_memory.RankSpec"], config: RunConfig, context: int
 ) -> dict[str, Any]:
-    """Every layout of as many ranks, what it holds and how fast it is at most; and which is the best for the load."""
+    """Every layout of as many ranks, what it holds and how fast it is at most; and which is the best for the load. A
+    pipeline that was asked for comes last."""
     from engine import layouts as counted
+    from engine import stage_layouts
 
     memory, bandwidth = options.memory or GPU_MEMORY, (options.bandwidth or GPU_BANDWIDTHS)[-1]
     flops = options.tflops or GPU_TFLOPS
     chip = counted.Chip(bandwidth * 1e12, *(t * 1e12 for t in flops))
     links = counted.Links(options.nvlink * 1e9, options.network * 1e9, options.ranks_per_node)
     rows, problems = [], []
-    for layout in counted.layouts(rank, rank.ranks, options.experts):
+    one = replace(stages[0], stage=None)
+    load = int(memory * 1e9), context, options.concurrency, chip, links
+    without = replace(config, pp=1, pp_layers=None)
+    for layout in counted.layouts(one, config.pp * one.ranks, options.experts):
         if isinstance(layout, tuple):
             problems.append({"dp": layout[0], "problem": layout[1]})
             continue
-        rows.append(counted.evaluate(layout, config, int(memory * 1e9), context, options.concurrency, chip, links))
+        rows.append(counted.evaluate(layout, without, *load))
+    for layout in counted.layouts(one, one.ranks, options.experts) if config.pp > 1 else ():
+        if not isinstance(layout, tuple) and layout.rank.lanes == 1:
+            ranks = stage_layouts.on_stages(layout.rank, [stage.layers for stage in stages])
+            rows.append(stage_layouts.evaluate(ranks, config, *load))
     best = counted.recommend(rows, options.concurrency) if options.concurrency else None
     return {
-        "ranks": rank.ranks, "context": context, "concurrency": options.concurrency,
+        "ranks": config.pp * one.ranks, "context": context, "concurrency": options.concurrency,
         "max_num_batched_tokens": config.max_num_batched_tokens, "memory": int(memory * 1e9),
         "bandwidth": chip.bandwidth, "flops": {"fp8": chip.fp8, "bf16": chip.bf16},
         "links": {"nvlink": links.nvlink, "network": links.network, "ranks_per_node": links.ranks_per_node},
         "rows": [row_of(row) for row in rows],
         "problems": problems,
-        "recommended": best and {"dp": best[0].layout.rank.lanes, "tp": best[0].layout.rank.tp,
+        "recommended": best and {"dp": best[0].layout.rank.lanes, "tp": best[0].layout.rank.tp, "pp": best[0].stages,
                                  "experts": best[0].layout.rank.experts, "why": best[1]},
     }  # fmt: skip
 
@@ -272,8 +330,8 @@ def row_of(row: "counted.Row") -> dict[str, Any]:
     """What is printed of a layout; times, bytes and operations are a rank's."""
     rank = row.layout.rank
     found: dict[str, Any] = {
-        "dp": rank.lanes, "tp": rank.tp, "experts": rank.experts, "weights": row.weights, "tokens": row.tokens,
-        "most_sequences": row.most_sequences,
+        "dp": rank.lanes, "tp": rank.tp, "pp": row.stages, "experts": rank.experts, "weights": row.weights,
+        "tokens": row.tokens, "most_sequences": row.most_sequences,
     }  # fmt: skip
     for name, bound in (("decode", row.decode), ("prefill", row.prefill)):
         found[name] = bound and bound._asdict() | {
@@ -296,9 +354,14 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     shared = "" if run["ranks"] == 1 else {"whole": ", experts whole", "split": ", experts split on their inner width"}[
         run["experts"]]  # fmt: skip
     lanes = "" if run["dp"] == 1 else f" in {run['dp']} lanes of {run['tp']}"
+    lanes = lanes if run["pp"] == 1 else f" in {run['pp']} pipeline stages of {run['tp']}"
     yield f"{run['ranks']} rank{'s' * (run['ranks'] > 1)}{lanes}{shared}; GB are 10^9 bytes"
     yield ""
-    yield f"{'one rank holds':<60}{'GB':>8}"
+    if found["stages"]:
+        yield from stage_lines(found["stages"], run)
+        yield ""
+    which = "one rank" if run["pp"] == 1 else "a rank of the stage that needs the most"
+    yield f"{which + ' holds':<60}{'GB':>8}"
     for part, n in rank["weights"].items():
         yield f"  {part:<58}{n / 1e9:8.2f}"
     yield f"{'weights':<60}{sum(rank['weights'].values()) / 1e9:8.2f}"
@@ -314,8 +377,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"{'CUDA graphs: tensors of the largest decode step and more':<60}{rank['graphs'] / 1e9:8.2f}"
     yield f"{'together':<60}{rank['total'] / 1e9:8.2f}"
     yield ""
-    if run["dp"] > 1:
-        yield "all lanes together:"
+    if run["dp"] > 1 or run["pp"] > 1:
+        yield f"all {'lanes' if run['pp'] == 1 else 'microbatches'} together:"
     yield f"{'memory of a rank':<22}{'tokens of cache':>16}{'sequences of ' + format(run['max_model_len'], ','):>26}"
     for name, fit in found["fits"].items():
         size = f"{fit['memory'] / 1e9:.1f} GB {name}" if name == "free here" else name
@@ -326,7 +389,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     problems: dict[str, list[str]] = {}
     for other in found["ranks"]:
         if "problem" in other:
-            said = other["problem"].replace(f" {other['ranks']} ranks", " so many ranks")
+            of = other["ranks"] // run["pp"]
+            said = other["problem"].replace(f" {of} ranks", " so many ranks" if run["pp"] == 1 else " a stage's ranks")
             said = said.replace(f"a lane's {other['ranks'] // run['dp']} ranks", "a lane's ranks")
             problems.setdefault(said, []).append(str(other["ranks"]))
             continue
@@ -346,6 +410,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
         times = "".join(f"{s * 1e3:18.2f}{step['sequences'] / s:10,.0f}" for s in step["seconds"].values())
         yield (f"{step['sequences']:9}{step['experts']:14.1f}{step['weights'] / 1e9:13.2f}"
                f"{step['latents'] / 1e9:13.2f}{times}")  # fmt: skip
+    if run["pp"] > 1:
+        yield "(in a step every stage runs each microbatch once; GB are of one, in the stage that reads the most)"
     if run["mtp"]:
         yield f"(a step verifies {run['mtp']} drafted and makes as many; tokens/s times the tokens a step then gives)"
     if run["experts"] == "whole" and run["ranks"] > 1:
@@ -353,6 +419,18 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     if found["layouts"]:
         yield ""
         yield from layout_lines(found["layouts"])
+
+
+def stage_lines(stages: list[dict[str, Any]], run: dict[str, Any]) -> Iterator[str]:
+    yield "stage  layers   cost of a token  weights, GB  latents, GB  together, GB"
+    for i, stage in enumerate(stages):
+        layers = "{}-{}".format(*stage["layers"])
+        yield (f"{i:5}  {layers:<7}{stage['cost']:16.1%}{stage['weights'] / 1e9:13.2f}"
+               f"{stage['latents']['bytes'] / 1e9:13.2f}{stage['total'] / 1e9:14.2f}")  # fmt: skip
+    sends = stages[0]["sends"]
+    yield (f"each rank gives the next stage {sends['a_token']:,} bytes a token, {sends['decode_step'] / 1e6:.3f} MB of a "
+           f"microbatch that decodes,")  # fmt: skip
+    yield f"{sends['largest_step'] / 1e6:.1f} MB of the largest step, {run['max_num_batched_tokens']:,} tokens"
 
 
 def layout_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -366,7 +444,8 @@ def layout_lines(found: dict[str, Any]) -> Iterator[str]:
     yield (f"{'dp':>4}{'tp':>4}  experts{'weights, GB':>13}{'tokens of cache':>17}{'most':>7}"
            f"{'sequences':>11}{'MB a layer':>12}{'MB sent':>9}{'ms':>8}{'tokens/s':>10}{'tokens/s':>11}")  # fmt: skip
     for row in found["rows"]:
-        held = f"{row['dp']:4}{row['tp']:4}  {row['experts']:<7}{row['weights'] / 1e9:13.1f}"
+        dp = row["dp"] if row["pp"] == 1 else f"pp{row['pp']:>2}"
+        held = f"{dp:>4}{row['tp']:4}  {row['experts']:<7}{row['weights'] / 1e9:13.1f}"
         if not (step := row["decode"]):
             yield f"{held}{'no room for a sequence':>24}"
             continue
@@ -380,7 +459,8 @@ def layout_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"(bounds, latencies left out; MB are what a rank sends; prefill is counted for steps of {tokens})"
     if found["recommended"]:
         best = found["recommended"]
-        name = f"--dp {best['dp']} --tp {best['tp']}, experts {best['experts']}"
+        divided = f"--dp {best['dp']}" if best["pp"] == 1 else f"--pp {best['pp']}"
+        name = f"{divided} --tp {best['tp']}, experts {best['experts']}"
         yield f"for {found['concurrency']:,} sequences at a time: {name}"
         yield f"  {best['why']}"
     elif found["concurrency"]:

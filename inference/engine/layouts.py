@@ -95,13 +95,15 @@ def row_bytes(rank: RankSpec, experts: bool) -> int:
 
 def messages(layout: Layout, rows: int, sampled: int, mtp: bool = False) -> Iterator[Message]:
     """Those of one forward, in the model's order, of which each lane has so many rows and `sampled` rows of logits (the
-    rows of the lane with the most, to which the others fill theirs up). `mtp`: of the MTP module instead."""
-    rank, args = layout.rank, layout.rank.args
+    rows of the lane with the most, to which the others fill theirs up). `mtp`: of the MTP module instead. What a stage
+    gives to the next is no collective (see stage_layouts.py)."""
+    rank, args, stage = layout.rank, layout.rank.args, layout.rank.layers
     embedded, logits = rows * args.dim * rank.num.dtype.itemsize, sampled * args.vocab_size // rank.tp * 4
     ends = Message("embedding", "all_reduce", "tp", embedded), Message("logits", "gather", "tp", logits)
     dense = 0 if mtp else args.n_dense_layers
-    layers = (layer_messages(layout, rows, i >= dense) for i in range(1 if mtp else args.n_layers))
-    for message in (ends[0], *itertools.chain.from_iterable(layers), ends[1]):
+    layers = (layer_messages(layout, rows, i >= dense) for i in (range(1) if mtp else stage.layers))
+    first, last = ends[: stage.is_first or mtp], ends[1:] if stage.is_last else ()
+    for message in (*first, *itertools.chain.from_iterable(layers), *last):
         if group_size(rank, message) > 1 and message.nbytes:
             yield message
 
@@ -200,7 +202,7 @@ def linear_operations(layout: Layout, rows: int, gathered: int, sampled: int, mt
                 total += size * gathered / rank.ranks
             else:
                 total += size * rows / (rank.tp if spec.split is not None else 1)
-    if args.tie_word_embeddings:
+    if args.tie_word_embeddings and rank.layers.is_last:
         total += 2.0 * args.vocab_size * args.dim * sampled / rank.tp
     return total
 
@@ -215,15 +217,17 @@ def attention_operations(rank: RankSpec, rows: int, context: float, layers: int,
 def decode_bound(layout: Layout, sequences: int, context: int, drafts: int, chip: Chip, links: Links) -> Bound:
     """A step that decodes so many sequences, spread evenly over the lanes, at `context` tokens each. With drafts, each
     sequence has 1 + drafts tokens, and the MTP module runs once for each draft."""
-    rank, args = layout.rank, layout.rank.args
+    rank = layout.rank
     lane = -(-sequences // rank.lanes)
     read = decode_reads(rank, sequences, context, drafts, layout.weights)
-    forwards = [(1 + drafts, False), *((1 + drafts if k == 0 else 1, True) for k in range(drafts))]
+    forwards = [(1 + drafts, False)]
+    if rank.layers.is_last:
+        forwards += ((1 + drafts if k == 0 else 1, True) for k in range(drafts))
     operations = attention = exchange = total = 0.0
     for width, mtp in forwards:
         sampled = lane if mtp else lane * width
         operations += linear_operations(layout, lane * width, sequences * width, sampled, mtp)
-        layers = 1 if mtp else args.n_layers
+        layers = 1 if mtp else len(rank.layers.layers)
         attention += attention_operations(rank, lane * width, context, layers, absorbed=True)
         for message in messages(layout, lane * width, sampled, mtp):
             exchange += seconds(rank, message, links)
@@ -238,11 +242,11 @@ def decode_bound(layout: Layout, sequences: int, context: int, drafts: int, chip
 
 def prefill_bound(layout: Layout, tokens: int, length: int, chip: Chip, links: Links) -> Bound:
     """A step that computes `tokens` tokens of every lane, of prompts of that length; half of it is the mean context."""
-    rank, args = layout.rank, layout.rank.args
+    rank = layout.rank
     weights = sum(n for (mtp, part), n in layout.weights.items() if not mtp and part != EMBEDDING)
     prompts = -(-tokens // length)
     operations = linear_operations(layout, tokens, tokens * rank.lanes, prompts)
-    attention = attention_operations(rank, tokens, length / 2, args.n_layers, absorbed=False)
+    attention = attention_operations(rank, tokens, length / 2, len(rank.layers.layers), absorbed=False)
     found = list(messages(layout, tokens, prompts))
     return Bound(
         prompts * rank.lanes, tokens * rank.lanes, weights,
@@ -266,6 +270,11 @@ class Row(NamedTuple):
     most_sequences: int
     decode: Bound | None  # None: not one sequence fits
     prefill: Bound | None
+    stages: int = 1  # of a pipeline; the layout is that of the one whose rank has the most weights
+
+    @property
+    def name(self) -> str:
+        return f"--pp {self.stages}" if self.stages > 1 else f"--dp {self.layout.rank.lanes}"
 
 
 def evaluate(
@@ -295,11 +304,11 @@ def recommend(rows: Iterable[Row], concurrency: int) -> tuple[Row, str] | None:
         return None
     best = max(fit, key=lambda row: speed(row) * (1.01 if row.layout.rank.experts == "split" else 1))
     same = [row for row in fit if row.layout.rank.experts == best.layout.rank.experts] or fit
-    others = [row for row in same if row.layout.rank.lanes != best.layout.rank.lanes]
+    others = [row for row in same if row.name != best.name]
     if not others:
         return best, "the only layout that fits"
-    lanes = best.layout.rank.lanes
-    other = min(others, key=lambda row: row.layout.rank.lanes) if lanes > 1 else max(others, key=speed)
+    divided = max(best.layout.rank.lanes, best.stages) > 1
+    other = min(others, key=lambda row: (row.layout.rank.lanes, row.stages)) if divided else max(others, key=speed)
     return best, _why(best, other, concurrency)
 
 
@@ -311,8 +320,7 @@ def speed(row: Row) -> float:
 def _why(best: Row, other: Row, concurrency: int) -> str:
     a, b = best.decode, other.decode
     assert a is not None and b is not None
-    name = f"--dp {other.layout.rank.lanes}"
-    said = f"at most {speed(best):,.0f} tokens/s, {speed(best) / speed(other):.1f} times those of {name}"
+    said = f"at most {speed(best):,.0f} tokens/s, {speed(best) / speed(other):.1f} times those of {other.name}"
     if b.sequences < min(a.sequences, concurrency):
         return f"{said}, whose memory holds {b.sequences:,} of {concurrency:,} sequences"
     busy, its = a.linear + a.attention, b.linear + b.attention

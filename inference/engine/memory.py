@@ -114,11 +114,12 @@ def pages_that_fit(rank: RankSpec, config: RunConfig, free: int, shrink: bool = 
 
 
 def sequences_that_fit(rank: RankSpec, config: RunConfig, free: int, most: int = 1 << 14) -> int:
-    """How many sequences of full length `free` bytes beside the weights hold in a lane, at most `most`. Each adds to
-    what a step takes, too."""
+    """How many sequences of full length `free` bytes beside the weights hold in a lane, or in all microbatches of a
+    pipeline, at most `most`. Each adds to what a step takes, too."""
 
     def fits(n: int) -> bool:
-        return pages_that_fit(rank, replace(config, max_num_seqs=n), free) >= n * config.pages_per_sequence
+        asked = replace(config, max_num_seqs=n)
+        return pages_that_fit(rank, asked, free) // config.pp >= asked.seqs_per_microbatch * config.pages_per_sequence
 
     return _most(most, fits)
 

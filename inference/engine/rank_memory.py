@@ -49,6 +49,11 @@ class RankSpec:
         return self.ranks // self.lanes
 
     @property
+    def layers(self) -> Stage:
+        """The stage, or the only one."""
+        return self.stage or single_stage(self.args)
+
+    @property
     def mlp_ranks(self) -> int:
         """The ranks that share dense MLPs and shared experts."""
         return self.tp if self.num.mlps_in_lane else self.ranks
@@ -239,7 +244,7 @@ def latent_bytes(rank: RankSpec, mtp: bool | None = None) -> int:
     width = args.latent_dim * num.dtype.itemsize
     if num.fp8_latents:
         width = formats.packed_latent_bytes(args.kv_lora_rank, args.qk_rope_head_dim)
-    stage = rank.stage or single_stage(args)
+    stage = rank.layers
     modules = args.n_mtp_layers if rank.mtp and stage.is_last else 0
     layers = (len(stage.layers) if mtp is not True else 0) + (modules if mtp is not False else 0)
     return layers * width
@@ -292,11 +297,12 @@ def decode_reads(
 
     tokens = sequences * (1 + drafts)
     total = read(False, tokens)
-    head = parts.get((False, HEAD), 0) or parts[False, EMBEDDING]
-    if not parts.get((False, HEAD)):
-        total += head
-    for draft in range(drafts):
-        total += read(True, sequences if draft else tokens) + head
+    if rank.layers.is_last:
+        head = parts.get((False, HEAD), 0) or parts[False, EMBEDDING]
+        if not parts.get((False, HEAD)):
+            total += head
+        for draft in range(drafts):
+            total += read(True, sequences if draft else tokens) + head
     of_token = latent_bytes(rank, mtp=False) + drafts * latent_bytes(rank, mtp=True)
     latents = -(-sequences // rank.lanes) * context * of_token
     return Read(distinct_experts(args, tokens), round(total), latents)
