@@ -428,8 +428,8 @@ def stage_lines(stages: list[dict[str, Any]], run: dict[str, Any]) -> Iterator[s
         yield (f"{i:5}  {layers:<7}{stage['cost']:16.1%}{stage['weights'] / 1e9:13.2f}"
                f"{stage['latents']['bytes'] / 1e9:13.2f}{stage['total'] / 1e9:14.2f}")  # fmt: skip
     sends = stages[0]["sends"]
-    yield (f"each rank gives the next stage {sends['a_token']:,} bytes a token, {sends['decode_step'] / 1e6:.3f} MB of a "
-           f"microbatch that decodes,")  # fmt: skip
+    yield (f"each rank gives the next stage {sends['a_token']:,} bytes a token, {sends['decode_step'] / 1e6:.3f} MB of "
+           f"a microbatch that decodes,")  # fmt: skip
     yield f"{sends['largest_step'] / 1e6:.1f} MB of the largest step, {run['max_num_batched_tokens']:,} tokens"
 
 

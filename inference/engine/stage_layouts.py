@@ -34,7 +34,7 @@ def evaluate(
     chip: Chip,
     links: Links,
 ) -> Row:
-    """A pipeline of these ranks, one of each stage, as layouts.evaluate has other layouts; config.pp is their number."""
+    """A pipeline of these ranks, one of each stage, as layouts.evaluate has others; config.pp is their number."""
     stages = [Layout(rank, weight_bytes(rank)) for rank in ranks]
     weights = [sum(stage.weights.values()) for stage in stages]
     heaviest, n = stages[weights.index(max(weights))], len(stages)

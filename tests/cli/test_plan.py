@@ -15,7 +15,8 @@ from checkpoint.convert import convert
 from core.config import load_config
 from core.numerics import Numerics
 from core.run_config import RunConfig
-from engine import memory, rank_memory
+from core.stages import divide
+from engine import memory, rank_memory, stage_layouts
 from engine.rank_memory import RankSpec
 from ops.cpu import kernels
 from support.checkpoints import fp8_sizes, make_checkpoint
@@ -42,7 +43,7 @@ def test_json(capsys):
     found = json.loads(out)
     assert found["model"] == {"parameters": 671_026_419_200, "mtp_parameters": 11_610_068_224}
     assert found["run"] | {"numerics": ""} == {
-        "ranks": 8, "dp": 1, "tp": 8, "device": "cuda", "numerics": "", "experts": "split", "max_model_len": 32768, "max_num_seqs": 32,
+        "ranks": 8, "dp": 1, "tp": 8, "pp": 1, "device": "cuda", "numerics": "", "experts": "split", "max_model_len": 32768, "max_num_seqs": 32,
         "max_num_batched_tokens": 2048, "mtp": 0, "kv_cache_dtype": "auto",
     }  # fmt: skip
     rank = found["rank"]
@@ -119,6 +120,59 @@ def test_lanes(capsys):
     assert "not 12, 20, 24, 28, 36, 40, 44, 48, 52, 56, 60, 96: n_heads 128 does not divide by a lane's ranks" in text
 
 
+def test_stages(capsys):
+    """Weights, cache and what is sent of each stage are those of its rank; the memories are those of the stage that has
+    the least room, shared by as many microbatches."""
+    flags = "--config", CONFIG, "--tp", 8, "--pp", 2, "--max-model-len", 4096, "--mtp", 1, "--max-num-seqs", 7
+    status, out, err = command(capsys, *flags, "--json")
+    found = json.loads(out)
+    assert (status, err) == (0, "")
+    assert [found["run"][key] for key in ("ranks", "dp", "tp", "pp")] == [16, 1, 8, 2]
+    assert found["model"] == {"parameters": 671_026_419_200, "mtp_parameters": 11_610_068_224}
+    run = RunConfig(pp=2, max_model_len=4096, mtp=1, max_num_seqs=7)
+    ranks = stage_layouts.on_stages(TP8, divide(TP8.args, 2, mtp=True))
+    pages = 2 * 4 * 65  # four sequences in each microbatch, each with room for a draft
+    for stage, rank in zip(found["stages"], ranks, strict=True):
+        assert stage["weights"] == sum(rank_memory.weight_bytes(rank).values())
+        assert stage["latents"] == {"of_a_token": rank_memory.latent_bytes(rank), "bytes": pages * rank_memory.page_bytes(rank)}
+        assert stage["total"] == memory.need(rank, run, pages * rank_memory.page_bytes(rank)).total
+    assert [stage["layers"] for stage in found["stages"]] == [[0, 32], [33, 60]]
+    assert sum(stage["cost"] for stage in found["stages"]) == pytest.approx(1)
+    assert found["stages"][0]["sends"] == {"a_token": 14336, "decode_step": 8 * 14336, "largest_step": 2048 * 14336}
+    assert found["stages"][1]["sends"]["largest_step"] == 0
+    assert found["rank"]["total"] == max(stage["total"] for stage in found["stages"])
+    fits = found["fits"]["96 GB"]
+    least = min(memory.pages_that_fit(r, run, 96 * 10**9 - sum(rank_memory.weight_bytes(r).values())) for r in ranks)
+    assert fits["tokens"] == least // 2 * 2 * 64 and fits["sequences"] == 2 * (least // 2 // 65)
+    assert [other["ranks"] for other in found["ranks"] if "problem" not in other] == [2, 4, 8, 16, 32]
+    reads = [rank_memory.decode_reads(r, 4, 4096, 1) for r in ranks]
+    eight = found["decode"][1]
+    most = max(reads, key=lambda r: r.weights + r.latents)
+    assert (eight["weights"], eight["latents"]) == (most.weights, most.latents)
+    assert eight["seconds"]["4.8"] == pytest.approx(2 * (most.weights + most.latents) / 4.8e12)
+    text = command(capsys, *flags)[1]
+    assert "16 ranks in 2 pipeline stages of 8, experts split" in text and "all microbatches together:" in text
+    assert "\n    0  0-32              50.5%        44.23" in text and "gives the next stage 14,336 bytes a token" in text
+    assert "not 64, 128: ffn.w1 has 18432 rows, which a stage's ranks cannot share" in text
+    assert max(map(len, text.splitlines())) <= 120
+    asked = json.loads(command(capsys, *flags, "--pp-layers", "20,41", "--json")[1])["stages"]
+    assert [stage["layers"] for stage in asked] == [[0, 19], [20, 60]]
+
+
+def test_a_pipeline_among_layouts(capsys):
+    """It comes after the layouts in lanes, of as many ranks, and wins where the network is slow."""
+    flags = "--config", CONFIG, "--world-size", 16, "--pp", 2, "--network", 1, "--concurrency", 200
+    found = json.loads(command(capsys, *flags, "--json")[1])["layouts"]
+    assert [(row["pp"], row["dp"], row["tp"], row["experts"]) for row in found["rows"][-3:]] == [
+        (1, 16, 1, "whole"), (2, 1, 8, "split"), (2, 1, 8, "whole")
+    ]  # fmt: skip
+    assert (found["ranks"], found["recommended"]["pp"]) == (16, 2)
+    assert "for 200 sequences at a time: --pp 2 --tp 8, experts split\n" in (text := command(capsys, *flags)[1])
+    assert "\npp 2   8  split " in text
+    fast = json.loads(command(capsys, *flags[:-3], 400, *flags[-2:], "--json")[1])["layouts"]
+    assert fast["recommended"]["pp"] == 1
+
+
 def test_layouts(capsys):
     flags = "--config", CONFIG, "--world-size", 16, "--memory", 80, "--bandwidth", 3.35, "--nvlink", 200, "--concurrency"
     _, out, err = command(capsys, *flags, 500, "--context", 4000, "--json")
@@ -177,6 +231,12 @@ def test_files_for_other_ranks(capsys, tmp_path):
     convert(tmp_path / "c", tmp_path / "two", 2)
     flags = ("--ckpt-path", tmp_path / "two", "--device", "cpu", "--tp")
     assert command(capsys, *flags, 2, "--dp", 2)[0] == command(capsys, *flags, 4)[0] == 0
+    convert(tmp_path / "c", tmp_path / "stages", 1, n_stages=2, layers="1,2")
+    _, out, _ = command(capsys, "--ckpt-path", tmp_path / "stages", "--device", "cpu", "--pp", 2, "--json")
+    assert [stage["layers"] for stage in json.loads(out)["stages"]] == [[0, 0], [1, 2]]
+    status, _, err = command(capsys, *flags, 1, "--pp", 2)
+    says = f"{tmp_path / 'two'}: converted for 2 ranks, not 1 in each of 2 stages: --pp 2 takes 4, or convert for 1"
+    assert (status, err) == (2, f"error: {says}\n")
     status, _, err = command(capsys, *flags, 1, "--dp", 2)
     says = f"{tmp_path / 'two'}: converted for 2 ranks, not 2 in 2 lanes; convert for 1, or give the original files"
     assert (status, err) == (2, f"error: {says}\n")
@@ -210,6 +270,12 @@ def test_a_checkpoint_on_a_cpu(capsys, tmp_path):
         (("--config", CONFIG, "--world-size", 3), "n_heads 128 does not divide by 3 ranks"),
         (("--config", CONFIG, "--dp", 2, "--tp", 3), "n_heads 128 does not divide by a lane's 3 ranks (it works with 2, 4, 8, 16 in"),
         (("--config", CONFIG, "--world-size", 8, "--device", "cpu"), "layouts on cpu need --memory, --bandwidth and --tflops"),
+        (("--config", CONFIG, "--pp", 62), "--pp 62: the model has 61 layers, fewer than stages"),
+        (("--config", CONFIG, "--pp", 2, "--pp-layers", "30,30"), "--pp-layers 30,30: these are 2 numbers, 60 together; expected 2"),
+        (("--config", CONFIG, "--pp-layers", "61"), "--pp-layers needs --pp"),
+        (("--config", CONFIG, "--pp", 2, "--dp", 2), "--dp 2 and --pp 2: lanes of stages are not implemented; leave one out"),
+        (("--config", CONFIG, "--world-size", 9, "--pp", 2), "--pp 2 does not divide 9 ranks"),
+        (("--config", CONFIG, "--world-size", 8, "--pp", 2, "--tp", 2), "--pp 2 times --tp 2 are 4 ranks, --world-size says 8"),
         (("--config", CONFIG, "--nvlink", 0), "argument --nvlink: 0 is not a positive number"),
         (("--config", CONFIG, "--tp", 16, "--max-model-len", 200000), "expected from 2 to this model's 163840"),
         (("--config", CONFIG, "--mtp", 5), "--mtp is 5, expected from 0 to 4"),

@@ -11,7 +11,8 @@ from core.batch import Batch
 from core.config import load_config, parse
 from core.numerics import Numerics
 from core.run_config import RunConfig
-from engine import layouts, memory, rank_memory
+from core.stages import divide
+from engine import layouts, memory, rank_memory, stage_layouts
 from engine.layouts import Chip, Layout, Links, Message
 from engine.rank_memory import RankSpec
 from model import Transformer
@@ -121,6 +122,93 @@ def test_the_model_sends_what_is_counted(num, lanes, tp):
         model.logits(hidden[:3])
         counted = list(layouts.messages(Layout(rank, {}), 7, 3, mtp))
         assert [(m.collective, m.group, m.nbytes) for m in counted] == SENT
+
+
+@pytest.mark.parametrize("num", [Numerics(torch.float32), FP8])
+def test_a_stage_sends_what_is_counted(num):
+    """In three stages of two ranks: the first alone embeds, the last alone has logits and drafts."""
+    args = parse(FAMILIES["v3"] | fp8_sizes(8))
+    for stage in divide(args, 3, mtp=True):
+        model = Transformer(args, num, Recorded(1, 2), "cpu", stage=stage)
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        model.prepare()
+        batch, cache = Batch.pack([([1] * 5, 0, [0]), ([1] * 2, 0, [1])]), model.new_cache(2)
+        rank = RankSpec(args, num, 2, gpu=False, mtp=True, stage=stage)
+        state = torch.zeros(7, args.dim, dtype=num.dtype)
+        for mtp in (False, True)[: 1 + stage.is_last]:
+            SENT.clear()
+            hidden = model.draft(batch, state, cache) if mtp else model(batch, cache, state)
+            assert not stage_layouts.boundary_bytes(rank, 7) or stage_layouts.boundary_bytes(rank, 7) == hidden.nbytes
+            if stage.is_last:
+                model.logits(hidden[:3])
+            counted = list(layouts.messages(Layout(rank, {}), 7, 3, mtp))
+            assert [(m.collective, m.group, m.nbytes) for m in counted] == SENT
+
+
+def pipeline(n: int, ranks: int = 8, num: Numerics = FP8) -> list[RankSpec]:
+    rank = replace(ONE, ranks=ranks, num=replace(num, experts="split"))
+    return stage_layouts.on_stages(rank, divide(V3, n, mtp=True))
+
+
+def test_stages_share_what_one_computes():
+    """Operations, reads and bytes of all stages are those of one: nothing is counted twice or left out."""
+    one, stages = layout(8, 1), [Layout(rank, rank_memory.weight_bytes(rank)) for rank in pipeline(3)]
+    for count in (
+        lambda x: layouts.linear_operations(x, 8, 8, 8), lambda x: layouts.linear_operations(x, 8, 8, 8, mtp=True),
+        lambda x: len(list(layouts.messages(x, 8, 8))), lambda x: rank_memory.latent_bytes(x.rank),
+        lambda x: layouts.decode_bound(x, 8, 4096, 1, H200, HGX_H200).sent,
+        lambda x: layouts.decode_bound(x, 8, 4096, 1, H200, HGX_H200).attention,
+        lambda x: layouts.prefill_bound(x, 512, 4096, H200, HGX_H200).attention,
+        lambda x: rank_memory.decode_reads(x.rank, 8, 4096, 1, x.weights).weights,
+    ):  # fmt: skip
+        assert sum(map(count, stages)) == pytest.approx(count(one), rel=1e-6)
+    twice = rank_memory.weight_bytes(stages[-1].rank)[False, "embedding"]  # which the MTP module embeds with
+    assert sum(sum(s.weights.values()) for s in stages) == sum(one.weights.values()) + twice
+
+
+def test_a_pipeline_s_bound():
+    """As many microbatches as stages take the slowest stage's time each, and the boundary's; one takes all stages'. It
+    wins where a slow network joins the nodes, and its memory is that of the stage with the least room."""
+    slow, run = Links(450e9, 1e9, 8), replace(RUN, pp=2)
+    ranks = pipeline(2)
+    stages = [Layout(rank, rank_memory.weight_bytes(rank)) for rank in ranks]
+    row = stage_layouts.evaluate(ranks, run, int(141e9), 4096, 100, H200, slow)
+    singles = [layouts.decode_bound(x, 50, 4096, 0, H200, slow) for x in stages]
+    given = 50 * 7168 * 2
+    assert row.decode.exchange == pytest.approx(2 * max((b.seconds, b.exchange) for b in (
+        singles[0]._replace(exchange=singles[0].exchange + given / 1e9), singles[1]))[1])
+    assert row.decode.seconds == pytest.approx(2 * max(singles[0].seconds + given / 1e9, singles[1].seconds))
+    assert row.decode.sequences == 100 and row.most_sequences > 300
+    single = stage_layouts.evaluate(ranks, run, int(141e9), 4096, 1, H200, slow)
+    assert single.decode.seconds == pytest.approx(
+        sum(layouts.decode_bound(x, 1, 4096, 0, H200, slow).seconds for x in stages) + 7168 * 2 / 1e9
+    )
+    flat = layouts.evaluate(layout(16, 1), RUN, int(141e9), 4096, 100, H200, slow)
+    assert layouts.speed(row) > 2 * layouts.speed(flat)
+    best, why = layouts.recommend([flat, row], 100)
+    assert best is row and "times those of --dp 1: a rank exchanges for" in why
+    assert layouts.recommend([flat, row], 100)[0].name == "--pp 2"
+    least = min(memory.pages_that_fit(r, replace(run, max_model_len=4096, max_num_seqs=row.most_sequences),
+                int(141e9) - sum(rank_memory.weight_bytes(r).values())) for r in ranks)  # fmt: skip
+    assert row.tokens == least // 2 * 2 * 64
+    assert stage_layouts.evaluate(ranks, run, int(30e9), 4096, 100, H200, slow).decode is None
+    near, far = (
+        stage_layouts.evaluate(pipeline(2, 4), run, int(141e9), 4096, 100, H200, slow._replace(ranks_per_node=n)).decode
+        for n in (8, 4)
+    )
+    assert near.exchange < far.exchange
+
+
+def test_the_most_sequences_of_a_pipeline():
+    """Each microbatch has an equal part of the pages: one sequence more would not find its own."""
+    rank, run = pipeline(3)[0], replace(RUN, pp=3, max_model_len=4096)
+    free = int(20e9)
+    most = memory.sequences_that_fit(rank, run, free)
+    for n, fits in ((most, True), (most + 1, False)):
+        pages = memory.pages_that_fit(rank, replace(run, max_num_seqs=n), free)
+        assert (pages // 3 // 64 >= -(-n // 3)) is fits
+    assert most % 3 == 0 and most > 30
 
 
 def test_messages_of_lanes():

@@ -24,6 +24,7 @@ from core.errors import UserError
 from core.numerics import FLOAT32, PLAIN, Form, Numerics
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
+from core.stages import divide
 from engine import memory, rank_memory, setup, step_memory
 from engine.engine import Engine
 from engine.rank_memory import RankSpec
@@ -325,6 +326,16 @@ def test_a_step_with_exceptions_never_takes_more(numerics, side):
         assert peak_of(rank, [(512, 512)], 0) <= step_memory.step_bytes(rank, limits_of(512, 1, 512))
 
 
+@pytest.mark.parametrize("numerics", [Numerics(), FLOAT32])
+def test_a_stage_s_step_never_takes_more(numerics, side):
+    """Of each of three stages, whose microbatches have a third of the sequences."""
+    args = ModelArgs(**SIZES | {"n_layers": 3})
+    limits = replace(limits_of(512, 3, 512, 1), pp=3)
+    for stage in divide(args, 3, mtp=True):
+        rank = RankSpec(args, numerics, 1, side == "GPU", True, side == "another device", stage=stage)
+        assert peak_of(rank, [(512, 512)], 1) <= step_memory.step_bytes(rank, limits)
+
+
 def test_a_shorter_sequence_may_take_more(side, monkeypatch):
     """torch on a CPU expands keys and values all at once only where they are few: a sequence that is shorter than the run
     allows may be the one that takes the most."""
@@ -343,10 +354,13 @@ def assert_between(peak: int, bound: int, loose: float, constant: int = 0) -> No
 
 def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> int:
     """The most that exists in a forward of sequences, each of (new tokens, length with them), in the MTP module, around
-    logits of prompts and those that are sampled, and in the sampler."""
+    logits of prompts and those that are sampled, and in the sampler. A stage of a pipeline keeps what it was given, and
+    receives as much."""
     gpu = rank.gpu and rank.num.dtype == torch.bfloat16  # with float32 the reference attends, which looks at tensors
     device = "meta" if gpu else "cpu"
-    model = Transformer(rank.args, rank.num, Alone(0, rank.tp), device, mtp=rank.mtp, dp=Alone(0, rank.lanes))
+    model = Transformer(
+        rank.args, rank.num, Alone(0, rank.tp), device, mtp=rank.mtp, dp=Alone(0, rank.lanes), stage=rank.stage
+    )
     for parameter in model.parameters():
         if parameter.dtype.itemsize > 1:
             parameter.data.normal_(std=0.02)
@@ -361,7 +375,13 @@ def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> in
         places = [([1] * new, length - new, own) for (new, length), own in zip(sequences, held, strict=True)]
         lane_rows = (sum(new for new, _ in sequences),) * rank.lanes if rank.lanes > 1 else ()
         batch = Batch.pack(places, device, lane_rows)
-        hidden = model(batch, cache)
+        given = None
+        if not rank.layers.is_first:
+            given = torch.zeros(len(batch.tokens), rank.args.dim, dtype=rank.num.dtype, device=device)
+        hidden = model(batch, cache, given)
+        received = None if given is None else torch.empty_like(given)
+        if not rank.layers.is_last:
+            return measured.peak
         if drafts:
             model.draft(batch, hidden[list(range(len(hidden)))], cache)
         model.logits(hidden[: step_memory.SCORED_ROWS])
@@ -369,6 +389,7 @@ def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> in
             logits = model.logits(hidden[: len(sequences)])
             asks = [SamplingState(SamplingParams(temperature=1.0, top_p=0.9), i, [1, 2], 1) for i in range(len(sequences))]
             verify(logits, asks)
+        del given, received
     return measured.peak
 
 
