@@ -91,8 +91,10 @@ def test_every_nibble_with_every_zero_point(zeros):
 def test_nan_stays_in_its_channel(nan):
     w = random_weight(FORMS["fp8"], 70, 200)
     w.data.view(torch.uint8)[33, 5] = nan
-    y = kernels.linear(randn(13, 200), kernels.pack_weight(w), torch.float32)
-    assert y[:, 33].isnan().all() and y.isnan().sum() == 13
+    packed = kernels.pack_weight(w)
+    for rows in (1, 2, 3, 4, 13):
+        y = kernels.linear(randn(rows, 200), packed, torch.float32)
+        assert y[:, 33].isnan().all() and y.isnan().sum() == rows
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -102,6 +104,8 @@ def test_what_is_not_finite_stays_in_its_row(form, bad):
     x[5, 7] = bad
     y = kernels.linear(x, kernels.pack_weight(w), torch.float32)
     assert not y[5].isfinite().any() and y[[*range(5), *range(6, 13)]].isfinite().all()
+    few = kernels.linear(x[4:7], kernels.pack_weight(w), torch.float32)
+    assert not few[1].isfinite().any() and few[[0, 2]].isfinite().all()
 
 
 def test_small_numbers_are_not_lost():
@@ -109,6 +113,41 @@ def test_small_numbers_are_not_lost():
     w = Weight(torch.full((32, 128), 2.0**-9).to(torch.float8_e4m3fn), torch.full((1, 1), 2.0**-20))
     y = kernels.linear(torch.full((2, 128), 2.0**-80).bfloat16(), kernels.pack_weight(w), torch.float32)
     assert (y == 2.0 ** (-9 - 20 - 80 + 7)).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [-133, -120, -91, -90, -30, 27, 28, 60, 100])
+def test_inputs_of_any_size(form, size):
+    """Subnormal bfloat16 too, and with zeros, and ones, among them: a row's bits are those it has among many others."""
+    w, x = random_weight(FORMS[form], 70, 384), randn(24, 384)
+    w.data.view(torch.uint8)[:, ::3] &= 0x81  # many subnormal numbers and zeros
+    x.view(torch.int16)[:12] = torch.tensor(2.0**size).bfloat16().view(torch.int16) | x.view(torch.int16)[:12] & -32768
+    x[::5, ::7] = 0
+    x[2::5, 5::11] = 1
+    packed, values = kernels.pack_weight(w), exact(w)
+    y = kernels.linear(x, packed, torch.float32)
+    exactly, magnitude = x.double() @ values.T, x.double().abs() @ values.abs().T
+    assert ((y - exactly).abs() <= 1e-6 * magnitude + 2.0**-140).all()
+    for first in range(0, 12, 4):
+        for n in range(1, 5):
+            assert torch.equal(kernels.linear(x[first : first + n], packed, torch.float32), y[first : first + n]), (first, n)
+
+
+def test_a_thread_that_takes_subnormal_numbers_for_zeros():
+    """Some libraries set that when they are loaded."""
+    w = random_weight(FORMS["fp8"], 70, 384)
+    w.data.view(torch.uint8)[:, 1:] &= 0x81
+    packed, x, threads = kernels.pack_weight(w), randn(3, 384), torch.get_num_threads()
+    y = kernels.linear(x, packed, torch.float32)
+    torch.set_num_threads(1)
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor has no such mode")
+        flushed = kernels.linear(x, packed, torch.float32)
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+    assert torch.equal(flushed, y)
 
 
 def test_a_stack_of_whole_panels_is_packed_where_it_lies():

@@ -137,12 +137,13 @@ INLINE float sum_v(vf x) { /* of halves, halves of these, ... */
 
 /* A packed weight (n, k), or a stack of them. Its scales, float or bfloat16, are for blocks of `rows` rows and `block` k:
  * (blocks of rows, blocks of k) where whole panels share one; with rows 1 lines, (panels, blocks of k, WIDTH). zeros:
- * INT4's zero points, in such lines, or none, for 8. stack_*: bytes from a weight to the next one. */
+ * INT4's zero points, in such lines, or none, for 8. has_nan: whether an FP8 number may be NaN. stack_*: bytes from a
+ * weight to the next one. */
 enum { BF16, FP8, INT8, INT4, INT4_ZEROS /* which kernels take for one of its own */ };
 typedef struct {
     const void *data, *scales;
     const uint8_t *zeros;
-    int64_t n, k, form, rows, block, bf16_scales, stack_data, stack_scales, stack_zeros;
+    int64_t n, k, form, rows, block, bf16_scales, has_nan, stack_data, stack_scales, stack_zeros;
 } Matrix;
 
 INLINE Matrix of_stack(const Matrix *w, int64_t e) {
@@ -184,11 +185,12 @@ INLINE Place place_of(int form, int i, int k) {
 
 /* w (n, k) to panels; in place where n is a multiple of WIDTH and k even. INT4: k a multiple of 4, w (n, k / 2) with
  * the even k in the low half of a byte. scratch: (threads, panel_bytes(form, even(k))). What fills them up is any
- * number. */
-void pack(const void *w, int64_t n, int64_t k, int form, void *out, void *scratch, int threads) {
+ * number. Returns whether one of FP8 is NaN. */
+int64_t pack(const void *w, int64_t n, int64_t k, int form, void *out, void *scratch, int threads) {
     const int64_t size = panel_bytes(form, even(k));
+    int64_t has_nan = 0;
     const uint8_t filling = form == FP8 ? 0x38 : 0; /* 1, as nothing would be unusual */
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : has_nan)
     for (int64_t p = 0; p < in_wholes(n, WIDTH); p++) {
         uint8_t *panel = (uint8_t *)scratch + omp_get_thread_num() * size;
         for (int i = 0; i < WIDTH; i++) {
@@ -218,8 +220,10 @@ void pack(const void *w, int64_t n, int64_t k, int form, void *out, void *scratc
                 }
             }
         }
+        for (int64_t i = 0; i < size && form == FP8; i++) has_nan |= (panel[i] & 0x7f) == 0x7f;
         memcpy((char *)out + p * size, panel, size);
     }
+    return has_nan;
 }
 
 /* e4m3 as bfloat16, of any byte. */
@@ -404,6 +408,15 @@ typedef struct {
     int64_t ahead_step, ahead_stride;
 } Part;
 
+/* r rows' k by a line of floats, its low half and its high one, added to every p-th of the sums. */
+INLINE void multiply_floats(const float *x, vf first, vf second, int r, int p, vf *low, vf *high) {
+#pragma GCC unroll 12
+    for (int i = 0; i < r; i++) {
+        low[i * p] += x[i] * first;
+        high[i * p] += x[i] * second;
+    }
+}
+
 /* r rows' two k by two lines, added to every p-th of the sums. */
 INLINE void multiply_lines(const float *x, vu a, vu b, Way way, int r, int p, vf *low, vf *high) {
 #ifdef __AVX512BF16__
@@ -418,18 +431,22 @@ INLINE void multiply_lines(const float *x, vu a, vu b, Way way, int r, int p, vf
     }
 #endif
     (void)way;
-    vf first = (vf)(a << 16), second = (vf)(b << 16);
-#pragma GCC unroll 12
-    for (int i = 0; i < r; i++) {
-        low[i * p] += x[i] * first;
-        high[i * p] += x[i] * second;
-    }
-    first = (vf)(a & 0xffff0000u), second = (vf)(b & 0xffff0000u);
-#pragma GCC unroll 12
-    for (int i = 0; i < r; i++) {
-        low[i * p] += x[r + i] * first;
-        high[i * p] += x[r + i] * second;
-    }
+    multiply_floats(x, (vf)(a << 16), (vf)(b << 16), r, p, low, high);
+    multiply_floats(x + r, (vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), r, p, low, high);
+}
+
+/* Two lines of e4m3 as floats 2^-120 times as large, of any byte but NaN; multiplied and added as multiply_lines does. A
+ * shift brings sign, exponent and mantissa into place, and those of a subnormal number are one of a float's. */
+INLINE void multiply_small(const float *x, const uint8_t *from, int r, int p, vf *low, vf *high) {
+    const vs bytes = *(const vs *)from, mask = (vs){0} + (int16_t)0x87f0;
+    const vu a = (vu)(bytes >> 4 & mask), b = (vu)(bytes << 8 >> 4 & mask);
+    multiply_lines(x, a, b, FLOATS, r, p, low, high);
+}
+
+/* Two lines of int8 that need not become bfloat16. */
+INLINE void multiply_int8(const float *x, const uint8_t *from, int r, int p, vf *low, vf *high) {
+    multiply_floats(x, float_of_int8(from), float_of_int8(from + 2 * LANES), r, p, low, high);
+    multiply_floats(x + r, float_of_int8(from + LANES), float_of_int8(from + 3 * LANES), r, p, low, high);
 }
 
 /* r rows of x, interleaved, by p panels: sums to out (r, p * WIDTH), or, with scales, these times the sums added there.
@@ -494,6 +511,7 @@ APART product(const float *x, int r, const Part *w, Way way, int p, float *out) 
 enum {
     CHUNK = 128, /* k of a panel that are multiplied, or widened, together, at most */
     BLOCKS = 8,  /* of rows, that what a chunk was widened to serves */
+    STREAMED = LANES == 16 ? 3 : 4, /* rows that take panels of 8 or 4 bits as they lie, at most: more widen them first */
 };
 
 /* Scales of the first or second line of panel p, for its block `at` of so many blocks of k. */
@@ -505,35 +523,85 @@ INLINE vf scales_v(const Matrix *w, int64_t p, int64_t at, int64_t blocks, int l
     return w->bf16_scales ? widen_v(half) : *(const vf *)whole;
 }
 
-/* r rows of x, interleaved, by four panels of 8 or 4 bits from `panel` on, as they lie: sums to out (r, 4 * WIDTH). form,
- * way and r are constants where it is used. */
-INLINE void stream_of(const float *x, const Matrix *w, int64_t panel, int form, Way way, int r, float *out) {
-    enum { P = 4 };
+#if defined(__AVX512VBMI__)
+enum { MAY_ENLARGE = 0 }; /* its table has any number */
+#else
+enum { MAY_ENLARGE = 1 };
+#endif
+
+/* Whether this thread computes with subnormal floats: some libraries let it take zeros for them. */
+INLINE int keeps_subnormal(void) {
+    volatile float tiny = 0x1p-140f, small = 0x1p-70f;
+    return tiny * 0x1p100f > 0 && small * small > 0;
+}
+
+/* n floats times 2^100: whether their products with numbers 2^-120 times as large, and sums of these, are the exact ones
+ * 2^-20 times as large. They are where all but zeros lie in [2^-90, 2^28): a product of 24 bits by 4 is a multiple of
+ * 2^-142 then, which a subnormal float holds, and 2^24 times the largest is no infinity. */
+INLINE int enlarge(const float *x, int64_t n, float *out) {
+    const int32_t least_bits = (127 - 90) << 23, most_bits = ((127 + 28) << 23) - 1;
+    vi wrong = (vi){0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const vi size = *(const vi *)(x + i) & 0x7fffffff;
+        wrong |= ((size < least_bits) & (size != 0)) | (size > most_bits);
+        *(vf *)(out + i) = *(const vf *)(x + i) * 0x1p100f;
+    }
+    for (; i < n; i++) {
+        union { float f; int32_t u; } bits = {x[i]};
+        const int32_t size = bits.u & 0x7fffffff;
+        wrong[0] |= -((size < least_bits && size) || size > most_bits);
+        out[i] = x[i] * 0x1p100f;
+    }
+    return sum_v(__builtin_convertvector(wrong, vf)) == 0;
+}
+
+/* Panels of 8 or 4 bits that r rows take at once, as they lie. */
+INLINE int panels_streamed(int r) { return r * 4 <= ROWS ? 4 : r * 2 <= ROWS ? 2 : 1; }
+
+/* r rows of x, interleaved, by n_panels of 8 or 4 bits from `panel` on: sums to out (r, panels_streamed(r) * WIDTH), where
+ * there are fewer panels with the first one's in the place of the others'. form, way and r are constants where it is used. */
+INLINE void stream_of(const float *x, const Matrix *w, int64_t panel, int n_panels, int form, Way way, int r, float *out) {
+    const int P = panels_streamed(r);
     vf low[ROWS], high[ROWS], all_low[ROWS], all_high[ROWS];
+    float larger[CHUNK * STREAMED] __attribute__((aligned(64)));
     const int step = form >= INT4 ? 4 : 2, pair = way == PAIRS ? r : 2 * r;
     const int64_t k = even(w->k), blocks = in_wholes(w->k, w->block), size = panel_bytes(form, k);
+    const int may_enlarge = MAY_ENLARGE && form == FP8 && way == FLOATS && !w->has_nan && keeps_subnormal();
     const uint8_t *from = (const uint8_t *)w->data + panel * size;
+    int64_t panels[4], apart[4]; /* numbers of panels, and bytes from the first one */
+    for (int q = 0; q < P; q++) panels[q] = panel + (q < n_panels ? q : 0), apart[q] = (panels[q] - panel) * size;
     for (int i = 0; i < r * P; i++) all_low[i] = all_high[i] = (vf){0};
     for (int64_t at = 0, n; at < blocks; at++) {
-        Zeros zeros[P];
+        Zeros zeros[4];
         for (int q = 0; q < P && form == INT4_ZEROS; q++)
-            zeros_of(w->zeros + ((panel + q) * blocks + at) * WIDTH, zeros + q);
-        for (int64_t left = least(w->block, k - at * w->block); left; left -= n) {
+            zeros_of(w->zeros + (panels[q] * blocks + at) * WIDTH, zeros + q);
+        for (int64_t left = least(w->block, k - at * w->block); left; left -= n, x += n / 2 * pair) {
             n = least(CHUNK, left);
+            const int small = may_enlarge && enlarge(x, n * r, larger);
+            const float *y = small ? larger : x;
             for (int i = 0; i < r * P; i++) low[i] = high[i] = (vf){0};
-            for (int64_t j = 0; j < n; j += step, x += step / 2 * pair, from += panel_bytes(form, step))
-#pragma GCC unroll 4
-                for (int q = 0; q < P; q++) {
-                    vu lines[4];
-                    __builtin_prefetch(from + q * size + AHEAD * 2 * WIDTH);
-                    widen_lines(form, from + q * size, zeros + q, lines);
-                    multiply_lines(x, lines[0], lines[1], way, r, P, low + q, high + q);
-                    if (step == 4) multiply_lines(x + pair, lines[2], lines[3], way, r, P, low + q, high + q);
-                }
+#define STEPS(multiplied)                                                                                        \
+    for (int64_t j = 0; j < n; j += step, y += step / 2 * pair, from += panel_bytes(form, step))                 \
+        _Pragma("GCC unroll 4") for (int q = 0; q < P; q++) {                                                    \
+            const uint8_t *lines = from + apart[q];                                                              \
+            __builtin_prefetch(lines + AHEAD * 2 * WIDTH);                                                       \
+            multiplied;                                                                                          \
+        }
+            if (small) STEPS(multiply_small(y, lines, r, P, low + q, high + q))
+            else if (form == INT8 && way == FLOATS) STEPS(multiply_int8(y, lines, r, P, low + q, high + q))
+            else STEPS({
+                vu of[4];
+                widen_lines(form, lines, zeros + q, of);
+                multiply_lines(y, of[0], of[1], way, r, P, low + q, high + q);
+                if (step == 4) multiply_lines(y + pair, of[2], of[3], way, r, P, low + q, high + q);
+            })
+#undef STEPS
 #pragma GCC unroll 4
             for (int q = 0; q < P; q++) {
-                const vf first = scales_v(w, panel + q, at, blocks, 0), second = scales_v(w, panel + q, at, blocks, 1);
+                const vf first = scales_v(w, panels[q], at, blocks, 0), second = scales_v(w, panels[q], at, blocks, 1);
                 for (int i = q; i < r * P; i += P) {
+                    if (small) low[i] *= 0x1p20f, high[i] *= 0x1p20f;
                     all_low[i] += low[i] * first;
                     all_high[i] += high[i] * second;
                 }
@@ -543,29 +611,25 @@ INLINE void stream_of(const float *x, const Matrix *w, int64_t panel, int form, 
     for (int i = 0; i < r * P; i++, out += WIDTH) *(vf *)out = all_low[i], *(vf *)(out + LANES) = all_high[i];
 }
 
-/* The same of any form and way, for r * 4 <= ROWS. */
-APART stream(const float *x, int r, const Matrix *w, int64_t panel, Way way, float *out) {
+/* The same of any form and way, for up to STREAMED rows. */
+APART stream(const float *x, int r, const Matrix *w, int64_t panel, int n_panels, Way way, float *out) {
     const int form = with_zeros(w);
     (void)way;
-#define CASE(r, way)                                                                        \
-    if (r * 4 <= ROWS)                                                                      \
-        switch (form) {                                                                     \
-        case FP8: stream_of(x, w, panel, FP8, way, r, out); return;                         \
-        case INT8: stream_of(x, w, panel, INT8, way, r, out); return;                       \
-        case INT4: stream_of(x, w, panel, INT4, way, r, out); return;                       \
-        default: stream_of(x, w, panel, INT4_ZEROS, way, r, out); return;                   \
+#define CASE(r, way)                                                                 \
+    case r:                                                                          \
+        switch (form) {                                                              \
+        case FP8: stream_of(x, w, panel, n_panels, FP8, way, r, out); return;        \
+        case INT8: stream_of(x, w, panel, n_panels, INT8, way, r, out); return;      \
+        case INT4: stream_of(x, w, panel, n_panels, INT4, way, r, out); return;      \
+        default: stream_of(x, w, panel, n_panels, INT4_ZEROS, way, r, out); return;  \
         }
 #ifdef __AVX512BF16__
-    if (way == PAIRS) {
-        if (r == 1) CASE(1, PAIRS)
-        if (r == 2) CASE(2, PAIRS)
-        CASE(3, PAIRS)
-    }
+    if (way == PAIRS) switch (r) { CASE(1, PAIRS) CASE(2, PAIRS) CASE(3, PAIRS) }
 #endif
-    if (r == 1) CASE(1, FLOATS)
 #ifdef __AVX512F__
-    if (r == 2) CASE(2, FLOATS)
-    CASE(3, FLOATS)
+    switch (r) { CASE(1, FLOATS) CASE(2, FLOATS) CASE(3, FLOATS) }
+#else
+    switch (r) { CASE(1, FLOATS) CASE(2, FLOATS) CASE(3, FLOATS) CASE(4, FLOATS) }
 #endif
 #undef CASE
 }
@@ -646,27 +710,28 @@ static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *z
 static void multiply(const void *x, int64_t rows, const Matrix *w, Way way, Target to) {
     const int64_t k = even(w->k), blocks = blocks_of(rows), of_k = panel_bytes(w->form, 1), size = panel_bytes(w->form, k);
     const int64_t of_scales = w->form == BF16 ? 1 : in_wholes(w->k, w->block);
-    const int is_plain = w->form == BF16, form = with_zeros(w);
+    const int is_plain = w->form == BF16, streams = !is_plain && rows <= STREAMED, form = with_zeros(w);
     int64_t begin, end, p;
     my_share(in_wholes(w->n, WIDTH), &begin, &end);
     for (; rows && begin < end; begin += p) {
-        p = panels_at_once(in_wholes(rows, blocks), end - begin);
-        const int64_t column = begin * WIDTH, width = least(p * WIDTH, w->n - column), line = p * WIDTH;
+        p = streams ? least(panels_streamed(rows), end - begin) : panels_at_once(in_wholes(rows, blocks), end - begin);
+        const int64_t column = begin * WIDTH, width = least(p * WIDTH, w->n - column);
+        const int64_t line = (streams ? panels_streamed(rows) : p) * WIDTH; /* of sums */
         const uint8_t *own = (const uint8_t *)w->data + begin * size;
         for (int64_t b0 = 0; b0 < blocks; b0 += BLOCKS) {
             bf16 widened[2 * CHUNK * WIDTH] __attribute__((aligned(64)));
             float scales[2 * WIDTH], sums[BLOCKS * ROWS * WIDTH] __attribute__((aligned(64)));
             const int64_t b1 = least(b0 + BLOCKS, blocks), row = block_start(rows, b0);
-            for (int64_t b = b0; b < b1 && (is_plain || p == 4); b++) {
+            if (streams) stream(x, rows, w, begin, p, way, sums);
+            else if (!is_plain) memset(sums, 0, (block_start(rows, b1) - row) * line * sizeof(float));
+            for (int64_t b = b0; b < b1 && is_plain; b++) {
                 const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
                 const float *from = (const float *)((const char *)x + first * k * bytes_of(way));
                 const uint8_t *next = own + size + b * (size / blocks); /* all blocks together fetch the next panel */
                 const Part part = {own, size, k, 0, blocks > 1 ? next : own + AHEAD * 2 * WIDTH, in_wholes(of_k, blocks), size};
-                if (is_plain) product(from, r, &part, way, p, sums + (first - row) * line);
-                else stream(from, r, w, begin, way, sums + (first - row) * line);
+                product(from, r, &part, way, p, sums + (first - row) * line);
             }
-            if (!is_plain && p < 4) memset(sums, 0, (block_start(rows, b1) - row) * line * sizeof(float));
-            for (int64_t k0 = 0, n; k0 < k && !is_plain && p < 4; k0 += n) {
+            for (int64_t k0 = 0, n; k0 < k && !is_plain && !streams; k0 += n) {
                 const int64_t at = k0 / w->block;
                 n = least(least(CHUNK, w->block - k0 % w->block), k - k0);
                 for (int q = 0; q < p; q++) {

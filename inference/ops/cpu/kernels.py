@@ -243,7 +243,7 @@ class Matrix(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros")),
-        *((name, ctypes.c_int64) for name in ("n", "k", "form", "rows", "block", "bf16_scales")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "form", "rows", "block", "bf16_scales", "has_nan")),
         *((name, ctypes.c_int64) for name in ("stack_data", "stack_scales", "stack_zeros")),
     ]
 
@@ -267,6 +267,7 @@ class Packed:
     scale: torch.Tensor | None = None
     block: tuple[int, int] = (1, 1)  # rows and columns that share a scale
     zero: torch.Tensor | None = None
+    has_nan: bool = False  # whether a number of FP8 is NaN
     matrix: Matrix = field(init=False, repr=False, compare=False)  # for C, which may use it as long as this exists
 
     def __post_init__(self) -> None:
@@ -274,7 +275,7 @@ class Packed:
         strides = (t.stride(0) * t.element_size() if t is not None and self.is_stack else 0 for t in tensors)
         half = self.scale is not None and self.scale.dtype == torch.bfloat16
         addresses = (None if t is None else t.data_ptr() for t in tensors)
-        matrix = Matrix(*addresses, self.n, self.k, FORMS[self.dtype], *self.block, half, *strides)
+        matrix = Matrix(*addresses, self.n, self.k, FORMS[self.dtype], *self.block, half, self.has_nan, *strides)
         object.__setattr__(self, "matrix", matrix)
 
     def __len__(self) -> int:
@@ -349,15 +350,16 @@ def pack_weight(w: Weight) -> Packed:
     _kernels().use_huge_pages(out, out.numel() * out.element_size())
     threads = torch.get_num_threads()
     scratch = held.new_empty(threads, _even(k) // packing * width)
+    has_nan = False
     for one, to in zip(held, out, strict=True) if is_stack else [(held, out)]:
-        _kernels().pack(one, n, k, form, to, scratch, threads)
+        has_nan |= bool(_kernels().pack(one, n, k, form, to, scratch, threads))
     if w.scale is None:
         return Packed(out, n, k)
     scale = w.scale if w.scale.dtype in (torch.bfloat16, torch.float32) else w.scale.float()
     if w.block[0] == 1:
         zero = None if w.zero is None else _in_lines(w.zero, in_place)
-        return Packed(out, n, k, w.data.dtype, _in_lines(scale, in_place), w.block, zero)
-    return Packed(out, n, k, w.data.dtype, scale.contiguous(), w.block)
+        return Packed(out, n, k, w.data.dtype, _in_lines(scale, in_place), w.block, zero, has_nan)
+    return Packed(out, n, k, w.data.dtype, scale.contiguous(), w.block, has_nan=has_nan)
 
 
 def _in_lines(s: torch.Tensor, in_place: bool) -> torch.Tensor:
