@@ -2,10 +2,11 @@
 
     python benchmarks/lane_throughput.py --output benchmarks/results/lane_throughput.json
     python benchmarks/lane_throughput.py --checkpoint DIR       # also bench_cpu.py's random model
-    sudo python benchmarks/lane_throughput.py --links 1gbit 100mbit --output benchmarks/results/slow_links.json
+    sudo python benchmarks/lane_throughput.py --links 1gbit 100mbit,1ms --output benchmarks/results/slow_links.json
 
 Each side is two processes with half of the cores each, which stay alive and wait while the others work; with --links,
-in network namespaces whose cable has that rate and, each way, that delay. Its first rank
+in network namespaces whose cable has that rate and, each way, that delay (see lib/delayed_link.py; the round trip is
+measured, without load, and the relay runs on the same cores as the ranks). Its first rank
 answers so many random prompts at a time (CONCURRENT) through the engine, greedily and to a fixed length; a figure is
 the tokens of all answers over the time from the first prompt to the last token, prefill included, the best of a side's
 turns, and a ratio the median of the turns' ratios. What one decode step of these sends is counted beside it: bytes of
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import re
 import socket
 import statistics
 import subprocess
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from lib import INFERENCE, ROOT, report
+from lib.delayed_link import DelayedLink, round_trip
 from lib.timing import take_turns
 
 sys.path.append(str(ROOT / "deploy"))
@@ -158,16 +161,19 @@ def predicted(checkpoint: Path, lanes: int, sequences: int) -> int:
 def compare(
     checkpoint: Path, model: str, new: int, turns: int, stack: ExitStack, link: str | None = None
 ) -> list[dict[str, Any]]:
-    hosts = None
+    hosts, round_trip_s, rate = None, None, ""
     if link is not None:
         hosts = stack.enter_context(Hosts())
+        rate, _, delay = link.partition(",")
+        if delay:
+            stack.enter_context(DelayedLink(hosts, (milliseconds(delay) or 0) / 1e3))
+        round_trip_s = round_trip(hosts)
     sides = {name: Side(checkpoint, layout, stack, hosts) for name, layout in SIDES.items()}
     for side in sides.values():  # loaded, over a cable that is still fast
         side.seconds(1, PROMPT, 2, "first")
-    if hosts is not None and link is not None:
-        rate, _, delay = link.partition(",")
+    if hosts is not None:
         for i in range(2):
-            hosts.slow_down(i, rate, delay or None)
+            hosts.slow_down(i, rate)
     rows = []
     for sequences in CONCURRENT:
         seeds = {name: iter(range(1000)) for name in sides}
@@ -177,6 +183,7 @@ def compare(
 
         seconds, ratios = take_turns({name: case(name) for name in sides}, turns)
         row: dict[str, Any] = {"model": model, "link": link, "concurrent": sequences, "new": new, "turns": turns}
+        row |= {} if link is None else {"round_trip_s": round_trip_s}
         for name, side in sides.items():
             row[name] = {"tokens_s": sequences * new / min(seconds[name])}
             if name in ratios:  # above 1 where it is faster than tensor parallel
@@ -189,10 +196,24 @@ def compare(
     return rows
 
 
+def rate_and_delay(text: str) -> str:
+    """A flag's type: a rate as tc has it, and perhaps a delay."""
+    rate, comma, delay = text.partition(",")
+    if not re.fullmatch(r"\d+(\.\d+)?[kmg]bit", rate) or (comma and milliseconds(delay) is None):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 1gbit or 100mbit,1ms")
+    return text
+
+
+def milliseconds(text: str) -> float | None:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)ms", text)
+    return float(found[1]) if found else None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, help="also this one, bench_cpu.py's random one")
-    parser.add_argument("--links", nargs="+", metavar="RATE[,DELAY]", help="between network namespaces, as tc has them")
+    parser.add_argument("--links", nargs="+", metavar="RATE[,DELAY]", type=rate_and_delay,
+                        help="between network namespaces, such as 100mbit,1ms; the delay is of each way")  # fmt: skip
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--new", type=int, default=24, help="tokens of an answer (default: 24)")
     parser.add_argument("--output", help="JSON file for the results")

@@ -102,11 +102,16 @@ class Hosts:
         """Takes a host off the network."""
         ip("-n", self.names[i], "link", "set", CABLE, "down")
 
-    def slow_down(self, i: int, rate: str, delay: str | None = None) -> None:
-        """What a host sends goes at this rate, such as "20mbit", and this much later, such as "1ms", from now on."""
+    def replace_cable(self, i: int, device: str, mtu: int) -> None:
+        """Plugs another device in, which was made outside, with packets of at most so many bytes."""
+        ip("-n", self.names[i], "link", "delete", CABLE)
+        ip("link", "set", device, "netns", self.names[i])
+        ip("-n", self.names[i], "link", "set", device, "name", CABLE, "mtu", str(mtu), "up")
+        ip("-n", self.names[i], "address", "add", self.address(i) + "/24", "dev", CABLE)
+
+    def slow_down(self, i: int, rate: str) -> None:
+        """What a host sends goes at this rate, such as "20mbit", from now on."""
         how = ["tbf", "rate", rate, "burst", "32kb", "latency", "100ms"]
-        if delay is not None:
-            how = ["netem", "rate", rate, "delay", delay, "limit", "10000"]
         configure("tc", "-n", self.names[i], "qdisc", "replace", "dev", CABLE, "root", *how)
 
 

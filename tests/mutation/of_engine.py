@@ -477,7 +477,7 @@ MUTANTS = (
     ("stages-cancelled-in-flight", "engine/engine.py",
      "if id in self._sequences and self._sequences[id].microbatch != self.microbatches.next:",
      "if False:",
-     f"{PIPELINE}test_requests_that_come_and_go[0]", "a cancelled request's pages are given away while a stage writes to them"),
+     f"{PIPELINE}test_requests_that_come_and_go[0-3]", "a cancelled request's pages are given away while a stage writes to them"),
     ("stages-one-step-behind", "engine/microbatches.py",
      "coming = sum(chunk.n_rows for chunk in running[self.stage - 1]) if self.stage else 0",
      "coming = sum(chunk.n_rows for chunk in running[self.stage]) if self.stage else 0",

@@ -72,6 +72,16 @@ def v3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_checkpoint(tmp_path_factory.mktemp("pipeline") / "v3", V3)
 
 
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("pipeline") / "deep", five_layers("v3"))
+
+
+def five_layers(family: str) -> dict[str, Any]:
+    """The family's config with two dense layers and three of experts."""
+    return FAMILIES[family] | {"num_hidden_layers": 5, "first_k_dense_replace": 2}
+
+
 @pytest.mark.parametrize("mtp", [0, 2])
 @pytest.mark.parametrize("stages, size", LAYOUTS)
 def test_answers_over_stages(v3: Path, stages: int, size: int, mtp: int) -> None:
@@ -107,6 +117,23 @@ def test_every_family(tmp_path: Path, name: str) -> None:
     assert answers(path, 2, 1, use, run, layers=f"{n - 1},1") == alone
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_four_stages(tmp_path: Path, name: str) -> None:
+    """Of one and of two ranks: the dense layers in one stage or in two, uneven counts, the MTP module's stage with one
+    layer or two."""
+    path = random_checkpoint(tmp_path / "c", five_layers(name))
+    args = load_args(path)
+    run = replace(RUN, mtp=int(args.n_mtp_layers > 0), max_num_seqs=4)
+    prompts = [[t % args.vocab_size for t in prompt] for prompt in questions(5, most=100)]
+
+    def use(engine: Engine) -> list[list[int]]:
+        return [r.tokens for r in engine.generate(prompts, greedy(5))]
+
+    alone = answers(path, 1, 1, use, run)
+    assert answers(path, 4, 1, use, run, layers="2,1,1,1") == alone
+    assert answers(path, 4, 2, use, run, layers="1,1,1,2") == alone
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_as_one_stage(v3: Path, dtype: torch.dtype) -> None:
     """In the deterministic mode the log-probabilities of all likeliest tokens are bitwise those of one rank, drafts or
@@ -119,6 +146,17 @@ def test_the_same_bits_as_one_stage(v3: Path, dtype: torch.dtype) -> None:
     alone = answers(v3, 1, 1, use, num=num)
     for stages, size, mtp in ((2, 1, 0), (3, 1, 2), (2, 2, 1)):
         assert answers(v3, stages, size, use, replace(RUN, mtp=mtp), num=num) == alone
+
+
+def test_the_same_bits_on_four_stages(deep: Path) -> None:
+    num = Numerics(torch.bfloat16, experts="split", batch_invariant=True, virtual_ranks=4)
+
+    def use(engine: Engine) -> list[Any]:
+        return [[(e.token, e.logprob, e.top) for e in r.logprobs] for r in engine.generate(questions(4), greedy(6, logprobs=5))]
+
+    alone = answers(deep, 1, 1, use, num=num)
+    for size, mtp in ((1, 1), (2, 0)):
+        assert answers(deep, 4, size, use, replace(RUN, mtp=mtp), num=num) == alone
 
 
 @pytest.mark.parametrize("how", [Numerics(torch.float32, fp8_latents=True), Numerics(torch.bfloat16)])
@@ -142,16 +180,16 @@ def test_recorded_steps(v3: Path) -> None:
     assert found == alone and len(made) == 2 and all(recorder.replayed > 10 for recorder in made)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_requests_that_come_and_go(v3: Path, seed: int) -> None:
+@pytest.mark.parametrize("seed, stages", [(0, 3), (1, 3), (2, 3), (3, 4), pytest.param(4, 4, marks=pytest.mark.trust)])
+def test_requests_that_come_and_go(v3: Path, deep: Path, seed: int, stages: int) -> None:
     """Requests added, and some cancelled, at random moments, while pages run out: those that stay are answered as
     alone, in microbatches that share nothing; nothing is lost."""
     draw = random.Random(seed)
     prompts = questions(24, seed + 20, most=100)
-    run = replace(RUN, n_pages=9, mtp=seed % 2, max_model_len=150)
-    alone = {i: r.tokens for i, r in enumerate(answers(v3, 1, 1, lambda e: e.generate(prompts, greedy(10)), run))}
+    path, run = v3 if stages == 3 else deep, replace(RUN, n_pages=3 * stages, mtp=seed % 2, max_model_len=150)
+    alone = {i: r.tokens for i, r in enumerate(answers(path, 1, 1, lambda e: e.generate(prompts, greedy(10)), run))}
 
-    found = answers(v3, 3, 1, lambda engine: come_and_go(engine, prompts, draw), run)
+    found = answers(path, stages, 1, lambda engine: come_and_go(engine, prompts, draw), run)
     assert {r.finish_reason for r in found} == {"length", "cancelled"} and len(found) == 24
     assert all(r.tokens == alone[r.id] for r in found if r.finish_reason == "length")
     assert all(alone[r.id][: len(r.tokens)] == r.tokens for r in found)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from lib import delayed_link
+
 import two_hosts
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
@@ -62,11 +64,13 @@ def start(hosts: two_hosts.Hosts) -> Iterator[Start]:
         process.communicate()
 
 
-def test_batch_on_two_hosts(start: Start, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [(), ("--pp", 2)])
+def test_batch_on_two_hosts(start: Start, checkpoint: Path, tmp_path: Path, layout: tuple[object, ...]) -> None:
+    """As two ranks of every layer, and as two stages."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(QUESTIONS))
     flags = ("--ckpt-path", checkpoint, "--config", checkpoint / "config.json", "--input-file", prompts,
-             "--temperature", 0, "--max-new-tokens", 12, "--dtype", "float32", "--threads", 1)  # fmt: skip
+             "--temperature", 0, "--max-new-tokens", 12, "--dtype", "float32", "--threads", 1, *layout)  # fmt: skip
     one, two = start(0, *flags), start(1, *flags)
     out, err = one.communicate(timeout=120)
     silent, err2 = two.communicate(timeout=30)
@@ -76,6 +80,7 @@ def test_batch_on_two_hosts(start: Start, checkpoint: Path, tmp_path: Path) -> N
     expected = engine.generate(prompt, SamplingParams(12, temperature=0))
     assert out == "".join(f"Prompt: {q}\nCompletion: {r.text}\n\n" for q, r in zip(QUESTIONS, expected, strict=True))
     assert silent == ""
+    assert ("pipeline: 2 stages of 1 rank" in err) == bool(layout)
 
 
 def test_conversation_until_the_cable_is_cut(start: Start, hosts: two_hosts.Hosts, checkpoint: Path) -> None:
@@ -96,6 +101,41 @@ def test_conversation_until_the_cable_is_cut(start: Start, hosts: two_hosts.Host
     assert one.returncode != 0
     assert len(launch.errors(err)) == 1
     assert launch.errors(err)[0].startswith("error: rank 0 lost contact with another rank: ")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/net/tun"), reason="needs TUN devices")
+def test_a_cable_with_latency(hosts: two_hosts.Hosts) -> None:
+    """Each way takes the delay, on top of what a loaded machine takes; nothing is lost or out of order."""
+    fast = delayed_link.round_trip(hosts)
+    with delayed_link.DelayedLink(hosts, 0.02):
+        slow = delayed_link.round_trip(hosts)
+        ends = [hosts.start(i, [sys.executable, "-c", TRANSFER, hosts.address(1), str(i)], environment=dict(os.environ),
+                            stdout=subprocess.PIPE) for i in (1, 0)]  # fmt: skip
+        found = [end.communicate(timeout=60)[0] for end in ends]
+    assert fast < 0.02 and 0.04 <= slow < 0.4
+    assert found[0] == found[1] and len(found[0]) == 65
+
+
+# receives 4 MB as host 1, or sends them as host 0, and prints their hash
+TRANSFER = """
+import hashlib, random, socket, sys, time
+if sys.argv[2] == "1":
+    with socket.create_server(("", 5002)) as server:
+        peer, _ = server.accept()
+        data = b""
+        while part := peer.recv(1 << 20):
+            data += part
+else:
+    data = random.Random(0).randbytes(4 << 20)
+    for _ in range(100):
+        try:
+            with socket.create_connection((sys.argv[1], 5002)) as peer:
+                peer.sendall(data)
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.1)
+print(hashlib.sha256(data).hexdigest())
+"""
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -66,6 +66,7 @@ ALLOWED = {  # file and finding: why
     ("benchmarks/online_serving.py", "import openai"): "the client; pinned in requirements-dev.txt",
     ("benchmarks/lane_throughput.py", "import socket"): "looks for a free port",
     ("benchmarks/lane_throughput.py", "import subprocess"): "starts the ranks that it compares",
+    ("benchmarks/lib/delayed_link.py", "import subprocess"): "starts the two ends of a ping in network namespaces",
     ("deploy/two_hosts.py", "import subprocess"): "starts torchrun on two hosts, and ip and tc, which make them",
     ("benchmarks/bench.py", "import subprocess"): "starts the other benchmarks",
     ("benchmarks/lib/machine.py", "import subprocess"): "starts convert.py, fp8_cast_bf16.py, check_checkpoint.py and llama.cpp, to see their memory",

@@ -880,10 +880,11 @@ def rest(client: socket.socket, until: bytes | None = None) -> bytes:
     return text
 
 
-def two_ranks(endless: Path, processes: list[Process], lanes: int = 1) -> RunningServer:
+def two_ranks(endless: Path, processes: list[Process], lanes: int = 1, stages: int = 1) -> RunningServer:
     port = launch.free_port()
     for rank in range(2):
-        run = launch.start_rank(rank, 2, port, run=command("--ckpt-path", endless, "--dp", lanes, *FLAGS))
+        layout = "--dp", lanes, "--pp", stages
+        run = launch.start_rank(rank, 2, port, run=command("--ckpt-path", endless, *layout, *FLAGS))
         processes.append(Process(run=run))
     return processes[0].ready()
 
@@ -956,6 +957,27 @@ def test_a_dead_rank_ends_the_server(endless: Path, processes: list[Process], bu
         assert b"the engine has failed" in rest(client)
     assert processes[0].left() == 1
     assert time.monotonic() - began < 30
+    (line,) = launch.errors("".join(processes[0].said))
+    assert line.startswith("error: rank 0 lost contact with rank 1, which has died")
+
+
+def test_two_stages_serve_until_one_dies(endless: Path, processes: list[Process]) -> None:
+    """A stream and answers beside it are those of one rank. The first stage's end, in the middle of a stream, is told to
+    the client, and in one line."""
+    body = {"prompt": "hello", "max_tokens": 12, "temperature": 0}
+    [alone] = Engine.from_pretrained(endless, device="cpu").generate(["hello"], SamplingParams(12, temperature=0))
+    running = two_ranks(endless, processes, stages=2)
+    text = rest(running.start(COMPLETIONS, {**body, "stream": True}), until=b"\r\n0\r\n\r\n").decode()
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in events if event["choices"]) == alone.text
+    assert "data: [DONE]" in text and len(events) > 5
+    status, _, several = running.send("POST", COMPLETIONS, {**body, "n": 3})
+    assert status == 200 and [choice["text"] for choice in several["choices"]] == [alone.text] * 3
+    client = running.start(COMPLETIONS, {"prompt": "x", "max_tokens": 2500, "stream": True})
+    assert b"200 OK" in client.recv(1000)
+    processes[1].child.kill()
+    assert b"the engine has failed" in rest(client)
+    assert processes[0].left() == 1
     (line,) = launch.errors("".join(processes[0].said))
     assert line.startswith("error: rank 0 lost contact with rank 1, which has died")
 
