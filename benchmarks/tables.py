@@ -377,7 +377,10 @@ def slow_links(record: dict[str, Any]) -> str:
         speeds = [f"{row['tensor parallel']['tokens_s']:.1f}"]
         for side in (row["pipeline"], row["lanes"]):
             speeds += [f"{side['tokens_s']:.1f}", f"{side['ratio']:.2f}"]
-        rows.append([row["model"], row["link"].replace(",", ", "), str(row["concurrent"]), *speeds])
+        link = row["link"].replace(",", ", ")
+        if "," in link:
+            link += f" (a round trip: {row['round_trip_s'] * 1e3:.1f} ms)"
+        rows.append([row["model"], link, str(row["concurrent"]), *speeds])
     return report.table(header, rows)
 
 
