@@ -19,10 +19,18 @@ from jinja2.runtime import Context
 
 from core.errors import UserError
 from core.files import read_text
+from text.conversation import (
+    THINK,
+    THINK_END,
+    Json,
+    Message,
+    checked,
+    prefix_text,
+    require_all_texts,
+    split_prefix,
+)
 from text.sandbox import RenderBudget, Sandbox, budget, measured, require_short
 
-ROLES = ("system", "user", "assistant", "tool")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # templates read the first or the second
 # Methods and filters that look for their argument in a text instead of writing it.
 SEARCHES = frozenset(
     {"split", "rsplit", "partition", "rpartition", "startswith", "endswith", "find", "rfind", "index", "rindex",
@@ -30,11 +38,6 @@ SEARCHES = frozenset(
 )  # fmt: skip
 SURROGATES = range(0xD800, 0xE000)  # no valid text contains these, so each can stand for a control token
 STAND_IN = re.compile(f"([{chr(SURROGATES[0])}-{chr(SURROGATES[-1])}])")
-
-
-class Json(str):
-    """Text that is JSON already, such as a tool call's arguments: the filter `tojson`, through which some templates
-    pass them while others do not, leaves it as it is."""
 
 
 class Generation(Extension):
@@ -63,9 +66,7 @@ class ChatTemplate:
     that are only compared with (`'</think>' in content`) are left alone, and rendering checks that both forms agree.
     """
 
-    def __init__(
-        self, source: str, specials: dict[str, int], named: dict[str, str], sorts_tools: bool = False
-    ) -> None:
+    def __init__(self, source: str, specials: dict[str, int], named: dict[str, str], sorts_tools: bool = False) -> None:
         """`specials`: every control token's text and id. `named`: variables such as `bos_token` and their text.
         `sorts_tools`: the template gets tools with their keys in alphabetical order.
 
@@ -94,7 +95,7 @@ class ChatTemplate:
             raise UserError(f"the chat template has a mistake in line {e.lineno}: {e.message}") from None
         except RecursionError:
             raise UserError("the chat template is nested too deeply") from None
-        self._specials = _any_of(specials)
+        self._specials, self._any_special = specials, _any_of(specials)
         self._named, self._sorts_tools = named, sorts_tools
         self._marked_named = {name: stand_ins[text] for name, text in named.items()}
 
@@ -107,50 +108,81 @@ class ChatTemplate:
     ) -> tuple[str, list[str | int]]:
         """The prompt's text, and the same as control tokens' ids and the runs of ordinary text between them.
 
-        Raises UserError for messages that no template takes, or that this one cannot render.
+        With `add_generation_prompt` it ends where the model goes on: after the opening of a new answer or, if the last
+        message is the assistant's with `prefix: true`, after that message's text.
+        Raises UserError for messages that no template takes, that this one cannot render, or whose text it leaves out.
         """
-        messages = _checked(messages)
+        messages, prefix = checked(messages), None
+        if add_generation_prompt:
+            messages, prefix = split_prefix(messages)
         tools = _sorted_keys(tools) if self._sorts_tools else tools
         try:
-            return self._render(messages, thinking, add_generation_prompt, tools)
+            text, runs = self._render(messages, thinking, add_generation_prompt, tools)
         except UserError:
-            # For a message of tool calls alone some templates want no content, and others fail without.
+            # For a message of tool calls alone some templates want no content, and others fail without, as for a tool
+            # of which nothing but the name is known.
             texts = [message | {"content": message.get("content") or ""} for message in messages]
-            if texts == messages:
+            whole = None if tools is None else [_with_defaults(tool) for tool in tools]
+            if texts == messages and whole == tools:
                 raise
-        return self._render(texts, thinking, add_generation_prompt, tools)
+            messages, tools = texts, whole
+            text, runs = self._render(messages, thinking, add_generation_prompt, tools)
+        variables = self._variables(thinking, add_generation_prompt, tools)
+        require_all_texts(messages, text, lambda marked: self._written(marked, variables))
+        return (text, runs) if prefix is None else self._with_prefix(text, runs, prefix)
+
+    def _with_prefix(self, text: str, runs: list[str | int], prefix: Message) -> tuple[str, list[str | int]]:
+        """What was rendered, and the beginning of the answer."""
+        space = runs[-1] if runs and isinstance(runs[-1], str) and runs[-1].isspace() else ""
+        opens = runs[-2 if space else -1 :][:1] == [self._specials.get(THINK)]
+        before, after = prefix_text(prefix, space if opens else None)
+        runs, text = [*runs, before], text + before
+        if after is not None:
+            runs, text = [*runs, self._specials[THINK_END], after], text + THINK_END + after
+        joined: list[str | int] = []
+        for run in runs:
+            if isinstance(run, str) and joined and isinstance(joined[-1], str):
+                joined[-1] += run
+            elif run != "":
+                joined.append(run)
+        return text, joined
+
+    def _variables(self, thinking: bool | None, add_generation_prompt: bool, tools: Any) -> dict[str, Any]:
+        """What a template is given beside messages and the names of control tokens."""
+        if tools is not None and not self.knows_tools:
+            raise UserError("this checkpoint's chat template knows no tools")
+        if thinking is not None and not self.has_thinking_switch:
+            raise UserError("this checkpoint's chat template does not let thinking be switched on or off")
+        switch = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
+        return switch | {
+            "add_generation_prompt": add_generation_prompt, "tools": tools, "documents": None,
+            "strftime_now": datetime.now().strftime,
+        }  # fmt: skip
+
+    def _written(self, messages: list[Message], variables: dict[str, Any], form: Any = None) -> str:
+        """The text of one form, by default the template as written."""
+        form, named = (self._as_written, self._named) if form is None else (form, self._marked_named)
+        try:
+            with RenderBudget() as limits:
+                return limits.join(form.generate(variables | named | {"messages": messages}))
+        except Exception as e:  # a template may fail as any program may
+            raise UserError(f"the chat template cannot render these messages: {e}") from None
 
     def _render(
         self,
-        messages: list[dict[str, Any]],
+        messages: list[Message],
         thinking: bool | None,
         add_generation_prompt: bool,
         tools: list[dict[str, Any]] | None,
     ) -> tuple[str, list[str | int]]:
-        variables: dict[str, Any] = {
-            "messages": messages, "add_generation_prompt": add_generation_prompt, "tools": tools, "documents": None,
-            "strftime_now": datetime.now().strftime,  # one moment for both forms
-        }  # fmt: skip
-        if tools is not None and not self.knows_tools:
-            raise UserError("this checkpoint's chat template knows no tools")
-        if thinking is not None:
-            if not self.has_thinking_switch:
-                raise UserError("this checkpoint's chat template does not let thinking be switched on or off")
-            variables |= {"thinking": thinking, "enable_thinking": thinking}
-        try:
-            texts = []
-            for form, named in ((self._as_written, self._named), (self._marked, self._marked_named)):
-                with RenderBudget() as limits:
-                    texts.append(limits.join(form.generate(variables | named)))
-            text, marked = texts
-        except Exception as e:  # a template may fail as any program may
-            raise UserError(f"the chat template cannot render these messages: {e}") from None
+        variables = self._variables(thinking, add_generation_prompt, tools)  # one moment for both forms
+        text, marked = self._written(messages, variables), self._written(messages, variables, self._marked)
         runs = [run for run in STAND_IN.split(marked) if run]
         if "".join(self._expand.get(run, run) for run in runs) != text:
             raise UserError("the chat template handles its control tokens in a way that is not supported; use --raw")
         given = json.dumps([messages, tools], ensure_ascii=False)
         for run in runs:
-            for token in self._specials.findall(run):
+            for token in self._any_special.findall(run):
                 if json.dumps(token, ensure_ascii=False)[1:-1] not in given:  # no message spells it as a whole either
                     raise UserError(f"the chat template assembles {token!r} from pieces, not supported; use --raw")
         return text, [self._ids.get(run, run) for run in runs]
@@ -200,58 +232,6 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile(tree(set(texts)) or "(?!)")
 
 
-def _checked(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages with their content as one string (or None beside tool calls), and calls' arguments as Json; raises
-    UserError naming the message.
-
-    A role no template knows is refused here, because templates silently drop such messages.
-    """
-    if not isinstance(messages, list) or not messages:
-        raise UserError("the conversation has no messages")
-    checked = []
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            raise UserError(f"message {i}: role {role!r} is not supported (known: {', '.join(ROLES)})")
-        content = message.get("content")
-        if isinstance(content, list):  # OpenAI's list of parts
-            parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
-            texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-            if len(texts) < len(content):
-                raise UserError(f"message {i}: only parts of type text are supported")
-            message = message | {"content": "".join(texts)}
-        elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            says = "is missing" if content is None else "has another type"
-            raise UserError(f"message {i}: content {says}, expected a string")
-        try:
-            require_unicode(json.dumps(message, ensure_ascii=False), f"message {i}")
-        except (TypeError, ValueError) as e:
-            raise UserError(f"message {i}: not plain JSON data ({e})") from None
-        reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
-        if reasoning is not None:
-            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
-        checked.append(_with_arguments(message))
-    return checked
-
-
-def _with_arguments(part: Any) -> Any:
-    """A copy of a message in which every tool call's arguments, where they are text, are Json."""
-    match part:
-        case {"tool_calls": list(calls)}:
-            return part | {"tool_calls": [_with_arguments(call) for call in calls]}
-        case {"function": {"arguments": str(text)}}:
-            return part | {"function": part["function"] | {"arguments": Json(text)}}
-    return part
-
-
-def require_unicode(text: str, what: str) -> None:
-    """Lone surrogates come from broken JSON escapes or undecodable input; they are no text and have no UTF-8 form."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise UserError(f"{what} is not valid Unicode: lone surrogate {text[e.start]!a}") from None
-
-
 def read_template(folder: Path, settings: dict[str, Any]) -> str | None:
     """The chat template's source: chat_template.jinja wins over tokenizer_config.json, as in transformers."""
     file = folder / "chat_template.jinja"
@@ -287,6 +267,15 @@ def _tojson(
     if indent is None and sum(map(len, separators or ())) <= 8:
         return budget().join([encoder.encode(measured(value))])
     return budget().join(encoder.iterencode(measured(value)))
+
+
+def _with_defaults(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with what OpenAI's API lets a client leave out."""
+    function = tool.get("function")
+    if not isinstance(function, dict):
+        return tool
+    left_out = {"description": "", "parameters": {"type": "object", "properties": {}}}
+    return tool | {"function": left_out | {name: value for name, value in function.items() if value is not None}}
 
 
 def _sorted_keys(value: Any) -> Any:

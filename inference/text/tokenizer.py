@@ -14,12 +14,13 @@ from typing import Any
 
 from core.errors import UserError
 from core.files import read_json, require_folder
-from text.chat_template import ChatTemplate, read_template, require_unicode
+from text.chat_template import ChatTemplate, read_template
+from text.conversation import THINK, THINK_END, require_unicode
 from text.detokenizer import Detokenizer
 from text.special_tokens import find_special_tokens
 from text.vocabulary import read_vocabulary
 
-THINK, THINK_END = "<think>", "</think>"
+FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
 ROUND_TRIP = "Hello  world, 3.14 and 1024\n\tdéjà vu — 你好，世界 🙂 end"
 
 
@@ -91,6 +92,18 @@ class Tokenizer:
         require_unicode(text, "the prompt")
         return [*self._before, *self._encode_plain(text, most), *self._after]
 
+    def encode_infill(self, prefix: str, suffix: str, most: int | None = None) -> list[int]:
+        """The prompt for the text between `prefix` and `suffix`, in the order that DeepSeek-V3 was trained with:
+        prefix, suffix, middle (arXiv 2412.19437, section 4.1). Raises as `encode_text` does, and UserError where the
+        tokenizer lacks a control token of it."""
+        lacking = [token for token in (FIM_BEGIN, FIM_HOLE, FIM_END) if token not in self._added]
+        if lacking:
+            raise UserError(f"this checkpoint cannot fill a text in: its tokenizer has no {lacking[0]}")
+        require_unicode(prefix + suffix, "the prompt")
+        texts = self._encode_plain(prefix, most), self._encode_plain(suffix, most)
+        begin, hole, end = (self._added[token] for token in (FIM_BEGIN, FIM_HOLE, FIM_END))
+        return [*self._before, begin, *texts[0], hole, *texts[1], end]
+
     def encode_chat(
         self,
         messages: list[dict[str, Any]],
@@ -159,13 +172,10 @@ class Tokenizer:
         return self.has_chat_template and self._template.knows_tools
 
     def starts_thinking(self, prompt_ids: list[int]) -> bool:
-        """Whether the prompt already opened `<think>`, so that the output begins inside it, without the tag."""
-        for token_id in reversed(prompt_ids):
-            if token_id == self.think_open_id:
-                return True
-            if not self._piece(token_id).isspace():
-                return False
-        return False
+        """Whether the prompt already opened `<think>`, so that the output begins inside it, without the tag. The prompt
+        may have the beginning of the thinking too."""
+        last = next((token_id for token_id in reversed(prompt_ids) if self.is_control(token_id)), None)
+        return last is not None and last == self.think_open_id
 
     # ---------------------------------------------------------------- ids to text
 

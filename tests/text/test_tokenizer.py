@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Library
 
 from core.errors import UserError
+from text import chat_template
 from text.tokenizer import Tokenizer
 
 VOCAB_SIZE = 129280
@@ -104,6 +105,12 @@ def with_template(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], T
         return made[template]
 
     return make
+
+
+@pytest.fixture
+def any_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets templates leave messages out, for tests of what they do otherwise."""
+    monkeypatch.setattr(chat_template, "require_all_texts", lambda messages, text, render: None)
 
 
 @pytest.fixture(scope="session")
@@ -214,13 +221,13 @@ def test_many_turns(v3: Tokenizer) -> None:
 
 def test_several_system_messages_and_tools(v3: Tokenizer) -> None:
     def messages(arguments: str, result: str) -> list[dict[str, Any]]:
-        call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+        call = {"id": "a", "type": "function", "function": {"name": "add", "arguments": arguments}}
         return [
             {"role": "system", "content": "A."},
             {"role": "system", "content": "B."},
             {"role": "user", "content": [{"type": "text", "text": "1 + "}, {"type": "text", "text": "1?"}]},
             {"role": "assistant", "content": None, "tool_calls": [call]},
-            {"role": "tool", "content": result},
+            {"role": "tool", "tool_call_id": "a", "content": result},
         ]
 
     assert v3.render_chat(messages('{"a": 1}', "2")) == (
@@ -325,6 +332,7 @@ def test_a_border_cannot_spell_a_control_token(tmp_path: Path) -> None:
         tokenizer.encode_chat(messages)
 
 
+@pytest.mark.usefixtures("any_template")
 def test_templates_that_rework_messages(tmp_path: Path) -> None:
     tokenizer = small_with(
         tmp_path,
@@ -339,6 +347,7 @@ def test_templates_that_rework_messages(tmp_path: Path) -> None:
     assert ids == [0, user, *spelled, 1, *length, closing, opening]
 
 
+@pytest.mark.usefixtures("any_template")
 def test_only_control_tokens_written_whole_are_trusted(tmp_path: Path) -> None:
     pieces = small_with(
         tmp_path, "{{ bos_token }}{% for m in messages %}{{ '<' ~ 'think' ~ '>' ~ m.content }}{% endfor %}"
@@ -353,6 +362,7 @@ def test_only_control_tokens_written_whole_are_trusted(tmp_path: Path) -> None:
         compares.encode_chat(chat("<think>"))
 
 
+@pytest.mark.usefixtures("any_template")
 def test_template_tools_of_transformers(tmp_path: Path) -> None:
     """tojson without HTML escapes, loop controls, strftime_now, raise_exception, tools given as none."""
     tokenizer = small_with(
@@ -361,13 +371,14 @@ def test_template_tools_of_transformers(tmp_path: Path) -> None:
         "    {% if m.content == 'no' %}{{ raise_exception('not this') }}{% endif %}\n"
         "{{ {'k': m.content} | tojson }}{{ strftime_now('%Y') | int > 2000 }}{{ tools is none }}{% endfor %}",
     )
-    assert tokenizer.render_chat(chat("<é>", "b")) == "<s>" + '{"k": "<é>"}TrueTrue'
+    assert tokenizer.render_chat(chat("<é>", "b", "c")) == "<s>" + '{"k": "<é>"}TrueTrue'
     with pytest.raises(UserError, match="cannot render these messages: not this"):
         tokenizer.render_chat(chat("no"))
     with pytest.raises(UserError, match="cannot render these messages"):
         small_with(tmp_path, "{{ messages.__class__.__mro__ }}").render_chat(chat("Hi"))
 
 
+@pytest.mark.usefixtures("any_template")
 def test_template_texts_are_replaced_as_python_does(tmp_path: Path) -> None:
     template = "{{ 'aaa'.replace('a', 'b', 1) }} {{ 'aaa'.replace('a', 'b', count=2) }} {{ 'aaa' | replace('a', 'b') }}"
     tokenizer = small_with(tmp_path, template)
@@ -466,6 +477,7 @@ def test_hostile_templates(tmp_path: Path, template: str, message: str) -> None:
 DOUBLE = "{% macro d(t) %}{{ t }}{{ t }}{% endmacro %}{% set n = namespace(t='a', l=[1]) %}{% for a in range(14) %}"
 
 
+@pytest.mark.usefixtures("any_template")
 @pytest.mark.parametrize("template", [
     DOUBLE + "{% set n.t = d(n.t) %}{% endfor %}{{ n.t | length }}",
     DOUBLE + "{% set b %}{{ n.t }}{{ n.t }}{% endset %}{% set n.t = b %}{% endfor %}{{ n.t | length }}",
@@ -598,11 +610,12 @@ def test_vocabulary_may_be_smaller_than_the_model_but_not_larger(tmp_path: Path)
         Tokenizer.from_pretrained(tmp_path, 260)
 
 
-def test_starts_thinking_looks_at_the_end(v3: Tokenizer) -> None:
+def test_starts_thinking_looks_at_the_last_control_token(v3: Tokenizer) -> None:
     hello, lines = (v3.encode_text(text)[1:] for text in ("Hello", " \n\n"))
     opening, closing = 128798, 128799
     assert v3.starts_thinking([0, *hello, opening]) and v3.starts_thinking([0, opening, *lines])
-    for ids in ([], [0], [opening, *hello], [opening, closing], [opening, *lines, closing, *lines], [opening, 1]):
+    assert v3.starts_thinking([0, opening, *hello])
+    for ids in ([], [0], hello, [opening, closing], [opening, *lines, closing, *lines], [opening, 1]):
         assert not v3.starts_thinking(ids)
 
 
@@ -628,6 +641,7 @@ def test_template_file_wins_and_bos_is_added_where_asked(tmp_path: Path) -> None
     assert Tokenizer.from_pretrained(folder).encode_chat(chat("a")) == tokenizer.encode_text("a"), "one is enough"
 
 
+@pytest.mark.usefixtures("any_template")
 def test_named_templates(tmp_path: Path) -> None:
     templates = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "{{ bos_token }}D"}]
     assert Tokenizer.from_pretrained(small(tmp_path, chat_template=templates)).render_chat(chat("a")) == "<s>D"
