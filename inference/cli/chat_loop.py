@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from cli.batch_files import conversation
 from cli.terminal import Terminal
 from core.errors import UserError
+from text.parser import ChatFormat
 
 if TYPE_CHECKING:
     from core.sampling_params import SamplingParams
@@ -45,7 +46,7 @@ def chat_loop(engine: "Engine", params: "SamplingParams", options: argparse.Name
                 note(f"that message was left out: {whole} has {len(ids)} tokens, and the context holds "
                      f"{engine.max_model_len} with the answer; /clear starts afresh")  # fmt: skip
                 continue
-            request = engine.add(ids, params)
+            request = engine.add(ids, params, chat=None if options.raw else ChatFormat())
             print_answer(engine, request, terminal)
             if request.finish_reason == "error":
                 note(f"error: {request.error}; the message was left out")

@@ -19,7 +19,7 @@ class SamplingParams:
     min_p drops tokens less likely than that part of the likeliest.
     """
 
-    max_new_tokens: int = 200
+    max_new_tokens: int = 200  # 0, where prompt_logprobs are asked for: the prompt is scored and not gone on with
     temperature: float = 0.2  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: off
@@ -38,7 +38,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, ok, wanted in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens >= (self.prompt_logprobs is None), "at least 1"),
             ("temperature", 0 <= self.temperature < math.inf, "0 or a positive number"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or a positive integer"),

@@ -23,13 +23,14 @@ from engine.graphs import Capture, cuda_capture, records
 from engine.lanes import Dispatcher, LaneState, add_stats, apply_reports, decode_request
 from engine.microbatches import Microbatches
 from engine.registry import RequestRegistry
-from engine.request import Prompt, Request, encode
+from engine.request import Prompt, Request, encode, is_conversation
 from engine.runner import ModelRunner
 from engine.sampler import Sampled, Sampler
 from engine.scheduler import Chunk, Scheduler, Sequence
 from engine.stats import Stats
 from model import Transformer
 from parallel.group import SOLO, Group
+from text.parser import ChatFormat
 from text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -132,13 +133,16 @@ class Engine:
         *,
         choice: int = 0,
         thinking: bool | None = None,
+        chat: ChatFormat | None = None,
     ) -> Request:
         """Queues a prompt. One that cannot be answered comes back finished, with `error` set; no other is affected.
 
         `id` and `choice` key the random numbers: the same (seed, id, choice) draws the same ones in any batch.
-        `thinking` is for templates that can switch it (see Tokenizer.encode_chat).
+        `thinking` is for templates that can switch it (see Tokenizer.encode_chat); `chat` says that token ids are those
+        of a conversation, and how its answer is read.
         """
         request = Request(self._next_id if id is None else id, [], params or self.default_params, choice)
+        request.chat = ChatFormat() if chat is None and is_conversation(prompt) else chat
         self._next_id = max(self._next_id, request.id) + 1
         try:
             request.prompt = encode(prompt, self.tokenizer, self.model.args.vocab_size, thinking)

@@ -19,6 +19,7 @@ from engine.sampler import isolate_request_errors
 from engine.sampling import Logprob
 from engine.scheduler import Scheduler
 from engine.stats import Stats
+from text.parser import ChatFormat
 from text.tokenizer import Tokenizer
 
 REMEMBERED = 1 << 16  # beginnings of prompts
@@ -88,7 +89,8 @@ class LaneState:
 def encode_request(request: Request) -> bytes:
     """What a lane's first rank must know of a request beside its prompt."""
     params = asdict(request.params)
-    about = {"id": request.id, "choice": request.choice, "thinking": request.opens_thinking, "params": params}
+    about = {"id": request.id, "choice": request.choice, "thinking": request.opens_thinking, "params": params,
+             "chat": request.chat and asdict(request.chat)}  # fmt: skip
     return json.dumps(about).encode()
 
 
@@ -97,6 +99,7 @@ def decode_request(about: bytes, prompt: list[int], tokenizer: Tokenizer | None)
     said = json.loads(about)
     request = Request(said["id"], prompt, SamplingParams.from_json(said["params"]), said["choice"])
     request.opens_thinking = said["thinking"]
+    request.chat = said["chat"] and ChatFormat(**said["chat"])
     request.detokenizer = tokenizer.stream() if tokenizer else None
     return request
 

@@ -2,7 +2,8 @@
 
 Tokens become text in three steps: `Detokenizer` joins their bytes to characters, `_pending` withholds tokens whose text
 may begin a stop text, and `events` records each token once its text is certain. A reader of a growing answer remembers
-how many events it has seen: events are only ever appended.
+how many events it has seen: events are only ever appended. In the answer to a conversation stop texts are looked for in
+its content alone, neither in reasoning nor in calls.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from core.errors import UserError
 from core.sampling_params import SamplingParams
 from engine.sampling import Draft, Logprob
 from text.detokenizer import Detokenizer
-from text.parser import ChatParser, Content, Reasoning
+from text.parser import ChatFormat, ChatParser, Content, Reasoning
 from text.tokenizer import Tokenizer
 
 Prompt = str | list[int] | list[dict]  # raw text, token ids, or chat messages
@@ -45,9 +46,12 @@ class Request:
     opens_thinking: bool = False  # the prompt itself opens <think>
     prompt_logprobs: list[Logprob] = field(default_factory=list)  # of each prompt token but the first
     draft: Draft = field(default_factory=Draft, repr=False)
+    chat: ChatFormat | None = None  # of the answer to a conversation; None: a text goes on
     detokenizer: Detokenizer | None = field(default=None, repr=False)  # None: no tokenizer, and no text
     hit_stop: bool = False  # a stop text ended the text; nothing follows it
     _pending: list[TokenEvent] = field(default_factory=list, repr=False)  # their text may begin a stop text
+    _n_searchless: int = field(default=0, repr=False)  # characters of their texts that no stop text may be in
+    _parser: ChatParser | None = field(default=None, repr=False)  # tells content, where stop texts ask for it
     _n_before: int = field(default=0, repr=False)  # events before the last step
     step_tokens: list[tuple[int, bool, Logprob | None]] = field(default_factory=list, repr=False)  # of the last step
 
@@ -68,14 +72,18 @@ class Request:
 
     @property
     def parts(self) -> tuple[str | None, str]:
-        """(reasoning, answer): the text inside a leading <think> … </think>, None without one, and the text after it.
+        """(reasoning, answer): the text inside a leading <think> … </think>, None without one, and the text after it,
+        without control tokens and calls.
 
         Text that never leaves the thinking is all reasoning. Only control tokens are markers, not text spelled alike.
+        Without a conversation and without thinking the answer is the whole text.
         """
-        parser = ChatParser(None, self.opens_thinking, tools=False)
+        parser = (self.chat or ChatFormat()).parser(self.opens_thinking)
         pieces = [piece for event in self.events for piece in parser.push(event.text, event.is_control)]
         reasoning = "".join(piece.text for piece in pieces if isinstance(piece, Reasoning))
         answer = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+        if self.chat is None and not parser.has_reasoning:
+            return None, self.text
         return reasoning if parser.has_reasoning else None, answer
 
     @property
@@ -96,7 +104,7 @@ class Request:
             left, text, is_control = self.detokenizer.push_apart(token)
             self._append_leftover(left)
         self.tokens.append(token)
-        self._pending.append(TokenEvent(token, text, is_control, drafted, logprob))
+        self._append_pending(TokenEvent(token, text, is_control, drafted, logprob))
         return self._record()
 
     def flush(self) -> None:
@@ -113,28 +121,47 @@ class Request:
         if not text:
             return
         if self._pending and not self._pending[-1].is_control:
-            self._pending[-1] = self._pending[-1]._replace(text=self._pending[-1].text + text)
+            last = self._pending.pop()
+            self._append_pending(last._replace(text=last.text + text), text)
         else:
-            self._pending.append(TokenEvent(None, text))
+            self._append_pending(TokenEvent(None, text))
+
+    def _append_pending(self, event: TokenEvent, new: str | None = None) -> None:
+        """Withhold a token, of whose text `new` (None: all) is new. What is no content separates stop texts."""
+        new = event.text if new is None else new
+        if self.chat is not None and self.params.stop and new:
+            self._parser = self._parser or self.chat.parser(self.opens_thinking)
+            pieces = self._parser.push(new, event.is_control)
+            n_content = sum(len(piece.text) for piece in pieces if isinstance(piece, Content))
+            if n_content < len(new):
+                before = sum(len(earlier.text) for earlier in self._pending)
+                self._n_searchless = before + len(event.text) - n_content
+        self._pending.append(event)
 
     def _record(self) -> bool:
         """Move tokens whose text is certain from `_pending` to `events`, cut at the first stop text; return whether
         there is one."""
-        stops, text = self.params.stop, "".join(event.text for event in self._pending)
+        stops, text = self.params.stop, "".join(event.text for event in self._pending)[self._n_searchless :]
         found = min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=-1)
         if found >= 0:
             self.hit_stop = True
+            found += self._n_searchless
             for event in self._pending:
                 self.events.append(event._replace(text=event.text[:found]))
                 found -= len(self.events[-1].text)
             self._pending = []
             return True
         keep = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        certain = len(text) - keep
+        certain = self._n_searchless + len(text) - keep
         while self._pending and len(self._pending[0].text) <= certain:
             self.events.append(self._pending.pop(0))
             certain -= len(self.events[-1].text)
+            self._n_searchless = max(self._n_searchless - len(self.events[-1].text), 0)
         return False
+
+
+def is_conversation(prompt: Prompt) -> bool:
+    return isinstance(prompt, list) and any(isinstance(message, dict) for message in prompt[:1])
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, thinking: bool | None) -> list[int]:

@@ -96,6 +96,8 @@ class Sampler:
             self.stats.reused += request.n_reused
         if tokens is None or request.error:
             return [], "error"
+        if params.max_new_tokens == 0:
+            return [], "length"
         self.stats.sampled_steps += 1
         for place in range(len(chunk.drafts)):
             self.stats.drafted[place] += place < len(tokens)  # those behind a rejected one were never looked at

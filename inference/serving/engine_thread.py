@@ -124,9 +124,14 @@ class EngineThread:
         why = {"loading": "is loading", "draining": "is shutting down", "dead": "has failed"}
         return unavailable(f"the engine {why[self.state]}")
 
-    def _check_room(self, more: int) -> None:
+    @property
+    def most_answers(self) -> int:
+        """That run or wait at a time."""
         assert self.engine is not None
-        most = self.engine.max_num_seqs + self._max_queue
+        return self.engine.max_num_seqs + self._max_queue
+
+    def _check_room(self, more: int) -> None:
+        most = self.most_answers
         if more > most:
             why = f"{more} answers at once are more than this server takes, {most}"
             raise ApiError(f"{why}: ask for fewer with n, or for fewer prompts", "n")
@@ -256,7 +261,7 @@ class EngineThread:
     def _add(self, answer: Answer, engine: Engine) -> None:
         plan, finished = answer.plan, []
         for choice, (prompt, number) in enumerate(plan.choices):
-            request = engine.add(plan.prompts[prompt], plan.params, id=prompt, choice=number)
+            request = engine.add(plan.prompts[prompt], plan.params, id=prompt, choice=number, chat=plan.chat)
             answer.requests.append(request)
             self._choices[request] = answer, choice
             if request.finish_reason is not None:

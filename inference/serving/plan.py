@@ -12,6 +12,7 @@ from core.errors import UserError
 from core.sampling_params import SamplingParams
 from serving.errors import ApiError
 from serving.schema import Body, ChatBody, CompletionBody, FieldError, Sampled, parse, shown
+from text.parser import ChatFormat
 from text.tokenizer import NoThinkingSwitch, Tokenizer
 from text.vocabulary import TooLong
 
@@ -33,6 +34,7 @@ class Served:
     defaults: SamplingParams
     tool_style: str | None  # see parser.tool_style
     marks_drafts: bool
+    most_answers: int = 16  # at a time, waiting ones included
     since: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -43,6 +45,7 @@ class Plan:
     body: ChatBody | CompletionBody
     prompts: list[list[int]]
     params: SamplingParams
+    chat: ChatFormat | None = None  # of a conversation
 
     @property
     def choices(self) -> list[tuple[int, int]]:
@@ -72,7 +75,8 @@ def plan_chat(raw: bytes | bytearray, served: Served) -> Plan:
         raise ApiError(str(e), says_thinking) from None
     except UserError as e:
         raise ApiError(str(e), "messages") from None
-    return Plan(body, [prompt], sampling_params(body, served, [prompt], "messages"))
+    params = sampling_params(body, served, [prompt], "messages")
+    return Plan(body, [prompt], params, ChatFormat(served.tool_style, body.offers_tools))
 
 
 def plan_completion(raw: bytes | bytearray, served: Served) -> Plan:
@@ -84,23 +88,34 @@ def plan_completion(raw: bytes | bytearray, served: Served) -> Plan:
         asked = [body.prompt]  # type: ignore[list-item]
     else:
         asked = body.prompt  # type: ignore[assignment]
-    if not 1 <= len(asked) * max(body.n, 1) <= MAX_NUMBERS["n"]:
-        raise ApiError(f"prompt and n ask for {len(asked) * body.n} answers, expected from 1 to {MAX_NUMBERS['n']}",
+    if not 1 <= len(asked) * max(body.n, 1) <= served.most_answers:
+        raise ApiError(f"prompt and n ask for {len(asked) * body.n} answers, expected from 1 to {served.most_answers}",
                        "prompt")  # fmt: skip
+    if body.suffix:
+        if body.echo:
+            raise ApiError("echo cannot be had with suffix: what is asked for is not behind the prompt", "echo")
+        if not all(isinstance(prompt, str) for prompt in asked):
+            raise ApiError("suffix needs a prompt that is text", "suffix")
     try:
-        prompts = [served.tokenizer.encode_text(p, served.context) if isinstance(p, str) else p for p in asked]
+        prompts = [encode(prompt, body.suffix, served) if isinstance(prompt, str) else prompt for prompt in asked]
     except TooLong:
         raise too_long("prompt", served) from None
     except UserError as e:
-        raise ApiError(str(e), "prompt") from None
+        raise ApiError(str(e), "suffix" if body.suffix else "prompt") from None
     for ids in prompts:
         wrong = next((t for t in ids if not 0 <= t < served.vocab_size), None)
         if wrong is not None:
             raise ApiError(f"token id {shown(wrong)} is not in the vocabulary of {served.vocab_size}", "prompt")
         if not ids:
             raise ApiError("a prompt is empty", "prompt")
-    params = sampling_params(body, served, prompts, "prompt")
-    return Plan(body, prompts, replace(params, prompt_logprobs=body.logprobs if body.echo else None))
+    return Plan(body, prompts, sampling_params(body, served, prompts, "prompt"))
+
+
+def encode(prompt: str, suffix: str | None, served: Served) -> list[int]:
+    """A text to go on with, or one to fill in before a suffix. Raises as the tokenizer does."""
+    if suffix:
+        return served.tokenizer.encode_infill(prompt, suffix, served.context)
+    return served.tokenizer.encode_text(prompt, served.context)
 
 
 def read_body(kind: type[Body], raw: bytes | bytearray, served: Served) -> Body:
@@ -149,8 +164,9 @@ def sampling_params(body: Sampled, served: Served, prompts: list[list[int]], sou
     if max(map(len, prompts)) >= served.context:
         raise too_long(source, served)
     fields, name = body.sampling, body.max_tokens_field
-    if not 1 <= fields.get("max_new_tokens", 1) <= served.context:
-        raise ApiError(f"{name} is {shown(fields['max_new_tokens'])}, expected from 1 to {served.context}", name)
+    least = 1 if fields.get("prompt_logprobs") is None else 0
+    if not least <= fields.get("max_new_tokens", 1) <= served.context:
+        raise ApiError(f"{name} is {shown(fields['max_new_tokens'])}, expected from {least} to {served.context}", name)
     fields.setdefault("seed", secrets.randbits(63))
     fields.setdefault("max_new_tokens", served.context - min(map(len, prompts)) if body.is_chat else COMPLETION_TOKENS)
     try:

@@ -1,6 +1,8 @@
 """The answers' shapes in OpenAI's API, streamed and whole: from a request's token events to JSON.
 
 A server that drafts adds `drafted` to each choice: of each token that has a text, the text and whether it was drafted.
+Log-probabilities of a conversation's answer are those of the tokens whose text is content and, apart from them and
+under the same name as DeepSeek's API has it, reasoning. Tokens of calls and of markers are in neither.
 """
 
 import json
@@ -9,13 +11,13 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, ClassVar
 
-from engine.request import Request, TokenEvent
+from engine.request import Request
 from engine.sampling import Logprob
 from serving.engine_thread import Answer, Update
 from serving.errors import ApiError
 from serving.plan import Plan, Served
 from serving.schema import ChatBody, CompletionBody
-from text.parser import ChatParser, Content, Piece, Reasoning, ToolCallStart
+from text.parser import ChatFormat, Content, Piece, Reasoning, ToolCallStart
 from text.tokenizer import Tokenizer
 
 Part = dict[str, Any]  # one entry of a chunk's `choices`
@@ -29,7 +31,8 @@ class ChatChoice:
     def __init__(self, index: int, plan: Plan, served: Served, request: Request):
         assert isinstance(plan.body, ChatBody)
         self._index, self._tokenizer, self._request = index, served.tokenizer, request
-        self._parser = ChatParser(served.tool_style, request.opens_thinking, plan.body.offers_tools)
+        self._parser = (plan.chat or ChatFormat()).parser(request.opens_thinking)
+        self._unplaced: list[Logprob] = []  # of tokens whose text may be part of the next piece
         self._marks_drafts = served.marks_drafts
         self._has_begun = self._has_called = False
 
@@ -40,15 +43,20 @@ class ChatChoice:
             yield self._part({"role": "assistant", "content": ""})
         deltas: list[Part] = []
         for event in update.events:
-            self._add_deltas(deltas, self._parser.push(event.text, event.is_control), event.drafted)
+            if event.logprob is not None and not event.is_control:
+                self._unplaced.append(event.logprob)
+            pieces = self._parser.push(event.text, event.is_control)
+            self._add_deltas(deltas, pieces, event.drafted)
+            if pieces or (event.text and not self._parser.is_undecided):
+                self._place_logprobs(deltas, pieces)
         if update.finished:
-            self._add_deltas(deltas, self._parser.finish(), False)
-            deltas.append(self._part({}, self._finish_reason))
-        entries = self._logprobs(update.events)
-        if entries and not deltas:
-            deltas.append(self._part({}))
-        if deltas and entries is not None:
-            deltas[0]["logprobs"] = {"content": entries, "refusal": None}
+            finish_reason = self._finish_reason  # before the parser closes a call that is open
+            if pieces := self._parser.finish():
+                self._add_deltas(deltas, pieces, False)
+                self._place_logprobs(deltas, pieces)
+            deltas.append(self._part({}, finish_reason))
+            if self._request.params.logprobs is not None:  # even of no token
+                deltas[-1]["logprobs"] = {"content": [], "refusal": None}
         yield from deltas
 
     def _part(self, delta: dict[str, Any], finish_reason: str | None = None) -> Part:
@@ -73,15 +81,20 @@ class ChatChoice:
                 call |= {"function": {"arguments": piece.text}}
             deltas.append(self._part({"tool_calls": [call]}))
 
-    def _logprobs(self, events: list[TokenEvent]) -> list[dict[str, Any]] | None:
-        if self._request.params.logprobs is None:
-            return None
-        scored = [event.logprob for event in events if event.logprob is not None]
-        return [
+    def _place_logprobs(self, deltas: list[Part], pieces: list[Piece]) -> None:
+        """Gives the tokens so far to the last of `deltas`, if `pieces`, which it ends with, are text."""
+        unplaced, self._unplaced = self._unplaced, []
+        if not unplaced or not pieces or not isinstance(pieces[-1], Reasoning | Content):
+            return
+        entries = [
             self._named(entry.token, entry.logprob)
             | {"top_logprobs": [self._named(token, value) for token, value in entry.top]}
-            for entry in scored
+            for entry in unplaced
         ]
+        found = deltas[-1]["logprobs"] or {"content": [], "refusal": None}
+        name = "content" if isinstance(pieces[-1], Content) else "reasoning_content"
+        found[name] = found.get(name, []) + entries
+        deltas[-1]["logprobs"] = found
 
     def _named(self, token: int, value: float) -> dict[str, Any]:
         name = self._tokenizer.name(token)
@@ -90,17 +103,20 @@ class ChatChoice:
     @property
     def _finish_reason(self) -> str:
         assert self._request.finish_reason is not None
-        is_call = self._has_called and self._request.finish_reason == "stop"
+        is_call = self._has_called and self._request.finish_reason == "stop" and not self._parser.is_cut
         return "tool_calls" if is_call else self._request.finish_reason
 
     @staticmethod
     def merge(parts: list[Part]) -> dict[str, Any]:
         """The choice of an answer in one piece, from those of a stream."""
         message: dict[str, Any] = {"role": "assistant", "content": None}
-        entries = None
+        logprobs: dict[str, Any] | None = None
         for part in parts:
             if part["logprobs"] is not None:
-                entries = (entries or []) + part["logprobs"]["content"]
+                logprobs = logprobs or {"content": [], "refusal": None}
+                for name in ("content", "reasoning_content"):
+                    if found := part["logprobs"].get(name):
+                        logprobs[name] = logprobs.get(name, []) + found
             for name, value in part["delta"].items():
                 if name in ("content", "reasoning_content") and value:
                     message[name] = (message.get(name) or "") + value
@@ -115,7 +131,7 @@ class ChatChoice:
         whole: Part = {
             "index": parts[0]["index"],
             "message": message,
-            "logprobs": None if entries is None else {"content": entries, "refusal": None},
+            "logprobs": logprobs,
             "finish_reason": parts[-1]["finish_reason"],
         }
         if "drafted" in parts[0]:

@@ -252,12 +252,21 @@ class CompletionBody(Sampled):
     prompt: str | Ids | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0)] | None = None
     echo: bool = False
+    suffix: str | None = None  # what follows the text that is asked for
 
     is_chat = False
 
     @property
     def n_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        fields = super().sampling
+        if self.echo:
+            scored_alone = fields.get("max_new_tokens") == 0 and self.logprobs is None
+            fields["prompt_logprobs"] = 0 if scored_alone else self.logprobs
+        return fields
 
 
 Body = TypeVar("Body", ChatBody, CompletionBody)

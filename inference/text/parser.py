@@ -8,16 +8,19 @@ An answer is `reasoning</think>content` and then, where tools were offered, call
     ```<｜tool▁call▁end｜>
     <｜tool▁call▁begin｜>…<｜tool▁call▁end｜><｜tool▁calls▁end｜>
 
-and V3.1 writes `<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{…}<｜tool▁call▁end｜>` with nothing between two calls. Kimi-K2
-writes `<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>{…}<|tool_call_end|>`, in which the call's id
-precedes its arguments: calls are numbered through the whole conversation.
+and V3.1 writes `<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{…}<｜tool▁call▁end｜>` with nothing between two calls. Each at
+times writes the other's form, a fence that is not quite one, or none. Kimi-K2 writes
+`<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>{…}<|tool_call_end|>`, in which the call's id precedes
+its arguments: calls are numbered through the whole conversation.
 
-Only control tokens are markers; text spelled alike is text. How ordinary text is cut into pieces makes no difference.
-Whitespace around markers is layout and is dropped. Arguments come out as the model writes them, valid JSON or not: the
-caller of the tool validates them. A call without a name or a separator is content as it stands, with its markers. Text
-after or between calls is content.
+Only control tokens are markers; text spelled alike is text. No control token is ever content or reasoning. How ordinary
+text is cut into pieces makes no difference. Whitespace around markers is layout and is dropped. Arguments come out as
+the model writes them, valid JSON or not: the caller of the tool validates them; for none there is `{}`. Of a call
+without a name or a separator the text is what it would be without the markers. A call that begins before `</think>`
+ends the reasoning. Text after or between calls is content.
 """
 
+import json
 import re
 import string
 import uuid
@@ -25,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from text.tokenizer import THINK, THINK_END
+from text.conversation import THINK, THINK_END
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, CALL_END, SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
@@ -53,12 +56,21 @@ class Markers:
 KIMI = Markers("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>", "<|tool_call_end|>",
                "<|tool_call_argument_begin|>")  # fmt: skip
 MARKERS: dict[str, Markers] = {"v3": Markers(), "v3.1": Markers(), "kimi": KIMI}
+NAME = r"(?P<name>[^\s<>`{}\"]+)"
+# The look-aheads make the end certain. After a fence's own line anything may follow, on it only JSON or the call's end.
+FENCE = r"(?P<fence>`{3,})(?i:json)?(?:[ \t]*\n\s*(?=\S)|[ \t]*(?=[{\[\"<]))"
+ENDS = "|".join((CALL_END, CALLS_END, CALL_BEGIN))
 # A call's head: what precedes the separator, and what follows it up to the first character of the arguments, which may
-# be a control token's. The look-ahead makes the end certain. V3.1 at times puts its arguments into V3's fence.
+# be a control token's.
+NAME_BEHIND = re.compile(r"\s*(?:function\s*)?"), re.compile(rf"\s*{NAME}\s*(?:{FENCE}|(?=\{{|{ENDS}))")
+NAMED_FUNCTION = re.compile(r"\s*(?P<name>function)\s*"), re.compile(rf"\s*(?:{FENCE}|(?=\{{))")
+NAME_BEFORE = re.compile(rf"(?!\s*function\s*$)\s*{NAME}\s*")
 HEADS = {
-    "v3": (re.compile(r"\s*(?:function\s*)?"), re.compile(r"(?P<name>[^<`]+)(?P<fence>```json)\s*(?=\S)")),
-    "v3.1": (re.compile(r"(?P<name>[^<`]+)"), re.compile(r"\s*(?:(?P<fence>```json)\s*(?=\S)|(?=[^\s`]))")),
-    "kimi": (re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[^\s<:]+):\d+)\s*"), re.compile(r"\s*(?=\S)(?P<fence>)")),
+    "v3": (NAME_BEHIND, (NAME_BEFORE, re.compile(rf"\s*(?:{FENCE}|(?=\{{|{ENDS}))"))),
+    "v3.1": ((NAME_BEFORE, re.compile(rf"\s*(?:{FENCE}|(?=[^\s`]))")), NAMED_FUNCTION, NAME_BEHIND),
+    "kimi": (
+        (re.compile(r"\s*(?P<id>(?:functions\.)?(?P<name>[^\s<:]+):\d+)\s*"), re.compile(r"\s*(?=\S)(?P<fence>)")),
+    ),
 }
 
 
@@ -97,6 +109,19 @@ def tool_style(chat_template: str) -> Style | None:
     return "v3" if re.search(f"{SEPARATOR}[^<]*```json", chat_template) else "v3.1"
 
 
+@dataclass(frozen=True)
+class ChatFormat:
+    """How the answer to a conversation is read: the style of its calls (see `tool_style`), and whether to look for
+    any."""
+
+    style: str | None = None
+    tools: bool = False
+
+    def parser(self, thinking: bool) -> "ChatParser":
+        """`thinking`: the prompt already opened <think>."""
+        return ChatParser(self.style, thinking, self.tools)
+
+
 class ChatParser:
     """Takes an answer piece by piece and returns what each completes."""
 
@@ -106,16 +131,18 @@ class ChatParser:
         if style is not None and style not in HEADS:
             raise ValueError(f"tool style {style!r}, expected one of {', '.join(HEADS)} or None")
         self.has_reasoning = thinking  # whether the answer begins with reasoning, even an empty one
-        self._heads = HEADS[style] if style and tools else None
+        self._heads = HEADS[style] if style and tools else ()
         self._markers = MARKERS[style] if style else Markers()
         self._layout = ""  # characters dropped until others come
         self._withheld = ""  # trailing characters that are layout if a marker follows
         self._head: list[tuple[str, bool]] = []  # pieces of what may be a call's head
         self._in_calls = False  # between <｜tool▁calls▁begin｜> and <｜tool▁calls▁end｜>
-        self._fenced = False
+        self._fence = ""  # what may close the arguments and is none of them
+        self._arguments_so_far = ""  # of the last call
         self._n_calls = 0
         self._ids: set[str] = set()
         self._state: Callable[[str, bool], list[Piece]] = self._beginning
+        self._before_call: Callable[[str, bool], list[Piece]] = self._beginning
 
     def push(self, text: str, is_control: bool) -> list[Piece]:
         """Return what `text` completes; with `is_control` it is a control token's whole text."""
@@ -127,6 +154,16 @@ class ChatParser:
             return self._no_call()
         return self._end_arguments() if self._state == self._arguments else []
 
+    @property
+    def is_undecided(self) -> bool:
+        """Whether text that was pushed may still become part of a piece, or of none."""
+        return bool(self._withheld) or self._state == self._call
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the answer, so far, ends within a call."""
+        return self._state == self._call or (self._state == self._arguments and not _is_json(self._arguments_so_far))
+
     # Each state takes one piece and moves on to another state where a marker says so.
 
     def _beginning(self, text: str, is_control: bool) -> list[Piece]:
@@ -137,8 +174,11 @@ class ChatParser:
         return [] if opens else self._state(text, is_control)
 
     def _reasoning(self, text: str, is_control: bool) -> list[Piece]:
-        if is_control and text == THINK_END:
-            self._state, self._layout, self._withheld = self._content, "\n", ""
+        if is_control:
+            if text == THINK_END:
+                self._state, self._layout, self._withheld = self._content, "\n", ""
+            elif self._heads and text == self._markers.call_begin:
+                self._begin_call()
             return []
         text = (self._withheld + text).lstrip(self._layout)
         said = text.rstrip("\n")
@@ -147,25 +187,30 @@ class ChatParser:
         return [Reasoning(said)] if said else []
 
     def _content(self, text: str, is_control: bool) -> list[Piece]:
-        if is_control and text in self._expected():
-            self._layout, self._in_calls = string.whitespace, text != self._markers.calls_end
-            if text == self._markers.call_begin:
-                self._state, self._head = self._call, []
+        if is_control:
+            if text in self._expected():
+                self._layout, self._in_calls = string.whitespace, text != self._markers.calls_end
+                if text == self._markers.call_begin:
+                    self._begin_call()
+            elif text == THINK_END:
+                self._layout += "\n"
             return []
         text = text.lstrip(self._layout)
         self._layout = "" if text else self._layout
         return [Content(text)] if text else []
 
     def _expected(self) -> tuple[str, ...]:
-        """The markers that are not content here."""
-        if self._heads is None:
+        """The markers that have a meaning here."""
+        if not self._heads:
             return ()
         begin = (self._markers.calls_begin, self._markers.call_begin)
         return (*begin, self._markers.calls_end) if self._in_calls else begin
 
+    def _begin_call(self) -> None:
+        self._before_call, self._state, self._head = self._state, self._call, []
+
     def _call(self, text: str, is_control: bool) -> list[Piece]:
         """After the token that begins a call: waits for the whole head, or for the certainty that there is none."""
-        assert self._heads is not None
         if self._head and not is_control and not self._head[-1][1]:
             self._head[-1] = self._head[-1][0] + text, False
         else:
@@ -174,27 +219,28 @@ class ChatParser:
         separator = (self._markers.separator, True)
         at = self._head.index(separator) if separator in self._head else len(texts)
         before, after = "".join(texts[:at]), "".join(texts[at + 1 :])
-        first = self._heads[0].fullmatch(before)
-        second = self._heads[1].match(after, 0, max(LONGEST_HEAD - len(before) - len(separator[0]), 0))
-        if first and second:
-            head = first.groupdict() | second.groupdict()
-            if name := head["name"].strip():
-                self._fenced, self._state = bool(second["fence"]), self._arguments
-                call_id = head.get("id") or f"call_{uuid.uuid4().hex}"
-                call_id = f"call_{uuid.uuid4().hex}" if call_id in self._ids else call_id
-                self._ids.add(call_id)
-                self._n_calls += 1
-                start = ToolCallStart(self._n_calls - 1, call_id, name)
-                return [start, *self._arguments(after[second.end() :], is_control)]
+        most = max(LONGEST_HEAD - len(before) - len(separator[0]), 0)
+        for first, second in self._heads:
+            if (name := first.fullmatch(before)) and (begin := second.match(after, 0, most)):
+                return self._call_begins(name.groupdict() | begin.groupdict(), after[begin.end() :], is_control)
         is_stopped = is_control and text in self._markers.stops
-        if (first and second) or is_stopped or sum(map(len, texts)) >= LONGEST_HEAD:
-            return self._no_call()
-        return []
+        return self._no_call() if is_stopped or sum(map(len, texts)) >= LONGEST_HEAD else []
+
+    def _call_begins(self, head: dict[str, str | None], rest: str, is_control: bool) -> list[Piece]:
+        """A head is complete, and `rest` follows it."""
+        self._state, self._in_calls, self._withheld, self._arguments_so_far = self._arguments, True, "", ""
+        self._fence = head["fence"] or ("```" if head["fence"] is None and rest[:1] in ("{", "[") else "")
+        call_id = head.get("id") or f"call_{uuid.uuid4().hex}"
+        call_id = f"call_{uuid.uuid4().hex}" if call_id in self._ids else call_id
+        self._ids.add(call_id)
+        self._n_calls += 1
+        return [ToolCallStart(self._n_calls - 1, call_id, head["name"] or ""), *self._arguments(rest, is_control)]
 
     def _no_call(self) -> list[Piece]:
-        """The call's marker and what followed it as content."""
-        self._state, self._layout = self._content, ""
-        return [Content(self._markers.call_begin), *(found for piece in self._head for found in self.push(*piece))]
+        """What followed the call's marker, as what it would have been without."""
+        self._state = self._before_call
+        self._layout = "" if self._state == self._content else self._layout
+        return [found for piece in self._head for found in self.push(*piece)]
 
     def _arguments(self, text: str, is_control: bool) -> list[Piece]:
         if is_control and text in self._markers.stops:
@@ -203,13 +249,24 @@ class ChatParser:
             return pieces if text == self._markers.call_end else [*pieces, *self._content(text, is_control)]
         text = self._withheld + text
         said = text.rstrip()
-        if self._fenced:
+        if self._fence:
             said = said.rstrip("`").rstrip()
         self._withheld = text[len(said) :]
+        self._arguments_so_far += said
         return [ToolCallArguments(self._n_calls - 1, said)] if said else []
 
     def _end_arguments(self) -> list[Piece]:
         text, self._withheld = self._withheld.rstrip(), ""
-        if self._fenced:
-            text = text.removesuffix("```").rstrip()
+        if self._fence:
+            text = text.removesuffix(self._fence).rstrip()
+        text = text or ("" if self._arguments_so_far else "{}")
+        self._arguments_so_far += text
         return [ToolCallArguments(self._n_calls - 1, text)] if text else []
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True

@@ -471,7 +471,7 @@ def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
         ("late", expected(19, hello, temperature=1.5, seed=7)),
         ("drawn", expected(20, hello, logit_bias=((40, 100), (41, -100)))),
     ):
-        assert (found[name]["tokens"], found[name]["completion"]) == (asked.tokens, asked.text), name
+        assert (found[name]["tokens"], found[name]["completion"]) == (asked.tokens, asked.parts[1]), name
         assert found[name]["finish_reason"] == ("stop" if "stop" in str(name) else "length") == asked.finish_reason
         assert "error" not in found[name]
     assert found["stops"]["completion"] == plain.text.partition(end)[0] != plain.text

@@ -163,7 +163,7 @@ def test_reasoning_is_kept_apart():
         return Request(0, [], SamplingParams(), events=events, opens_thinking=opens).parts
 
     assert parts("7+5=12\n</think>\n\n12", True) == ("7+5=12", "12")
-    assert parts("<think>\nhm\n</think>\n\nyes </think>", False) == ("hm", "yes </think>")
+    assert parts("<think>\nhm\n</think>\n\nyes </think>", False) == ("hm", "yes ")
     assert parts("never closed", True) == ("never closed", "")
     assert parts("no thinking", False) == (None, "no thinking")
     assert parts("a <think> b", False) == (None, "a <think> b")

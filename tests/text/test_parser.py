@@ -21,6 +21,7 @@ from text.parser import (
     CALLS_END,
     KIMI,
     SEPARATOR,
+    ChatFormat,
     ChatParser,
     Content,
     Piece,
@@ -79,7 +80,7 @@ def v3_template() -> str:
     return json.loads((real_folder() / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
 
 
-MARKERS = (chat.THINK, chat.THINK_END, CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR,
+MARKERS = (chat.THINK, chat.THINK_END, "<｜User｜>", CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR,
            KIMI.calls_begin, KIMI.calls_end, KIMI.call_begin, KIMI.call_end, KIMI.separator)  # fmt: skip
 
 
@@ -129,6 +130,23 @@ def joined(pieces: list[Piece]) -> tuple[str, str, list[tuple[str, str]]]:
 
 
 WEATHER, TIME = ("get_weather", '{"city": "Zürich"}'), ("time.now-1", '{"zone": "CET", "code": "```js\\n1 < 2```"}')
+WRONG_FENCES = [
+    f"{CALL_BEGIN}{head}{CALL_END}"
+    for name, arguments in (WEATHER,)
+    for head in (
+        f"function{SEPARATOR}{name}\n```\n{arguments}\n```",
+        f"function{SEPARATOR}{name}\n```JSON\n{arguments}\n```",
+        f"function{SEPARATOR}{name}\n````json\n{arguments}\n````",
+        f"function{SEPARATOR}{name}\n{arguments}",
+        f"function{SEPARATOR}{name}\n{arguments}\n```",
+        f"function{SEPARATOR}{name}{arguments}",
+        f"function{SEPARATOR}{name} ```json {arguments} ```",
+        f"{SEPARATOR}{name}\n```json\n{arguments}\n```",
+        f"{name}{SEPARATOR}{arguments}",
+        f"{name}{SEPARATOR}\n```json\n{arguments}\n```",
+        f"{name}{SEPARATOR}```\n{arguments}\n```",
+    )
+]
 CASES: list[tuple[str, bool, str, tuple[str, str, list[tuple[str, str]]]]] = [
     # calls as the models write them
     ("v3", False, f"{CALLS_BEGIN}{V3_CALL % WEATHER}{CALLS_END}", ("", "", [WEATHER])),
@@ -144,9 +162,9 @@ CASES: list[tuple[str, bool, str, tuple[str, str, list[tuple[str, str]]]]] = [
     ("kimi", False, f"{KIMI.calls_begin}\n{KIMI.call_begin} f:12 {KIMI.separator} {{}} {KIMI.call_end}\n{KIMI.calls_end}\n", ("", "", [("f", "{}")])),
     ("kimi", False, KIMI_CALL % ("f", "```json\n{}\n```"), ("", "", [("f", "```json\n{}\n```")])),
     ("kimi", False, f"{KIMI.call_begin}functions.f:0{KIMI.separator}{{}}{KIMI_CALL % TIME}{KIMI.calls_end}", ("", "", [("f", "{}"), TIME])),
-    ("kimi", False, f"{KIMI.call_begin}f{KIMI.separator}{{}}{KIMI.call_end}", ("", f"{KIMI.call_begin}f{KIMI.separator}{{}}{KIMI.call_end}", [])),
-    ("kimi", False, f"{V31_CALL % TIME}", ("", V31_CALL % TIME, [])),
-    ("v3.1", False, KIMI_CALL % TIME, ("", KIMI_CALL % TIME, [])),
+    ("kimi", False, f"{KIMI.call_begin}f{KIMI.separator}{{}}{KIMI.call_end}", ("", "f{}", [])),
+    ("kimi", False, f"{V31_CALL % TIME}", ("", "".join(TIME), [])),
+    ("v3.1", False, KIMI_CALL % TIME, ("", "functions.time.now-1:0" + TIME[1], [])),
     ("v3", False, f"{V3_CALL % WEATHER} and more", ("", "and more", [WEATHER])),
     ("v3", False, f"{CALLS_BEGIN}\n{CALL_BEGIN} {SEPARATOR} f ```json{{}}```\n{CALL_END}\n{CALLS_END}\n", ("", "", [("f", "{}")])),
     ("v3.1", False, f"{CALLS_BEGIN}\n{CALL_BEGIN}\nf\n{SEPARATOR}\n{{}}\n{CALL_END}\n\n{CALLS_END} x", ("", "x", [("f", "{}")])),
@@ -154,11 +172,30 @@ CASES: list[tuple[str, bool, str, tuple[str, str, list[tuple[str, str]]]]] = [
     # whatever is in the arguments is handed out
     ("v3", False, V3_CALL % ("f", '{"a": "```"} ```'), ("", "", [("f", '{"a": "```"} ```')])),
     ("v3", False, V3_CALL % ("f", "no JSON <｜tool▁sep｜> <think> `"), ("", "", [("f", "no JSON <｜tool▁sep｜> <think> `")])),
-    ("v3", False, V3_CALL % ("f", ""), ("", "", [("f", "")])),
+    ("v3", False, V3_CALL % ("f", ""), ("", "", [("f", "{}")])),
+    ("v3", False, f"{CALL_BEGIN}function{SEPARATOR}f{CALL_END}", ("", "", [("f", "{}")])),
+    ("v3", False, f"{CALL_BEGIN}function{SEPARATOR}f\n```json\n```{CALL_END}", ("", "", [("f", "{}")])),
     ("v3.1", False, V31_CALL % ("f", "Paris"), ("", "", [("f", "Paris")])),
     ("v3.1", False, V31_CALL % ("f", '"```"'), ("", "", [("f", '"```"')])),
-    ("v3.1", False, V31_CALL % ("f", "{} ```"), ("", "", [("f", "{} ```")])),
-    ("v3.1", False, V31_CALL % ("f", ""), ("", "", [("f", "")])),
+    ("v3.1", False, V31_CALL % ("f", "{} ```"), ("", "", [("f", "{}")])),
+    ("v3.1", False, V31_CALL % ("f", ""), ("", "", [("f", "{}")])),
+    ("kimi", False, KIMI_CALL % ("f", ""), ("", "", [("f", "{}")])),
+    # one model's form from another, and fences that are not quite one
+    *((style, False, f"{CALLS_BEGIN}{call}{CALLS_END}", ("", "", [WEATHER])) for style in ("v3", "v3.1") for call in WRONG_FENCES),
+    ("v3", False, f"{CALLS_BEGIN}{V31_CALL % WEATHER}\n{V3_CALL % TIME}{CALLS_END}", ("", "", [WEATHER, TIME])),
+    ("v3.1", False, f"{CALLS_BEGIN}{V3_CALL % WEATHER}{V31_CALL % TIME}{CALLS_END}", ("", "", [WEATHER, TIME])),
+    ("v3.1", False, V31_CALL % ("function", '{"a": 1}'), ("", "", [("function", '{"a": 1}')])),
+    ("v3.1", False, V31_CALL % ("function", '```json\n{"a": 1}\n```'), ("", "", [("function", '{"a": 1}')])),
+    ("v3.1", False, V31_CALL % ("functional", "Paris"), ("", "", [("functional", "Paris")])),
+    # a call that begins before </think>
+    ("v3", True, f"Hm.\n{CALLS_BEGIN}{V3_CALL % WEATHER}{CALLS_END}", ("Hm.", "", [WEATHER])),
+    ("v3.1", True, f"Hm.{CALLS_BEGIN}{V31_CALL % WEATHER}{CALLS_END}</think>\nSo.", ("Hm.", "So.", [WEATHER])),
+    ("v3.1", True, f"{V31_CALL % WEATHER}{V31_CALL % TIME}", ("", "", [WEATHER, TIME])),
+    ("kimi", True, f"Hm.{KIMI.calls_begin}{KIMI_CALL % WEATHER}{KIMI.calls_end}", ("Hm.", "", [WEATHER])),
+    ("v3", True, f"Hm,\n{CALL_BEGIN}I could{CALL_END} ask.\n</think>So.", ("Hm,\nI could ask.", "So.", [])),
+    # control tokens are never content or reasoning
+    ("v3", False, f"a<｜User｜>b<think>c{CALL_END}d</think>\n\ne", ("", "abcde", [])),
+    ("v3", True, "a<｜User｜>b<think>c</think>d", ("abc", "d", [])),
     # calls that are not closed
     ("v3", False, f"{CALL_BEGIN}function{SEPARATOR}f\n```json\n{{\"a\": ", ("", "", [("f", '{"a":')])),
     ("v3", False, f"{CALL_BEGIN}function{SEPARATOR}f\n```json\n{{}}\n``", ("", "", [("f", "{}\n``")])),
@@ -167,22 +204,21 @@ CASES: list[tuple[str, bool, str, tuple[str, str, list[tuple[str, str]]]]] = [
     ("v3", False, f"{CALL_BEGIN}function{SEPARATOR}f\n```json\n{{}}{V3_CALL % TIME}", ("", "", [("f", "{}"), TIME])),
     ("v3.1", False, f"{CALL_BEGIN}f{SEPARATOR}{{}}{V31_CALL % TIME}{CALLS_END}", ("", "", [("f", "{}"), TIME])),
     # what is no call is content
-    ("v3", False, f"{CALLS_BEGIN}{CALL_BEGIN}f {{}}{CALL_END}{CALLS_END}", ("", f"{CALL_BEGIN}f {{}}{CALL_END}", [])),
-    ("v3", False, f"{CALL_BEGIN}function{SEPARATOR}f{CALL_END}", ("", f"{CALL_BEGIN}function{SEPARATOR}f{CALL_END}", [])),
-    ("v3", False, f"{CALL_BEGIN}{SEPARATOR} \n```json\n1", ("", f"{CALL_BEGIN}{SEPARATOR} \n```json\n1", [])),
-    ("v3", False, f"{CALL_BEGIN}query{SEPARATOR}f\n```json\n{{}}", ("", f"{CALL_BEGIN}query{SEPARATOR}f\n```json\n{{}}", [])),
-    ("v3", False, f"{CALL_BEGIN}oh {V3_CALL % TIME}", ("", f"{CALL_BEGIN}oh ", [TIME])),
-    ("v3", False, f"{CALL_BEGIN}{'x' * 600}{V3_CALL % TIME}", ("", f"{CALL_BEGIN}{'x' * 600}", [TIME])),
-    ("v3", False, V3_CALL % ("x" * 600, "{}"), ("", V3_CALL % ("x" * 600, "{}"), [])),
-    ("v3.1", False, f"{CALL_BEGIN}f{CALLS_END}", ("", f"{CALL_BEGIN}f", [])),
-    ("v3.1", False, f"{CALL_BEGIN}\n{SEPARATOR}{{}}{CALL_END}", ("", f"{CALL_BEGIN}\n{SEPARATOR}{{}}{CALL_END}", [])),
+    ("v3", False, f"{CALLS_BEGIN}{CALL_BEGIN}f {{}}{CALL_END}{CALLS_END}", ("", "f {}", [])),
+    ("v3", False, f"{CALL_BEGIN}{SEPARATOR} \n```json\n1", ("", " \n```json\n1", [])),
+    ("v3", False, f"{CALL_BEGIN}query{SEPARATOR}f\n```json\n{{}}", ("", "queryf\n```json\n{}", [])),
+    ("v3", False, f"{CALL_BEGIN}oh {V3_CALL % TIME}", ("", "oh ", [TIME])),
+    ("v3", False, f"{CALL_BEGIN}{'x' * 600}{V3_CALL % TIME}", ("", "x" * 600, [TIME])),
+    ("v3", False, V3_CALL % ("x" * 600, "{}"), ("", f"function{'x' * 600}\n```json\n{{}}\n```", [])),
+    ("v3.1", False, f"{CALL_BEGIN}f{CALLS_END}", ("", "f", [])),
+    ("v3.1", False, f"{CALL_BEGIN}\n{SEPARATOR}{{}}{CALL_END}", ("", "\n{}", [])),
     ("v3.1", False, f"a {CALLS_BEGIN} b {V31_CALL % TIME} c {V31_CALL % TIME}", ("", "a b c ", [TIME, TIME])),
-    ("v3.1", False, f"a {CALLS_END} {CALL_END} {SEPARATOR} <｜tool", ("", f"a {CALLS_END} {CALL_END} {SEPARATOR} <｜tool", [])),
+    ("v3.1", False, f"a {CALLS_END} {CALL_END} {SEPARATOR} <｜tool", ("", "a    <｜tool", [])),
     # reasoning
-    ("v3", True, f"{V3_CALL % TIME}", (V3_CALL % TIME, "", [])),
-    ("v3", False, " <think>a</think>", ("", " <think>a</think>", [])),
+    ("v3", True, f"{V3_CALL % TIME}", ("", "", [TIME])),
+    ("v3", False, " <think>a</think>", ("", " a", [])),
     ("v3", False, "<think", ("", "<think", [])),
-    ("v3", True, "<think>\n\na\n\n</think></think>\n", ("a", "</think>\n", [])),
+    ("v3", True, "<think>\n\na\n\n</think></think>\n", ("a", "", [])),
     ("v3", True, "\n\n", ("", "", [])),
     ("v3", True, "a\n</thin", ("a\n</thin", "", [])),
 ]  # fmt: skip
@@ -225,6 +261,19 @@ def test_arguments_are_handed_out_as_they_come() -> None:
     assert parser.finish() == []
 
 
+def test_calls_that_are_cut() -> None:
+    """At any character of an answer that is one call: whether it ends within it. Its last line end and fence may lack."""
+    for style, call in (("v3", V3_CALL % WEATHER), ("v3.1", V31_CALL % WEATHER), ("kimi", KIMI_CALL % WEATHER)):
+        parser, said, cut = ChatParser(style, False, True), "", []
+        for text, is_control in letters(f"So.{call}"):
+            parser.push(text, is_control)
+            said += text
+            cut.append(parser.is_cut)
+        begins, ends = len("So."), said.index(WEATHER[1]) + len(WEATHER[1])
+        whole = [len("".join(text for text, _ in letters(f"So.{call}")[: i + 1])) for i in range(len(cut))]
+        assert cut == [begins < n < ends for n in whole], style
+
+
 def test_nothing_is_held_back_without_need() -> None:
     for thinking, kind in ((False, Content), (True, Reasoning)):
         parser = ChatParser("v3", thinking, tools=True)
@@ -236,15 +285,16 @@ def test_nothing_is_held_back_without_need() -> None:
 def test_what_is_no_call_is_content_as_soon_as_that_is_known() -> None:
     parser = ChatParser("v3", thinking=False, tools=True)
     assert push(parser, f"{CALL_BEGIN}Hello") == []
-    assert push(parser, f"{CALL_BEGIN}") == [Content(CALL_BEGIN), Content("Hello")]
+    assert push(parser, f"{CALL_BEGIN}") == [Content("Hello")]
     assert push(parser, "x" * 511) == []
-    assert push(parser, "x") == [Content(CALL_BEGIN), Content("x" * 512)]
+    assert push(parser, "x") == [Content("x" * 512)]
 
 
-def test_without_tools_markers_are_content() -> None:
-    text = f"x{CALLS_BEGIN}{V3_CALL % TIME}{CALLS_END}"
+def test_without_tools_a_calls_text_is_content_and_its_markers_are_nothing() -> None:
+    text, name, arguments = f"x{CALLS_BEGIN}{V3_CALL % TIME}{CALLS_END}", *TIME
     for said in (parse(tokens(text), None, tools=True), parse(tokens(text), "v3", tools=False)):
-        assert joined(said) == ("", text, [])
+        assert joined(said) == ("", f"xfunction{name}\n```json\n{arguments}\n```", [])
+    assert joined(parse(tokens(text), "v3", thinking=True, tools=False))[1:] == ("", [])
     with pytest.raises(ValueError, match=r"tool style 'v4', expected one of v3, v3\.1, kimi or None"):
         ChatParser("v4", thinking=False, tools=True)
 
@@ -277,7 +327,10 @@ def test_nothing_is_lost(text: str, style: str) -> None:
     def bare(text: str) -> str:
         for layout in (*MARKERS, "`", "json"):
             text = text.replace(layout, "")
-        return "".join(text.split()).replace("function", "")
+        text = "".join(text.split()).replace("function", "")
+        while "{}" in text:  # stands for no arguments as well
+            text = text.replace("{}", "")
+        return text
 
     assert bare(said) == bare(text)
 
@@ -286,7 +339,7 @@ def test_nothing_is_lost(text: str, style: str) -> None:
 @given(text=texts, thinking=st.booleans())
 def test_reasoning_is_that_of_the_engine(text: str, thinking: bool) -> None:
     events = [TokenEvent(0, part, control) for part, control in tokens(text)]
-    request = Request(0, [], SamplingParams(), events=events, opens_thinking=thinking)
+    request = Request(0, [], SamplingParams(), events=events, opens_thinking=thinking, chat=ChatFormat())
     reasoning, content, _ = joined(parse(letters(text), None, thinking))
     assert (reasoning, content) == (request.parts[0] or "", request.parts[1])
 
