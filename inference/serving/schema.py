@@ -91,10 +91,11 @@ class Message(Schema):
     reasoning: str = ""  # as some servers call it
     tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=128)] = []
     tool_call_id: str = ""
+    prefix: bool = False  # of an assistant's message that is last: the model goes on with it
 
     @property
     def for_template(self) -> dict[str, Any]:
-        left = {name: value for name, value in self.given.items() if name == "content" or value not in ("", [])}
+        left = {name: value for name, value in self.given.items() if name == "content" or value not in ("", [], False)}
         role = "system" if self.role == "developer" else self.role  # OpenAI's newer name
         return {"content": None} | left | {"role": role}
 

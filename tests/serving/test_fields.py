@@ -143,7 +143,7 @@ def test_messages_as_templates_get_them() -> None:
     """A developer's message is the system's, reasoning has one name, and an empty field is none."""
     said = [
         {"role": "developer", "content": "be brief", "name": ""},
-        {"role": "assistant", "content": "x", "reasoning": "hm", "tool_calls": [], "tool_call_id": None},
+        {"role": "assistant", "content": "x", "reasoning": "hm", "tool_calls": [], "tool_call_id": None, "prefix": False},
         {"role": "assistant", "content": "x", "reasoning": "hm", "reasoning_content": "hm"},
     ]
     assert [message.for_template for message in parse(ChatBody, {"messages": said}).messages] == [
