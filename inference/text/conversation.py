@@ -73,6 +73,12 @@ def require_unicode(text: str, what: str) -> None:
         raise UserError(f"{what} is not valid Unicode: lone surrogate {text[e.start]!a}") from None
 
 
+def _named(value: Any) -> str:
+    """What a client called something, in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}…"
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Results of tools
 # --------------------------------------------------------------------------------------------------------------------
@@ -102,20 +108,20 @@ def _results_of(at: int, calls: Any, results: list[Message]) -> list[Message]:
         if not isinstance(call_id, str) or not call_id:
             raise UserError(f"message {at}: tool call {k} has no id, by which its result is told")
         if call_id in ids[:k]:
-            raise UserError(f"message {at}: two tool calls have the id {call_id!r}")
+            raise UserError(f"message {at}: two tool calls have the id {_named(call_id)}")
     found: dict[Any, Message] = {}
     for n, result in enumerate(results, at + 1):
         call_id = result.get("tool_call_id")
         if not isinstance(call_id, str) or not call_id:
             raise UserError(f"message {n}: a tool's result needs the tool_call_id of its call")
         if call_id not in ids:
-            raise UserError(f"message {n}: message {at} has no tool call with the id {call_id!r}")
+            raise UserError(f"message {n}: message {at} has no tool call with the id {_named(call_id)}")
         if call_id in found:
-            raise UserError(f"message {n}: a second result of the tool call {call_id!r}")
+            raise UserError(f"message {n}: a second result of the tool call {_named(call_id)}")
         found[call_id] = result
     for call_id in ids:
         if call_id not in found:
-            raise UserError(f"message {at}: no tool message has the result of its tool call {call_id!r}")
+            raise UserError(f"message {at}: no tool message has the result of its tool call {_named(call_id)}")
     return [found[call_id] for call_id in ids]
 
 
@@ -222,7 +228,7 @@ def _marked(messages: list[Message]) -> tuple[list[Message], list[Wanted]]:
                 named = {"function": call["function"] | {"name": f"{name}{number}"}}
                 calls.append(call | named | ({} if call_id is None else {"id": ids[call_id]}))
                 spelled = tuple(str(text) for text in (name, call_id) if text)
-                wanted.append(Wanted(i, f"the call of {name!r}", (number,), spelled))
+                wanted.append(Wanted(i, f"the call of {_named(name)}", (number,), spelled))
             changed["tool_calls"] = calls
         if message.get("tool_call_id") is not None and message["tool_call_id"] in ids:
             changed["tool_call_id"] = ids[message["tool_call_id"]]
