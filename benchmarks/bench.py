@@ -4,7 +4,8 @@
     python benchmarks/bench.py cpu convert-memory    # some of: cpu, compiled-reference, kernel-cpu, kernel-cpu-clang,
                                                      # offline-throughput, online-serving,
                                                      # check-speed, convert-memory, quantised-memory, demo,
-                                                     # draft-acceptance, lane-throughput, scale-out, overlap; on a GPU
+                                                     # draft-acceptance, lane-throughput, scale-out, overlap, page-time;
+                                                     # on a GPU
                                                      # kernel-dense, kernel-moe, kernel-fused, kernel-router,
                                                      # kernel-decode, kernel-prefill, rank-step, model-v2-lite,
                                                      # model-moonlight
@@ -34,6 +35,7 @@ COMMANDS: dict[str, list[Path | str]] = {
     "scale-out": [HERE / "scale_out.py", "--output", RESULTS / "scale_out.json"],
     "overlap": [HERE / "scale_out.py", "--overlap", "--output", RESULTS / "overlap.json"],
     "draft-acceptance": [HERE / "draft_acceptance.py", "--output", RESULTS / "draft_acceptance.json"],
+    "page-time": [HERE / "page_time.py", "--output", RESULTS / "page_time.json"],
 }
 ON_A_GPU: dict[str, list[Path | str]] = {
     **{f"kernel-{name}": [HERE / "kernel_gpu.py", name, "--output", RESULTS / f"kernel_{name}.json"]

@@ -35,13 +35,13 @@ class House(NamedTuple):
     sources: dict[str, str]  # by dotted name; a package's own file under the package's name
     arrows: Arrows  # (importer, imported), all of them
     typing_arrows: Arrows  # those that only type checkers follow
-    other_lines: int  # of C and HTML
+    other_lines: int  # of C, and of the page
 
 
 def read_files(root: Path) -> Iterator[tuple[str, str]]:
     """(path below inference/, text) of what the program is written in."""
     for path in sorted(root.rglob("*")):
-        if path.suffix in (".py", ".c", ".html") and path.is_file():
+        if path.suffix in (".py", ".c", ".html", ".css", ".js") and path.is_file() and "vendored" not in path.parts:
             yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
 
 
@@ -262,7 +262,7 @@ def figures(root: Path, token: bool) -> dict[str, str]:
         "modules": len([name for name, n in lines.items() if n]),
         "packages": len({name for name in names if any(other.startswith(f"{name}.") for other in house.sources)}),
         "lines of Python": sum(lines.values()),
-        "lines of C and HTML": house.other_lines,
+        "lines of C and of the page": house.other_lines,
         "longest module": f"{longest.replace('.', '/')}.py, {lines[longest]}",
         "floors of modules": n_floors(house.sources, house.arrows),
         "floors of packages and top-level modules": n_floors(names, packages),

@@ -23,7 +23,9 @@ from core.run_config import AskedLayout
 from core.stages import describe_stages, divide
 
 MAX_FILE = 1536 << 20  # bytes
-COPIED = re.compile(r"(generation_)?config\.json|.*token.*|chat_template.*|vocab\..*|merges\.txt|.*\.(model|tiktoken)")
+COPIED = re.compile(
+    r"(generation_)?config\.json|.*token.*|chat_template.*|example_prompts\.txt|vocab\..*|merges\.txt|.*\.(model|tiktoken)"
+)
 
 
 @dataclass(slots=True)

@@ -1,13 +1,9 @@
 """The HTTP application: routes, and how a client's request meets the engine's answer."""
 
 import asyncio
-import base64
-import hashlib
-import re
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -22,11 +18,11 @@ from core import PROGRAM_VERSION
 from serving.auth import Guard, error_response
 from serving.engine_thread import Answer, EngineThread
 from serving.errors import ApiError, busy
+from serving.page_files import page_response, page_settings
 from serving.plan import Plan, Served, plan_chat, plan_completion
 from serving.responses import Reply
 from text.parser import tool_style
 
-PAGE = Path(__file__).parent / "page.html"
 MAX_BODY = 16 << 20  # bytes of a request: a million characters, each escaped
 MAX_BODIES = 16 * MAX_BODY  # of all requests that are being read, in part or whole, and are not token ids yet
 BODY_SECONDS = 60.0  # a body may take to arrive
@@ -60,6 +56,8 @@ def application(engine_thread: EngineThread, name: str, key: str | None, host: s
             Route("/version", routes.version),
             Route("/metrics", routes.metrics),
             Route("/", routes.page),
+            Route("/page/settings.json", routes.page_settings),
+            Route("/page/{name:path}", routes.page),
         ],
         exception_handlers={ApiError: refused, HTTPException: no_route, Exception: failed},
     )
@@ -78,7 +76,6 @@ class Routes:
     def __init__(self, engine_thread: EngineThread, name: str):
         self.engine_thread, self.name = engine_thread, name
         self._served: Served | None = None
-        self._page = PAGE.read_bytes()
         self._n_bytes = 0  # of bodies that are being read
 
     @property
@@ -107,7 +104,13 @@ class Routes:
         return Response(self.engine_thread.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def page(self, request: Request) -> Response:
-        return Response(self._page, media_type="text/html; charset=utf-8", headers=page_headers(self._page))
+        response = page_response(request.path_params.get("name", "index.html"), request.headers)
+        if response is None:
+            raise HTTPException(404)
+        return response
+
+    async def page_settings(self, request: Request) -> Response:
+        return JSONResponse(page_settings(self.served), headers={"Cache-Control": "no-store"})
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card]})
@@ -179,22 +182,6 @@ class Routes:
         finally:
             work.cancel()
             gone.cancel()
-
-
-def page_headers(page: bytes) -> dict[str, str]:
-    """Headers under which the page runs its own script and style, told by their hashes, and loads nothing else."""
-    hashes = {}
-    for tag in ("script", "style"):
-        (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
-        hashes[tag] = base64.b64encode(hashlib.sha256(inside).digest()).decode()
-    return {
-        "Content-Security-Policy": f"default-src 'none'; script-src 'sha256-{hashes['script']}'; "
-        f"style-src 'sha256-{hashes['style']}'; connect-src 'self'; img-src data:; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'",
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
 
 
 async def until_gone(receive: Receive) -> None:

@@ -18,7 +18,7 @@ FOLDERS = [ROOT, ROOT / "inference", ROOT / "benchmarks", ROOT / "benchmarks" / 
 COMMANDS = ["generate", "server", "convert", "fp8_cast_bf16", "quantize", "check_checkpoint", "check_network", "plan"]
 FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)*(?:\.(?:py|c|json|md|html|png|txt|jinja|model|safetensors|so)|/)")
 OTHERS = set(  # of checkpoints, of their users, of other projects
-    "generation_config.json chat_template.jinja tokenizer.json tiktoken.model prompts.txt model.safetensors.index.json "
+    "generation_config.json example_prompts.txt chat_template.jinja tokenizer.json tiktoken.model prompts.txt model.safetensors.index.json "
     "model.safetensors.manifest.json config.json tokenizer_config.json".split()
 )
 ELSEWHERE = {"--nnodes", "--nproc-per-node", "--node-rank", "--master-addr", "--shutdown-timeout"}  # torchrun's

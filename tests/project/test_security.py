@@ -76,6 +76,7 @@ ALLOWED = {  # file and finding: why
     ("benchmarks/kernel_gpu.py", "import importlib"): "peers, by names that stand in it",
     ("benchmarks/kernel_gpu.py", "import deep_gemm"): "a peer, where its user has installed it",
     ("benchmarks/kernel_gpu.py", "import flash_mla"): "a peer, where its user has installed it",
+    ("benchmarks/page_time.py", "import support"): "the tests' browser and the server that it talks to",
     ("benchmarks/tables.py", "import support"): "the tests' catalogue of checkpoints, which a document shows",
     ("benchmarks/tables.py", "import mutation"): "the tests' list of mutants, whose number a document says",
     ("figures/benchmark.py", "import matplotlib"): "draws; pinned in requirements-dev.txt",
