@@ -17,7 +17,14 @@ from typing import Any
 from lib import ROOT, report
 
 sys.path.append(str(ROOT / "tests"))
-from support.chat_page import WIDE, Page, Scripted, has_browser, opened_browser, scripted
+from support.chat_page import (  # type: ignore[import-not-found]
+    WIDE,
+    Page,
+    Scripted,
+    has_browser,
+    opened_browser,
+    scripted,
+)
 
 PLACES = (100, 4000, 16000)  # tokens
 WINDOW, PACE = 100, 0.03  # tokens; seconds
@@ -66,10 +73,12 @@ def main() -> None:
     with opened_browser() as page:
         version = page.browser.capabilities["browserVersion"]
         print(f"Chromium {version}; ms of the main thread a token, at {', '.join(map(str, args.places))} tokens")
-        rows = [{"kind": kind, "at": measure(page, begin, unit, args.places)} for kind, (begin, unit) in KINDS.items()]
-    for row in rows:
-        shown = (f"{entry['task']:.2f} (script {entry['script']:.2f})" for entry in row["at"])
-        print(f"{row['kind']:24} {', '.join(shown)}")
+        rows = []
+        for kind, (begin, unit) in KINDS.items():
+            costs = measure(page, begin, unit, args.places)
+            rows.append({"kind": kind, "at": costs})
+            shown = (f"{cost['task']:.2f} (script {cost['script']:.2f})" for cost in costs)
+            print(f"{kind:24} {', '.join(shown)}", flush=True)
     report.save(args.output, {"chromium": version, "window": WINDOW, "pace_s": PACE, "rows": rows})
 
 

@@ -79,6 +79,8 @@ ALLOWED = {  # file and finding: why
     ("benchmarks/page_time.py", "import support"): "the tests' browser and the server that it talks to",
     ("benchmarks/tables.py", "import support"): "the tests' catalogue of checkpoints, which a document shows",
     ("benchmarks/tables.py", "import mutation"): "the tests' list of mutants, whose number a document says",
+    ("figures/page.py", "import PIL"): "makes pictures small; comes with matplotlib",
+    ("figures/page.py", "import support"): "the tests' browser and the server that it talks to",
     ("figures/benchmark.py", "import matplotlib"): "draws; pinned in requirements-dev.txt",
     ("figures/server_load.py", "import matplotlib"): "draws; pinned in requirements-dev.txt",
 }
