@@ -32,6 +32,7 @@ COMMANDS: dict[str, list[Path | str]] = {
     "quantised-memory": [HERE / "quantised_memory.py", "--output", RESULTS / "quantised_memory.json"],
     "demo": [HERE.parent / "demo" / "evaluate.py", "--output", RESULTS / "demo.json"],
     "lane-throughput": [HERE / "lane_throughput.py", "--output", RESULTS / "lane_throughput.json"],
+    "host-step": [HERE / "host_step.py", "--output", RESULTS / "host_step.json"],
     "scale-out": [HERE / "scale_out.py", "--output", RESULTS / "scale_out.json"],
     "overlap": [HERE / "scale_out.py", "--overlap", "--output", RESULTS / "overlap.json"],
     "draft-acceptance": [HERE / "draft_acceptance.py", "--output", RESULTS / "draft_acceptance.json"],

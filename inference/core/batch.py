@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from core.devices import CPU, send
+from core.devices import CPU, upload
 from core.run_config import PAGE_SIZE
 
 # New tokens of a sequence, how many of its tokens are cached before them, and its pages.
@@ -75,7 +75,7 @@ class Batch:
         n_decode = next((i for i, (q, _) in enumerate(lengths) if q > DECODE_ROWS), len(lengths))
 
         def tensor(values: list, dtype: torch.dtype) -> torch.Tensor:
-            return send(torch.tensor(values, dtype=dtype), device)
+            return upload(values, dtype, device)
 
         return cls(
             tensor(tokens, torch.int64),

@@ -7,6 +7,7 @@ done for one kind alone. tests/project/test_devices.py has the list. Whatever ha
 import contextlib
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,6 +72,12 @@ def make_current(device: torch.device) -> None:
         module.set_device(device.index)
 
 
+def synchronise(device: torch.device) -> None:
+    """Waits until a GPU, or what else works later than the host, has done what it was given."""
+    if copies_later(device):
+        _module(device.type).synchronize(device)
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on a device other than a CPU; None where it does not say."""
     module = _module(device.type)
@@ -108,7 +115,23 @@ def holds(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
-def send(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """x on a device. Only a GPU may copy later: MPS then reads memory that has been freed by its owner
-    (https://github.com/pytorch/pytorch/issues/189690)."""
-    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+def copies_later(device: torch.device | str) -> bool:
+    """Whether the host goes on while it sends to a device. Only a GPU may copy later: MPS then reads memory that has
+    been freed by its owner (https://github.com/pytorch/pytorch/issues/189690)."""
+    return torch.device(device).type == "cuda"
+
+
+def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """Numbers of the host as a tensor on a device. From pinned memory, as a GPU has the host wait for any other; torch
+    gives that memory to nobody else before it has been read."""
+    later = copies_later(device)
+    found = torch.tensor(values, dtype=dtype)
+    return (found.pin_memory() if later else found).to(device, non_blocking=later)
+
+
+
+def select(x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    """x's rows of these numbers, of which the host knows: a view where they follow each other."""
+    if not rows or list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return x[rows[0] : rows[0] + len(rows)] if rows else x[:0]
+    return x.index_select(0, upload(rows, torch.int64, x.device))

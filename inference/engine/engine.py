@@ -26,8 +26,10 @@ from engine.registry import RequestRegistry
 from engine.request import Prompt, Request, encode, is_conversation
 from engine.runner import ModelRunner
 from engine.sampler import Sampled, Sampler
+from engine.sampling import Scores
 from engine.scheduler import Chunk, Scheduler, Sequence
 from engine.stats import Stats
+from engine.step_rows import StepRows
 from model import Transformer
 from parallel.group import SOLO, Group
 from text.parser import ChatFormat
@@ -233,43 +235,40 @@ class Engine:
         advanced = self._exchange()
         if self.closed:
             return []
-        chunks, hidden, busy = self.microbatches.run(self.runner)
+        chunks, rows, busy = self.microbatches.run(self.runner)
         if not busy:
             self.world.heartbeat()
             return advanced + self._share_reports([])  # a lane may just have lost its last sequence
-        sampled = self._sample(chunks, hidden)
-        changed = self._commit(chunks, hidden, sampled)
+        sampled = self._sample(chunks, rows)
+        changed = self._commit(chunks, rows, sampled)
         advanced += [request for _, request in changed]
         self._stats.steps += 1
         self._stats.preemptions = self.microbatches.preemptions
         self._stats.seconds += time.perf_counter() - began
         return advanced + self._share_reports(changed)
 
-    def _sample(self, chunks: list[Chunk], hidden: torch.Tensor | None) -> Sampled:
-        """The tokens that follow each chunk that samples; prompt tokens are scored on the way. hidden: (T, H), of the
-        last stage."""
+    def _sample(self, chunks: list[Chunk], step: StepRows | None) -> Sampled:
+        """The tokens that follow each chunk that samples; prompt tokens are scored on the way. `step`: what the last
+        stage's forwards left."""
         sampling = [chunk for chunk in chunks if chunk.samples]
-        if not self.model.stage.is_last or hidden is None:
-            return self.sampler.sample(sampling, torch.empty(0)) if sampling else {}
-        self._score_prompts(chunks, hidden)
-        return self.sampler.sample(sampling, self.runner.sample_logits(chunks, hidden)) if sampling else {}
+        if not self.model.stage.is_last or step is None:
+            return self.sampler.sample(sampling, Scores([])) if sampling else {}
+        self._score_prompts(chunks, step)
+        return self.sampler.sample(sampling, self.runner.sample_scores(chunks, step)) if sampling else {}
 
-    def _score_prompts(self, chunks: list[Chunk], hidden: torch.Tensor) -> None:
-        for sequence, at, logits in self.runner.prompt_logits(chunks, hidden):
+    def _score_prompts(self, chunks: list[Chunk], step: StepRows) -> None:
+        for sequence, at, logits in self.runner.prompt_logits(chunks, step):
             self.sampler.score_prompt(sequence, at, logits)
             del logits  # before the next block of them is made
 
-    def _commit(
-        self, chunks: list[Chunk], hidden: torch.Tensor | None, sampled: Sampled
-    ) -> list[tuple[int, Request]]:
+    def _commit(self, chunks: list[Chunk], step: StepRows | None, sampled: Sampled) -> list[tuple[int, Request]]:
         """Appends the tokens, drafts the next ones, and finishes what has its last token; returns on a lane's first
         rank the requests that sampled, each with its sequence."""
         for chunk in chunks:
             self.microbatches.commit(chunk, sampled[chunk][0] if chunk in sampled else [])
-        if self.mtp and (hidden is not None or not self.model.stage.is_last):
+        if self.mtp and (step is not None or not self.model.stage.is_last):
             continuing = [chunk.sequence for chunk, (_, finish) in sampled.items() if finish is None]
-            states = self.microbatches.no_states if hidden is None else hidden
-            self.runner.draft(chunks, states, continuing, self.sampler.propose)
+            self.runner.draft(chunks, step, continuing, self.sampler.propose)
         advanced = []
         for chunk, (_, finish) in sampled.items():
             id = chunk.sequence.id

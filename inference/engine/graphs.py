@@ -2,17 +2,23 @@
 
 A decode step runs few tokens of each sequence (one, or one and its drafts), so a few shapes serve every such step: a
 batch is padded with empty sequences to the next recorded number, and each sequence to the recorded number of tokens.
-The latents of padding go to a page that no sequence reads. A replay's inputs go to the device in one copy.
+The latents of padding go to a page that no sequence reads. A replay's inputs go to the device in one copy; the pages
+of all sequences lie there, in a table of which only changes are sent (block_table.py). What follows from every row, its
+logits and the greedy choice among them, is recorded too.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from core.batch import DECODE_ROWS, Batch, BatchBounds, SequenceSlice
+from core.devices import upload
 from core.run_config import PAGE_SIZE
+from engine.block_table import BlockTable
+from engine.sampling import greedy
 
 # a batch and hidden states (T, H), if it takes some, to hidden states (T, H)
 Forward = Callable[[Batch, torch.Tensor | None], torch.Tensor]
@@ -60,94 +66,146 @@ def sizes(most: int) -> list[int]:
     return [*small, *range(320, most, 64), most]
 
 
+class RecordedBuffers:
+    """What all recorded forwards share on the device: input hidden states, the block table, and what they leave."""
+
+    def __init__(self, rows: int, width: int, vocab: int, dim: int, dtype: torch.dtype, table: BlockTable):
+        """`rows` sequences of at most `width` tokens; vocab 0: there is no head, as in a stage that is not the last."""
+        device, most = table.pages.device, rows * width
+        self.table = table
+        self.hidden = torch.zeros(most, dim, dtype=dtype, device=device)
+        self.logits = torch.empty(most if vocab else 0, vocab, dtype=torch.float32, device=device)
+        self.choice = torch.empty(2, most if vocab else 0, dtype=torch.int64, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.table.pages, self.hidden, self.logits, self.choice))
+
+
+class Replayed(NamedTuple):
+    """What a replay left; the next one overwrites it. Logits and choice are None where no head was recorded."""
+
+    hidden: torch.Tensor  # (rows, H), of padding too
+    logits: torch.Tensor | None  # (rows, V), float32
+    choice: torch.Tensor | None  # (2, rows), as sampling.greedy
+    rows: list[int]  # of the step's tokens, in order
+
+
 class Graphs:
     """One forward, recorded for batches of up to `max_num_seqs` sequences of `width` tokens each."""
 
     def __init__(
         self,
         forward: Forward,
+        buffers: RecordedBuffers,
         *,
         max_num_seqs: int,
         width: int,
-        hidden: torch.Tensor,
-        n_pages: int,
         padding_page: int,
         capture: Capture,
+        head: Callable[[torch.Tensor], torch.Tensor] | None = None,
         progress: str = "",
         lanes: int = 1,
     ):
-        """hidden (max_num_seqs * width, H): the buffer for input hidden states, shared by all that is recorded.
-
-        n_pages: the most pages of a sequence; padding_page: the page that padding's latents are written to; `progress`:
-        the label of a progress bar, none if empty. `lanes` record and replay together, each as many sequences.
+        """padding_page: the page that padding's latents are written to; `head`: hidden states (rows, H) to logits
+        (rows, V); `progress`: the label of a progress bar, none if empty. `lanes` record and replay together, each as
+        many sequences.
         """
         assert width <= DECODE_ROWS
-        self.width, self.n_pages, self.padding_page, self.hidden = width, n_pages, padding_page, hidden
-        self.lanes, self.max_num_seqs = lanes, max_num_seqs
+        self.width, self.padding_page, self.buffers = width, padding_page, buffers
+        self.lanes, self.max_num_seqs, self.has_head = lanes, max_num_seqs, head is not None
         self._replay: dict[int, Callable[[], torch.Tensor]] = {}
         self._static_inputs: dict[int, torch.Tensor] = {}
+        device = buffers.hidden.device
+        bounds = torch.arange(0, max_num_seqs * width + 1, width, dtype=torch.int32, device=device)
         # the largest first: the smaller ones then fit into the memory it took
         for n in tqdm(sizes(max_num_seqs)[::-1], desc=progress, unit="graph", disable=not progress):
-            self._static_inputs[n] = torch.tensor(self._pack([], n), dtype=torch.int64, device=hidden.device)
-            self._replay[n] = capture(partial(self._forward, forward, n))
+            self._static_inputs[n] = upload(self._pack([], [], n), torch.int64, device)
+            run = partial(_forward, forward, head, self._static_inputs[n], buffers, bounds[: n + 1], width, lanes)
+            self._replay[n] = capture(run)
 
     def fit(self, slices: Sequence[SequenceSlice]) -> bool:
         """Whether a recorded shape takes a step of these sequences."""
-        return len(slices) <= self.max_num_seqs and all(
-            len(tokens) <= self.width and len(pages) <= self.n_pages for tokens, _, pages in slices
-        )
+        return len(slices) <= self.max_num_seqs and self.fitting(slices) == len(slices)
 
-    def run(self, slices: Sequence[SequenceSlice], hidden: torch.Tensor | None = None, n: int = 0) -> torch.Tensor:
-        """The forward on a step's sequences, which must fit: (T, H), T counting real tokens only. `n`: the most
-        sequences of any lane.
+    def fitting(self, slices: Sequence[SequenceSlice]) -> int:
+        """How many of a step's first sequences a recorded shape takes."""
+        width, n_pages = self.width, self.buffers.table.n_pages
+        for i, (tokens, _, pages) in enumerate(slices[: self.max_num_seqs]):
+            if len(tokens) > width or len(pages) > n_pages:
+                return i
+        return min(len(slices), self.max_num_seqs)
 
-        hidden (T, H): input hidden states, a row for each token. The result is overwritten by the next replay.
+    def run(self, slices: list[SequenceSlice], hidden: torch.Tensor | None = None, n: int = 0) -> Replayed:
+        """The forward on a step's sequences, which must fit. `n`: the most rows of the block table that any lane needs.
+
+        hidden (T, H): input hidden states, one for each token.
         """
-        n = min(size for size in self._replay if size >= max(n, len(slices)))
-        packed = torch.tensor(self._pack(slices, n), dtype=torch.int64)
-        if self.hidden.is_cuda:
-            packed = packed.pin_memory()
+        n = next(size for size in reversed(self._replay) if size >= max(n, len(slices)))
+        places = self.buffers.table.place(slices, n)
+        packed = upload(self._pack(slices, places, n), torch.int64, self.buffers.hidden.device)
         self._static_inputs[n].copy_(packed, non_blocking=True)
-        rows = [i * self.width + j for i, (tokens, _, _) in enumerate(slices) for j in range(len(tokens))]
-        no_padding = len(rows) == len(slices) * self.width
-        index = None if no_padding else torch.tensor(rows).to(self.hidden.device, non_blocking=True)
+        width = self.width
+        if width == 1:
+            rows = places
+        else:
+            firsts = [place * width for place in places]
+            rows = [at + j for at, (tokens, _, _) in zip(firsts, slices, strict=True) for j in range(len(tokens))]
         if hidden is not None:
-            if index is None:
-                self.hidden[: len(rows)] = hidden
-            else:
-                self.hidden.index_copy_(0, index, hidden)
+            self._put(hidden, rows)
         out = self._replay[n]()
-        return out[: len(rows)] if index is None else out[index]
+        if not self.has_head:
+            return Replayed(out, None, None, rows)
+        return Replayed(out, self.buffers.logits[: n * width], self.buffers.choice[:, : n * width], rows)
 
-    def _forward(self, forward: Forward, n: int) -> torch.Tensor:
-        return forward(self._batch(self._static_inputs[n], n), self.hidden[: n * self.width])
+    def close(self) -> None:
+        """Frees what was recorded: it may hold communicators."""
+        self._replay.clear()
 
-    def _pack(self, slices: Sequence[SequenceSlice], n: int) -> list[int]:
-        """n sequences' tokens, positions, slots, lengths and pages, one after another; those that `slices` does not
-        name are padding."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        lengths: list[int] = []
-        pages: list[int] = []
-        padding_slot = self.padding_page * PAGE_SIZE
-        for new, start, held in [*slices, *[([], 0, [])] * (n - len(slices))]:
-            fill = self.width - len(new)
-            tokens += [*new, *[0] * fill]
-            positions += [*range(start, start + len(new)), *[start] * fill]
-            slots += [held[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(start, start + len(new))]
-            slots += [padding_slot] * fill
-            lengths.append(start + max(len(new), 1))
-            pages += [*held, *[self.padding_page] * (self.n_pages - len(held))]
-        return tokens + positions + slots + lengths + pages
+    def _put(self, hidden: torch.Tensor, rows: list[int]) -> None:
+        if rows == list(range(len(rows))):
+            self.buffers.hidden[: len(rows)] = hidden
+        else:
+            self.buffers.hidden.index_copy_(0, upload(rows, torch.int64, hidden.device), hidden)
 
-    def _batch(self, static_inputs: torch.Tensor, n: int) -> Batch:
-        """The batch that `_pack` wrote, as views of the device's copy."""
-        t = n * self.width
-        tokens, positions, slots, lengths, pages = static_inputs.split([t, t, t, n, n * self.n_pages])
-        cu_seqlens = torch.arange(0, t + 1, self.width, dtype=torch.int32, device=static_inputs.device)
-        longest = self.n_pages * PAGE_SIZE  # the bounds must hold for every batch that may be replayed
-        bounds = BatchBounds(n, t, self.width, longest, n * longest)
-        pages = pages.int().view(n, self.n_pages)
-        lane_rows = (t,) * self.lanes if self.lanes > 1 else ()
-        return Batch(tokens, positions, slots, cu_seqlens, lengths.int(), pages, bounds, lane_rows=lane_rows)
+    def _pack(self, slices: Sequence[SequenceSlice], places: Sequence[int], n: int) -> list[int]:
+        """n sequences' tokens, positions, slots and lengths, one after another, each at its place; those that `slices`
+        does not name are padding."""
+        width, padding_slot = self.width, self.padding_page * PAGE_SIZE
+        tokens, positions = [0] * (n * width), [0] * (n * width)
+        slots, lengths = [padding_slot] * (n * width), [1] * n
+        for place, (new, start, held) in zip(places, slices, strict=True):
+            at = place * width
+            for p, token in enumerate(new, start):
+                tokens[at], positions[at] = token, p
+                slots[at] = held[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE
+                at += 1
+            for filled in range(at, (place + 1) * width):
+                positions[filled] = start
+            lengths[place] = start + max(len(new), 1)
+        return tokens + positions + slots + lengths
+
+
+def _forward(
+    forward: Forward,
+    head: Callable[[torch.Tensor], torch.Tensor] | None,
+    static_inputs: torch.Tensor,
+    buffers: RecordedBuffers,
+    cu_seqlens_q: torch.Tensor,
+    width: int,
+    lanes: int,
+) -> torch.Tensor:
+    """What is recorded. Not a method: a graph that refers to what holds it is freed by the garbage collector alone."""
+    n = len(cu_seqlens_q) - 1
+    t, n_pages = n * width, buffers.table.n_pages
+    tokens, positions, slots, lengths = static_inputs.split([t, t, t, n])
+    longest = n_pages * PAGE_SIZE  # the bounds must hold for every batch that may be replayed
+    bounds = BatchBounds(n, t, width, longest, n * longest)
+    lane_rows = (t,) * lanes if lanes > 1 else ()
+    pages = buffers.table.pages[:n]
+    batch = Batch(tokens, positions, slots, cu_seqlens_q, lengths.int(), pages, bounds, lane_rows=lane_rows)
+    out = forward(batch, buffers.hidden[:t])
+    if head is not None:
+        buffers.logits[:t] = head(out)
+        buffers.choice[:, :t] = greedy(buffers.logits[:t])
+    return out

@@ -82,17 +82,18 @@ def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
 
 
 def _graphs(rank: RankSpec, config: RunConfig) -> int:
-    """What recorded decode steps keep to themselves: a page; the tensors of the largest step; and of each number of
-    sequences its result and the inputs that are copied into it; once for the main model, and for each way to draft."""
+    """What recorded decode steps keep to themselves: a page; the tensors of the largest step; what all of them share,
+    the input hidden states, the block table, and logits with the choice among them; and of each number of sequences its
+    result and the inputs that are copied into it; once for the main model, and for each way to draft."""
     if config.eager or not graphs.records(rank.gpu, rank.num.dtype):
         return 0
     width = 1 + config.mtp
     recorded = [width, *({1, width} if config.mtp > 1 else {width} if config.mtp else ())]
     state = rank.args.dim * rank.num.dtype.itemsize
     most = config.max_num_seqs
-    kept = most * width * state
+    kept = most * (width * (state + 4 * rank.args.vocab_size + 16) + 4 * config.pages_per_sequence)
     for tokens in recorded:
-        kept += sum(graphs.sizes(most)) * (tokens * state + 8 * (3 * tokens + 1 + config.pages_per_sequence))
+        kept += sum(graphs.sizes(most)) * (tokens * state + 8 * (3 * tokens + 1)) + 4 * (most + 1)
     return page_bytes(rank) + kept + step_bytes(rank, config, decode=True)
 
 

@@ -8,6 +8,7 @@ from core.run_config import PAGE_SIZE, RunConfig
 from engine.pages import PagePool
 from engine.runner import ModelRunner
 from engine.scheduler import Chunk, Scheduler, Sequence
+from engine.step_rows import StepRows
 from parallel.group import Group
 
 
@@ -31,18 +32,19 @@ class Microbatches:
         self.in_flight: list[list[Chunk]] = [[]] * (run.pp - 1)  # what all stages but the last ran, the first's first
         self._incoming: torch.Tensor | None = None  # hidden states from the stage before
 
-    def run(self, runner: ModelRunner) -> tuple[list[Chunk], torch.Tensor | None, bool]:
+    def run(self, runner: ModelRunner) -> tuple[list[Chunk], StepRows | None, bool]:
         """A step: schedules, runs this stage's chunks, and gives their states to the next stage. Returns the chunks
-        that the last stage has run, this stage's hidden states (T, H), None if it had nothing to do, and whether any
+        that the last stage has run, what this stage's forwards left, None if it had nothing to do, and whether any
         stage or lane had."""
         running = [self.schedulers[self.next].schedule(), *self.in_flight]
-        hidden = runner.forward(running[self.stage], self._incoming)
+        rows = runner.forward(running[self.stage], self._incoming)
         if self.n > 1:
             coming = sum(chunk.n_rows for chunk in running[self.stage - 1]) if self.stage else 0
+            hidden = None if rows is None else rows.hidden()
             self._incoming = self.pp.send_receive(hidden, coming, self.no_states)
         self.next = (self.next + 1) % self.n
         *self.in_flight, done = running
-        return done, hidden, hidden is not None or any(running)
+        return done, rows, rows is not None or any(running)
 
     def add(self, sequence: Sequence) -> None:
         self.schedulers[sequence.microbatch].add(sequence)

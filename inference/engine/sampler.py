@@ -8,8 +8,9 @@ import torch
 
 from core.errors import describe
 from core.sampling_params import SamplingParams
+from engine.noise import Noise
 from engine.request import FinishReason, Request
-from engine.sampling import Draft, SamplingState, logprob, propose, verify
+from engine.sampling import Draft, SamplingState, Scores, logprob, propose, verify
 from engine.scheduler import Chunk, Sequence
 from engine.stats import Stats
 from parallel.group import Group
@@ -39,22 +40,27 @@ class Sampler:
         ones by their sequence's id, kept up to date by the engine; `cancel` ends one of them with the next step."""
         self.tp, self.tokenizer, self.requests, self.stats = tp, tokenizer, requests, stats
         self.n_drafts, self.cancel = n_drafts, cancel
+        self.noise = Noise()
 
-    def sample(self, sampling: list[Chunk], logits: torch.Tensor) -> Sampled:
+    def sample(self, sampling: list[Chunk], scores: Scores) -> Sampled:
         """Rank 0's new tokens and verdict for each chunk that samples, on every rank.
 
-        logits (sum of 1 + drafts, V), chunks in order: after a chunk's last token and after each of its drafts.
+        scores: sum of 1 + drafts rows, chunks in order: after a chunk's last token and after each of its drafts.
         """
-        # a row: verdict, number of tokens, tokens
-        packed = torch.zeros(len(sampling), 2 + 1 + self.n_drafts, dtype=torch.int64)
+        width = 2 + 1 + self.n_drafts  # of a row: verdict, number of tokens, tokens
+        rows: list[list[int]] = []
         if self.tp.rank == 0:
-            parts = logits.split([1 + len(chunk.drafts) for chunk in sampling])
-            verified = self._verify(sampling, logits, parts)
-            for i, found in enumerate(zip(sampling, verified, parts, strict=True)):
-                request = self.requests[sampling[i].sequence.id]
-                tokens, finish = isolate_request_errors(request, partial(self._decide, *found)) or ([], "error")
-                packed[i, : 2 + len(tokens)] = torch.tensor([_FINISH.index(finish), len(tokens), *tokens])
-        rows = self.tp.broadcast(packed).tolist()
+            first = 0
+            for chunk, verified in zip(sampling, self._verify(sampling, scores), strict=True):
+                request, logits = self.requests[chunk.sequence.id], partial(_row, scores, first)
+                work = partial(self._decide, chunk, verified, logits)
+                tokens, finish = isolate_request_errors(request, work) or ([], "error")
+                row = [_FINISH.index(finish), len(tokens), *tokens]
+                rows.append(row + [0] * (width - len(row)))
+                first += 1 + len(chunk.drafts)
+        if self.tp.size > 1:
+            empty = torch.zeros(len(sampling), width, dtype=torch.int64)
+            rows = self.tp.broadcast(torch.tensor(rows) if rows else empty).tolist()
         sampled: Sampled = {
             chunk: (row[2 : 2 + row[1]], _FINISH[row[0]]) for chunk, row in zip(sampling, rows, strict=True)
         }
@@ -66,11 +72,9 @@ class Sampler:
                 request.error = request.error or f"the model's output holds NaN or infinity{came}"
         return sampled
 
-    def _verify(
-        self, chunks: list[Chunk], logits: torch.Tensor, parts: Iterable[torch.Tensor]
-    ) -> list[list[int] | None]:
+    def _verify(self, chunks: list[Chunk], scores: Scores) -> list[list[int] | None]:
         """Rank 0: the next tokens of each chunk's request, from its rows of logits, all of them at once; None for a
-        request that fails. `parts` are the logits split by chunk."""
+        request that fails."""
         states = []
         for chunk in chunks:
             request, n = self.requests[chunk.sequence.id], len(chunk.drafts)
@@ -78,16 +82,18 @@ class Sampler:
             states.append(self._sampling_state(chunk.sequence, draft))
             request.draft = Draft()
         try:
-            return verify(logits, states)
+            return verify(scores, states)
         except Exception:  # verified one by one, only the request at fault fails
             requests = [self.requests[chunk.sequence.id] for chunk in chunks]
+            parts = scores.logits.split([1 + len(chunk.drafts) for chunk in chunks])
             works = [partial(verify, rows, [state]) for rows, state in zip(parts, states, strict=True)]
             return [(isolate_request_errors(*one) or [None])[0] for one in zip(requests, works, strict=True)]
 
     def _decide(
-        self, chunk: Chunk, tokens: list[int] | None, logits: torch.Tensor
+        self, chunk: Chunk, tokens: list[int] | None, logits: Callable[[int], torch.Tensor]
     ) -> tuple[list[int], FinishReason | None]:
-        """Rank 0: the tokens a request gets, up to the first that ends it, and whether one does."""
+        """Rank 0: the tokens a request gets, up to the first that ends it, and whether one does. `logits` of i: (V,),
+        after i drafts."""
         sequence, request = chunk.sequence, self.requests[chunk.sequence.id]
         params = request.params
         request.begin_step()
@@ -107,7 +113,7 @@ class Sampler:
             if self._ends(token, params):
                 finish = "stop"
             else:
-                score = None if params.logprobs is None else logprob(logits[i], token, params.logprobs)
+                score = None if params.logprobs is None else logprob(logits(i), token, params.logprobs)
                 if request.append(token, i + 1 < len(tokens), score):
                     finish = "stop"
                 elif sequence.n_tokens + i + 1 >= sequence.capacity:
@@ -121,23 +127,23 @@ class Sampler:
         ends = self.tokenizer is not None and token in self.tokenizer.eos_ids and not params.ignore_eos
         return ends or token in params.stop_token_ids
 
-    def propose(self, sequences: list[Sequence], logits: torch.Tensor) -> list[int]:
-        """Rank 0's next draft for each sequence, from the MTP module's logits (sequences, V), on every rank."""
-        packed = torch.zeros(len(sequences), dtype=torch.int64)
+    def propose(self, sequences: list[Sequence], scores: Scores) -> list[int]:
+        """Rank 0's next draft for each sequence, from the MTP module's logits after it, on every rank."""
+        drafts = [0] * len(sequences)
         if self.tp.rank == 0:
             requests = [self.requests[sequence.id] for sequence in sequences]
             states = [self._sampling_state(s, r.draft) for s, r in zip(sequences, requests, strict=True)]
             try:
-                propose(logits, states)
+                propose(scores, states)
             except Exception:  # proposed one by one, only the request at fault fails
-                for request, state, row in zip(requests, states, logits.split(1), strict=True):
+                for request, state, row in zip(requests, states, scores.logits.split(1), strict=True):
                     isolate_request_errors(request, partial(propose, row, [state]))
                     if request.error:
                         state.draft.tokens.append(0)
                         state.draft.q.append(None)
                         self.cancel(request)
-            packed = torch.tensor([state.draft.tokens[-1] for state in states])
-        return self.tp.broadcast(packed).tolist()
+            drafts = [state.draft.tokens[-1] for state in states]
+        return self.tp.broadcast(torch.tensor(drafts)).tolist() if self.tp.size > 1 else drafts
 
     def score_prompt(self, sequence: Sequence, at: int, logits: torch.Tensor) -> None:
         """Gives a request the log-probabilities of its prompt tokens from position `at` on, scored by logits (n, V)."""
@@ -150,7 +156,11 @@ class Sampler:
 
     def _sampling_state(self, sequence: Sequence, draft: Draft) -> SamplingState:
         request = self.requests[sequence.id]
-        return SamplingState(request.params, request.rng_key, sequence.tokens, len(request.prompt), draft)
+        return SamplingState(request.params, request.rng_key, sequence.tokens, len(request.prompt), draft, self.noise)
+
+
+def _row(scores: Scores, first: int, i: int) -> torch.Tensor:
+    return scores.logits[first + i]
 
 
 def isolate_request_errors(request: Request, work: Callable[[], T]) -> T | None:

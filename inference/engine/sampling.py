@@ -2,22 +2,61 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
+from core.devices import select, upload
 from core.sampling_params import SamplingParams
-
-# What a random number is for: each use at a position has its own.
-SAMPLE, DRAFT, ACCEPT = 0, 1, 2
+from engine.noise import ACCEPT, DRAFT, SAMPLE, Noise, uniform
 
 
-def uniform(seed: int, rng_key: int, position: int, use: int = SAMPLE) -> float:
-    """A random number in [0, 1) from a counter-based generator (Philox 4x64): it depends on these numbers alone, not on
-    what else is in the batch or was drawn before."""
-    key = np.array([seed, rng_key], dtype=np.uint64)  # a plain list goes through float64 and merges large seeds
-    counter = np.array([0, position, use, 0], dtype=np.uint64)
-    return float(np.random.Generator(np.random.Philox(key=key, counter=counter)).random())
+class Scores:
+    """The rows of logits (rows, V), float32, that some tokens are sampled from, and the greedy choice among each.
+
+    They lie in parts, of which only some rows may count. Where all are greedy nobody looks at logits, and the choices
+    are all that is copied.
+    """
+
+    Part = tuple[torch.Tensor, torch.Tensor, Sequence[int]]
+
+    def __init__(self, parts: Sequence[Part]):
+        """Each part: logits (n, V), what `greedy` said of them (2, n), and the numbers of the rows that count."""
+        self.parts = parts
+
+    @classmethod
+    def of(cls, logits: torch.Tensor) -> "Scores":
+        return cls(((logits, greedy(logits), range(len(logits))),))
+
+    @cached_property
+    def logits(self) -> torch.Tensor:
+        """(rows, V)"""
+        found = [select(logits, rows) for logits, _, rows in self.parts]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def read(self, *more: torch.Tensor) -> tuple[list[int], list[int], list[int]]:
+        """For each row whether it is finite, and its likeliest token; and the numbers of `more` tensors, one after
+        another. Waits for the device once."""
+        choices = [choice.flatten() for _, choice, _ in self.parts]
+        found = torch.cat([*choices, *(t.flatten().long() for t in more)]).tolist()
+        finite: list[int] = []
+        tokens: list[int] = []
+        at = 0
+        for _, choice, rows in self.parts:
+            n = choice.shape[1]
+            finite += [found[at + row] for row in rows]
+            tokens += [found[at + n + row] for row in rows]
+            at += 2 * n
+        return finite, tokens, found[at:]
+
+    def __len__(self) -> int:
+        return sum(len(rows) for _, _, rows in self.parts)
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """(2, rows) int64 of logits (rows, V): whether a row is finite, and its likeliest token, the first of equals."""
+    return torch.stack((is_finite(logits).long(), logits.argmax(dim=-1)))
 
 
 def penalised(logits: torch.Tensor, params: SamplingParams, tokens: Sequence[int], n_prompt: int) -> torch.Tensor:
@@ -40,33 +79,53 @@ def penalised(logits: torch.Tensor, params: SamplingParams, tokens: Sequence[int
     return logits
 
 
-def probabilities(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+class Columns(NamedTuple):
+    """Of each row the parameters it is sampled with, (rows, 1) float64 on the device, sent there in one piece."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    more: tuple[torch.Tensor, ...]  # what else the caller has of each row
+
+    @classmethod
+    def of(
+        cls, params: Sequence[SamplingParams], vocab: int, device: torch.device, *more: Sequence[float]
+    ) -> "Columns":
+        rows = [[p.temperature for p in params], [min(p.top_k or vocab, vocab) for p in params]]
+        rows += [[p.top_p for p in params], [p.min_p for p in params], *map(list, more)]
+        first, second, third, fourth, *others = upload(rows, torch.float64, device).unsqueeze(-1).unbind(0)
+        return cls(first, second, third, fourth, tuple(others))
+
+
+def probabilities(
+    logits: torch.Tensor, params: Sequence[SamplingParams], columns: Columns | None = None
+) -> torch.Tensor:
     """The distributions (rows, V), float64, that rows of logits (rows, V) are sampled from; at temperature 0 all of it
-    is on the likeliest token, the first one of equals.
+    is on the likeliest token, the first one of equals. `columns`: of params, if they are on the device already.
 
     Temperature, then top-k, then the smallest set of the likeliest tokens that reaches top_p of what is left, then
     min_p. A token as likely as the last one kept stays out if it comes later.
     """
+    columns = columns or Columns.of(params, logits.shape[-1], logits.device)
     best = logits.argmax(dim=-1, keepdim=True)
     peak = logits.gather(-1, best).double()
-    temperature = _column([row.temperature for row in params], logits.device)
+    temperature = columns.temperature
     divisor = temperature.masked_fill(temperature == 0, 1.0)
     p = ((logits.double() - peak) / divisor).softmax(dim=-1)  # the difference first: a tiny T overflows
     if any(row.top_k or row.top_p < 1 or row.min_p for row in params):
-        p = _cut(p, params)
+        p = _cut(p, params, columns)
     return torch.where(temperature == 0, torch.zeros_like(p).scatter_(-1, best, 1.0), p)
 
 
 _LIKELIEST = 1024  # tokens a CPU ranks at first: mostly all that a cut keeps, for a tenth of the time a sort takes
 
 
-def _cut(p: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def _cut(p: torch.Tensor, params: Sequence[SamplingParams], columns: Columns) -> torch.Tensor:
     """p (rows, V) without the tokens that top_k, top_p and min_p leave out; rows sum to 1 again."""
     vocab = p.shape[-1]
     most = [min(row.top_k or vocab, vocab) for row in params]
-    top_k, top_p, min_p = (
-        _column(values, p.device) for values in (most, [row.top_p for row in params], [row.min_p for row in params])
-    )
+    top_k, top_p, min_p = columns.top_k, columns.top_p, columns.min_p
     few = vocab > _LIKELIEST and p.is_cpu  # elsewhere, to look whether they were enough would make the host wait
     for n in (_LIKELIEST, vocab) if few and all(k == vocab or k <= _LIKELIEST for k in most) else (vocab,):
         ranked = p.topk(n, dim=-1).values
@@ -84,16 +143,13 @@ def _cut(p: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     return p / p.sum(dim=-1, keepdim=True)
 
 
-def _column(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    """One value per row, as (rows, 1), float64."""
-    return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(-1)
-
-
-def draw(p: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
+def draw(p: torch.Tensor, uniforms: Sequence[float] | torch.Tensor) -> torch.Tensor:
     """For each row of p (rows, V), which need not sum to 1, the token at which its cumulative distribution passes the
-    row's number from [0, 1): (rows,), int64."""
+    row's number from [0, 1), of the host or (rows, 1): (rows,), int64."""
     cumulative = p.cumsum(dim=-1)
-    at = torch.tensor(uniforms, dtype=p.dtype, device=p.device).unsqueeze(-1) * cumulative[:, -1:]
+    if not isinstance(uniforms, torch.Tensor):
+        uniforms = upload(uniforms, p.dtype, p.device).unsqueeze(-1)
+    at = uniforms * cumulative[:, -1:]
     return torch.searchsorted(cumulative, at, right=True).clamp(max=p.shape[-1] - 1).squeeze(-1)
 
 
@@ -114,6 +170,7 @@ class SamplingState:
     tokens: Sequence[int]  # prompt and answer so far
     n_prompt: int
     draft: Draft = field(default_factory=Draft)  # of what follows
+    noise: Noise | None = field(default=None, repr=False)  # where numbers made ahead are kept; None: they are not
 
     def penalised(self, logits: torch.Tensor, n_drafts: int) -> torch.Tensor:
         """One row of logits (V,), after `n_drafts` drafts, with penalties and biases."""
@@ -121,9 +178,12 @@ class SamplingState:
             return logits
         return penalised(logits, self.params, [*self.tokens, *self.draft.tokens[:n_drafts]], self.n_prompt)
 
-    def uniform(self, n_drafts: int, use: int) -> float:
-        """The random number in [0, 1) for the token after `n_drafts` drafts."""
-        return uniform(self.params.seed, self.rng_key, len(self.tokens) + n_drafts, use)
+
+def uniforms(rows: Sequence[tuple[SamplingState, int]], use: int) -> list[float]:
+    """For each state the random number in [0, 1) for the token after so many drafts."""
+    wanted = [(state.params.seed, state.rng_key, len(state.tokens) + n_drafts) for state, n_drafts in rows]
+    noise = rows[0][0].noise if rows else None
+    return noise.of(wanted, use) if noise is not None else [uniform(*one, use) for one in wanted]
 
 
 def is_finite(logits: torch.Tensor) -> torch.Tensor:
@@ -134,7 +194,7 @@ def is_finite(logits: torch.Tensor) -> torch.Tensor:
 _ROWS = 32  # distributions that exist at one time: of 129,280 tokens, 33 MB for each array of them
 
 
-def verify(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[list[int] | None]:
+def verify(logits: torch.Tensor | Scores, states: Sequence[SamplingState]) -> list[list[int] | None]:
     """The tokens that follow each request's: its drafts accepted, in order, and one more. None where a row of the
     request's logits is not finite.
 
@@ -144,29 +204,34 @@ def verify(logits: torch.Tensor, states: Sequence[SamplingState]) -> list[list[i
     row gives one token more. The result is distributed as if there had been no drafts, penalties and cuts included;
     at temperature 0 it is equal. All rows are decided at once; what comes after a rejection is dropped.
     """
+    scores = logits if isinstance(logits, Scores) else Scores.of(logits)
     rows = [(state, i) for state in states for i in range(len(state.draft.tokens) + 1)]
     if any(state.params.changes_logits for state in states):
-        logits = torch.stack([state.penalised(row, i) for row, (state, i) in zip(logits, rows, strict=True)])
-    accepted = torch.zeros(len(rows), dtype=torch.bool, device=logits.device)
-    token_ids = logits.argmax(dim=-1)
+        penalised_rows = [state.penalised(row, i) for row, (state, i) in zip(scores.logits, rows, strict=True)]
+        scores = Scores.of(torch.stack(penalised_rows))
     sampled = [n for n, (state, _) in enumerate(rows) if state.params.temperature]
-    for at in range(0, len(sampled), _ROWS):
-        part = sampled[at : at + _ROWS]
-        accepted[part], token_ids[part] = accept_or_resample(logits[part], [rows[n] for n in part])
-    columns = torch.stack((is_finite(logits).long(), accepted.long(), token_ids)).tolist()  # waits for the device once
+    parts = [sampled[at : at + _ROWS] for at in range(0, len(sampled), _ROWS)]
+    drawn = [accept_or_resample(select(scores.logits, part), [rows[n] for n in part]) for part in parts]
+    finite, token_ids, found = scores.read(*(t for pair in drawn for t in pair))  # waits for the device once
+    accepted = [0] * len(rows)
+    for part in parts:
+        n = len(part)
+        for row, row_accepted, token in zip(part, found[:n], found[n : 2 * n], strict=True):
+            accepted[row], token_ids[row] = row_accepted, token
+        del found[: 2 * n]
     answers: list[list[int] | None] = []
-    results = zip(*columns, strict=True)
+    results = zip(finite, accepted, token_ids, strict=True)
     for state in states:
         answer: list[int] = []
-        finite, rejected = True, False
+        all_finite, rejected = True, False
         for i, (row_finite, row_accepted, token) in zip(range(len(state.draft.tokens) + 1), results, strict=False):
-            finite = finite and bool(row_finite)
+            all_finite = all_finite and bool(row_finite)
             if rejected:
                 continue
             draft = state.draft.tokens[i] if i < len(state.draft.tokens) else None
             rejected = not (row_accepted if state.params.temperature else token == draft)
             answer.append(token if rejected or draft is None else draft)
-        answers.append(answer if finite else None)
+        answers.append(answer if all_finite else None)
     return answers
 
 
@@ -175,43 +240,56 @@ def accept_or_resample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For logits (rows, V) of sampled requests, each row after i of its request's drafts: whether the next draft is
     accepted (rows,), bool; and the token to take if it is not or there is none (rows,), int64."""
-    p = probabilities(logits, [state.params for state, _ in rows])
-    accepted = torch.zeros(len(rows), dtype=torch.bool, device=p.device)
-    rest = p.clone()
-    for n, (state, i) in enumerate(rows):
-        if i == len(state.draft.tokens):
-            continue
-        x, q = state.draft.tokens[i], state.draft.q[i]
-        accepted[n] = state.uniform(i, ACCEPT) * (1.0 if q is None else q[x]) < p[n, x]
-        if q is None:
-            rest[n, x] = 0
-        else:
-            rest[n] = (p[n] - q).clamp(min=0)
+    params, device = [state.params for state, _ in rows], logits.device
+    drafts = [state.draft.tokens[i] if i < len(state.draft.tokens) else -1 for state, i in rows]
+    drawn_from = [state.draft.q[i] if x >= 0 else None for x, (state, i) in zip(drafts, rows, strict=True)]
+    noise = [uniforms(rows, SAMPLE), uniforms(rows, ACCEPT) if max(drafts) >= 0 else [0.0] * len(rows)]
+    columns = Columns.of(params, logits.shape[-1], device, drafts, *noise)
+    x, to_sample, to_accept = columns.more
+    p = rest = probabilities(logits, params, columns)
+    accepted = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    if max(drafts) >= 0:
+        drafted, x = x >= 0, x.long().clamp(min=0)
+        certain = torch.zeros_like(p).scatter_(-1, x, 1.0)  # what a draft that was not drawn is drawn from
+        q = [certain[n] if row is None else row for n, row in enumerate(drawn_from)]
+        of_drafts = torch.where(drafted, torch.stack(q), 0)
+        accepted = (drafted & (to_accept * of_drafts.gather(-1, x) < p.gather(-1, x))).squeeze(-1)
+        rest = (p - of_drafts).clamp(min=0)
     rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q up to rounding: any draw from p will do
-    return accepted, draw(rest, [state.uniform(i, SAMPLE) for state, i in rows])
+    return accepted, draw(rest, to_sample)
 
 
-def propose(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
+def propose(logits: torch.Tensor | Scores, states: Sequence[SamplingState]) -> None:
     """Appends to each request's draft the next token the MTP module's logits (requests, V) propose after its tokens and
     the drafts so far.
 
     It is drawn as the main model's token would be, because a proposal like the target is accepted most often.
     """
-    logits = logits.masked_fill(~is_finite(logits).unsqueeze(-1), 0.0)  # a bad draft costs time, never correctness
-    if any(state.params.changes_logits for state in states):
-        logits = torch.stack(
-            [state.penalised(row, len(state.draft.tokens)) for row, state in zip(logits, states, strict=True)]
-        )
-    token_ids = logits.argmax(dim=-1)
-    drawn_from: list[torch.Tensor | None] = [None] * len(states)
+    scores = logits if isinstance(logits, Scores) else Scores.of(logits)
     sampled = [n for n, state in enumerate(states) if state.params.temperature]
+    if sampled or any(state.params.changes_logits for state in states):
+        rows = scores.logits
+        rows = rows.masked_fill(~is_finite(rows).unsqueeze(-1), 0.0)  # a bad draft costs time, never correctness
+        if any(state.params.changes_logits for state in states):
+            penalised_rows = [s.penalised(row, len(s.draft.tokens)) for row, s in zip(rows, states, strict=True)]
+            rows = torch.stack(penalised_rows)
+        scores = Scores.of(rows)
+    drawn_from: list[torch.Tensor | None] = [None] * len(states)
+    drawn = []
     for at in range(0, len(sampled), _ROWS):
         part = sampled[at : at + _ROWS]
-        q = probabilities(logits[part], [states[n].params for n in part])
-        token_ids[part] = draw(q, [states[n].uniform(len(states[n].draft.tokens), DRAFT) for n in part])
+        params = [states[n].params for n in part]
+        noise = uniforms([(states[n], len(states[n].draft.tokens)) for n in part], DRAFT)
+        columns = Columns.of(params, scores.logits.shape[-1], scores.logits.device, noise)
+        q = probabilities(select(scores.logits, part), params, columns)
+        drawn.append(draw(q, columns.more[0]))
         for n, row in zip(part, q, strict=True):
             drawn_from[n] = row
-    for state, token, row in zip(states, token_ids.tolist(), drawn_from, strict=True):
+    finite, tokens, found = scores.read(*drawn)
+    token_ids = [token if row_finite else 0 for row_finite, token in zip(finite, tokens, strict=True)]
+    for n, token in zip(sampled, found, strict=True):
+        token_ids[n] = token
+    for state, token, row in zip(states, token_ids, drawn_from, strict=True):
         state.draft.tokens.append(token)
         state.draft.q.append(row)
 

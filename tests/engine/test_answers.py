@@ -9,6 +9,7 @@ from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from engine.request import Request, TokenEvent
+from engine.sampling import Scores
 from support.families import V3
 from support.model_pairs import hidden_states, ours, random_checkpoint
 from support.tiny_tokenizer import VOCAB_SIZE, write_tokenizer
@@ -45,11 +46,11 @@ def scripted(model, tokenizer, text: str | bytes, mtp: int = 0, end: bool = True
     engine = Engine(model, tokenizer, RunConfig(n_pages=20, max_model_len=1000, mtp=mtp))
     verify, propose = engine.sampler._verify, engine.sampler.propose
 
-    def verify_scripted(chunks, logits, parts):
+    def verify_scripted(chunks, scores):
         at = [len(chunk.sequence.tokens) - chunk.sequence.n_prompt for chunk in chunks]
         wanted = [token for i, c in zip(at, chunks, strict=True) for token in script[i : i + len(c.drafts) + 1]]
         said = torch.nn.functional.one_hot(torch.tensor(wanted), VOCAB_SIZE).float() * 50 - 20
-        return verify(chunks, said, said.split([len(rows) for rows in parts]))
+        return verify(chunks, Scores.of(said))
 
     def propose_scripted(sequences, logits):
         out = propose(sequences, logits)

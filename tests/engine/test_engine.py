@@ -13,15 +13,17 @@ import pytest
 import torch
 
 from checkpoint.convert import convert
+from core import devices
 from core.batch import DECODE_ROWS, Batch, BatchBounds
 from core.errors import UserError
 from core.numerics import PLAIN, Form, Numerics
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import host_memory
+from engine.block_table import BlockTable
 from engine.choose_numerics import choose_numerics
 from engine.engine import Engine
-from engine.graphs import Graphs, cuda_capture, records
+from engine.graphs import Graphs, RecordedBuffers, cuda_capture, records
 from engine.setup import free_memory
 from ops import reference
 from ops.backend import choose_backend
@@ -540,7 +542,7 @@ def test_recorded_steps_change_no_answer(model, mtp, temperature):
     """Batches filled up with tokens that are not there, over scattered pages, with chunked prompts, shared beginnings
     and preemption between: the tokens are those of steps that were not recorded, and the drafts as good."""
     wanted = [*prompts(9), *prompts(3)]
-    params = SamplingParams(temperature=temperature, max_new_tokens=25, seed=2)
+    params = SamplingParams(temperature=temperature, max_new_tokens=25, seed=3)
     how = dict(n_pages=11, max_model_len=256, max_num_seqs=5, max_num_batched_tokens=48, mtp=mtp)
     recorder = Recorder()
     recording, plain = Engine(model, None, RunConfig(**how), capture=recorder), Engine(model, None, RunConfig(**how))
@@ -559,11 +561,12 @@ def test_what_is_recorded_fits_every_batch(model):
         bounds.append((batch.decode, batch.prefill.n, batch.kv_lens.tolist(), batch.pages.shape))
         return hidden
 
-    graphs = Graphs(forward, max_num_seqs=3, width=2, hidden=torch.zeros(6, 4), n_pages=5, padding_page=9, capture=Recorder())
+    buffers = RecordedBuffers(3, 2, 0, 4, torch.float32, BlockTable(3, 5, 9, torch.device("cpu")))
+    graphs = Graphs(forward, buffers, max_num_seqs=3, width=2, padding_page=9, capture=Recorder())
     assert [e[0] for e in bounds] == [BatchBounds(n, 2 * n, 2, 320, 320 * n) for n in (3, 2, 1)]
     states = torch.arange(12.0).view(3, 4)
     out = graphs.run([([7, 8], 66, [3, 4]), ([9], 0, [2])], states)
-    assert torch.equal(out, states) and bounds[-1] == (bounds[1][0], 0, [68, 1], (2, 5))
+    assert torch.equal(out.hidden[out.rows], states) and bounds[-1] == (bounds[1][0], 0, [68, 1], (2, 5))
     assert graphs.fit([([1, 2], 0, [0])] * 3)
     assert not graphs.fit([([1, 2, 3], 0, [0])]) and not graphs.fit([([1], 0, [0])] * 4)
     assert not graphs.fit([([1], 0, [0] * 6)])
@@ -609,13 +612,61 @@ def test_captures_warm_up_on_one_stream(monkeypatch):
     assert [int(replay()) for replay in replays] == [0, 1, 2] and said[-3:] == ["replay"] * 3
 
 
-def test_a_closed_engine_has_no_graphs(model):
-    """They hold communicators, which must go before the process group does."""
+@pytest.mark.parametrize("mtp", [0, 1])
+def test_a_mixed_step_is_split(model, mtp):
+    """What decodes is replayed while a long prompt comes in by chunks, which run by themselves; the answers stay."""
+    forwards = []
+    run = RunConfig(n_pages=30, max_model_len=400, max_num_seqs=3, max_num_batched_tokens=64, mtp=mtp)
+    recorder = Recorder()
+    engine, plain = Engine(model, None, run, capture=recorder), Engine(model, None, run)
+    step = engine.runner._step
+    engine.runner._step = lambda batch, hidden: forwards.append(batch.whole) or step(batch, hidden)
+    params = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)
+    short, long = [5, 6, 7], tokens(300, V3["vocab_size"])
+    answers = [engine.add(short, params)]
+    while not answers[0].tokens:
+        engine.step()
+    answers.append(engine.add(long, params))
+    replayed, before, forwards[:] = recorder.replayed, len(answers[0].tokens), []
+    while not answers[1].tokens:
+        engine.step()
+    assert len(answers[0].tokens) - before >= 4 <= recorder.replayed - replayed
+    assert forwards and all(bounds.n == 1 and bounds.longest_q > 1 for bounds in forwards)
+    while engine.busy:
+        engine.step()
+    assert [r.tokens for r in answers] == [r.tokens for r in plain.generate([short, long], params)]
+
+
+def test_only_new_pages_are_sent(monkeypatch):
+    """A sequence keeps its row; one that grows sends its new page, one that comes its whole row, one at rest nothing."""
+    table = BlockTable(4, 6, 99, torch.device("cpu"))
+    sent = []
+    monkeypatch.setattr("engine.block_table.upload", lambda values, *to: sent.append(len(values[0])) or devices.upload(values, *to))
+    a, b, c = [1, 2], [3], [4, 5, 6]
+    assert table.place([([0], 0, a), ([0], 0, b), ([0], 0, c)], 4) == [0, 1, 2] and sent == [6]
+    assert table.place([([0], 0, c), ([0], 0, a)], 4) == [2, 0] and sent == [6]
+    c.append(7)
+    assert table.rows_needed([([0], 0, c)]) == 3
+    assert table.place([([0], 0, c)], 4) == [2] and sent == [6, 1]
+    d = [8]
+    assert table.place([([0], 0, c), ([0], 0, d)], 2) == [0, 1] and sent == [6, 1, 5]
+    assert table.pages[0, :4].tolist() == c and table.pages[1, 0] == 8
+    rows = table.place([([0], 0, a), ([0], 0, d)], 4)  # its row is another's now
+    assert rows == [0, 1] and sent == [6, 1, 5, 2] and table.pages[0, :2].tolist() == a
+
+
+def test_a_closed_engine_has_no_graphs(model, monkeypatch):
+    """They hold communicators, which must go before the process group does: at once, not when the garbage collector
+    gets to them, and the device must have done with them."""
     engine = Engine(model, None, RunConfig(n_pages=4, max_model_len=100, max_num_seqs=2, mtp=1), capture=Recorder())
-    graphs = [weakref.ref(g) for g in (*engine.runner.step_graphs, *engine.runner.draft_graphs)]
-    assert len(graphs) == 2 and all(g() for g in graphs)
+    recorded = (*engine.runner.step_graphs, *engine.runner.draft_graphs)
+    graphs = [weakref.ref(replay) for g in recorded for replay in g._replay.values()]
+    assert len(graphs) == 2 * 2 and all(g() for g in graphs)
+    said = []
+    monkeypatch.setattr("gc.collect", lambda: said.append(("collect", [g() for g in graphs])))
+    monkeypatch.setattr(devices, "synchronise", lambda device: said.append(("synchronise", device)))
     engine.close()
-    assert engine.closed and not any(g() for g in graphs)
+    assert engine.closed and said == [("collect", [None] * 4), ("synchronise", model.device)]
 
 
 def test_recorded_steps_leave_other_pages_alone(model):
@@ -653,7 +704,7 @@ def logits_of_mixes(model, mixes, seed):
             tokens, finish = decide(chunk, verified, logits)
             for i in range(len(tokens)):
                 places = seen.setdefault(request.id, [set() for _ in range(12)])
-                places[at + i].add(logits[i].numpy().tobytes())
+                places[at + i].add(logits(i).numpy().tobytes())
             return tokens, finish
 
         engine.sampler._decide = record

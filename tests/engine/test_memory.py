@@ -476,11 +476,12 @@ def test_graphs_keep_a_step_and_a_page(side):
 
     run = RunConfig(max_model_len=512, max_num_seqs=6, max_num_batched_tokens=64, n_pages=9, mtp=2)
     engine = Engine(model, None, run, capture=capture)
-    static_inputs = sum(t.nbytes for g in (*engine.runner.step_graphs, *engine.runner.draft_graphs) for t in g._static_inputs.values())
+    recorded = (*engine.runner.step_graphs, *engine.runner.draft_graphs)
+    static_inputs = sum(t.nbytes for g in recorded for t in g._static_inputs.values()) + len(recorded) * 4 * (6 + 1)
     rows = sum((1, 2, 3, 4, 6)) * (3 + 3 + 1)
     said = memory.need(rank, limits).graphs - step_memory.step_bytes(rank, limits, decode=True)
     assert len(kept) == 3 * 5 and engine.runner.cache.shape[1] == 10
-    assert said == model.page_bytes + engine.runner.step_graphs[0].hidden.nbytes + rows * args.dim * 2 + static_inputs
+    assert said == model.page_bytes + engine.runner.buffers.nbytes + rows * args.dim * 2 + static_inputs
 
 
 # ---------------------------------------------------------------- a process that runs

@@ -1,14 +1,14 @@
 """Sampling: what is cut, what is penalised, and that drafts leave no trace in the distribution."""
 
+import random
+
 import pytest
 import torch
 
 from core.errors import UserError
 from core.sampling_params import SamplingParams, params_from_generation_config
+from engine.noise import ACCEPT, DRAFT, SAMPLE, Noise, uniform
 from engine.sampling import (
-    ACCEPT,
-    DRAFT,
-    SAMPLE,
     Draft,
     SamplingState,
     draw,
@@ -17,7 +17,6 @@ from engine.sampling import (
     penalised,
     probabilities,
     propose,
-    uniform,
     verify,
 )
 
@@ -317,6 +316,22 @@ def test_logprobs():
     assert found.token == 0 and found.logprob == pytest.approx(expected[0].item())
     assert [token for token, _ in found.top] == [1, 2] and found.top[0][1] == pytest.approx(expected[1].item())
     assert logprob(logits, 1, 0).top == () and len(logprob(logits, 1, 9).top) == 3
+
+
+def test_noise_made_ahead_is_the_same_noise():
+    """In any order, at positions that go on, go back and leap, for more requests than are kept."""
+    draw, noise = random.Random(0), Noise()
+    noise.KEPT = 50
+    requests = [(draw.getrandbits(64), draw.getrandbits(50)) for _ in range(60)]
+    places = {request: draw.getrandbits(20) for request in requests}
+    for _ in range(40):
+        chosen = draw.sample(requests, draw.randint(1, 40))
+        for request in chosen:
+            places[request] = max(0, places[request] + draw.choice([1, 1, 1, 3, -2, 200]))
+        wanted = [(*request, places[request] + i) for request in chosen for i in range(draw.randint(1, 3))]
+        for use in (SAMPLE, DRAFT, ACCEPT):
+            assert noise.of(wanted, use) == [uniform(*one, use) for one in wanted]
+    assert len(noise._known) < 3 * 60
 
 
 def test_noise_is_a_function_of_its_numbers():

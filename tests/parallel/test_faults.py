@@ -201,9 +201,10 @@ def answers(loaded: Engine, failing: str | None, mtp: int = 0) -> tuple[dict[str
     bits: dict[str, set[bytes]] = {}
     decide = engine.sampler._decide
 
-    def record(chunk: Any, verified: Any, logits: torch.Tensor) -> Any:
+    def record(chunk: Any, verified: Any, logits: Any) -> Any:
         request = engine.registry.live[chunk.sequence.id]
-        bits.setdefault(str(request.id), set()).add(logits.numpy().tobytes())
+        rows = [logits(i) for i in range(1 + len(chunk.drafts))]
+        bits.setdefault(str(request.id), set()).add(torch.stack(rows).numpy().tobytes())
         return decide(chunk, verified, logits)
 
     engine.sampler._decide = record  # type: ignore[method-assign]

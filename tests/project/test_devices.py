@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -192,11 +191,23 @@ def test_collectives_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_gpus_copy_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    copies: list[tuple[Any, bool]] = []
-    x = SimpleNamespace(to=lambda device, non_blocking: copies.append((device, non_blocking)))
+    """And what they copy lies in pinned memory: from any other they have the host wait."""
+    copies: list[tuple[Any, ...]] = []
+
+    class Numbers:
+        pinned = False
+
+        def pin_memory(self) -> "Numbers":
+            self.pinned = True
+            return self
+
+        def to(self, device: str, non_blocking: bool) -> None:
+            copies.append((device, non_blocking, self.pinned))
+
+    monkeypatch.setattr(torch, "tensor", lambda values, dtype: Numbers())
     for kind in ("cuda", "mps", "xpu", "cpu"):
-        devices.send(x, kind)  # type: ignore[arg-type]
-    assert copies == [("cuda", True), ("mps", False), ("xpu", False), ("cpu", False)]
+        devices.upload([1], torch.int64, kind)
+    assert copies == [("cuda", True, True), ("mps", False, False), ("xpu", False, False), ("cpu", False, False)]
 
 
 # ---------------------------------------------------------------- a whole run
@@ -257,6 +268,26 @@ def test_two_ranks_on_other_devices(tiny: Path) -> None:
     expected = answers(tiny, torch.float32)
     assert [one["answers"] for one in found[0]] == [expected] * 4
     assert [[one["through_host"] for one in rank] for rank in found] == [[False, False, True, True]] * 2
+
+
+SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 3}
+
+
+def test_a_decode_step_waits_for_its_tokens_alone(tiny: Path) -> None:
+    """Greedy, or with temperature and top-p, of recorded steps: the host waits once for what the model said, and with
+    drafts once more for each. Penalties and log-probabilities are the control: they ask for more."""
+    control = {"mtp": 0}, {"temperature": 0, "logprobs": 2, "repetition_penalty": 1.2}
+    ways = [({"mtp": 0}, {"temperature": 0}), ({"mtp": 0}, SAMPLED), ({"mtp": 2}, SAMPLED)]
+    variables = environment(PYTHONPATH=os.pathsep.join(map(str, (ROOT / "inference", ROOT / "tests"))))
+    asked = json.dumps({"prompts": [[5, 9], [4, 5, 6]], "ways": [*ways, control]})
+    command = [sys.executable, "-m", "support.waits_on_standin", str(tiny), asked]
+    done = subprocess.run(command, env=variables, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    *found, asking = json.loads(done.stdout)
+    for (run, _), steps in zip(ways, found, strict=True):
+        assert len(steps) > 3
+        assert all(set(waits) == {"tolist"} and len(waits) <= 1 + run["mtp"] for waits in steps), (run, steps)
+    assert all(len(waits) > 1 for waits in asking)
 
 
 # ---------------------------------------------------------------- other systems

@@ -19,6 +19,8 @@ DEVICE = torch.device("cpu")  # becomes standin:0
 lacks: set[torch.dtype] = set()
 seen: set[str] = set()  # the ops that ran on it
 memory: list[int] = [1 << 32]  # bytes that are free; empty: it does not say
+waits: list[str] = []  # the ops that had the host wait for it, as CUDA's do: see waiting
+ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
 ACROSS = ("_to_copy", "copy_", "index", "index_put_", "set_data")  # may be given tensors of the host, too
 
 
@@ -42,6 +44,7 @@ class StandIn(torch.Tensor):
 
     def tolist(self) -> list[Any]:
         """torch has none for subclasses of its own."""
+        waits.append("tolist")
         return self.held.tolist()
 
     @classmethod
@@ -62,6 +65,8 @@ def dispatch(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if op.namespace == "c10d":
         return collective(name, args)
     seen.add(name)
+    if waiting(name, args, kwargs):
+        waits.append(name)
     strangers = [t for t in tensors if not isinstance(t, StandIn) and t.dim()]
     if own and strangers and name not in ACROSS:
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got one on {strangers[0].device}")
@@ -78,6 +83,40 @@ def dispatch(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0] if name == "copy_" else out
     known = {id(t.held): t for t in own}  # what an op wrote to is what it returns
     return tree_map(lambda t: (known[id(t)] if id(t) in known else StandIn(t)) if isinstance(t, torch.Tensor) else t, out)
+
+
+def waiting(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the host waits: for results it asks for, for masks, and for every copy but one from pinned memory that
+    may come later."""
+    if name in ASKING:
+        return True
+    if name in ("index", "index_put_", "index_put"):
+        return any(t is not None and (t.dtype == torch.bool or not isinstance(t, StandIn)) for t in args[1])
+    if name not in ("_to_copy", "copy_"):
+        return False
+    source = args[1] if name == "copy_" else args[0]
+    to_device = isinstance(args[0], StandIn) if name == "copy_" else kwargs.get("device", DEVICE).type == DEVICE.type
+    if isinstance(source, StandIn):
+        return not to_device
+    later = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+    return source.dim() > 0 and to_device and not (later and source in pinned)
+
+
+class Pinned:
+    """Tensors of the host in pinned memory, by identity."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, torch.Tensor] = {}
+
+    def pin(self, x: torch.Tensor) -> torch.Tensor:
+        self.known[id(x)] = x
+        return x
+
+    def __contains__(self, x: torch.Tensor) -> bool:
+        return self.known.get(id(x)) is x
+
+
+pinned = Pinned()
 
 
 def collective(name: str, args: Any) -> Any:
