@@ -62,17 +62,14 @@ def check_tokenizer(tokenizer: Tokenizer, args: ModelArgs | None, report: Report
 
 
 def check_template(tokenizer: Tokenizer, path: Path, report: Report) -> None:
-    """Renders conversations: each must have at most one BOS, hold all messages, and have no unknown control token."""
+    """Renders conversations: each must have at most one BOS and no unknown control token. Raises UserError for a
+    template that leaves a message out."""
     for turns in CONVERSATIONS:
         messages = [{"role": role, "content": content} for role, content in turns]
         prompt, text = tokenizer.encode_chat(messages), tokenizer.render_chat(messages)
         if tokenizer.bos_id is not None and (n := prompt.count(tokenizer.bos_id)) > 1:
             wrong = f"{path}: the chat template: expected one BOS, found {n}"
             report.add(CheckpointError(wrong, path, "", "one BOS", n))
-        for content in (content for role, content in turns if role != "assistant" and content not in text):
-            wanted = f"{content!r} in the prompt"
-            wrong = f"{path}: the chat template: expected {wanted}, found {text!r}"
-            report.add(CheckpointError(wrong, path, "", wanted, text))
         said = "".join(content for _, content in turns)
         for token in set(CONTROL.findall(text)) - tokenizer.control_tokens:
             if token not in said:

@@ -714,7 +714,7 @@ add_kinds("fp8", LOADERS, {
 add_kinds("fp8", ("load",), {"no template": (template, lambda t: None, "no chat template in this checkpoint; use --raw")})
 add_kinds("fp8", ("check",), {
     "template with two BOS": (template, lambda t: "{{ bos_token }}" + t, "expected one BOS, found 2"),
-    "template that drops what users say": (template, lambda t: t.replace("+ m['content'] }}", "}}", 1), "in the prompt"),
+    "template that drops what users say": (template, lambda t: t.replace("+ m['content'] }}", "}}", 1), "leaves out what the user says"),
     "tokenizer without the user token": (tokenise_so, partial(without_token, "<｜User｜>"), "found no such token"),
 })  # fmt: skip
 
