@@ -28,6 +28,7 @@ from text.conversation import (
     prefix_text,
     require_all_texts,
     split_prefix,
+    variants,
 )
 from text.sandbox import RenderBudget, Sandbox, budget, measured, require_short
 
@@ -116,17 +117,22 @@ class ChatTemplate:
         if add_generation_prompt:
             messages, prefix = split_prefix(messages)
         tools = _sorted_keys(tools) if self._sorts_tools else tools
-        try:
-            text, runs = self._render(messages, thinking, add_generation_prompt, tools)
-        except UserError:
-            # For a message of tool calls alone some templates want no content, and others fail without, as for a tool
-            # of which nothing but the name is known.
-            texts = [message | {"content": message.get("content") or ""} for message in messages]
-            whole = None if tools is None else [_with_defaults(tool) for tool in tools]
-            if texts == messages and whole == tools:
-                raise
-            messages, tools = texts, whole
-            text, runs = self._render(messages, thinking, add_generation_prompt, tools)
+        whole = None if tools is None else [_with_defaults(tool) for tool in tools]
+        tried: list[Any] = []
+        failures: list[UserError] = []
+        for form in variants(messages):
+            attempt = form, whole if tried else tools
+            if attempt in tried:
+                continue
+            try:
+                text, runs = self._render(form, thinking, add_generation_prompt, attempt[1])
+                break
+            except UserError as e:
+                failures.append(e)
+                tried.append(attempt)
+        else:
+            raise failures[0]
+        messages, tools = attempt
         variables = self._variables(thinking, add_generation_prompt, tools)
         require_all_texts(messages, text, lambda marked: self._written(marked, variables))
         return (text, runs) if prefix is None else self._with_prefix(text, runs, prefix)

@@ -3,7 +3,7 @@ template leaves out."""
 
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from core.errors import UserError
@@ -20,9 +20,9 @@ class Json(str):
 
 
 def checked(messages: Any) -> list[Message]:
-    """The messages with their content as one string (or None beside tool calls), calls' arguments as Json, and tools'
-    results in the order of their calls, which is how templates tell one from another; raises UserError naming the
-    message.
+    """The messages with their content as one string (or None beside tool calls), calls' arguments as Json (they may
+    come parsed), and tools' results in the order of their calls, which is how templates tell one from another; raises
+    UserError naming the message.
 
     A role no template knows is refused here, because templates silently drop such messages.
     """
@@ -52,17 +52,40 @@ def _checked(i: int, message: Any) -> Message:
     reasoning = next((message[name] for name in REASONING if message.get(name) is not None), None)
     if reasoning is not None:
         message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
-    return _with_arguments(message)
+    return _with_arguments(message, _as_json)
 
 
-def _with_arguments(part: Any) -> Any:
-    """A copy of a message in which every tool call's arguments, where they are text, are Json."""
+def variants(messages: list[Message]) -> Iterator[list[Message]]:
+    """`checked` messages in the forms that templates want, from the usual one on. For a message of tool calls alone
+    some want no content and others fail without; some want calls' arguments parsed."""
+    yield messages
+    texts = [message | {"content": message.get("content") or ""} for message in messages]
+    yield texts
+    yield [_with_arguments(message, _parsed) for message in texts]
+
+
+def _with_arguments(part: Any, form: Callable[[Any], Any]) -> Any:
+    """A copy of a message with every tool call's arguments in another form."""
     match part:
         case {"tool_calls": list(calls)}:
-            return part | {"tool_calls": [_with_arguments(call) for call in calls]}
-        case {"function": {"arguments": str(text)}}:
-            return part | {"function": part["function"] | {"arguments": Json(text)}}
+            return part | {"tool_calls": [_with_arguments(call, form) for call in calls]}
+        case {"function": {"arguments": arguments}}:
+            return part | {"function": part["function"] | {"arguments": form(arguments)}}
     return part
+
+
+def _as_json(arguments: Any) -> Any:
+    if isinstance(arguments, dict):
+        return Json(json.dumps(arguments, ensure_ascii=False))
+    return Json(arguments) if isinstance(arguments, str) else arguments
+
+
+def _parsed(arguments: Any) -> Any:
+    try:
+        found = json.loads(arguments or "{}")
+    except (TypeError, ValueError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
 
 
 def require_unicode(text: str, what: str) -> None:

@@ -155,6 +155,24 @@ def test_a_tool_without_description_or_parameters(tmp_path: Path, with_template:
     assert json.dumps([TOOL], ensure_ascii=False) in with_template(V31_TEMPLATE).render_chat([USER], tools=[TOOL]), "as it came"
 
 
+@pytest.mark.parametrize("arguments", ['{"a": "é", "b": 2}', {"a": "é", "b": 2}])
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("{{ call.function.arguments }}", '{"a": "é", "b": 2}'),
+        ("{{ call.function.arguments + '!' }}", '{"a": "é", "b": 2}!'),
+        ("{{ call.function.arguments | tojson }}", '{"a": "é", "b": 2}'),
+        ("{% for k, v in call.function.arguments.items() %}<{{ k }}={{ v }}>{% endfor %}", "<a=é><b=2>"),
+    ],
+)
+def test_arguments_as_text_and_parsed(written: str, text: str, arguments: Any, tmp_path: Path) -> None:
+    """Whichever a client sends and a template wants."""
+    call = calls("a")
+    call["tool_calls"][0]["function"]["arguments"] = arguments
+    source = "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls %}{{ call.function.name }}:" + written + "{% endfor %}{% endfor %}"
+    assert small_with(tmp_path, source).render_chat([USER, call | {"content": "x"}, result("a", "y")]) == f"qxf0:{text}y"
+
+
 # ---------------------------------------------------------------- the beginning of an answer
 
 
