@@ -50,7 +50,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "which unlike a flag other users cannot see); needed to listen on other addresses than loopback")  # fmt: skip
     add("--allow-origin", action="append", default=[], metavar="ORIGIN",
         help="let web pages of this origin (https://example.com) use the API; may be given several times")  # fmt: skip
-    add("--model-name", metavar="NAME", help="what clients call the model (default: the checkpoint directory's name)")
+    add("--model-name", action="append", metavar="NAME", help="what clients call the model (default: the checkpoint "
+        "directory's name); may be given several times")  # fmt: skip
     add("--max-queue", type=positive, default=256, metavar="N", help="requests that may wait (default: 256)")
     add("--drain-seconds", type=float, default=20.0, metavar="S",
         help="time running answers have to finish when the server is told to end (default: 20); torchrun gives them "
@@ -62,10 +63,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--drain-seconds is {options.drain_seconds}, expected from 0 to a day")
     if not is_loopback(options.host) and options.api_key is None:
         parser.error(f"--host {options.host} lets other machines in: that needs --api-key")
-    if options.model_name == "":
+    options.model_name = options.model_name or [Path(options.ckpt_path).resolve().name]
+    if not all(options.model_name):
         parser.error("--model-name is empty")
-    if options.model_name is None:
-        options.model_name = Path(options.ckpt_path).resolve().name
     return options
 
 

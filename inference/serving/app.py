@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -19,7 +18,7 @@ from serving.auth import Guard, error_response
 from serving.engine_thread import Answer, EngineThread
 from serving.errors import ApiError, busy
 from serving.page_files import page_response, page_settings
-from serving.plan import Plan, Served, plan_chat, plan_completion
+from serving.plan import Plan, Served, check_model, plan_chat, plan_completion, read_json
 from serving.responses import Reply
 from text.parser import tool_style
 
@@ -29,9 +28,11 @@ BODY_SECONDS = 60.0  # a body may take to arrive
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def application(engine_thread: EngineThread, name: str, key: str | None, host: str, origins: list[str]) -> ASGIApp:
+def application(
+    engine_thread: EngineThread, names: list[str], key: str | None, host: str, origins: list[str]
+) -> ASGIApp:
     """The ASGI application, with every route behind Guard."""
-    routes = Routes(engine_thread, name)
+    routes = Routes(engine_thread, names)
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -73,8 +74,8 @@ def application(engine_thread: EngineThread, name: str, key: str | None, host: s
 class Routes:
     """The handler of each route."""
 
-    def __init__(self, engine_thread: EngineThread, name: str):
-        self.engine_thread, self.name = engine_thread, name
+    def __init__(self, engine_thread: EngineThread, names: list[str]):
+        self.engine_thread, self.names = engine_thread, names
         self._served: Served | None = None
         self._n_bytes = 0  # of bodies that are being read
 
@@ -88,7 +89,7 @@ class Routes:
             assert engine is not None and engine.tokenizer is not None
             tokenizer = engine.tokenizer
             self._served = Served(
-                self.name, tokenizer, engine.max_model_len, engine.model.args.vocab_size, engine.default_params,
+                self.names, tokenizer, engine.max_model_len, engine.model.args.vocab_size, engine.default_params,
                 tool_style(tokenizer.chat_template or ""), engine.mtp > 0, self.engine_thread.most_answers,
             )  # fmt: skip
         return self._served
@@ -113,17 +114,16 @@ class Routes:
         return JSONResponse(page_settings(self.served), headers={"Cache-Control": "no-store"})
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card]})
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in self.served.names]})
 
     async def model(self, request: Request) -> Response:
-        if request.path_params["model"] != self.served.name:
-            raise ApiError(f"there is only the model {self.served.name!r}", "model", status=404, code="model_not_found")
-        return JSONResponse(self._card)
+        name = request.path_params["model"]
+        check_model(name, self.served)
+        return JSONResponse(self._card(name))
 
-    @property
-    def _card(self) -> dict[str, Any]:
+    def _card(self, name: str) -> dict[str, Any]:
         served = self.served
-        return {"id": served.name, "object": "model", "created": served.since, "owned_by": "local",
+        return {"id": name, "object": "model", "created": served.since, "owned_by": "local",
                 "max_model_len": served.context}  # fmt: skip
 
     async def chat(self, request: Request) -> Response:
@@ -132,18 +132,17 @@ class Routes:
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, plan_completion)
 
-    async def _answer(self, request: Request, plan_request: Callable[[bytearray, Served], Plan]) -> Response:
+    async def _answer(self, request: Request, plan_request: Callable[[dict[str, Any], Served], Plan]) -> Response:
         arrived, served = time.monotonic(), self.served
         self.engine_thread.admit()
         raw = bytearray()
         try:
             await self._read(request, raw)
-            plan = await self.engine_thread.prepare(partial(plan_request, raw, served))
+            plan = await self.engine_thread.prepare(lambda: plan_request(read_json(raw), served), len(raw))
         except ClientDisconnect:
             return Response(status_code=400)
         finally:
             self._n_bytes -= len(raw)
-        del raw
         answer = self.engine_thread.submit(plan, arrived)
         reply = Reply(answer, served)
         if plan.body.stream:

@@ -26,7 +26,8 @@ from serving.plan import Plan
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 1.0  # between steps without work, which show whether the other ranks are there
 BACKLOG = 1 << 20  # characters of one choice that may wait for its reader
-PREPARE_THREADS = 2  # tokenize prompts
+PREPARE_THREADS = 2  # tokenize short prompts, and one more the long ones, which so hold up only each other
+SHORT = 1 << 17  # bytes of a request that is read and tokenized in about 0.1 s
 State = Literal["loading", "ready", "draining", "dead"]
 
 
@@ -93,7 +94,7 @@ class EngineThread:
         self._snapshot = Snapshot()
         self._answers: set[Answer] = set()
         self._preparing = 0
-        self._executor = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
+        self._short, self._long = (ThreadPoolExecutor(n, thread_name_prefix="prepare") for n in (PREPARE_THREADS, 1))
         self._loop = asyncio.get_running_loop()
         # The engine thread's own, by request:
         self._choices: dict[Request, tuple[Answer, int]] = {}
@@ -138,13 +139,13 @@ class EngineThread:
         if self._n_open + more > most:
             raise busy(f"{self._n_open} requests are waiting or running already")
 
-    async def prepare(self, work: Callable[[], T]) -> T:
-        """Runs what takes a processor long, such as tokenizing, on another thread; it counts as a request in the queue
-        meanwhile. Raises ApiError, as `admit` does."""
+    async def prepare(self, work: Callable[[], T], size: int) -> T:
+        """Runs what takes a processor long, such as tokenizing a request of `size` bytes, on another thread; it counts
+        as a request in the queue meanwhile. Raises ApiError, as `admit` does."""
         self.admit()
         self._preparing += 1
         try:
-            return await self._loop.run_in_executor(self._executor, work)
+            return await self._loop.run_in_executor(self._short if size <= SHORT else self._long, work)
         finally:
             self._preparing -= 1
 
@@ -214,7 +215,8 @@ class EngineThread:
         self.error = error
         self.state = "draining" if error is None else "dead"
         self._fail_open()
-        self._executor.shutdown(wait=False)
+        for executor in (self._short, self._long):
+            executor.shutdown(wait=False)
         self.ended.set()
 
     # ----------------------------------------------------------------------------------------------------------------

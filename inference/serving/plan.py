@@ -1,5 +1,6 @@
 """From a body to token ids: what one HTTP request may ask for, and what the engine needs to answer it."""
 
+import codecs
 import secrets
 import time
 from collections.abc import Sequence
@@ -12,9 +13,9 @@ from core.errors import UserError
 from core.sampling_params import SamplingParams
 from serving.errors import ApiError
 from serving.schema import Body, ChatBody, CompletionBody, FieldError, Sampled, parse, shown
+from text.limits import TooLong
 from text.parser import ChatFormat
 from text.tokenizer import NoThinkingSwitch, Tokenizer
-from text.vocabulary import TooLong
 
 MAX_VALUES = 1 << 20  # in one body: making Python objects of it holds all other threads up
 MAX_ITEMS = {"messages": 2048, "tools": 128, "stop": 16}
@@ -27,7 +28,7 @@ COMPLETION_TOKENS = 16  # of a completion that does not say how many
 class Served:
     """The facts of a loaded engine."""
 
-    name: str
+    names: list[str]  # of the model; answers are in the first, unless another was asked for
     tokenizer: Tokenizer
     context: int  # tokens of a prompt and its answer
     vocab_size: int
@@ -53,9 +54,9 @@ class Plan:
         return [(i, c) for i in range(len(self.prompts)) for c in range(self.params.n)]
 
 
-def plan_chat(raw: bytes | bytearray, served: Served) -> Plan:
+def plan_chat(data: dict[str, Any], served: Served) -> Plan:
     """Raises ApiError."""
-    body = read_body(ChatBody, raw, served)
+    body = read_body(ChatBody, data, served)
     if not served.tokenizer.has_chat_template:
         raise ApiError("this checkpoint has no chat template, so no conversations; /v1/completions continues texts")
     thinking, says_thinking = body.wants_thinking
@@ -69,8 +70,8 @@ def plan_chat(raw: bytes | bytearray, served: Served) -> Plan:
     try:
         messages = [message.for_template for message in body.messages]
         prompt = served.tokenizer.encode_chat(messages, thinking=thinking, tools=tools, most=served.context)
-    except TooLong:
-        raise too_long("messages", served) from None
+    except TooLong as e:
+        raise too_long("messages", served, e.n, e.is_all) from None
     except NoThinkingSwitch as e:
         raise ApiError(str(e), says_thinking) from None
     except UserError as e:
@@ -79,9 +80,9 @@ def plan_chat(raw: bytes | bytearray, served: Served) -> Plan:
     return Plan(body, [prompt], params, ChatFormat(served.tool_style, body.offers_tools))
 
 
-def plan_completion(raw: bytes | bytearray, served: Served) -> Plan:
+def plan_completion(data: dict[str, Any], served: Served) -> Plan:
     """Raises ApiError."""
-    body = read_body(CompletionBody, raw, served)
+    body = read_body(CompletionBody, data, served)
     if isinstance(body.prompt, str):
         asked: Sequence[str | list[int]] = [body.prompt]
     elif body.prompt and isinstance(body.prompt[0], int):
@@ -98,8 +99,8 @@ def plan_completion(raw: bytes | bytearray, served: Served) -> Plan:
             raise ApiError("suffix needs a prompt that is text", "suffix")
     try:
         prompts = [encode(prompt, body.suffix, served) if isinstance(prompt, str) else prompt for prompt in asked]
-    except TooLong:
-        raise too_long("prompt", served) from None
+    except TooLong as e:
+        raise too_long("prompt", served, e.n, e.is_all) from None
     except UserError as e:
         raise ApiError(str(e), "suffix" if body.suffix else "prompt") from None
     for ids in prompts:
@@ -118,25 +119,35 @@ def encode(prompt: str, suffix: str | None, served: Served) -> list[int]:
     return served.tokenizer.encode_text(prompt, served.context)
 
 
-def read_body(kind: type[Body], raw: bytes | bytearray, served: Served) -> Body:
-    """Raises ApiError, naming the field."""
+def read_json(raw: bytes | bytearray) -> dict[str, Any]:
+    """The JSON object that a body is. Raises ApiError."""
     if sum(map(raw.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ApiError(f"the body has more than {MAX_VALUES} values", status=413)
     try:
-        data = pydantic_core.from_json(raw, allow_inf_nan=False)
+        data = pydantic_core.from_json(raw.removeprefix(codecs.BOM_UTF8), allow_inf_nan=False)
     except ValueError as e:
         raise ApiError(f"the body is not JSON that can be read: {e}") from None
     if not isinstance(data, dict):
         raise ApiError("the body is not a JSON object")
+    return data
+
+
+def read_body(kind: type[Body], data: dict[str, Any], served: Served) -> Body:
+    """Raises ApiError, naming the field."""
     check_size(data)
     try:
         body = parse(kind, data)
     except FieldError as e:
         raise ApiError(str(e), e.param or None) from None
-    if body.model not in (None, "", served.name):
-        raise ApiError(f"there is no model {shown(body.model)}, only {shown(served.name)}", "model", status=404,
-                       code="model_not_found")  # fmt: skip
+    check_model(body.model, served)
     return body
+
+
+def check_model(asked: str | None, served: Served) -> None:
+    """Raises ApiError for a name that is none of the model's."""
+    if asked and asked not in served.names:
+        known = " or ".join(map(shown, served.names))
+        raise ApiError(f"there is no model {shown(asked)}, only {known}", "model", status=404, code="model_not_found")
 
 
 def check_size(data: dict[str, Any]) -> None:
@@ -154,15 +165,18 @@ def check_size(data: dict[str, Any]) -> None:
             raise ApiError(f"{name} has {len(text)} characters, expected at most {MAX_STOP_LENGTH} characters", name)
 
 
-def too_long(source: str, served: Served) -> ApiError:
-    return ApiError(f"{source} leaves no room for an answer in the context of {served.context} tokens", source,
+def too_long(source: str, served: Served, n: int, is_all: bool = True) -> ApiError:
+    """The refusal of a prompt of `n` tokens or, unless that is all, more. Clients shorten conversations when they find
+    its code, or the words of OpenAI's "maximum context length is … tokens" and "resulted in … tokens"."""
+    return ApiError(f"This model's maximum context length is {served.context} tokens, of the prompt and its answer "
+                    f"together. Your {source} resulted in {n} tokens{'' if is_all else ' or more'}.", source,
                     code="context_length_exceeded")  # fmt: skip
 
 
 def sampling_params(body: Sampled, served: Served, prompts: list[list[int]], source: str) -> SamplingParams:
     """As the body says, else as the checkpoint's generation_config.json does. `source` names the prompt's field."""
-    if max(map(len, prompts)) >= served.context:
-        raise too_long(source, served)
+    if (longest := max(map(len, prompts))) >= served.context:
+        raise too_long(source, served, longest)
     fields, name = body.sampling, body.max_tokens_field
     least = 1 if fields.get("prompt_logprobs") is None else 0
     if not least <= fields.get("max_new_tokens", 1) <= served.context:

@@ -217,7 +217,7 @@ class Reply:
         self._answer, self._served, self._plan = answer, served, answer.plan
         self._kind = self.kinds[answer.plan.body.is_chat]
         self._id = f"{self._kind.prefix}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
+        self._created, self._model = int(time.time()), self._plan.body.model or served.names[0]
 
     async def _parts(self) -> AsyncIterator[Part]:
         """Raises ApiError where a choice fails."""
@@ -251,7 +251,7 @@ class Reply:
             yield event(e.body)
 
     def _frame(self, object: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self._id, "object": object, "created": self._created, "model": self._served.name,
+        return {"id": self._id, "object": object, "created": self._created, "model": self._model,
                 "choices": choices}  # fmt: skip
 
     def _usage(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ async def serve(
     `load` and `finish` are EngineThread's. Raises the error that ended the engine's thread.
     """
     loop = asyncio.get_running_loop()
-    engine_thread = EngineThread(load, name=options.model_name, max_queue=options.max_queue, finish=finish)
+    engine_thread = EngineThread(load, name=options.model_name[0], max_queue=options.max_queue, finish=finish)
     app = application(engine_thread, options.model_name, options.api_key, options.host, options.allow_origin)
     signals: list[int] = []
 
@@ -69,7 +69,7 @@ async def serve(
     host, port = listener.getsockname()[:2]
     at = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"listening on {at}, and loading", file=sys.stderr, flush=True)
-    engine_thread.start(lambda: print(f"ready: {options.model_name} on {at}", file=sys.stderr, flush=True))
+    engine_thread.start(lambda: print(f"ready: {', '.join(options.model_name)} on {at}", file=sys.stderr, flush=True))
 
     async def watch() -> None:
         """Ends the engine's thread on a signal, and the server when that thread has ended."""

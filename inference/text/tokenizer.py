@@ -17,6 +17,7 @@ from core.files import read_json, require_folder
 from text.chat_template import ChatTemplate, read_template
 from text.conversation import THINK, THINK_END, require_unicode
 from text.detokenizer import Detokenizer
+from text.limits import TooLong
 from text.special_tokens import find_special_tokens
 from text.vocabulary import read_vocabulary
 
@@ -119,13 +120,17 @@ class Tokenizer:
         offered to the model, by a template that can.
         Equal to encoding `render_chat`'s text with the full tokenizer whenever no message spells an added token.
         Raises UserError without a chat template, for messages the template cannot render and for invalid Unicode,
-        NoThinkingSwitch where a template does not offer the `thinking` asked for, and TooLong for a message of more
-        than `most` tokens, as `encode_text` does.
+        NoThinkingSwitch where a template does not offer the `thinking` asked for, and TooLong for more than `most`
+        tokens, as `encode_text` does.
         """
         switch = thinking if self._template.has_thinking_switch else None
         ids: list[int] = []
         for run in self._template.render(messages, switch, add_generation_prompt, tools)[1]:
-            ids += [run] if isinstance(run, int) else self._encode_plain(run, most)
+            left = None if most is None else max(most - len(ids), 0)
+            try:
+                ids += [run] if isinstance(run, int) else self._encode_plain(run, left)
+            except TooLong as e:
+                raise TooLong(len(ids) + e.n, most or 0, is_all=False) from None
         if self._add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)  # the checkpoint asks for one and its template leaves it to the tokenizer
         if switch is not thinking and self.starts_thinking(ids) is not thinking:

@@ -19,10 +19,7 @@ import tokenizers
 from core.errors import UserError
 from core.files import missing, read_json, read_text, stand_in
 from text.detokenizer import LETTER_BYTES
-
-
-class TooLong(UserError):
-    """A prompt of more tokens than the caller's limit."""
+from text.limits import TooLong, refuse_long
 
 
 @dataclass(frozen=True)
@@ -107,11 +104,16 @@ class JsonVocabulary:
         self.last_word = max([*texts, *self._words], default=-1)
 
     def encode(self, text: str, most: int | None = None) -> list[int]:
-        # a batch, because the library lets other threads run meanwhile only for those
-        (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=False)
+        if most is not None:
+            refuse_long(text, most, lambda piece: len(self._encode(piece)))
+        encoding = self._encode(text)
         if most is not None and len(encoding) > most:
-            raise TooLong(f"{len(encoding)} tokens, expected at most {most}")
+            raise TooLong(len(encoding), most, is_all=True)
         return encoding.ids
+
+    def _encode(self, text: str) -> tokenizers.Encoding:
+        # a batch, because the library lets other threads run meanwhile only for those
+        return self._library.encode_batch_fast([text], add_special_tokens=False)[0]
 
     def id_of(self, token: str) -> int | None:
         return self._library.token_to_id(token)
@@ -217,7 +219,7 @@ class TiktokenVocabulary:
             parts.append(self._library.encode_to_numpy(part))
             n += len(parts[-1])
             if most is not None and n > most:
-                raise TooLong(f"{n} tokens or more, expected at most {most}")
+                raise TooLong(n, most, is_all=False)
         return [token_id for part in parts for token_id in part.tolist()]
 
     def id_of(self, token: str) -> int | None:

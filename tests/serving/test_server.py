@@ -351,7 +351,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         (CHAT, chat(logprobs=3), "logprobs", "true or false"),
         (CHAT, chat(top_logprobs=3), "top_logprobs", "needs logprobs: true"),
         (CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs", "is 21, expected at most 20"),
-        (CHAT, chat(messages=[{"role": "user", "content": "x " * 2000}]), "messages", "leaves no room"),
+        (CHAT, chat(messages=[{"role": "user", "content": "x " * 2000}]), "messages", "maximum context length is 1024 tokens"),
         (CHAT, chat(prompt="x"), "prompt", "prompt is not supported"),
         (COMPLETIONS, complete(prompt=[]), "prompt", "expected from 1 to 16"),
         (COMPLETIONS, complete(prompt=["x"] * 17), "prompt", "ask for 17 answers"),
@@ -360,7 +360,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
         (COMPLETIONS, complete(prompt=[[]]), "prompt", "a prompt is empty"),
         (COMPLETIONS, complete(prompt=[1, "x"]), "prompt.1", "expected an integer"),
         (COMPLETIONS, complete(prompt={}), "prompt", "expected a string"),
-        (COMPLETIONS, complete(prompt=list(range(3, 100)) * 20), "prompt", "leaves no room"),
+        (COMPLETIONS, complete(prompt=list(range(3, 100)) * 20), "prompt", "Your prompt resulted in 1940 tokens."),
         (COMPLETIONS, complete(best_of=2), "best_of", "is not supported with the value 2"),
         (COMPLETIONS, complete(suffix="x"), "suffix", "is not supported"),
         (COMPLETIONS, complete(logprobs=True), "logprobs", "expected an integer"),
@@ -433,7 +433,7 @@ def test_errors_in_the_client(client: openai.OpenAI, demo: tuple[RunningServer, 
     with pytest.raises(openai.BadRequestError) as wrong:
         client.chat.completions.create(model="model", messages=QUESTION, extra_body={"top_k": -1})
     assert wrong.value.param == "top_k"
-    assert [model.id for model in client.models.list()] == ["model"]
+    assert [model.id for model in client.models.list()] == ["model", "another-name"]
     assert client.models.retrieve("model").max_model_len == 1024
     for method, path, status in (("GET", CHAT, 405), ("POST", "/health", 405), ("GET", "/v2", 404), ("GET", "/v1/models/x", 404)):
         found, _, said = demo[0].send(method, path)

@@ -86,7 +86,7 @@ def serving(
         running.engine_thread = engine_thread.EngineThread(
             lambda: engine, name="model", max_queue=max_queue, finish=lambda engine: None, backlog=backlog
         )
-        running.server = Server(application(running.engine_thread, "model", key, "127.0.0.1", list(origins)))
+        running.server = Server(application(running.engine_thread, ["model", "another-name"], key, "127.0.0.1", list(origins)))
         running.engine_thread.start(ready.set)
         await running.server.serve(sockets=[listener])
 
