@@ -48,7 +48,8 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, progress: bool = True) -
     copies = plan_load(model, checkpoint)
     zero_padding(model)
     total = sum(c.entry.row_bytes * (c.cut[0][1] - c.cut[0][0]) for c in copies)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress or _place(model)[0] != 0)
+    hidden = not progress or _place(model)[0] != 0 or None  # None: unless it is a terminal
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=hidden)
     with bar, Reader() as reader, Reader() as beside, torch.no_grad():  # a scale may lie in another file
         for copy in sorted(copies, key=lambda c: (c.entry.file, c.entry.start)):
             scale, zero = (beside.read(entry).float() if entry else None for entry in (copy.scale, copy.zero))

@@ -287,7 +287,7 @@ def require_hashes(folder: Path, ranks: int, share: tuple[int, int], progress: b
         raise UserError(f"{folder}: --verify needs the manifest that {WRITERS} write")
     files = [*manifest.files, *manifest.small][share[0] :: share[1]]
     total = sum(manifest.files[file]["bytes"] for file in files if file in manifest.files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=not progress) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=not progress or None) as bar:
         for file in files:
             for difference in verify_file(manifest, file, bar.update):
                 raise UserError(str(difference))

@@ -119,7 +119,7 @@ class Graphs:
         device = buffers.hidden.device
         bounds = torch.arange(0, max_num_seqs * width + 1, width, dtype=torch.int32, device=device)
         # the largest first: the smaller ones then fit into the memory it took
-        for n in tqdm(sizes(max_num_seqs)[::-1], desc=progress, unit="graph", disable=not progress):
+        for n in tqdm(sizes(max_num_seqs)[::-1], desc=progress, unit="graph", disable=not progress or None):
             self._static_inputs[n] = upload(self._pack([], [], n), torch.int64, device)
             run = partial(_forward, forward, head, self._static_inputs[n], buffers, bounds[: n + 1], width, lanes)
             self._replay[n] = capture(run)

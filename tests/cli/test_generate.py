@@ -281,7 +281,7 @@ def test_verify(run: Any, tiny: Path, tmp_path: Path) -> None:
     prompts = prompts_file(tmp_path, "hello")
     flags = ("--input-file", prompts, "--verify", "--max-new-tokens", "2", *EXACT)
     status, _, err = run("--ckpt-path", folder, *flags)
-    assert status == 0 and "verifying: 100%" in err
+    assert status == 0 and "verifying" not in err, "progress bars are for terminals"
     status, out, err = run("--ckpt-path", tiny, *flags)
     message = f"error: {tiny}: --verify needs the manifest that convert.py, fp8_cast_bf16.py and quantize.py write"
     assert (status, out, without_progress(err)) == (2, "", message)
