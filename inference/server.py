@@ -20,6 +20,7 @@ import argparse
 import asyncio
 import ipaddress
 import os
+import re
 import signal
 import socket
 import sys
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "SERVER_API_KEY"
 SHORTEST_KEY = 8
+ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(?P<port>[0-9]+))?")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -48,19 +50,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--port", type=port, default=8000, metavar="N", help="to listen on, 0 for any (default: 8000)")
     add("--api-key", metavar="KEY", help=f"clients must send it; @FILE reads it from a file (default: ${KEY_VARIABLE}, "
         "which unlike a flag other users cannot see); needed to listen on other addresses than loopback")  # fmt: skip
-    add("--allow-origin", action="append", default=[], metavar="ORIGIN",
-        help="let web pages of this origin (https://example.com) use the API; may be given several times")  # fmt: skip
+    add("--allow-origin", action="append", type=origin, default=[], metavar="ORIGIN",
+        help="let web pages of this origin (https://example.com, or '*' for any) use the API; may be given several "
+        "times")  # fmt: skip
     add("--model-name", action="append", metavar="NAME", help="what clients call the model (default: the checkpoint "
         "directory's name); may be given several times")  # fmt: skip
     add("--max-queue", type=positive, default=256, metavar="N", help="requests that may wait (default: 256)")
     add("--drain-seconds", type=float, default=20.0, metavar="S",
         help="time running answers have to finish when the server is told to end (default: 20); torchrun gives them "
         "30 at most, unless its --shutdown-timeout says otherwise")  # fmt: skip
+    add("--keep-alive-seconds", type=float, default=120.0, metavar="S",
+        help="what a connection is kept open between two requests; more than the clients, or a proxy in front of "
+        "the server, keep theirs (default: 120)")  # fmt: skip
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info",
+        help="info has a line for each request (default: info)")  # fmt: skip
     add_engine_flags(parser, *SERVER_FLAGS)
     options = parser.parse_args(arguments)
     options.api_key = read_key(options.api_key or os.environ.get(KEY_VARIABLE) or None)
     if not 0 <= options.drain_seconds <= 86400:
         parser.error(f"--drain-seconds is {options.drain_seconds}, expected from 0 to a day")
+    if not 1 <= options.keep_alive_seconds <= 86400:
+        parser.error(f"--keep-alive-seconds is {options.keep_alive_seconds}, expected from 1 to a day")
     if not is_loopback(options.host) and options.api_key is None:
         parser.error(f"--host {options.host} lets other machines in: that needs --api-key")
     options.model_name = options.model_name or [Path(options.ckpt_path).resolve().name]
@@ -73,6 +83,21 @@ def port(text: str) -> int:
     if not 0 <= (value := int(text)) < 65536:
         raise argparse.ArgumentTypeError(f"{text} is no port")
     return value
+
+
+def origin(text: str) -> str:
+    """A web page's origin as its browser writes it: scheme, host, and port unless it is the scheme's own."""
+    if text in ("*", "null"):
+        return text
+    found = ORIGIN.fullmatch(text.lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!a} is no origin, such as https://example.com or "
+                                         "http://localhost:3000, without a path or a slash at the end")  # fmt: skip
+    if (found["scheme"], found["port"]) in (("http", "80"), ("https", "443")):
+        raise argparse.ArgumentTypeError(f"{text!a}: browsers leave the port {found['port']} out of an origin")
+    if found["port"]:
+        port(found["port"])
+    return found[0]
 
 
 def read_key(given: str | None) -> str | None:

@@ -3,36 +3,54 @@
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from core import PROGRAM_VERSION
+from serving.access import AccessLog
 from serving.auth import Guard, error_response
-from serving.engine_thread import Answer, EngineThread
-from serving.errors import ApiError, busy
+from serving.bodies import Bodies
+from serving.engine_thread import EngineThread
+from serving.errors import ApiError
 from serving.page_files import page_response, page_settings
 from serving.plan import Plan, Served, check_model, plan_chat, plan_completion, read_json
 from serving.responses import Reply
+from serving.streams import Streamed, token_counts, until_gone
 from text.parser import tool_style
 
-MAX_BODY = 16 << 20  # bytes of a request: a million characters, each escaped
-MAX_BODIES = 16 * MAX_BODY  # of all requests that are being read, in part or whole, and are not token ids yet
-BODY_SECONDS = 60.0  # a body may take to arrive
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+T = TypeVar("T")
+PREFIXES = ("/v1", "", "/beta")  # of the API's routes: what clients' base URLs end with
+EXPOSED = ["x-request-id", "retry-after"]  # headers that a web page of another origin may read
 
 
 def application(
     engine_thread: EngineThread, names: list[str], key: str | None, host: str, origins: list[str]
 ) -> ASGIApp:
-    """The ASGI application, with every route behind Guard."""
+    """The ASGI application, with every route behind Guard. `origins`: of web pages that may use it, "*" for any."""
     routes = Routes(engine_thread, names)
+    api = {
+        "/chat/completions": ("POST", routes.chat),
+        "/completions": ("POST", routes.completions),
+        "/models": ("GET", routes.models),
+        "/models/{model:path}": ("GET", routes.model),
+    }
+    others = {
+        "/health": ("GET", routes.health),
+        "/version": ("GET", routes.version),
+        "/metrics": ("GET", routes.metrics),
+        "/": ("GET", routes.page),
+        "/page/settings.json": ("GET", routes.page_settings),
+        "/page/{name:path}": ("GET", routes.page),
+    }
+    known = ", ".join([f"{method} {PREFIXES[0]}{path}" for path, (method, _) in api.items()]
+                      + [f"{method} {path}" for path, (method, _) in others.items()])  # fmt: skip
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -41,34 +59,41 @@ def application(
     async def no_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         headers = dict(error.headers or {})
-        said = {404: "there is no such route", 405: "this route knows other methods"}.get(error.status_code, "")
-        return error_response(ApiError(said or error.detail, status=error.status_code, headers=headers))
+        asked = f"{request.method} {request.url.path}"
+        says = {404: f"there is no route {asked[:200]}; there are {known}",
+                405: f"{asked[:200]}: this route takes {headers.get('Allow')}"}  # fmt: skip
+        message = says.get(error.status_code, error.detail)
+        return error_response(ApiError(message, status=error.status_code, headers=headers))
 
     async def failed(request: Request, error: Exception) -> Response:
         return error_response(ApiError("the server has a bug; its log says more", status=500, kind="server_error"))
 
     app: ASGIApp = Starlette(
         routes=[
-            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
-            Route("/v1/completions", routes.completions, methods=["POST"]),
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{model:path}", routes.model),
-            Route("/health", routes.health),
-            Route("/version", routes.version),
-            Route("/metrics", routes.metrics),
-            Route("/", routes.page),
-            Route("/page/settings.json", routes.page_settings),
-            Route("/page/{name:path}", routes.page),
+            Route(prefix + path, handler, methods=[method])
+            for table, prefixes in ((api, PREFIXES), (others, ("",)))
+            for path, (method, handler) in table.items()
+            for prefix in prefixes
         ],
         exception_handlers={ApiError: refused, HTTPException: no_route, Exception: failed},
     )
     app.router.redirect_slashes = False  # type: ignore[attr-defined]
     local = {"localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host.lower()}
-    app = Guard(app, key, local, {origin.lower() for origin in origins})
+    app = Guard(without_trailing_slash(app), key, local, origins)
     if origins:  # outside Guard: a browser's preflight request carries no key
-        app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"],
-                             allow_headers=["Authorization", "Content-Type"])  # fmt: skip
-    return app
+        app = CORSMiddleware(app, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"],
+                             expose_headers=EXPOSED, allow_private_network=True)  # fmt: skip
+    return AccessLog(app)
+
+
+def without_trailing_slash(app: ASGIApp) -> ASGIApp:
+    """The application for a path that ends with a slash as for the same without."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["path"] = scope["path"].removesuffix("/") or "/"
+        await app(scope, receive, send)
+
+    return call
 
 
 class Routes:
@@ -77,7 +102,7 @@ class Routes:
     def __init__(self, engine_thread: EngineThread, names: list[str]):
         self.engine_thread, self.names = engine_thread, names
         self._served: Served | None = None
-        self._n_bytes = 0  # of bodies that are being read
+        self._bodies = Bodies()
 
     @property
     def served(self) -> Served:
@@ -135,41 +160,24 @@ class Routes:
     async def _answer(self, request: Request, plan_request: Callable[[dict[str, Any], Served], Plan]) -> Response:
         arrived, served = time.monotonic(), self.served
         self.engine_thread.admit()
-        raw = bytearray()
         try:
-            await self._read(request, raw)
-            plan = await self.engine_thread.prepare(lambda: plan_request(read_json(raw), served), len(raw))
+            plan = await self._prepare(request, lambda data: plan_request(data, served))
         except ClientDisconnect:
             return Response(status_code=400)
-        finally:
-            self._n_bytes -= len(raw)
         answer = self.engine_thread.submit(plan, arrived)
         reply = Reply(answer, served)
         if plan.body.stream:
-            return Streamed(self.engine_thread, answer, reply)
+            return Streamed(self.engine_thread, answer, reply.events())
         try:
             return await self._whole(reply, request.receive)
         finally:
+            request.scope["tokens"] = token_counts(answer)
             self.engine_thread.close(answer)
 
-    async def _read(self, request: Request, body: bytearray) -> None:
-        """Appends the request's body to `body`. Raises ApiError as soon as it is too long, too slow or too much beside
-        all others, and ClientDisconnect."""
-        too_long = ApiError(f"the body has more than {MAX_BODY} bytes", status=413)
-        announced = request.headers.get("content-length", "0")
-        if announced.isdigit() and int(announced) > MAX_BODY:
-            raise too_long
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                async for part in request.stream():
-                    if len(body) + len(part) > MAX_BODY:
-                        raise too_long
-                    if self._n_bytes + len(part) > MAX_BODIES:
-                        raise busy(f"{self._n_bytes} bytes of requests are being read already")
-                    body += part
-                    self._n_bytes += len(part)
-        except TimeoutError:
-            raise ApiError("the body did not come in time", status=408) from None
+    async def _prepare(self, request: Request, work: Callable[[dict[str, Any]], T]) -> T:
+        """What `work` makes of the body's JSON, on another thread. Raises ApiError and ClientDisconnect."""
+        async with self._bodies.read(request) as raw:
+            return await self.engine_thread.prepare(lambda: work(read_json(raw)), len(raw))
 
     async def _whole(self, reply: Reply, receive: Receive) -> Response:
         """The answer in one piece, unless the client goes away meanwhile."""
@@ -181,22 +189,3 @@ class Routes:
         finally:
             work.cancel()
             gone.cancel()
-
-
-async def until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-class Streamed(StreamingResponse):
-    """Server-sent events. However they end, the answer is closed."""
-
-    def __init__(self, engine_thread: EngineThread, answer: Answer, reply: Reply):
-        super().__init__(reply.events(), headers=STREAM_HEADERS, media_type="text/event-stream")
-        self._engine_thread, self._answer = engine_thread, answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._engine_thread.close(self._answer)

@@ -79,7 +79,7 @@ def page_settings(served: Served) -> dict[str, Any]:
     """What the page has to know of the model. `examples` is empty where its directory has no example_prompts.txt."""
     defaults = served.defaults
     return {
-        "model": served.name,
+        "model": served.names[0],
         "context": served.context,
         "temperature": defaults.temperature,
         "thinking_switch": served.tokenizer.has_thinking_switch,

@@ -34,7 +34,7 @@ MUTANTS = (
      "if len(host) != 1 or without_port(host[0]) not in self.hosts:",
      "if False:",
      "serving/test_server.py::test_without_a_key_only_this_machine_by_name", "a web page whose name points here may ask"),
-    ("server-bodies-unbounded", "serving/app.py",
+    ("server-bodies-unbounded", "serving/bodies.py",
      "if self._n_bytes + len(part) > MAX_BODIES:",
      "if False:",
      "serving/test_server.py::test_bodies_are_bounded_together", "bodies fill the memory"),

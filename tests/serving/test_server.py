@@ -35,7 +35,7 @@ from core.sampling_params import SamplingParams
 from engine import sampler
 from engine.engine import Engine
 from parallel.group import SOLO
-from serving import app
+from serving import bodies
 from serving.accepted import IGNORED, OFF
 from serving.schema import ChatBody, CompletionBody
 from serving.serve import serve
@@ -385,7 +385,7 @@ def test_refused_fields(demo: tuple[RunningServer, Engine], path: str, body: dic
         (b"", 400, "not JSON that can be read"),
         (b"\xff", 400, "not JSON that can be read"),
         (b"[]", 400, "not a JSON object"),
-        (b" " * (app.MAX_BODY + 1), 413, "has more than"),
+        (b" " * (bodies.MAX_BODY + 1), 413, "has more than"),
         (b'{"messages": [{"role": "user", "content": "x"%s}]}' % b"".join(b', "k%d": 1' % i for i in range(90_000)), 400, "has 90002 fields"),
     ],
     ids=lambda value: str(value)[:20],
@@ -401,7 +401,7 @@ def test_body_without_a_length(demo: tuple[RunningServer, Engine]) -> None:
     client.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n" % CHAT.encode())
     part = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
     with contextlib.suppress(ConnectionError):
-        for _ in range(app.MAX_BODY // 0x100000 + 40):
+        for _ in range(bodies.MAX_BODY // 0x100000 + 40):
             client.sendall(part)
     assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
     client.close()
@@ -409,7 +409,7 @@ def test_body_without_a_length(demo: tuple[RunningServer, Engine]) -> None:
 
 def test_bodies_are_bounded_together(tiny: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has come of requests that are still being sent counts; when one is given up, its bytes are free again."""
-    monkeypatch.setattr(app, "MAX_BODIES", 1000)
+    monkeypatch.setattr(bodies, "MAX_BODIES", 1000)
     with serving(again(tiny)) as running:
         slow = socket.create_connection(("127.0.0.1", running.port), timeout=GENEROUS)
         slow.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2000\r\n\r\n" % CHAT.encode() + b" " * 900)

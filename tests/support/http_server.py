@@ -14,6 +14,7 @@ import server
 from engine.engine import Engine
 from serving import engine_thread
 from serving.app import application
+from serving.connections import Limits
 from serving.serve import Server
 
 GENEROUS = 60.0  # seconds that something may take on a busy machine
@@ -75,7 +76,7 @@ def await_that(condition: Callable[[], Any], what: str, within: float = GENEROUS
 @contextlib.contextmanager
 def serving(
     engine: Engine, *, key: str | None = None, max_queue: int = 64, backlog: int = engine_thread.BACKLOG,
-    origins: tuple[str, ...] = (),
+    origins: tuple[str, ...] = (), limits: Limits | None = None,
 ) -> Iterator[RunningServer]:  # fmt: skip
     listener = server.listen("127.0.0.1", 0)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 14)  # what the system keeps of a slow reader's
@@ -86,7 +87,8 @@ def serving(
         running.engine_thread = engine_thread.EngineThread(
             lambda: engine, name="model", max_queue=max_queue, finish=lambda engine: None, backlog=backlog
         )
-        running.server = Server(application(running.engine_thread, ["model", "another-name"], key, "127.0.0.1", list(origins)))
+        app = application(running.engine_thread, ["model", "another-name"], key, "127.0.0.1", list(origins))
+        running.server = Server(app, limits=limits)
         running.engine_thread.start(ready.set)
         await running.server.serve(sockets=[listener])
 
