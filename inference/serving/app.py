@@ -22,7 +22,10 @@ from serving.errors import ApiError
 from serving.page_files import page_response, page_settings
 from serving.plan import Plan, Served, check_model, plan_chat, plan_completion, read_json
 from serving.responses import Reply
+from serving.responses_events import ResponsesReply
+from serving.responses_request import plan_response
 from serving.streams import Streamed, token_counts, until_gone
+from serving.tokens import detokenize, tokenize
 from text.parser import tool_style
 
 T = TypeVar("T")
@@ -38,6 +41,9 @@ def application(
     api = {
         "/chat/completions": ("POST", routes.chat),
         "/completions": ("POST", routes.completions),
+        "/responses": ("POST", routes.responses),
+        "/tokenize": ("POST", routes.tokenize),
+        "/detokenize": ("POST", routes.detokenize),
         "/models": ("GET", routes.models),
         "/models/{model:path}": ("GET", routes.model),
     }
@@ -157,7 +163,27 @@ class Routes:
     async def completions(self, request: Request) -> Response:
         return await self._answer(request, plan_completion)
 
-    async def _answer(self, request: Request, plan_request: Callable[[dict[str, Any], Served], Plan]) -> Response:
+    async def responses(self, request: Request) -> Response:
+        return await self._answer(request, plan_response, ResponsesReply)
+
+    async def tokenize(self, request: Request) -> Response:
+        return await self._at_once(request, tokenize)
+
+    async def detokenize(self, request: Request) -> Response:
+        return await self._at_once(request, detokenize)
+
+    async def _at_once(
+        self, request: Request, answer: Callable[[dict[str, Any], Served], dict[str, Any]]
+    ) -> Response:  # fmt: skip
+        """What needs no engine."""
+        served = self.served
+        try:
+            return JSONResponse(await self._prepare(request, lambda data: answer(data, served)))
+        except ClientDisconnect:
+            return Response(status_code=400)
+
+    async def _answer(self, request: Request, plan_request: Callable[[dict[str, Any], Served], Plan],
+                      kind: type[Reply] = Reply) -> Response:  # fmt: skip
         arrived, served = time.monotonic(), self.served
         self.engine_thread.admit()
         try:
@@ -165,7 +191,7 @@ class Routes:
         except ClientDisconnect:
             return Response(status_code=400)
         answer = self.engine_thread.submit(plan, arrived)
-        reply = Reply(answer, served)
+        reply = kind(answer, served)
         if plan.body.stream:
             return Streamed(self.engine_thread, answer, reply.events())
         try:

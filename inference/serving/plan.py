@@ -47,6 +47,7 @@ class Plan:
     prompts: list[list[int]]
     params: SamplingParams
     chat: ChatFormat | None = None  # of a conversation
+    asked: dict[str, Any] | None = None  # the body of /v1/responses that `body` was made of
 
     @property
     def choices(self) -> list[tuple[int, int]]:
@@ -54,9 +55,16 @@ class Plan:
         return [(i, c) for i in range(len(self.prompts)) for c in range(self.params.n)]
 
 
-def plan_chat(data: dict[str, Any], served: Served) -> Plan:
-    """Raises ApiError."""
+def plan_chat(data: dict[str, Any], served: Served, asked: dict[str, Any] | None = None) -> Plan:
+    """`asked`: Plan's. Raises ApiError."""
     body = read_body(ChatBody, data, served)
+    prompt = encode_messages(body, served)
+    params = sampling_params(body, served, [prompt], "messages")
+    return Plan(body, [prompt], params, ChatFormat(served.tool_style, body.offers_tools), asked)
+
+
+def encode_messages(body: ChatBody, served: Served, add_generation_prompt: bool = True) -> list[int]:
+    """The prompt of a conversation. Raises ApiError."""
     if not served.tokenizer.has_chat_template:
         raise ApiError("this checkpoint has no chat template, so no conversations; /v1/completions continues texts")
     thinking, says_thinking = body.wants_thinking
@@ -69,15 +77,14 @@ def plan_chat(data: dict[str, Any], served: Served) -> Plan:
                        "chat_template.jinja beside its weights that does would be used instead", "tools")  # fmt: skip
     try:
         messages = [message.for_template for message in body.messages]
-        prompt = served.tokenizer.encode_chat(messages, thinking=thinking, tools=tools, most=served.context)
+        return served.tokenizer.encode_chat(messages, thinking=thinking, tools=tools, most=served.context,
+                                            add_generation_prompt=add_generation_prompt)  # fmt: skip
     except TooLong as e:
         raise too_long("messages", served, e.n, e.is_all) from None
     except NoThinkingSwitch as e:
         raise ApiError(str(e), says_thinking) from None
     except UserError as e:
         raise ApiError(str(e), "messages") from None
-    params = sampling_params(body, served, [prompt], "messages")
-    return Plan(body, [prompt], params, ChatFormat(served.tool_style, body.offers_tools))
 
 
 def plan_completion(data: dict[str, Any], served: Served) -> Plan:

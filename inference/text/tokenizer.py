@@ -86,12 +86,13 @@ class Tokenizer:
 
     # ---------------------------------------------------------------- text to ids
 
-    def encode_text(self, text: str, most: int | None = None) -> list[int]:
-        """A raw completion prompt: `text` without control tokens, and around it what the tokenizer itself puts there,
-        as its post-processor or `add_bos_token` says. Raises UserError for invalid Unicode, and TooLong for a text of
-        more than `most` tokens, without making a list of them."""
+    def encode_text(self, text: str, most: int | None = None, alone: bool = False) -> list[int]:
+        """A raw completion prompt: `text` without control tokens, and around it, unless it is to be `alone`, what the
+        tokenizer itself puts there, as its post-processor or `add_bos_token` says. Raises UserError for invalid
+        Unicode, and TooLong for a text of more than `most` tokens, without making a list of them."""
         require_unicode(text, "the prompt")
-        return [*self._before, *self._encode_plain(text, most), *self._after]
+        ids = self._encode_plain(text, most)
+        return ids if alone else [*self._before, *ids, *self._after]
 
     def encode_infill(self, prefix: str, suffix: str, most: int | None = None) -> list[int]:
         """The prompt for the text between `prefix` and `suffix`, in the order that DeepSeek-V3 was trained with:
