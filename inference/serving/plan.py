@@ -173,11 +173,11 @@ def check_size(data: dict[str, Any]) -> None:
 
 
 def too_long(source: str, served: Served, n: int, is_all: bool = True) -> ApiError:
-    """The refusal of a prompt of `n` tokens or, unless that is all, more. Clients shorten conversations when they find
-    its code, or the words of OpenAI's "maximum context length is … tokens" and "resulted in … tokens"."""
+    """The refusal of a prompt of `n` tokens or, unless that is all, more. Clients shorten a conversation when they find
+    its code, LangChain in the message, or OpenAI's words "maximum context length is … tokens", "resulted in …"."""
+    code, more = "context_length_exceeded", "" if is_all else " or more"
     return ApiError(f"This model's maximum context length is {served.context} tokens, of the prompt and its answer "
-                    f"together. Your {source} resulted in {n} tokens{'' if is_all else ' or more'}.", source,
-                    code="context_length_exceeded")  # fmt: skip
+                    f"together. Your {source} resulted in {n} tokens{more} ({code}).", source, code=code)  # fmt: skip
 
 
 def sampling_params(body: Sampled, served: Served, prompts: list[list[int]], source: str) -> SamplingParams:

@@ -76,7 +76,7 @@ def test_words_that_clients_know(tiny: Engine) -> None:
                 error = said["error"]
                 assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", field)
                 assert error["message"].startswith("This model's maximum context length is 512 tokens")
-                assert re.search(rf"Your {field} resulted in \d+ tokens(?: or more)?\.$", error["message"])
+                assert re.search(rf"Your {field} resulted in \d+ tokens(?: or more)? \(context_length_exceeded\)\.$", error["message"])
 
 
 def test_short_prompts_pass_long_ones(tiny: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
