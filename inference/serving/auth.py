@@ -55,7 +55,8 @@ class Guard:
         elif scope["raw_path"] != b"/health":
             kind, secret = credentials(headers.get(b"authorization", []))
             if not hmac.compare_digest(secret, self.key):
-                browser = scope["raw_path"] == b"/"
+                path = scope["raw_path"]  # the page's files are asked for by the browser itself
+                browser = path == b"/" or (path.startswith(b"/page/") and not path.endswith(b".json"))
                 challenge = 'Basic realm="API key as password", charset="UTF-8"' if browser else "Bearer"
                 raise ApiError("the API key is missing or wrong", status=401, code="invalid_api_key",
                               headers={"WWW-Authenticate": challenge})  # fmt: skip

@@ -30,14 +30,14 @@ sys.exit(main())
 
 
 def test_every_mutant_is_one():
-    """Each text to replace is there exactly once, what comes of it is Python or C, and no two come to the same."""
+    """Each text to replace is there exactly once, what comes of Python or C is still that, and no two come to the same."""
     found = Counter()
     for mutant in MUTANTS:
         broken = mutant.apply((ROOT / "inference" / mutant.file).read_text())
         assert mutant.old != mutant.new, f"{mutant.name} changes nothing"
         if mutant.file.endswith(".py"):
             compile(broken, mutant.file, "exec")
-        elif kernel_cpu.library() is not None:
+        elif mutant.file.endswith(".c") and kernel_cpu.library() is not None:
             command = [*kernel_cpu.compilers()[0], *kernel_cpu.FLAGS, "-fsyntax-only", "-x", "c", "-"]
             done = run_within(60, command, input=broken)
             assert done.returncode == 0, (mutant.name, done.stderr)

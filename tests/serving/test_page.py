@@ -226,6 +226,22 @@ def test_the_key_is_asked_for(page: Page, server: Scripted) -> None:
     assert all("401" in said for said in page.complaints)
 
 
+def test_the_servers_key_as_a_password(page: Page) -> None:
+    """As the browser asks for it: the page's files and what it asks for need nothing more."""
+    engine = Engine.from_pretrained(DEMO, dtype="float32", max_model_len=256, n_pages=8)
+    engine.default_params = replace(engine.default_params, temperature=0.0)
+    with serving(engine, key="secret-key") as running:
+        page.browser.get_log("browser")
+        page.browser.get(running.url.replace("//", "//anybody:secret-key@"))
+        page.until(lambda: page.text("#model") == "model", "the model's name")
+        page.ask("What is 347 + 285?")
+        page.until(lambda: page.shown(".figures"), "an answer")
+        page.idle()
+        assert page.text(".said") == "632" and not page.shown("#key") and not page.complaints
+        assert page.run("return getComputedStyle(document.body).display") == "flex", "the style has loaded"
+        page.browser.get("about:blank")
+
+
 def test_the_model_may_still_load(page: Page, server: Scripted) -> None:
     server.loading = True
     page.open(server.url)
@@ -487,8 +503,15 @@ def test_two_tabs_lose_nothing_of_each_other(page: Page, server: Scripted) -> No
     page.ask("from the first")
     server.answer("C")
     page.idle()
+    page.run("""const key = Object.keys(localStorage).find(k => k.startsWith('chat:')), kept = JSON.parse(localStorage[key]);
+        kept.messages.push({ id: 'another', parent: null, role: 'user', content: 'unseen' });
+        localStorage[key] = JSON.stringify(kept);""")  # without the event that tells the page
+    page.ask("at last")
+    server.answer("D")
+    page.idle()
     [kept] = page.stored()
-    assert {m["content"] for m in kept["messages"]} == {"q", "A", "from the second", "B", "from the first", "C"}
+    contents = {message["content"] for message in kept["messages"]}
+    assert contents == {"q", "A", "from the second", "B", "from the first", "C", "unseen", "at last", "D"}
 
 
 def described(tree: dict[str, Any]) -> list[tuple[str, str]]:
@@ -614,7 +637,7 @@ def test_the_keyboard_alone(page: Page, server: Scripted) -> None:
     assert names[::-1][:4] == ["Copy message", "Edit message", "Copy code", "ls"]
 
 
-@pytest.mark.parametrize("width", [320, 390, 768, 1024, 1920])
+@pytest.mark.parametrize("width", [320, 390, 1024, *(pytest.param(n, marks=pytest.mark.trust) for n in (768, 1920))])
 def test_every_width(page: Page, server: Scripted, width: int) -> None:
     """Nothing is cut off or wider than the page, and everything can be touched."""
     server.model |= EVERYTHING

@@ -85,4 +85,6 @@ def test_routes(key: str | None) -> None:
             assert running.send("GET", path)[0] == 404
         if key:
             running.key = None
-            assert running.send("GET", "/page/main.js")[0] == running.send("GET", "/page/settings.json")[0] == 401
+            for path, challenge in [("/page/main.js", "Basic"), ("/page/settings.json", "Bearer")]:
+                status, headers, _ = running.send("GET", path)
+                assert status == 401 and headers["www-authenticate"].startswith(challenge)  # the page itself asks for its key

@@ -4,10 +4,13 @@ import { $, download, iconButton, make } from "./dom.js";
 import * as store from "./store.js";
 
 let act = null;  // {open(id), removed(id, undo), notify}
+let drawn = "";
 const narrow = matchMedia("(max-width: 63.99rem)");
 
 export function drawSide(current) {
-  const kept = store.list();
+  const kept = store.list(), now = JSON.stringify([current, kept.map(({ id, title }) => [id, title])]);
+  if (now === drawn) return;  // what has the focus keeps it
+  drawn = now;
   $("list").replaceChildren(...kept.map(({ id, title }) => {
     const name = title || "Untitled";
     const open = make("button", { type: "button", className: "title", textContent: name, title: name });
