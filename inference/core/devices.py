@@ -121,7 +121,7 @@ def copies_later(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+def upload(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """Numbers of the host as a tensor on a device. From pinned memory, as a GPU has the host wait for any other; torch
     gives that memory to nobody else before it has been read."""
     later = copies_later(device)

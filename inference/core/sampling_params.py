@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core.answer_format import AnswerFormat
 from core.errors import UserError
 from core.files import read_json
 
@@ -15,8 +16,8 @@ class SamplingParams:
 
     repetition_penalty divides (multiplies, if negative) the logits of tokens in prompt and answer (CTRL, arXiv
     1909.05858, section 4.1); presence_penalty and frequency_penalty are subtracted for tokens in the answer, once and
-    per occurrence. logit_bias is added. top_k, top_p and min_p then cut the distribution in this order;
-    min_p drops tokens less likely than that part of the likeliest.
+    per occurrence. logit_bias is added, and tokens that answer_format does not allow are left out. top_k, top_p and
+    min_p then cut the distribution in this order; min_p drops tokens less likely than that part of the likeliest.
     """
 
     max_new_tokens: int = 200  # 0, where prompt_logprobs are asked for: the prompt is scored and not gone on with
@@ -35,6 +36,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     n: int = 1  # answers to each prompt
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
+    answer_format: AnswerFormat | None = None  # what the answer is held to; needs a tokenizer
 
     def __post_init__(self) -> None:
         for name, ok, wanted in (
@@ -57,6 +59,11 @@ class SamplingParams:
         ):  # fmt: skip
             if not ok:
                 raise UserError(f"{name} is {getattr(self, name)}, expected {wanted}")
+        if self.answer_format is not None:
+            for name in ("stop", "stop_token_ids", "ignore_eos"):
+                if getattr(self, name):
+                    raise UserError(f"{name} cannot be combined with a format that the answer is held to: it would end "
+                                    "the answer elsewhere")  # fmt: skip
 
     @property
     def changes_logits(self) -> bool:
@@ -69,6 +76,8 @@ class SamplingParams:
         """From what `dataclasses.asdict` makes of some, through JSON."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in said.items()}
         fields["logit_bias"] = tuple((token, bias) for token, bias in said["logit_bias"])
+        if said["answer_format"] is not None:
+            fields["answer_format"] = AnswerFormat.from_json(said["answer_format"])
         return cls(**fields)
 
     def check_vocabulary(self, vocab_size: int) -> None:

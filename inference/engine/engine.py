@@ -9,6 +9,7 @@ each samples its lane's sequences, and reports to rank 0 (lanes.py).
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from core.errors import UserError, describe
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import setup
+from engine.constraint import Constraints
 from engine.exchange import STOP, unpack
 from engine.graphs import Capture, cuda_capture, records
 from engine.lanes import Dispatcher, LaneState, add_stats, apply_reports, decode_request
@@ -25,7 +27,7 @@ from engine.microbatches import Microbatches
 from engine.registry import RequestRegistry
 from engine.request import Prompt, Request, encode, is_conversation
 from engine.runner import ModelRunner
-from engine.sampler import Sampled, Sampler
+from engine.sampler import Sampled, Sampler, isolate_request_errors
 from engine.sampling import Scores
 from engine.scheduler import Chunk, Scheduler, Sequence
 from engine.stats import Stats
@@ -33,6 +35,7 @@ from engine.step_rows import StepRows
 from model import Transformer
 from parallel.group import SOLO, Group
 from text.parser import ChatFormat
+from text.grammar import Grammar
 from text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -74,6 +77,7 @@ class Engine:
         self.run = run = setup.size_cache(run, model, capture is not None, pp)
         assert run.n_pages is not None and run.max_model_len is not None
         self.mtp, self.max_model_len = run.mtp, run.max_model_len
+        self.constraints = None if tokenizer is None else Constraints(tokenizer, model.args.vocab_size)
         no_states = torch.empty(0, model.args.dim, dtype=model.num.dtype, device=model.device)
         self.microbatches = Microbatches(run, pp, no_states)
         self.runner = ModelRunner(model, self.microbatches.config, capture, progress and self.world.rank == 0)
@@ -136,12 +140,13 @@ class Engine:
         choice: int = 0,
         thinking: bool | None = None,
         chat: ChatFormat | None = None,
+        grammar: Grammar | None = None,
     ) -> Request:
         """Queues a prompt. One that cannot be answered comes back finished, with `error` set; no other is affected.
 
         `id` and `choice` key the random numbers: the same (seed, id, choice) draws the same ones in any batch.
         `thinking` is for templates that can switch it (see Tokenizer.encode_chat); `chat` says that token ids are those
-        of a conversation, and how its answer is read.
+        of a conversation, and how its answer is read; `grammar`, the params' answer_format compiled, saves time here.
         """
         request = Request(self._next_id if id is None else id, [], params or self.default_params, choice)
         request.chat = ChatFormat() if chat is None and is_conversation(prompt) else chat
@@ -157,12 +162,20 @@ class Engine:
             if self.tokenizer:
                 request.detokenizer = self.tokenizer.stream()
                 request.opens_thinking = self.tokenizer.starts_thinking(request.prompt)
+            self._constrain(request, grammar)
         except Exception as e:  # internal errors fail this request only
             request.finish_reason, request.error = "error", describe(e)
             return request
         self._stats.prompt += len(request.prompt)
         self.registry.queue(request, min(len(request.prompt) + request.params.max_new_tokens, self.max_model_len))
         return request
+
+    def _constrain(self, request: Request, grammar: Grammar | None = None) -> None:
+        """Holds a request to its params' answer_format. Raises UserError where that is not possible."""
+        if request.params.answer_format is not None:
+            if self.constraints is None:
+                raise UserError("answer_format needs a tokenizer")
+            request.constraint = self.constraints.constraint(request, grammar)
 
     def cancel(self, request: Request) -> None:
         """Ends a request; it is finished, as "cancelled" (or "error", if it has one), after the next step."""
@@ -324,7 +337,11 @@ class Engine:
                 self._sequences[a.id] = sequence
                 self.microbatches.add(sequence)
                 if lane > 0 and self.tp.rank == 0:
-                    self.registry.keep(a.id, decode_request(a.about, list(a.prompt), self.tokenizer))
+                    request = decode_request(a.about, list(a.prompt), self.tokenizer)
+                    self.registry.keep(a.id, request)
+                    isolate_request_errors(request, partial(self._constrain, request))
+                    if request.error:
+                        self.cancel(request)
         return gone
 
     def _remove_cancelled(self) -> list[Request]:

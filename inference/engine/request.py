@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from core.errors import UserError
 from core.sampling_params import SamplingParams
+from engine.constraint import Constraint
 from engine.sampling import Draft, Logprob
 from text.detokenizer import Detokenizer
 from text.parser import ChatFormat, ChatParser, Content, Reasoning
@@ -47,6 +48,7 @@ class Request:
     prompt_logprobs: list[Logprob] = field(default_factory=list)  # of each prompt token but the first
     draft: Draft = field(default_factory=Draft, repr=False)
     chat: ChatFormat | None = None  # of the answer to a conversation; None: a text goes on
+    constraint: Constraint | None = field(default=None, repr=False)  # of params.answer_format, where it is sampled
     detokenizer: Detokenizer | None = field(default=None, repr=False)  # None: no tokenizer, and no text
     hit_stop: bool = False  # a stop text ended the text; nothing follows it
     _pending: list[TokenEvent] = field(default_factory=list, repr=False)  # their text may begin a stop text

@@ -156,7 +156,8 @@ class Sampler:
 
     def _sampling_state(self, sequence: Sequence, draft: Draft) -> SamplingState:
         request = self.requests[sequence.id]
-        return SamplingState(request.params, request.rng_key, sequence.tokens, len(request.prompt), draft, self.noise)
+        return SamplingState(request.params, request.rng_key, sequence.tokens, len(request.prompt), draft, self.noise,
+                             request.constraint)  # fmt: skip
 
 
 def _row(scores: Scores, first: int, i: int) -> torch.Tensor:

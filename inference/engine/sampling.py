@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from core.devices import select, upload
 from core.sampling_params import SamplingParams
+from engine.constraint import Constraint, Mask
 from engine.noise import ACCEPT, DRAFT, SAMPLE, Noise, uniform
 
 
@@ -171,6 +173,18 @@ class SamplingState:
     n_prompt: int
     draft: Draft = field(default_factory=Draft)  # of what follows
     noise: Noise | None = field(default=None, repr=False)  # where numbers made ahead are kept; None: they are not
+    constraint: Constraint | None = None  # of an answer that is held to a format
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether it is not the model's logits that are sampled from."""
+        return self.params.changes_logits or self.constraint is not None
+
+    def mask(self, n_drafts: int) -> Mask | None:
+        """What may come after `n_drafts` drafts; None for anything."""
+        if self.constraint is None:
+            return None
+        return self.constraint.mask(self.tokens, self.n_prompt, self.draft.tokens[:n_drafts])
 
     def penalised(self, logits: torch.Tensor, n_drafts: int) -> torch.Tensor:
         """One row of logits (V,), after `n_drafts` drafts, with penalties and biases."""
@@ -184,6 +198,29 @@ def uniforms(rows: Sequence[tuple[SamplingState, int]], use: int) -> list[float]
     wanted = [(state.params.seed, state.rng_key, len(state.tokens) + n_drafts) for state, n_drafts in rows]
     noise = rows[0][0].noise if rows else None
     return noise.of(wanted, use) if noise is not None else [uniform(*one, use) for one in wanted]
+
+
+def adjusted(logits: torch.Tensor, rows: Sequence[tuple[SamplingState, int]]) -> torch.Tensor:
+    """Logits (rows, V), each row after so many of its request's drafts, as they are sampled from: with penalties and
+    biases, and -inf for what a request's format does not allow."""
+    if any(state.params.changes_logits for state, _ in rows):
+        logits = torch.stack([state.penalised(row, i) for row, (state, i) in zip(logits, rows, strict=True)])
+    masks = {n: mask for n, (state, i) in enumerate(rows) if (mask := state.mask(i)) is not None}
+    if masks:
+        packed = upload(np.stack(list(masks.values())), torch.uint8, logits.device)
+        held = select(logits, list(masks))
+        left_out = ~unpack_bits(packed, logits.shape[1]) & is_finite(held).unsqueeze(-1)  # a mask hides no NaN
+        held = held.masked_fill(left_out, -torch.inf)
+        whole = len(masks) == len(rows)
+        logits = held if whole else logits.index_copy(0, upload(list(masks), torch.int64, logits.device), held)
+    return logits
+
+
+def unpack_bits(packed: torch.Tensor, n: int) -> torch.Tensor:
+    """The first n bits of each row of packed (rows, ceil(n / 8) or more), uint8, the lowest of a byte first: (rows, n),
+    bool."""
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> bits) & 1).bool().flatten(1)[:, :n]
 
 
 def is_finite(logits: torch.Tensor) -> torch.Tensor:
@@ -206,9 +243,8 @@ def verify(logits: torch.Tensor | Scores, states: Sequence[SamplingState]) -> li
     """
     scores = logits if isinstance(logits, Scores) else Scores.of(logits)
     rows = [(state, i) for state in states for i in range(len(state.draft.tokens) + 1)]
-    if any(state.params.changes_logits for state in states):
-        penalised_rows = [state.penalised(row, i) for row, (state, i) in zip(scores.logits, rows, strict=True)]
-        scores = Scores.of(torch.stack(penalised_rows))
+    if any(state.changes_logits for state in states):
+        scores = Scores.of(adjusted(scores.logits, rows))
     sampled = [n for n, (state, _) in enumerate(rows) if state.params.temperature]
     parts = [sampled[at : at + _ROWS] for at in range(0, len(sampled), _ROWS)]
     drawn = [accept_or_resample(select(scores.logits, part), [rows[n] for n in part]) for part in parts]
@@ -267,13 +303,10 @@ def propose(logits: torch.Tensor | Scores, states: Sequence[SamplingState]) -> N
     """
     scores = logits if isinstance(logits, Scores) else Scores.of(logits)
     sampled = [n for n, state in enumerate(states) if state.params.temperature]
-    if sampled or any(state.params.changes_logits for state in states):
+    if sampled or any(state.changes_logits for state in states):
         rows = scores.logits
         rows = rows.masked_fill(~is_finite(rows).unsqueeze(-1), 0.0)  # a bad draft costs time, never correctness
-        if any(state.params.changes_logits for state in states):
-            penalised_rows = [s.penalised(row, len(s.draft.tokens)) for row, s in zip(rows, states, strict=True)]
-            rows = torch.stack(penalised_rows)
-        scores = Scores.of(rows)
+        scores = Scores.of(adjusted(rows, [(state, len(state.draft.tokens)) for state in states]))
     drawn_from: list[torch.Tensor | None] = [None] * len(states)
     drawn = []
     for at in range(0, len(sampled), _ROWS):

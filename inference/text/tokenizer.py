@@ -196,6 +196,10 @@ class Tokenizer:
         """One token's bytes, which may end within a character; of a control token, its name."""
         return self._added_text[token_id].encode() if self.is_control(token_id) else self._piece(token_id)
 
+    def control_id(self, text: str) -> int | None:
+        """The id of the added token with this text, None where there is none."""
+        return self._added.get(text)
+
     def is_control(self, token_id: int) -> bool:
         """Whether this is an added token, which no text that somebody wrote is encoded to."""
         return token_id in self._added_text
