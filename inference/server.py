@@ -138,7 +138,10 @@ def run(options: argparse.Namespace, tp: "Group") -> int:
     listener = tp.run_on_all_ranks(lambda: listen(options.host, options.port) if tp.rank == 0 else None)
 
     def load() -> "Engine":
-        return cli.load(options, tp, lambda: None, chat=False)[0]
+        engine = cli.load(options, tp, lambda: None, chat=False)[0]
+        if engine.constraints is not None:
+            engine.constraints.prepare()
+        return engine
 
     if listener is None:
         tp.process.install_sigterm_handler()

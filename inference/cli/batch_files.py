@@ -100,6 +100,7 @@ def read_body(body: dict[str, Any], options: argparse.Namespace) -> tuple["Promp
     """The prompt, the fields of SamplingParams that the body sets, and whether it asks for thinking. Raises
     UserError."""
     from serving import schema  # with pydantic, which plain text does without
+    from serving.formats import answer_format
 
     if options.raw and body.get("prompt") is None:
         raise UserError("body.prompt is missing (--raw completes text)")
@@ -120,7 +121,8 @@ def read_body(body: dict[str, Any], options: argparse.Namespace) -> tuple["Promp
     messages = [message.for_template for message in parsed.messages]
     if options.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": options.system}, *messages]
-    return messages, parsed.sampling, parsed.wants_thinking[0]
+    fields = parsed.sampling | {"answer_format": answer_format(parsed)}
+    return messages, fields, parsed.wants_thinking[0]
 
 
 def are_ids(prompt: Any) -> bool:

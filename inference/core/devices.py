@@ -8,11 +8,14 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from core.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CPU = torch.device("cpu")
 PACKAGES = {"npu": "torch_npu", "hpu": "habana_frameworks.torch"}  # kinds that torch knows once these are imported
@@ -121,7 +124,7 @@ def copies_later(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def upload(values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+def upload(values: "Sequence[Any] | np.ndarray", dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """Numbers of the host as a tensor on a device. From pinned memory, as a GPU has the host wait for any other; torch
     gives that memory to nobody else before it has been read."""
     later = copies_later(device)

@@ -4,20 +4,20 @@ A request's reasoning is free; a grammar begins behind </think>. Masks are bits,
 device is sent 16 KB for a row of 129,280 logits.
 """
 
+import contextlib
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from core.answer_format import AnswerFormat
 from core.errors import UserError
 from text.grammar import Grammar, Grammars
 from text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
-
-    from engine.request import Request
 
 Mask = np.ndarray  # (ceil(vocab / 8),), uint8
 
@@ -38,13 +38,19 @@ class Constraints:
         """`vocab_size`: the width of the logits."""
         self.tokenizer, self.grammars = tokenizer, Grammars(tokenizer, vocab_size)
 
-    def constraint(self, request: "Request", grammar: Grammar | None = None) -> "Constraint":
-        """At the beginning of the request's answer; `grammar` is its format's, if it is compiled already. Raises
+    def prepare(self) -> None:
+        """Read the vocabulary now, not with the first format, which would hold up a step for a second. Does nothing
+        without the library."""
+        with contextlib.suppress(UserError):
+            self.grammars.prepare()
+            _ = self._thinking
+
+    def constraint(self, format: AnswerFormat, prompt: list[int], grammar: Grammar | None = None) -> "Constraint":
+        """At the beginning of the answer to a prompt; `grammar`: the format's, if it is compiled already. Raises
         UserError where it cannot be compiled."""
-        assert request.params.answer_format is not None
-        grammar = grammar or self.grammars.compile(request.params.answer_format)
-        opened = request.opens_thinking
-        may_open = self.grammars.thinks and not opened and not self._has_thought(request.prompt)
+        grammar = grammar or self.grammars.compile(format)
+        opened = self.tokenizer.starts_thinking(prompt)
+        may_open = self.grammars.thinks and not opened and not self._has_thought(prompt)
         return Constraint(grammar.matcher(), self._thinking, opened, may_open)
 
     def _has_thought(self, prompt: Sequence[int]) -> bool:
@@ -60,7 +66,8 @@ class Constraints:
             or not (token in ends or tokenizer.is_control(token) or not tokenizer.name(token))
             for token in range(self.grammars.vocab_size)
         ])  # fmt: skip
-        return Thinking(tokenizer.think_open_id, tokenizer.think_close_id, ends, np.packbits(allowed, bitorder="little"))
+        mask = np.packbits(allowed, bitorder="little")
+        return Thinking(tokenizer.think_open_id, tokenizer.think_close_id, ends, mask)
 
 
 class Constraint:

@@ -34,8 +34,8 @@ from engine.stats import Stats
 from engine.step_rows import StepRows
 from model import Transformer
 from parallel.group import SOLO, Group
-from text.parser import ChatFormat
 from text.grammar import Grammar
+from text.parser import ChatFormat
 from text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -175,7 +175,7 @@ class Engine:
         if request.params.answer_format is not None:
             if self.constraints is None:
                 raise UserError("answer_format needs a tokenizer")
-            request.constraint = self.constraints.constraint(request, grammar)
+            request.constraint = self.constraints.constraint(request.params.answer_format, request.prompt, grammar)
 
     def cancel(self, request: Request) -> None:
         """Ends a request; it is finished, as "cancelled" (or "error", if it has one), after the next step."""

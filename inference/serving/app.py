@@ -117,11 +117,12 @@ class Routes:
         if self._served is None:
             if engine is None:
                 self.engine_thread.admit()
-            assert engine is not None and engine.tokenizer is not None
+            assert engine is not None and engine.tokenizer is not None and engine.constraints is not None
             tokenizer = engine.tokenizer
             self._served = Served(
                 self.names, tokenizer, engine.max_model_len, engine.model.args.vocab_size, engine.default_params,
-                tool_style(tokenizer.chat_template or ""), engine.mtp > 0, self.engine_thread.most_answers,
+                tool_style(tokenizer.chat_template or ""), engine.mtp > 0, engine.constraints.grammars.compile,
+                self.engine_thread.most_answers,
             )  # fmt: skip
         return self._served
 

@@ -263,7 +263,8 @@ class EngineThread:
     def _add(self, answer: Answer, engine: Engine) -> None:
         plan, finished = answer.plan, []
         for choice, (prompt, number) in enumerate(plan.choices):
-            request = engine.add(plan.prompts[prompt], plan.params, id=prompt, choice=number, chat=plan.chat)
+            request = engine.add(plan.prompts[prompt], plan.params, id=prompt, choice=number, chat=plan.chat,
+                                 grammar=plan.grammar)  # fmt: skip
             answer.requests.append(request)
             self._choices[request] = answer, choice
             if request.finish_reason is not None:

@@ -3,16 +3,19 @@
 import codecs
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pydantic_core
 
+from core.answer_format import AnswerFormat, FormatError
 from core.errors import UserError
 from core.sampling_params import SamplingParams
 from serving.errors import ApiError
+from serving.formats import answer_format
 from serving.schema import Body, ChatBody, CompletionBody, FieldError, Sampled, parse, shown
+from text.grammar import Grammar
 from text.limits import TooLong
 from text.parser import ChatFormat
 from text.tokenizer import NoThinkingSwitch, Tokenizer
@@ -35,6 +38,7 @@ class Served:
     defaults: SamplingParams
     tool_style: str | None  # see parser.tool_style
     marks_drafts: bool
+    compile: Callable[[AnswerFormat], Grammar]
     most_answers: int = 16  # at a time, waiting ones included
     since: int = field(default_factory=lambda: int(time.time()))
 
@@ -47,6 +51,7 @@ class Plan:
     prompts: list[list[int]]
     params: SamplingParams
     chat: ChatFormat | None = None  # of a conversation
+    grammar: Grammar | None = None  # of params.answer_format
     asked: dict[str, Any] | None = None  # the body of /v1/responses that `body` was made of
 
     @property
@@ -59,8 +64,9 @@ def plan_chat(data: dict[str, Any], served: Served, asked: dict[str, Any] | None
     """`asked`: Plan's. Raises ApiError."""
     body = read_body(ChatBody, data, served)
     prompt = encode_messages(body, served)
-    params = sampling_params(body, served, [prompt], "messages")
-    return Plan(body, [prompt], params, ChatFormat(served.tool_style, body.offers_tools), asked)
+    format, grammar = compile_format(body, served)
+    params = sampling_params(body, served, [prompt], "messages", format)
+    return Plan(body, [prompt], params, ChatFormat(served.tool_style, body.offers_tools), grammar, asked)
 
 
 def encode_messages(body: ChatBody, served: Served, add_generation_prompt: bool = True) -> list[int]:
@@ -85,6 +91,17 @@ def encode_messages(body: ChatBody, served: Served, add_generation_prompt: bool 
         raise ApiError(str(e), says_thinking) from None
     except UserError as e:
         raise ApiError(str(e), "messages") from None
+
+
+def compile_format(body: ChatBody, served: Served) -> tuple[AnswerFormat | None, Grammar | None]:
+    """The form that the answer is held to. Raises ApiError."""
+    try:
+        format = answer_format(body)
+        return format, None if format is None else served.compile(format)
+    except (FieldError, FormatError) as e:
+        raise ApiError(str(e), e.param) from None
+    except UserError as e:
+        raise ApiError(str(e), "response_format", status=501) from None
 
 
 def plan_completion(data: dict[str, Any], served: Served) -> Plan:
@@ -180,7 +197,9 @@ def too_long(source: str, served: Served, n: int, is_all: bool = True) -> ApiErr
                     f"together. Your {source} resulted in {n} tokens{more} ({code}).", source, code=code)  # fmt: skip
 
 
-def sampling_params(body: Sampled, served: Served, prompts: list[list[int]], source: str) -> SamplingParams:
+def sampling_params(
+    body: Sampled, served: Served, prompts: list[list[int]], source: str, format: AnswerFormat | None = None
+) -> SamplingParams:
     """As the body says, else as the checkpoint's generation_config.json does. `source` names the prompt's field."""
     if (longest := max(map(len, prompts))) >= served.context:
         raise too_long(source, served, longest)
@@ -191,7 +210,7 @@ def sampling_params(body: Sampled, served: Served, prompts: list[list[int]], sou
     fields.setdefault("seed", secrets.randbits(63))
     fields.setdefault("max_new_tokens", served.context - min(map(len, prompts)) if body.is_chat else COMPLETION_TOKENS)
     try:
-        params = replace(served.defaults, **fields)
+        params = replace(served.defaults, **fields, answer_format=format)
         params.check_vocabulary(served.vocab_size)
     except UserError as e:
         raise ApiError(str(e), str(e).split()[0].rstrip(":")) from None

@@ -106,7 +106,7 @@ class Definition(Schema):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str = ""
     parameters: dict[str, Any] = {}
-    strict: Literal[False] = False
+    strict: bool = False
 
 
 class Tool(Schema):
@@ -114,6 +114,27 @@ class Tool(Schema):
 
     type: Literal["function"]
     function: Definition
+
+
+class ChosenFunction(Schema):
+    name: str
+
+
+class NamedChoice(Schema):
+    type: Literal["function"]
+    function: ChosenFunction
+
+
+class JsonSchema(Schema):
+    name: str = ""
+    description: str = ""
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool = False  # schemas are followed either way
+
+
+class ResponseFormat(Schema):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
 
 
 class StreamOptions(Schema):
@@ -198,7 +219,9 @@ class ChatBody(Sampled):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] = []
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice = "auto"
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat = ResponseFormat()
     chat_template_kwargs: TemplateSwitches = TemplateSwitches()
     thinking: Thinking | None = None
     enable_thinking: bool | None = None
@@ -243,7 +266,7 @@ class ChatBody(Sampled):
 
     @property
     def offers_tools(self) -> bool:
-        return bool(self.tools) and self.tool_choice == "auto"
+        return bool(self.tools) and self.tool_choice != "none"
 
 
 Ids = Annotated[list[int], Field(fail_fast=True)]

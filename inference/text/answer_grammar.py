@@ -24,6 +24,7 @@ _ONE = ("items", "additionalProperties", "additionalItems", "not", "contains", "
         "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_MOST = dict.fromkeys(("properties", "patternProperties", "required"), MAX_PROPERTIES) | {"enum": MAX_ENUM}
 
 
 def children(schema: Any) -> Iterator[tuple[str, Any]]:
@@ -45,8 +46,7 @@ def check_bounds(schema: Any, field: str, depth: int = 0) -> int:
         raise FormatError(field, f"is more than {MAX_DEPTH} schemas deep")
     if not isinstance(schema, dict):
         return 1
-    for key, most in (("properties", MAX_PROPERTIES), ("patternProperties", MAX_PROPERTIES), ("required", MAX_PROPERTIES),
-                      ("enum", MAX_ENUM)):  # fmt: skip
+    for key, most in _MOST.items():
         if isinstance(value := schema.get(key), list | dict) and len(value) > most:
             raise FormatError(f"{field}.{key}", f"has {len(value)} entries, at most {most} are supported")
     return 1 + sum(check_bounds(child, f"{field}.{path}", depth + 1) for path, child in children(schema))
@@ -60,7 +60,8 @@ def json_rule(schema: str) -> str:
 def arguments_schema(schema: str) -> str:
     """That of a call's arguments: an object, whatever the function's parameters leave open."""
     parsed = json.loads(schema)
-    return json.dumps(parsed if {"type", "$ref", "anyOf", "oneOf", "allOf"} & parsed.keys() else {"type": "object"} | parsed)
+    says_type = {"type", "$ref", "anyOf", "oneOf", "allOf"} & parsed.keys()
+    return json.dumps(parsed if says_type else {"type": "object"} | parsed)
 
 
 def schemas(format: AnswerFormat) -> Iterator[tuple[str, str, ToolFormat | None]]:
@@ -80,7 +81,7 @@ def check_schemas(format: AnswerFormat) -> None:
             raise FormatError(field, f"the request's schemas have more than {MAX_LENGTH} characters")
         count += check_bounds(json.loads(schema), field)
         if count > MAX_SCHEMAS:
-            raise FormatError(field, f"the request's schemas have {count} schemas in them, at most {MAX_SCHEMAS} are read")
+            raise FormatError(field, f"the request has {count} schemas in schemas, at most {MAX_SCHEMAS} are read")
 
 
 def answer_grammar(
@@ -117,15 +118,15 @@ def _calls(
         raise FormatError("tools", "calls of this model cannot be held to a form: how it writes them is not known")
     head, after_name, end, between = _CALLS[style]
     separator = control(markers.separator)
-    alternatives = []
-    rules = []
+    alternatives, rules = [], []
     for tool in format.tools:
         name = json.dumps(tool.name)
         call = after_name.replace("NAME", name).replace("SEPARATOR", separator)
         rules.append(f"arguments{tool.index}: {json_rule(arguments_schema(tool.schema))}")
         alternatives.append(f"{call} arguments{tool.index}")
     head = head.replace("SEPARATOR", separator)
-    rules.append(f"call: {control(markers.call_begin)} {head} ({' | '.join(alternatives)}) {end} {control(markers.call_end)}")
+    one_of = " | ".join(alternatives)
+    rules.append(f"call: {control(markers.call_begin)} {head} ({one_of}) {end} {control(markers.call_end)}")
     more = "" if format.one_call else f" ({between} call)*"
     rules.append(f"calls: {control(markers.calls_begin)} call{more} {between} {control(markers.calls_end)}")
     return rules

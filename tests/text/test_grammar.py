@@ -224,7 +224,7 @@ def large(n: int, prefix: str = "") -> dict[str, Any]:
         (large(401), ".properties", "has 401 entries, at most 400"),
         ({"enum": list(range(5001))}, ".enum", "has 5001 entries"),
         (nested(65), ".properties.a" * 65, "is more than 64 schemas deep"),
-        ({"anyOf": [large(200) for _ in range(10)]}, "", "2011 schemas in them, at most 2000"),
+        ({"anyOf": [large(200) for _ in range(10)]}, "", "2011 schemas in schemas, at most 2000"),
         ({"const": "x" * (128 << 10)}, "", "more than 131072 characters"),
         ({"type": "integer", "multipleOf": 999999937}, "", "fuel exhausted"),
         ({"anyOf": [large(390, f"{i}_") for i in range(5)]}, None, ""),
