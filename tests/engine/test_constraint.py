@@ -16,7 +16,7 @@ from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from engine.request import Request
-from engine.sampling import Draft, SamplingState, adjusted, propose, unpack_bits, verify
+from engine.sampling import SamplingState, adjusted, propose, unpack_bits, verify
 from model import Transformer
 from support.families import V3
 from support.model_pairs import ours, random_checkpoint
@@ -190,7 +190,7 @@ def test_drafts_leave_the_masked_distribution(how: dict[str, Any], blind: bool) 
     allows: Any = Allows(*masks)
     first, second = [], []
     for start in range(0, 2000, 100):
-        asks = [SamplingState(params, request, [0] * 5, 5, Draft(), allows) for request in range(start, start + 100)]
+        asks = [SamplingState(params, request, [0] * 5, 5, constraint=allows) for request in range(start, start + 100)]
         for ask in asks:
             ask.constraint = None if blind else ask.constraint
         for row in proposal[:2]:
@@ -210,7 +210,7 @@ def test_drafts_leave_the_masked_distribution(how: dict[str, Any], blind: bool) 
 
 def test_masks_of_some_rows() -> None:
     logits = torch.arange(27.0).reshape(3, 9)
-    free, held = (SamplingState(SamplingParams(), 0, [0], 1, Draft(), c) for c in (None, Allows([1, 8])))  # type: ignore[arg-type]
+    free, held = (SamplingState(SamplingParams(), 0, [0], 1, constraint=c) for c in (None, Allows([1, 8])))  # type: ignore[arg-type]
     found = adjusted(logits, [(free, 0), (held, 0), (free, 0)])
     assert torch.equal(found[::2], logits[::2]) and found[1].isfinite().nonzero().flatten().tolist() == [1, 8]
     assert torch.equal(found[1, [1, 8]], logits[1, [1, 8]]) and logits.isfinite().all()
@@ -221,7 +221,7 @@ def test_a_mask_hides_no_nan() -> None:
     logits = torch.zeros(1, 9)
     logits[0, 4] = float("nan")
     for temperature in (0.0, 1.0):
-        asks = [SamplingState(SamplingParams(temperature=temperature), 0, [0], 1, Draft(), Allows([1, 8]))]  # type: ignore[arg-type]
+        asks = [SamplingState(SamplingParams(temperature=temperature), 0, [0], 1, constraint=Allows([1, 8]))]  # type: ignore[arg-type]
         assert verify(logits, asks) == [None]
 
 
