@@ -1,0 +1,145 @@
+"""A server under every kind of client at once: its memory stays flat, its log small, and /health is answered."""
+
+import asyncio
+import contextlib
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import server
+from support import processes as launch
+from support.http_server import GENEROUS, RunningServer
+
+COMPLETIONS = "/v1/completions"
+
+
+def request(body: dict) -> bytes:
+    raw = json.dumps(body).encode()
+    return b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (COMPLETIONS.encode(), len(raw)) + raw
+
+
+def memory(pid: int) -> int:
+    """Resident, in bytes."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+class Load:
+    """Clients of all kinds, until a moment; what came of them is counted."""
+
+    def __init__(self, port: int, until: float):
+        self.port, self.until = port, until
+        self.seen: Counter[str] = Counter()
+        self.health: list[float] = []
+
+    async def repeat(self, kind: str, seed: int) -> None:
+        draw = random.Random(seed)
+        while time.monotonic() < self.until:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=1 << 14)
+                try:
+                    await getattr(self, kind)(reader, writer, draw)
+                    self.seen[kind] += 1
+                finally:
+                    writer.close()
+
+    async def streaming(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, draw: random.Random) -> None:
+        """Reads its answer to the end, or is told to try again later."""
+        writer.write(request({"prompt": "hello", "max_tokens": draw.randint(5, 40), "stream": True}))
+        text = b""
+        while not (text.endswith(b"\r\n0\r\n\r\n") or text.endswith(b"}")):
+            text += (part := await reader.read(1 << 14))
+            if not part:
+                return
+        self.seen["whole" if b"[DONE]" in text else text[9:12].decode()] += 1
+        if b" 429 " in text[:20]:
+            await asyncio.sleep(0.5)
+
+    async def slow(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, draw: random.Random) -> None:
+        writer.write(request({"prompt": "hello", "max_tokens": 200, "logprobs": 5, "stream": True}))
+        for _ in range(40):
+            if time.monotonic() > self.until or not await reader.read(64):
+                return
+            await asyncio.sleep(0.1)
+
+    async def leaving(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, draw: random.Random) -> None:
+        writer.write(request({"prompt": "hello", "max_tokens": 400, "stream": draw.random() < 0.5}))
+        await asyncio.sleep(draw.random())
+
+    async def half_open(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, draw: random.Random) -> None:
+        raw = request({"prompt": "hello"})
+        writer.write(raw[: draw.randrange(len(raw))])
+        await asyncio.wait([asyncio.ensure_future(reader.read(1))], timeout=max(self.until - time.monotonic(), 0))
+
+    async def oversized(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, draw: random.Random) -> None:
+        writer.write(request({"prompt": draw.choice(["word ", "<", "好 ", "a1 "]) * draw.choice([100_000, 3_000_000])}))
+        await writer.drain()
+        self.seen["oversized " + (await reader.readline())[9:12].decode()] += 1
+        await asyncio.sleep(0.2)
+
+    async def watch(self) -> None:
+        """Asks for /health, as an orchestrator does, but more often."""
+        while time.monotonic() < self.until:
+            began = time.monotonic()
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            said = await reader.read(100)
+            assert said.startswith(b"HTTP/1.1 200 "), said
+            self.health.append(time.monotonic() - began)
+            writer.close()
+            await asyncio.sleep(0.05)
+
+    async def run(self, clients: dict[str, int]) -> None:
+        everybody = [self.repeat(kind, seed) for kind, n in clients.items() for seed in range(n)]
+        await asyncio.gather(self.watch(), *everybody)
+
+
+SMALL = {"streaming": 40, "slow": 4, "leaving": 4, "half_open": 40, "oversized": 2}
+LARGE = {"streaming": 400, "slow": 20, "leaving": 20, "half_open": 200, "oversized": 4}
+
+
+@pytest.mark.parametrize(
+    ("clients", "seconds"), [(SMALL, 5), pytest.param(LARGE, 120, marks=[pytest.mark.trust, pytest.mark.timeout(600)])]
+)
+def test_everybody_at_once(tmp_path: Path, clients: dict[str, int], seconds: float) -> None:
+    endless = launch.make_tiny(tmp_path / "endless", printable=True)
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(Path(server.__file__)), "--ckpt-path", str(endless), "--port", "0", "--device", "cpu",
+             "--threads", "1", "--max-model-len", "512", "--log-level", "warning"],
+            env=launch.environment(), stderr=file,
+        )  # fmt: skip
+    try:
+        while "ready: " not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        found = re.search(r"listening on http://127\.0\.0\.1:(\d+)", log.read_text())
+        assert found is not None
+        running = RunningServer(int(found[1]), None)
+        asyncio.run(Load(running.port, time.monotonic() + min(seconds / 4, 20)).run(clients))  # until it has grown
+        before = memory(process.pid)
+        load = Load(running.port, time.monotonic() + seconds)
+        asyncio.run(load.run(clients))
+        after = memory(process.pid)
+        status, _, said = running.send("POST", COMPLETIONS, {"prompt": "x", "max_tokens": 3})
+        assert status == 200 and said["usage"]["completion_tokens"] == 3
+    finally:
+        process.terminate()
+        process.wait(GENEROUS)
+    p99 = statistics.quantiles(load.health, n=100)[98]
+    print(f"/health: p99 {p99:.3f} s of {len(load.health)}; memory {before >> 20} MiB, then {after >> 20}; {dict(load.seen)}")
+    assert load.seen["whole"] > 0 and load.seen["oversized 400"] > 0 and load.seen["leaving"] > 0
+    assert not {outcome for outcome in load.seen if outcome.startswith(("5", "oversized 5"))}
+    assert after < before * 1.1 + (64 << 20)
+    assert p99 < 5, "seconds; on a machine that does nothing else it is far less"
+    assert len(log.read_text().splitlines()) < 20
