@@ -224,6 +224,8 @@ def test_prefix(model: Scripted) -> None:
     asked["messages"][1] |= {"content": None, "reasoning_content": "Hm,"}
     message = model.client.chat.completions.create(**asked, extra_body=THOUGHT).choices[0].message
     assert (message.reasoning_content, message.content) == (" world", "!")
+    with openai.OpenAI(base_url=f"{model.running.url}/beta", api_key="none", timeout=GENEROUS) as beta:  # as DeepSeek's
+        assert beta.chat.completions.create(**asked, extra_body=THOUGHT).choices[0].message == message
     for messages in ([USER, {"role": "assistant", "content": "x"}], [USER | {"prefix": True}]):
         assert model.refused(CHAT, {"messages": messages})[:2] == (400, "messages")
 
@@ -282,6 +284,8 @@ def test_suffix(model: Scripted) -> None:
     assert said.choices[0].text == "middle" and said.choices[0].finish_reason == "stop"
     assert model.plans[-1].prompts == [model.tokenizer.encode_infill("be<think>fore", "after")]
     assert said.usage.prompt_tokens == 1 + 3 + len("be<think>fore" + "after")
+    status, _, beta = model.running.send("POST", "/beta/completions", {"prompt": "x", "suffix": "y", "max_tokens": 50})
+    assert (status, beta["choices"][0]["text"], len(model.plans[-1].prompts[0])) == (200, "middle", 6)
     plain = model.client.completions.create(model="model", prompt="before", suffix="", max_tokens=50)
     assert plain.usage.prompt_tokens == 1 + len("before")
     for body, param in (({"prompt": [5, 6], "suffix": "x"}, "suffix"), ({"prompt": "x", "suffix": "y", "echo": True}, "echo"),
@@ -350,6 +354,8 @@ def fuzzed(draw: random.Random) -> tuple[str, dict[str, Any]]:
     prompt = draw.choice(["x", "", "é" * 20, ["a", "b"], [5, 6], [[5], [6, 7]], ["x"] * 20])
     body: dict[str, Any] = {"messages": some_messages(draw)} if is_chat else {"prompt": prompt}
     body |= {"max_tokens": 60} | {name: draw.choice(fields[name]) for name in chosen}
+    if is_chat and draw.random() < 0.5:
+        body["tools"] = TOOLS
     if draw.random() < 0.2:
         name = draw.choice([*OFF["body"], *sorted(IGNORED["body"])])
         body.setdefault(name, draw.choice([*OFF["body"].get(name, ()), None, 1, "x", [], {}, False]))
