@@ -3,6 +3,7 @@
 # make serve   the demo over HTTP, on port 8000        make trust   tests in their long form as well, an hour
 # make bench   benchmarks, into README and docs/       make gpu     on a GPU: every test that computes on it
 # make house   packages and imports, counted           make clean   remove what these make, but for .venv
+# make gpu-proof   nine minutes on one H200, results in build/gpu-proof; DRY=1: every step here, without a GPU
 # make two-hosts   the README's command for two nodes, rehearsed on this machine alone (root); MORE="flags", DP=2
 #
 # The first use of any of them makes .venv and installs the pinned requirements; nothing else is needed beforehand.
@@ -21,7 +22,7 @@ DEVELOPER := $(VENV)/.developer-$(shell cat requirements.txt requirements-serve.
 # The manifest is what convert.py writes last, so its date is the date of the whole conversion.
 CONVERTED := build/demo-mp2/model-mp2.index.json
 
-.PHONY: demo chat serve two-hosts test trust gpu lint types check bench house clean
+.PHONY: demo chat serve two-hosts test trust gpu gpu-proof lint types check bench house clean
 
 demo: $(CONVERTED)
 	$(BIN)/torchrun --standalone --nproc-per-node 2 inference/generate.py --ckpt-path build/demo-mp2 \
@@ -44,11 +45,21 @@ trust: $(DEVELOPER)
 	$(BIN)/python -m pytest -n 2 -m "trust or not trust" --timeout 7200 tests \
 	    --record benchmarks/results/trust.json
 
-# Without a GPU these run in Triton's interpreter, as a part of `make test`.
-gpu: $(DEVELOPER)
-	@$(BIN)/python -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
+# Without a GPU these run in Triton's interpreter, as a part of `make test`. Nothing is installed: .venv's Python is used
+# where there is one, otherwise $(PYTHON). Kernels are compiled beforehand, and tests run, JOBS at a time.
+JOBS ?= 8
+ON_GPU = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu:
+	@$(ON_GPU) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else \
 	    "error: make gpu needs a GPU that this build of torch can use")'
-	$(BIN)/python -m pytest -n 0 -m "trust or not trust" --timeout 7200 --table tests/ops tests/model
+	$(ON_GPU) tests/support/compile_kernels.py --warm $(JOBS) \
+	    $$($(ON_GPU) -c 'import sys; sys.path.insert(0, "inference"); import torch; from ops.gpu.device import architecture; \
+	    print(architecture(torch.device("cuda", 0)))')
+	$(ON_GPU) -m pytest -n $(JOBS) -m "trust or not trust" --timeout 7200 --table tests/ops tests/model tests/engine/test_on_gpu.py
+
+gpu-proof:
+	$(ON_GPU) benchmarks/gpu_proof.py $(if $(DRY),--dry)
 
 lint: $(DEVELOPER)
 	$(BIN)/ruff check

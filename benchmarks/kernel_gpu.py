@@ -24,6 +24,7 @@ import importlib
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -733,6 +734,8 @@ def run_bench(
     for group in BENCHES[name](options, clock):
         raced = []
         for case in group:
+            if options.until and time.perf_counter() > options.until:
+                return
             print(f"{name} {case.keys}", file=sys.stderr, flush=True)
             if clock.timing:
                 faulthandler.dump_traceback_later(options.patience, exit=True)
@@ -771,6 +774,7 @@ def main() -> int:
     parser.add_argument("--v3", metavar="DIR", help="the V3 repository's inference folder (default: in .peers)")
     parser.add_argument("--peak", type=float, default=1979, help="dense FP8 TFLOPS; default: the H100's and H200's")
     parser.add_argument("--patience", type=float, default=400, metavar="SECONDS", help="for one case, at most")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="no further case begins after so long")
     parser.add_argument("--quick", action="store_true", help="few shapes")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU, no timing")
     parser.add_argument("--output", help="JSON file for the results")
@@ -778,6 +782,7 @@ def main() -> int:
     unknown = [name for name in options.names if name not in BENCHES]
     if unknown:
         parser.error(f"no bench {unknown[0]!r} (there are {', '.join(BENCHES)})")
+    options.until = time.perf_counter() + options.budget if options.budget else None
     clock = clock_for(options.smoke, options.peak)
     if clock is None:
         return 2

@@ -19,6 +19,7 @@ import gc
 import json
 import math
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -389,6 +390,7 @@ def run(args: ModelArgs, options: argparse.Namespace, clock: Clock, done: Callab
     """Everything of ours; `done` is given what there is so far after each case."""
     links = Links(**json.loads(options.links))
     torch.manual_seed(0)
+    began = time.perf_counter()
     rank = Slice(args, options, clock)
     found: dict[str, Any] = {"memory": rank.memory() | planned(args, options), "rows": [], "kernels": {}}
     says = [f"{key.replace('_', ' ')} {n / 1e9:.2f} GB" for key, n in found["memory"].items() if isinstance(n, int)]
@@ -401,6 +403,8 @@ def run(args: ModelArgs, options: argparse.Namespace, clock: Clock, done: Callab
         row: dict[str, Any] = {"what": kind, "b": b, "context": context}
         step: Any = None
         try:
+            if options.budget and time.perf_counter() - began > options.budget:
+                raise Refused(f"{options.budget:g} s were over")
             prefill = kind == "prefill"
             step = rank.prefilling(context) if prefill else rank.decoding(b, context, drafts)
             sent, row["experts_touched"] = rank.watched(step)
@@ -565,6 +569,7 @@ def main() -> int:
     parser.add_argument("--peak", type=float, default=1979, help="dense FP8 TFLOPS; default: the H100's and H200's")
     parser.add_argument("--bandwidth", type=float, default=4800, help="GB/s, for --limits alone")
     parser.add_argument("--limits", action="store_true", help="the arithmetic alone; needs no GPU")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="no further case begins after so long")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, no timing")
     parser.add_argument("--output", help="JSON file for the results")
     options = parser.parse_args()

@@ -455,7 +455,7 @@ def test_no_table_is_made_of_a_smoke_run(run: Any, tmp_path: Path, monkeypatch: 
 
 def test_every_benchmark_is_listed() -> None:
     listed = {Path(command[0]).name for command in (bench.COMMANDS | bench.ON_A_GPU).values()}
-    others = {"bench.py", "tables.py", "tune_gemm.py", "revisions.py"}
+    others = {"bench.py", "tables.py", "tune_gemm.py", "revisions.py", "gpu_proof.py"}
     assert {path.name for path in bench.HERE.glob("*.py")} - others == listed - {"evaluate.py"}
     assert {f"kernel-{name}" for name in kernel_gpu.BENCHES} <= set(bench.ON_A_GPU)
     assert set(tables.KEYS) == set(kernel_gpu.BENCHES)

@@ -3,6 +3,8 @@
     python tests/support/compile_kernels.py --save         after a change of a kernel, a tile or a configuration:
                                                            compiles what changed, into compiled_kernels.json
     python tests/support/compile_kernels.py --save --all   compiles everything (7 minutes), after a change of Triton
+    python tests/support/compile_kernels.py --warm 14 sm_90 compiles a target's into Triton's cache, 14 at a time, and
+                                                           says how many were there
     python tests/support/compile_kernels.py [NAME…]        prints the key of every configuration that
                                                            kernel_configurations.py lists, and of controls, which must be
                                                            found wanting, and the reports of those named
@@ -22,12 +24,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.compiler import ASTSource, make_backend
@@ -220,7 +225,35 @@ def write_record(reports: dict[str, Report]) -> None:
     RECORD.write_text(f'{{"toolchain": {json.dumps(toolchain())}, "reports": {{\n{lines}\n}}}}\n')
 
 
+def warm(processes: int, target: str, every: int = 1) -> dict[str, Any]:
+    """Compiles a target's configurations, or every so-manieth, into Triton's cache, which the JIT reads; how many were
+    there, and which failed."""
+    names = [c.name for c in configurations() if c.target == target][::every]
+    processes = min(processes, len(names))
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        parts = list(pool.map(_warm, [names[i :: 4 * processes] for i in range(min(4 * processes, len(names)))]))
+    failed = {name: error for part in parts for name, error in part[1].items()}
+    return {"target": target, "configurations": len(names), "hits": sum(hits for hits, _ in parts), "failed": failed}
+
+
+def _warm(names: list[str]) -> tuple[int, dict[str, str]]:
+    hits: list[bool] = []
+    failed: dict[str, str] = {}
+    knobs.compilation.listener = lambda cache_hit, **_: hits.append(cache_hit)
+    for c in configurations():
+        if c.name in names:
+            try:
+                compile_(c)
+            except Exception as e:
+                failed[c.name] = repr(e)[:200]
+    return sum(hits), failed
+
+
 def main(*arguments: str) -> None:
+    if "--warm" in arguments:
+        _, processes, target, *every = arguments
+        print(json.dumps(warm(int(processes), target, int(every[1]) if every else 1)))
+        return
     if "--save" in arguments:
         return save(keep="--all" not in arguments)
     found = {c.name: {"key": key(c)} | (report(compile_(c)) if c.name in arguments else {})
