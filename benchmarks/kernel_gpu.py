@@ -61,7 +61,8 @@ def sizes(
 
 
 OURS = {"GpuBackend": "ops.gpu.backend", "ReferenceBackend": "ops.reference_backend",
-        "kernel": "ops.gpu.gemm", "kernel_fused": "ops.gpu.fused", "kernel_attention": "ops.gpu.attention",
+        "kernel": "ops.gpu.gemm", "kernel_fused": "ops.gpu.fused", "decode": "ops.gpu.decode",
+        "attention_tiles": "ops.gpu.attention_tiles",
         "reference": "ops.reference", "model": "core.batch"}  # fmt: skip
 
 
@@ -606,6 +607,22 @@ def decode_case(heads: int, b: int, length: int, clock: Clock) -> Case:
         batches = [batch_of(i) for i in range(sets)]
         return lambda i: ops.mla(data.q_nope[i], data.q_pe[i], pool, batches[i], data.w_uk, data.w_uv, SCALE)
 
+    def by_tile(*sizes: Any, **options: Any) -> Callable[[], Run]:
+        """Ours by a tile of the caller's choice: rows, keys, warps, stages."""
+
+        def build() -> Run:
+            tile = ours_by_name("attention_tiles").AttentionTile(math.inf, *sizes, **options)
+            decode, batches = ours_by_name("decode").decode, [batch_of(i) for i in range(sets)]
+
+            def call(i: int) -> torch.Tensor:
+                q = torch.einsum("bhd,hdc->bhc", data.q_nope[i], data.w_uk)
+                o = decode(q, data.q_pe[i], data.pool, batches[i], batches[i].decode, SCALE, tile=tile)
+                return torch.einsum("bhc,hvc->bhv", o, data.w_uv)
+
+            return call
+
+        return build
+
     def fp8() -> Run:
         packed = [reference.pack_latents(part.flatten(0, 1), C) for part in data.pool.split(4096)]
         return ours(torch.cat(packed).unflatten(0, (-1, PAGE)))
@@ -638,9 +655,17 @@ def decode_case(heads: int, b: int, length: int, clock: Clock) -> Case:
     request = {"what": "decode", "heads": heads, "b": b, "length": length}
     exact_fp8 = data.exact(lambda x: reference.unpack_latents(reference.pack_latents(x, C), C, torch.bfloat16))
     pick = lambda y: y[rows]  # noqa: E731
+    candidates = {
+        "16x64, pointers": by_tile(16, 64, 4, 1, True, programs=2),
+        "16x64, descriptor": by_tile(16, 64, 4, 1, True, programs=2, descriptor=True),
+        "64x32, 8 stages": by_tile(64, 32, 8, 8),
+        "64x64, descriptor": by_tile(64, 64, 8, 2, descriptor=True),
+    }  # of which the table has one for up to 16 rows and one for more; any that does not fit is refused
     return Case({"heads": heads, "b": b, "context": length}, sets, [
         Contestant("mla", lambda: ours(data.pool), exact, nbytes, flops, tolerance=QUANTISED, pick=pick),
         Contestant("mla, FP8 latents", fp8, exact_fp8, fp8_bytes, flops, tolerance=QUANTISED, pick=pick),
+        *(Contestant(name, build, exact, nbytes, flops, tolerance=QUANTISED, gpu=True, pick=pick)
+          for name, build in candidates.items()),
         Contestant("V3 repository", request, exact, nbytes, flops, tolerance=QUANTISED),
         Contestant("FlashMLA", flash_mla, exact, nbytes, flops, tolerance=QUANTISED, gpu=True, pick=pick),
         *([Contestant("torch", plain, exact, nbytes, flops, tolerance=QUANTISED, pick=pick)] if few else []),

@@ -21,7 +21,8 @@ from ops.reference_backend import ROW_BLOCK
 SCORED_ROWS, HEAD_ROWS = 256, 4096  # rows of prompt logits at one time; of the head, that the reference widens
 DRAWN_ROWS, SAMPLER_BYTES = 32, 56  # distributions the sampler makes at one time, and what it takes a token of one
 # Limits that ops have, of which a test compares each with the op's own; importing them would take Triton, or C.
-SPLIT_BYTES, SLAB_BYTES, PROGRAMS, TILE_ROWS, FIXED_SPLIT = 256 << 20, 1 << 30, 264, 64, 512  # ops/gpu/attention.py
+SPLIT_BYTES, SLAB_BYTES, TILE_ROWS, FIXED_SPLIT = 256 << 20, 1 << 30, 64, 512  # ops/gpu: attention
+PROGRAMS, PROGRAM_ROWS = 304, 9728  # of decode on any GPU, and all their rows together
 SPLIT_K_BYTES = 10 << 20  # ops/gpu/gemm.py: a product's sums of parts of K
 LANES, COLUMNS, SPLIT, PART_ROWS, THREAD_ROWS = 16, 64, 256, 8192, 80  # ops/cpu/kernels.c, for mla: see _in_c
 BLOCK_KEYS, PANEL, ROWS = 256, 32, 12  # the same, for mla_prefill: see _expanded_in_c
@@ -88,14 +89,16 @@ def _attention(rank: RankSpec, config: RunConfig, tokens: int, rows: int) -> int
 
 
 def _on_gpu(rank: RankSpec, tokens: int, rows: int, sequences: int, context: int, n: int) -> int:
-    """ops/gpu/attention.py: few rows of a sequence are absorbed, and the results of its parts of keys joined; many
-    attend to keys and values that are expanded a slab at a time, with their sums carried from slab to slab."""
+    """ops/gpu/decode.py and prefill.py: few rows of a sequence are absorbed, and its parts of keys joined;
+    many attend to keys and values that are expanded a slab at a time, with their sums carried from slab to slab."""
     args, b, alike = rank.args, rank.num.dtype.itemsize, rank.num.batch_invariant
     few = rows if alike else min(rows, DECODE_ROWS)
     tile = min(TILE_ROWS, few * n)
-    absorbed = n * min(tokens, few * sequences) + tile * sequences
+    rounded = tile if n <= TILE_ROWS or n % TILE_ROWS == 0 else n + tile  # a sequence's rows, up to whole tiles
+    absorbed = n * min(tokens, few * sequences) + rounded * sequences
     parts = absorbed * -(-context // (FIXED_SPLIT if alike else PAGE_SIZE))
-    parts = parts if alike else min(parts, absorbed + PROGRAMS * tile)
+    if not alike:
+        parts = absorbed + min(parts, PROGRAMS * tile, PROGRAM_ROWS)  # each program's first, and every further tile's
     decode = 4 * b * absorbed * args.latent_dim + min(4 * args.kv_lora_rank * parts, SPLIT_BYTES) + 4 * parts
     keys = min(sequences, -(-tokens // DECODE_ROWS)) * context if rows > few else 0
     slab = min(SLAB_BYTES, b * keys * (n * (args.qk_nope_head_dim + args.v_head_dim) + args.latent_dim))

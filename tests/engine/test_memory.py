@@ -33,7 +33,7 @@ from model import Transformer
 from ops import reference
 from ops.cpu import attention as cpu_attention
 from ops.cpu import kernels
-from ops.gpu import attention, device, fused, gemm, moe, quantisation, router, tiles
+from ops.gpu import attention_tiles, decode, device, fused, gemm, latents, moe, prefill, quantisation, router, tiles
 from ops.gpu.backend import GpuBackend
 from ops.reference_backend import ReferenceBackend
 from parallel.group import Group
@@ -172,7 +172,7 @@ def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr("model.choose_backend", lambda device, num: ReferenceBackend(num.batch_invariant))
     if request.param == "GPU":
         monkeypatch.setattr("model.choose_backend", lambda device, num: GpuBackend(num.batch_invariant))
-        for module in (attention, device, fused, gemm, moe, quantisation, router):
+        for module in (decode, device, fused, gemm, latents, moe, prefill, quantisation, router):
             monkeypatch.setattr(module, "architecture", lambda device: "sm_90", raising=False)
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 monkeypatch.setattr(module, name, NoKernel())
@@ -309,6 +309,8 @@ def test_a_step_never_takes_more_than_its_bound(step, side):
     bound = step_memory.step_bytes(rank, limits_of(context, sequences, new * sequences, drafts), decode=new == 1)
     if step == "several absorbed" and side in ("CPU, no compiler", "another device"):
         return assert_between(peak, bound, 20)  # there one sequence with all the rows takes far more
+    if step == "several absorbed" and side == "GPU":
+        return assert_between(peak, bound, 3.2)  # where the programs of another GPU have more rows
     if step == "virtual ranks of lanes":
         return assert_between(peak, bound, 6)  # where all lanes' tokens are counted with an undivided width
     if step in ("batch-invariant", "lanes") and side == "CPU, no compiler":
@@ -441,9 +443,14 @@ def test_the_bound_grows_with_what_a_run_is_asked_to_hold(side):
 
 
 def test_constants_are_the_ops():
-    for name in ("SPLIT_BYTES", "SLAB_BYTES", "PROGRAMS", "FIXED_SPLIT"):
-        assert getattr(step_memory, name) == getattr(attention, name)
-    rows = max(tile.rows for tiles in attention.DECODE.values() for tile in tiles)
+    for name in ("SPLIT_BYTES", "FIXED_SPLIT"):
+        assert getattr(step_memory, name) == getattr(decode, name)
+    assert step_memory.SLAB_BYTES == prefill.SLAB_BYTES
+    decoding = [(tiles.SM_COUNT[arch] * tile.programs, tile.rows)
+                for (arch, _), table in attention_tiles.DECODE.items() for tile in table]  # fmt: skip
+    assert max(programs for programs, _ in decoding) == step_memory.PROGRAMS
+    assert max(programs * rows for programs, rows in decoding) == step_memory.PROGRAM_ROWS
+    rows = max(tile.rows for tiles in attention_tiles.DECODE.values() for tile in tiles)
     assert rows == step_memory.TILE_ROWS
     assert 4 * tiles.SPLITS[-1] <= 64 and 2 * max(tiles.SM_COUNT.values()) * 64 * 64 * 4 <= step_memory.SPLIT_K_BYTES
     c = {name: int(value) for name, value in re.findall(r"\b([A-Z]+) = (\d+)[,} ]", kernels.SOURCE.read_text())}

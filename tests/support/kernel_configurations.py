@@ -12,7 +12,20 @@ import triton.language as tl
 
 from core.config import BLOCK_SIZE
 from ops.formats import Routing
-from ops.gpu import attention, fused, gemm, moe, quantisation, router, tiles
+from ops.gpu import (
+    attention,
+    attention_tiles,
+    decode,
+    decode_fp8,
+    decode_runs,
+    fused,
+    gemm,
+    moe,
+    prefill,
+    quantisation,
+    router,
+    tiles,
+)
 from ops.gpu.device import converts_fp8
 from ops.gpu.tiles import Tile
 
@@ -116,7 +129,10 @@ def weight_types(op: str, form: str, target: str) -> tuple[dict[str, str], dict[
 def gemm_configuration(op: str, target: str, tile: Tile, form: str = "") -> Configuration:
     """What `gemm` asks for with a tile: where it splits K, that is partial sums, otherwise bfloat16."""
     weight, constant = weight_types(op, form, target)
-    types = {"x_ptr": _native(target) if op == "fp8_gemm" else "*bf16", "out_ptr": "*fp32" if tile.split > 1 else "*bf16"}
+    types = {
+        "x_ptr": _native(target) if op == "fp8_gemm" else "*bf16",
+        "out_ptr": "*fp32" if tile.split > 1 else "*bf16",
+    }
     types |= weight | {"M": "i32", "N": "i32", "K": "i32"}
     if op == "fp8_gemm":
         types["x_s_ptr"] = "*fp32"
@@ -235,7 +251,9 @@ def of_router() -> Iterator[Configuration]:
     scale, plain, index = "*fp32", "*bf16", "*i32"
     for target in router.ROUTER:
         for rule_name, (n_experts, rule) in RULES.items():
-            for cut, x in [(cut, plain) for cut in router.ROUTER[target]] + [(cut, scale) for cut in router.ROUTER_FLOAT32]:
+            for cut, x in [(cut, plain) for cut in router.ROUTER[target]] + [
+                (cut, scale) for cut in router.ROUTER_FLOAT32
+            ]:
                 types = {
                     "x_ptr": x, "w_ptr": x, "bias_ptr": scale, "weights_ptr": scale, "ids_ptr": "*i64",
                     "partial_ptr": scale, "counter_ptr": index, "T": "i32", "H": "i32", "route_scale": "fp32",
@@ -292,13 +310,16 @@ def of_moe() -> Iterator[Configuration]:
         yield Configuration(f"combine {target}", moe.combine_kernel, target, types, constant, {})
 
 
+PREFILL_ROWS = {"k_rows": "DN_PAD", "pe_rows": "R_PAD", "v_rows": "DV_PAD"}  # descriptors and their boxes' widths
+
+
 def of_attention() -> Iterator[Configuration]:
     """Every kernel as it is compiled for V3's dimensions, with all heads and with those of one rank of eight; decode and
     prefill for the heads of GLM-4.7-Flash and prefill for GigaChat3's too, whose values are wider."""
     dims = {"C": 512, "R": 64, "C_PAD": 512, "R_PAD": 64, "PAGE": 64}
     queries = {"q_ptr": "*bf16", "q_pe_ptr": "*bf16", "positions_ptr": "*i64", "scale": "fp32"}
     slab = {"lengths_ptr": "*i32", "ends_ptr": "*i32", "slab": "i32", "n_slab": "i32"}
-    for (target, packed), table in attention.DECODE.items():
+    for (target, packed), table in attention_tiles.DECODE.items():
         native = "*fp8e4nv" if converts_fp8(torch.float8_e4m3fn, target) else "*u8"
         pool = {"latents_ptr": native, "scales_ptr": "*fp32"} if packed else {"latents_ptr": "*bf16"}
         pool |= {"pages_ptr": "*i32", "P": "i32"}
@@ -307,62 +328,88 @@ def of_attention() -> Iterator[Configuration]:
         for n_heads, tile in itertools.product((16, 20, 128), table):
             if tile.max_rows < n_heads:
                 continue
-            yield Configuration(
-                f"decode {kind} {n_heads} heads {tile.rows}x{tile.keys}",
-                attention.decode_kernel,
-                target,
-                queries
-                | pool
-                | {"k_pe_ptr": "*bf16", "out_ptr": "*fp32", "lse_ptr": "*fp32", "splits_ptr": "*i32"}
-                | {"plan_ptr": "*i32", "first": "i32", "width": "i32"},
-                none | dims | {"N": n_heads, "SWAP": tile.swap} | tile.constexprs(),
-                tile.options(),
-            )
+            tables = {"k_pe_ptr": "*bf16", "out_ptr": "*fp32", "lse_ptr": "*fp32", "parts_ptr": "*i32"}
+            tables |= dict.fromkeys(("bounds_ptr", "runs_ptr", "segments_ptr"), "*i32")
+            tables |= dict.fromkeys(("first", "last", "width"), "i32")
+            shared = {"N": n_heads, "LANES": triton.cdiv(n_heads, tile.rows)}
+            name = f"decode {kind} {n_heads} heads {tile.rows}x{tile.keys}"
+            if tile.by_group:
+                yield Configuration(
+                    f"{name} by group",
+                    decode_fp8.decode_fp8_kernel,
+                    target,
+                    queries | pool | tables,
+                    {n: dims[n] for n in ("C", "R", "R_PAD", "PAGE")}
+                    | shared
+                    | {"ROWS": tile.rows, "BLOCK": BLOCK_SIZE},
+                    tile.options(),
+                )
+                continue
+            plain = not tile.descriptor or tile is table[-1]  # the last one serves the batch-invariant mode too
+            for descriptor in (True,) * tile.descriptor + (False,) * plain:
+                page_rows = {"page_rows": "tensordesc<bf16[1, 64, 512]>"} if descriptor else {}
+                yield Configuration(
+                    f"{name}{' descriptor' * descriptor}",
+                    decode.decode_kernel,
+                    target,
+                    queries | pool | tables | page_rows,
+                    none
+                    | ({} if descriptor else {"page_rows": None})
+                    | dims
+                    | shared
+                    | {"SWAP": tile.swap}
+                    | tile.constexprs(),
+                    tile.options(),
+                )
         yield Configuration(
             f"gather {kind}",
-            attention.gather_kernel,
+            prefill.gather_kernel,
             target,
             pool | slab | {"k_pe_in_ptr": "*bf16", "c_kv_ptr": "*bf16", "k_pe_ptr": "*bf16"},
-            none | dims | {"KEYS": attention.GATHERED},
-            {"num_warps": attention.GATHER_WARPS},
+            none | dims | {"KEYS": prefill.GATHERED},
+            {"num_warps": prefill.GATHER_WARPS},
         )
-    for (target, wide), table in attention.PREFILL.items():
+    for (target, wide), table in attention_tiles.PREFILL.items():
         shapes = ((32, 128, 192), (20, 192, 256)) if wide else ((16, 128, 128), (128, 128, 128))
         for (n_heads, dn, dv), tile in itertools.product(shapes, table):
             padded = {"DN_PAD": triton.next_power_of_2(dn), "R_PAD": 64, "DV_PAD": triton.next_power_of_2(dv)}
+            rows = {name: f"tensordesc<bf16[{tile.keys}, {padded[width]}]>" for name, width in PREFILL_ROWS.items()}
             yield Configuration(
                 f"prefill {target} {n_heads} heads {f'of {dv} ' * wide}{tile.rows}x{tile.keys}",
-                attention.prefill_kernel,
+                prefill.prefill_kernel,
                 target,
                 queries
                 | slab
                 | {"bounds_ptr": "*i32"}
                 | dict.fromkeys(("k_ptr", "k_pe_ptr", "v_ptr", "out_ptr"), "*bf16")
-                | {"state_ptr": "*fp32", "lse_ptr": "*fp32"},
+                | {"state_ptr": "*fp32", "lse_ptr": "*fp32"}
+                | (rows if tile.descriptor else {}),
                 {"DN": dn, "R": 64, "DV": dv, "N": n_heads, "Q_TOKEN": n_heads * (dn + 64), "Q_HEAD": dn + 64}
                 | padded
+                | ({} if tile.descriptor else dict.fromkeys(rows))
                 | tile.constexprs(),
                 tile.options(),
             )
     for target in tiles.W8A16:
-        numbers = ("n_programs", "first", "last", "fixed_pages", "PROGRAMS", "N", "ROWS", "PAGE")
+        numbers = ("n_runs", "first", "last", "fixed_pages", "N", "ROWS", "PAGE")
         yield Configuration(
-            f"plan_splits {target}",
-            attention.plan_splits_kernel,
+            f"plan_runs {target}",
+            decode_runs.plan_runs_kernel,
             target,
-            dict.fromkeys(("lengths_ptr", "bounds_ptr", "plan_ptr"), "*i32") | dict.fromkeys(numbers, "i32"),
+            dict.fromkeys(("lengths_ptr", "bounds_ptr", "runs_ptr", "segments_ptr"), "*i32")
+            | dict.fromkeys(numbers, "i32"),
             {},
             {"num_warps": 1},
         )
         for n_heads in (16, 128):
             yield Configuration(
-                f"combine_splits {target} {n_heads} heads",
-                attention.combine_splits_kernel,
+                f"combine_parts {target} {n_heads} heads",
+                decode_runs.combine_parts_kernel,
                 target,
-                {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "splits_ptr": "*i32", "positions_ptr": "*i64"}
-                | {"out_ptr": "*bf16", "first": "i32"},
-                {"N": n_heads, "C": 512, "COLUMNS": attention.COLUMNS, "SPLITS": attention.SPLITS},
-                {"num_warps": attention.COMBINE_WARPS},
+                {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "parts_ptr": "*i32", "out_ptr": "*bf16"}
+                | {"first": "i32", "stride": "i32"},
+                {"N": n_heads, "C": 512, "COLUMNS": decode.COLUMNS, "PARTS": decode.PARTS},
+                {"num_warps": decode.COMBINE_WARPS},
             )
 
 
