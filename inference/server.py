@@ -3,7 +3,8 @@
   python server.py --ckpt-path CKPT
   torchrun --nproc-per-node 8 server.py --ckpt-path CKPT --host 0.0.0.0 --api-key @FILE
 
-Routes: /v1/chat/completions, /v1/completions, /v1/models, /health, /version, /metrics, and a page to talk to it at /.
+Routes: /v1/chat/completions, /v1/completions, /v1/responses, /v1/tokenize, /v1/detokenize, /v1/models, /health,
+/version, /metrics, and a page to talk to it at /.
 Listens on this machine only, unless an API key is given. The first SIGTERM or Ctrl-C lets running answers finish, the
 second ends at once.
 

@@ -2,8 +2,8 @@
 
 An HTTP body becomes a token through nine representations:
 
-  1. bytes                            app.Routes reads them
-  2. JSON values                      plan.read_body
+  1. bytes                            bodies.Bodies reads them
+  2. JSON values                      plan.read_json
   3. ChatBody or CompletionBody       schema.parse
   4. a rendered chat template         text.chat_template, for chats
   5. Plan: token ids, SamplingParams  plan.plan_chat, plan.plan_completion; formats.answer_format, text.grammar
