@@ -13,6 +13,7 @@ import openai
 import pytest
 import torch
 
+from core.answer_format import AnswerFormat
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE, RunConfig
 from core.sampling_params import SamplingParams
@@ -139,6 +140,20 @@ def test_all_that_a_request_may_ask_for(tiny: Path) -> None:
     alone = answers(tiny, 1, 1, use, num=exact, text=True)
     assert answers(tiny, 2, 1, use, num=exact, text=True) == alone
     assert len(alone) == 12 and any(one[-1] for one in alone)
+
+
+def test_answers_held_to_a_format(tiny: Path) -> None:
+    """A lane's first rank holds its own requests; one whose format cannot be held fails there alone."""
+    held = AnswerFormat('{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": false}')
+    params = SamplingParams(temperature=1.0, seed=5, max_new_tokens=60, answer_format=held)
+
+    def use(engine: Engine) -> list[tuple[Any, ...]]:
+        return [(r.tokens, r.finish_reason, r.error) for r in engine.generate(["one", "two", "three", "four"], params)]
+
+    exact = Numerics(torch.float32, experts="split", batch_invariant=True, virtual_ranks=2)
+    alone = answers(tiny, 1, 1, use, num=exact, text=True)
+    assert answers(tiny, 2, 1, use, num=exact, text=True) == alone
+    assert all(reason in ("stop", "length") and error is None for _, reason, error in alone)
 
 
 def test_prefixes_are_found_in_their_lane(v3: Path) -> None:
