@@ -558,7 +558,7 @@ def test_queue_is_bounded(tiny: Engine) -> None:
         for client in clients:
             assert client.recv(100).startswith(b"HTTP/1.1 200 ")
             client.close()
-        status, _, said = running.send("POST", COMPLETIONS, {**LONG, "max_tokens": 1, "n": 6})  # never, however empty it is
+        status, _, said = running.send("POST", CHAT, {"messages": QUESTION, "max_tokens": 1, "n": 6})  # never, however empty it is
         assert (status, said["error"]["param"]) == (400, "n") and "this server takes, 5" in said["error"]["message"]
         assert running.send("POST", COMPLETIONS, {**LONG, "max_tokens": 1, "n": 5})[0] == 200
         running.idle(PAGES)
