@@ -35,6 +35,7 @@ COMMANDS: dict[str, list[Path | str]] = {
     "host-step": [HERE / "host_step.py", "--output", RESULTS / "host_step.json"],
     "scale-out": [HERE / "scale_out.py", "--output", RESULTS / "scale_out.json"],
     "overlap": [HERE / "scale_out.py", "--overlap", "--output", RESULTS / "overlap.json"],
+    "attention-counts": [HERE / "attention_counts.py", "--output", RESULTS / "attention_counts.json"],
     "draft-acceptance": [HERE / "draft_acceptance.py", "--output", RESULTS / "draft_acceptance.json"],
     "page-time": [HERE / "page_time.py", "--output", RESULTS / "page_time.json"],
 }

@@ -396,6 +396,24 @@ def overlap(record: dict[str, Any]) -> str:
     return scale_out.overlap_table(record["results"])
 
 
+def attention_counts(record: dict[str, Any]) -> str:
+    header = ["kernel for sm_90", "Triton", "tile", "warps", "instructions", "registers", "stack",
+              "shared memory", "programs beside"]  # fmt: skip
+    rows = [
+        [row["kernel"].replace("sm_90 ", ""), row["triton"], f"{row['rows']} × {row['keys']}", str(row["warps"]),
+         str(row["instructions"]), str(row["registers"]), str(row["stack"]),
+         f"{row['shared']:,}", str(row["programs_that_fit"])]
+        for row in record["results"]["compiled"]
+    ]  # fmt: skip
+    return report.table(header, rows)
+
+
+def attention_balance(record: dict[str, Any]) -> str:
+    found = record["results"]["simulated"]
+    rows = [[row["lengths"].replace(" x ", " × "), f"{row['efficiency']:.2f}"] for row in found]
+    return report.table(["sequences", "pages read / (132 × the busiest one's)"], rows)
+
+
 def model(record: dict[str, Any]) -> str:
     import model_gpu
 
@@ -416,6 +434,8 @@ BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "lane_throughput": (lane_throughput, "lane_throughput"), "slow_links": (slow_links, "slow_links"),
     "revisions": (revisions, "revisions"),
     "scale_out": (scale_out, "scale_out"), "overlap": (overlap, "overlap"),
+    "attention_counts": (attention_counts, "attention_counts"),
+    "attention_balance": (attention_balance, "attention_counts"),
 }  # fmt: skip
 
 
