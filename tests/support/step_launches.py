@@ -50,12 +50,17 @@ class NotedCollectives(Group):
     gpu: Any = None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        self.gpu.launches.append(Launch("all_reduce", stream=self.gpu.stream))
+        self._note("all_reduce", x, x)
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        self.gpu.launches.append(Launch("all_gather", stream=self.gpu.stream))
-        return x.new_empty(*x.shape[:-1], x.shape[-1] * self.size)
+        out = x.new_empty(*x.shape[:-1], x.shape[-1] * self.size)
+        self._note("all_gather", x, out)
+        return out
+
+    def _note(self, name: str, *tensors: torch.Tensor) -> None:
+        shapes = {str(i): stub_driver.shape_of(t) for i, t in enumerate(tensors)}
+        self.gpu.launches.append(Launch(name, arguments=shapes, stream=self.gpu.stream))
 
 
 def rank_of_eight(gpu: StubGpu, args: ModelArgs | None = None, **numerics: Any) -> Transformer:

@@ -62,7 +62,7 @@ NO_LAUNCH = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: a kernel of ours, or an operation of torch, named "aten::…", without the other fields."""
+    """One launch: a kernel of ours, or an operation of torch, named "aten::…", of which the tensors alone are known."""
 
     name: str
     grid: tuple[int, int, int] = (1, 1, 1)
@@ -84,6 +84,7 @@ class StubGpu:
         self.compiles = compiles
         self.launches: list[Launch] = []
         self.compilations: dict[str, str] = {}  # by key in Triton's cache: the kernel's name
+        self.sources: dict[str, tuple[Any, Any, Any]] = {}  # of those not compiled: what triton.compile would be given
         self.hits = 0  # compilations that the cache on disk had
         self.allocated = 0  # bytes of scratch memory that kernels asked for
         self.stream = 0
@@ -184,7 +185,7 @@ def packed_argument(name: str, ty: str, value: Any, metadata: Any) -> Any:
             return None
         if not hasattr(value, "data_ptr"):
             raise TypeError(f"{name}: a pointer argument must be a tensor or None, not {value!r}")
-        return f"{value.dtype}{tuple(value.shape)}".removeprefix("torch.")
+        return shape_of(value)
     if ty.startswith("tensordesc"):
         meta = (getattr(metadata, "tensordesc_meta", None) or [None])[0]
         return [str(part) for part in nvidia.make_tensordesc_arg(value, meta)]
@@ -196,6 +197,11 @@ def packed_argument(name: str, ty: str, value: Any, metadata: Any) -> Any:
     if not low <= int(value) < high:
         raise OverflowError(f"{name}: {value} is no {ty}")
     return int(value)
+
+
+def shape_of(t: Any) -> str:
+    """A tensor as launches have it: its type and shape."""
+    return f"{t.dtype}{tuple(t.shape)}".removeprefix("torch.")
 
 
 def check_descriptor(
@@ -218,6 +224,7 @@ def _pretend(gpu: StubGpu) -> Callable[..., Any]:
         parsed = backend.parse_options(dict(options or {}, **src.parse_options()))
         key = cache_key(src, backend, parsed)
         gpu.compilations[key] = src.fn.fn.__name__
+        gpu.sources[key] = (src, target, options)
         metadata = SimpleNamespace(
             hash=key, shared=0, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0,
             profile_scratch_align=1, **{n: getattr(parsed, n) for n in ("num_warps", "num_stages", "launch_pdl")},
@@ -254,7 +261,11 @@ class TorchLaunches(TorchDispatchMode):
         results = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
         on_device = any(t.device.type != "cpu" and t.numel() for t in results)
         if on_device and not views and name not in NO_LAUNCH:
-            self.gpu.launches.append(Launch(f"aten::{name}", stream=self.gpu.stream))
+            tensors = [
+                t for t in tree_iter((args, kwargs, out)) if isinstance(t, torch.Tensor) and t.device.type != "cpu"
+            ]
+            shapes = {str(i): shape_of(t) for i, t in enumerate(tensors)}
+            self.gpu.launches.append(Launch(f"aten::{name}", arguments=shapes, stream=self.gpu.stream))
         return out
 
 
