@@ -12,23 +12,21 @@ import argparse
 import json
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from lib import ROOT, report
+from lib import ROOT, report, sass
 
 sys.path.append(str(ROOT / "tests"))
 import triton
 
 from ops.gpu import attention
 from ops.gpu.attention_tiles import DECODE
-from ops.gpu.tiles import KIB, SM_COUNT, tile_for
-from support.compile_kernels import _run, compile_  # type: ignore[import-not-found]
+from ops.gpu.tiles import SM_COUNT, tile_for
+from support.compile_kernels import compile_  # type: ignore[import-not-found]
 from support.kernel_configurations import Configuration, configurations  # type: ignore[import-not-found]
 
 COUNTED = r"(decode sm_90 .*(16|128) heads|prefill sm_90 16 heads)"
-REGISTERS, SHARED = 65536, 228 * KIB  # of a multiprocessor; each program takes 1 KiB of shared memory more
 CASES = {
     "34 x 4k": [4096] * 34,
     "48 x 4k": [4096] * 48,
@@ -38,50 +36,19 @@ CASES = {
 }
 
 
-def inner_loops(code: str) -> list[int]:
-    """The instructions of each innermost loop of nvdisasm's text that has a tensor core's instruction."""
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    for line in code.splitlines():
-        if label := re.match(r"^\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
-        elif instruction := re.match(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", line):
-            instructions.append(instruction[1])
-    loops = []
-    for end, text in enumerate(instructions):
-        back = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
-        if back and labels.get(back[1], end + 1) <= end:
-            loops.append((labels[back[1]], end))
-    products = [i for i, text in enumerate(instructions) if re.search(r"\b[HQ]G?MMA", text)]
-    loops = [(a, b) for a, b in loops if any(a <= i <= b for i in products)]
-    innermost: list[tuple[int, int]] = []
-    for a, b in sorted(loops, key=lambda loop: loop[1] - loop[0]):
-        if all(b < c or d < a for c, d in innermost):
-            innermost.append((a, b))
-    return [b - a + 1 for a, b in innermost]
-
-
 def wanted(name: str) -> bool:
     return re.match(COUNTED, name) is not None
 
 
 def counts(c: Configuration) -> dict[str, Any]:
     """One compiled kernel: `instructions` of its shortest loop, the one without masks where there are two."""
-    compiled = compile_(c)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = _run("cuobjdump", "--dump-resource-usage", file.name), _run("nvdisasm", "-c", file.name)
-    number = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage)}
     keys = c.constexprs["KEYS" if "KEYS" in c.constexprs else "PAGE"]
-    warps, shared = c.options["num_warps"], compiled.metadata.shared
-    loops = inner_loops(code)
-    registers = 8 * -(-number["REG"] // 8) * 32 * warps
+    found = sass.counts(compile_(c))
     return {
-        "kernel": c.name, "triton": triton.__version__, "rows": c.constexprs["ROWS"], "keys": keys, "warps": warps,
-        "instructions": loops[0], "registers": number["REG"],
-        "stack": number["STACK"] + number["LOCAL"], "shared": shared,
-        "programs_that_fit": min(REGISTERS // registers, SHARED // (shared + KIB)),
+        "kernel": c.name, "triton": triton.__version__, "rows": c.constexprs["ROWS"], "keys": keys,
+        "warps": found["warps"], "instructions": next(n for n, multiplies in found["loops"] if multiplies),
+        "registers": found["registers"], "stack": found["stack"], "shared": found["shared"],
+        "programs_that_fit": found["fit"],
     }  # fmt: skip
 
 

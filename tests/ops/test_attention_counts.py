@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+from lib import sass
+
 import attention_counts
 from ops.gpu import attention
 from ops.gpu.attention_tiles import DECODE
@@ -56,7 +58,7 @@ def test_programs_side_by_side_have_room(target: str) -> None:
             tile = next(tile for tile in table if (tile.rows, tile.warps) == (rows, warps))
             report = compiled[c.name]
             registers = math.ceil(report["registers"] / 8) * 8 * 32 * warps
-            assert tile.programs * registers <= attention_counts.REGISTERS, c.name
+            assert tile.programs * registers <= sass.REGISTERS, c.name
             assert tile.programs * (report["shared"] + 1024) <= SHARED_LIMIT[target] + 1024, c.name
 
 
@@ -85,5 +87,5 @@ CODE = """
 
 
 def test_the_innermost_loop_that_multiplies_is_counted() -> None:
-    assert attention_counts.inner_loops(CODE) == [3]
-    assert attention_counts.inner_loops(CODE.replace("HGMMA", "MOV")) == []
+    assert sass.inner_loops(CODE) == [3]
+    assert sass.inner_loops(CODE.replace("HGMMA", "MOV")) == []
