@@ -36,6 +36,7 @@ COMMANDS: dict[str, list[Path | str]] = {
     "scale-out": [HERE / "scale_out.py", "--output", RESULTS / "scale_out.json"],
     "overlap": [HERE / "scale_out.py", "--overlap", "--output", RESULTS / "overlap.json"],
     "attention-counts": [HERE / "attention_counts.py", "--output", RESULTS / "attention_counts.json"],
+    "step-model": [HERE / "step_model.py", "--output", RESULTS / "step_model.json"],
     "draft-acceptance": [HERE / "draft_acceptance.py", "--output", RESULTS / "draft_acceptance.json"],
     "page-time": [HERE / "page_time.py", "--output", RESULTS / "page_time.json"],
 }

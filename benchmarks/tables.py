@@ -414,6 +414,24 @@ def attention_balance(record: dict[str, Any]) -> str:
     return report.table(["sequences", "pages read / (132 × the busiest one's)"], rows)
 
 
+def step_model(record: dict[str, Any]) -> str:
+    import step_model
+
+    return step_model.table(record["results"])
+
+
+def step_losses(record: dict[str, Any]) -> str:
+    import step_model
+
+    return step_model.losses_table(record["results"])
+
+
+def step_assumptions(record: dict[str, Any]) -> str:
+    import step_model
+
+    return step_model.assumptions_table(record["results"])
+
+
 def model(record: dict[str, Any]) -> str:
     import model_gpu
 
@@ -436,6 +454,8 @@ BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "scale_out": (scale_out, "scale_out"), "overlap": (overlap, "overlap"),
     "attention_counts": (attention_counts, "attention_counts"),
     "attention_balance": (attention_balance, "attention_counts"),
+    "step_model": (step_model, "step_model"), "step_losses": (step_losses, "step_model"),
+    "step_assumptions": (step_assumptions, "step_model"),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ OTHER_TRITON names a folder with another release of Triton, unpacked, for these 
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,16 @@ def test_a_step_is_as_many_launches(counted: dict[str, Any]) -> None:
     at_most = {"decode 1": 1710, "decode 8": 1710, "decode 32": 1710, "decode 128": 1643, "prefill 4096": 1523}
     found = {name: step["launches"] for name, step in counted["steps"].items()}
     assert all(61 * 8 < found[name] <= most for name, most in at_most.items()), found
+
+
+def test_the_model_of_a_step_has_these_launches(counted: dict[str, Any]) -> None:
+    """After a change of the launches: python benchmarks/bench.py step-model, then benchmarks/tables.py."""
+    record = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "step_model.json").read_text())
+    for name, step in counted["steps"].items():
+        modelled: Counter[str] = Counter()
+        for row in record["results"]["steps"][name]["rows"]:
+            modelled[row["kernel"]] += row["launches"]
+        assert modelled == step["counts"], name
 
 
 def test_layers_chains_add_up_to_the_step(counted: dict[str, Any]) -> None:
