@@ -167,8 +167,10 @@ def work_of(launch: Any, step: tuple[int, int, int]) -> Work:
         if "persistent" in name:
             each = math.ceil(tiles / programs)
             tiles = each * programs
-        flops = 2.0 * tiles * bm * bn * trips * 128
-        return Work(nbytes, flops, 2.0 * rows * n * k, kind, loaded, min(programs, tiles), trips, each)
+        flops, busy = 2.0 * tiles * bm * bn * trips * 128, min(programs, tiles)
+        if "ids_ptr" in found:  # every program looks for its tile, also those that find none
+            trips, busy = trips * busy / programs, programs
+        return Work(nbytes, flops, 2.0 * rows * n * k, kind, loaded, busy, trips, each)
     if name in ("decode_kernel", "decode_fp8_kernel"):
         keys = constants.get("KEYS", constants["PAGE"])
         rows = constants["ROWS"] * math.ceil(constants["N"] * new / constants["ROWS"])
@@ -202,8 +204,13 @@ def work_of(launch: Any, step: tuple[int, int, int]) -> Work:
         rows = max(16, constants["ROWS"])
         size = sum(math.prod(found[w].shape) for w in ("w_uk_ptr", "w_uv_ptr") if w in found)
         flops, useful = 2.0 * size * rows * launch.grid[1], 2.0 * size * tokens
+        if "partial_ptr" in found:  # C / COLUMNS loops, of which instructions_of counts one
+            splits = math.ceil(found["partial_ptr"].shape[0] / b / constants["SPLITS"])
+            trips = 1 + (splits - 1) * constants["C"] // constants["COLUMNS"]
     elif name == "sort_kernel":
         trips = math.ceil(args["n"] / constants["CHUNK"])
+    elif name == "place_kernel":
+        trips = math.ceil(constants["CHUNK"] / constants["STEP"])
     elif name == "gather_rows_kernel":
         trips = math.ceil(args["K"] / constants["COLUMNS"])
     else:
@@ -214,7 +221,7 @@ def work_of(launch: Any, step: tuple[int, int, int]) -> Work:
 # Kernels whose loops, if they have any, run once or hardly more.
 WITHOUT_LOOP = {
     "norm_kernel", "norm_latents_kernel", "sum_splits_kernel", "latent_write_kernel", "combine_parts_kernel",
-    "act_quant_kernel", "silu_mul_kernel", "combine_kernel", "plan_runs_kernel",
+    "act_quant_kernel", "silu_mul_kernel", "combine_kernel", "plan_runs_kernel", "count_kernel",
 }  # fmt: skip
 
 

@@ -51,16 +51,6 @@ def test_a_step_is_as_many_launches(counted: dict[str, Any]) -> None:
     assert all(61 * 8 < found[name] <= most for name, most in at_most.items()), found
 
 
-def test_the_model_of_a_step_has_these_launches(counted: dict[str, Any]) -> None:
-    """After a change of the launches: python benchmarks/bench.py step-model, then benchmarks/tables.py."""
-    record = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "step_model.json").read_text())
-    for name, step in counted["steps"].items():
-        modelled: Counter[str] = Counter()
-        for row in record["results"]["steps"][name]["rows"]:
-            modelled[row["kernel"]] += row["launches"]
-        assert modelled == step["counts"], name
-
-
 def test_layers_chains_add_up_to_the_step(counted: dict[str, Any]) -> None:
     for name, step in counted["steps"].items():
         layers = 3 * len(step["chains"]["dense"]) + 58 * len(step["chains"]["moe"])
@@ -75,3 +65,13 @@ def test_what_was_compiled_beforehand_is_found(tmp_path: Path) -> None:
     assert found["first"]["allocated"] > 0, "descriptors lie in memory that the allocator gave"
     refused = ("must be a tensor or None", "is no i32", "no such grid as (1, 65536, 1)", "shared memory")
     assert all(text in said for text, said in zip(refused, found["refused"], strict=True)), found["refused"]
+
+
+def test_the_model_of_a_step_has_these_launches(counted: dict[str, Any]) -> None:
+    """After a change of the launches: python benchmarks/bench.py step-model, then benchmarks/tables.py."""
+    record = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "step_model.json").read_text())
+    for name, step in counted["steps"].items():
+        modelled: Counter[str] = Counter()
+        for row in record["results"]["steps"][name]["rows"]:
+            modelled[row["kernel"]] += row["launches"]
+        assert modelled == step["counts"], name

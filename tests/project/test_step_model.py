@@ -117,6 +117,10 @@ def test_work_of_launches() -> None:
     work = step_model.work_of(launch, (1, 1, 4096))
     assert work.nbytes == pytest.approx(7168 + 8 * (512 * 7168 + 4 * 4 * 56))  # of the experts chosen alone
     assert work.useful == 8 * 2 * 512 * 7168 and work.flops == pytest.approx(16 * work.useful) and work.trips == 28
+    launch.arguments["ids_ptr"] = "int64(1, 8)"  # tiles are looked for by all 128 programs, and half of them have none
+    launch.grid = (128, 2, 1)
+    idle = step_model.work_of(launch, (1, 1, 4096))
+    assert (idle.programs, idle.trips) == (256, pytest.approx(work.trips * work.programs / 256))
     arguments = {"0": "bfloat16(3, 5)", "1": "bfloat16(5, 7)", "2": "bfloat16(3, 7)"}
     product = SimpleNamespace(name="aten::mm", grid=(1, 1, 1), arguments=arguments, ours=False, constants={})
     assert step_model.work_of(product, (1, 1, 0))[:2] == (2 * (15 + 35 + 21), 2 * 3 * 5 * 7)
