@@ -44,8 +44,8 @@ class BlockTable:
                 new += pages[sent:]
                 self._sent[row] = len(pages)
         if at:
-            changes = upload([at, new], torch.int64, self.pages.device)
-            self.pages.view(-1).index_copy_(0, changes[0], changes[1].int())
+            changed, held = upload([at, new], torch.int64, self.pages.device).unbind()
+            self.pages.view(-1).index_copy_(0, changed, held.int())
         return rows
 
     def _move(self, pages: list[int], row: int) -> int:

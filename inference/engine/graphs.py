@@ -175,6 +175,10 @@ class Graphs:
         tokens, positions = [0] * (n * width), [0] * (n * width)
         slots, lengths = [padding_slot] * (n * width), [1] * n
         for place, (new, start, held) in zip(places, slices, strict=True):
+            if width == len(new) == 1:  # most steps have nothing else
+                tokens[place], positions[place], lengths[place] = new[0], start, start + 1
+                slots[place] = held[start // PAGE_SIZE] * PAGE_SIZE + start % PAGE_SIZE
+                continue
             at = place * width
             for p, token in enumerate(new, start):
                 tokens[at], positions[at] = token, p
