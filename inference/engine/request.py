@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from core.errors import UserError
 from core.sampling_params import SamplingParams
 from engine.constraint import Constraint
-from engine.sampling import Draft, Logprob
+from engine.sampling import Draft, Logprob, SamplingState
 from text.detokenizer import Detokenizer
 from text.parser import ChatFormat, ChatParser, Content, Reasoning
 from text.tokenizer import Tokenizer
@@ -47,6 +47,7 @@ class Request:
     opens_thinking: bool = False  # the prompt itself opens <think>
     prompt_logprobs: list[Logprob] = field(default_factory=list)  # of each prompt token but the first
     draft: Draft = field(default_factory=Draft, repr=False)
+    sampling_state: SamplingState | None = field(default=None, repr=False)  # where it is sampled, once it is
     chat: ChatFormat | None = None  # of the answer to a conversation; None: a text goes on
     constraint: Constraint | None = field(default=None, repr=False)  # of params.answer_format, where it is sampled
     detokenizer: Detokenizer | None = field(default=None, repr=False)  # None: no tokenizer, and no text
@@ -55,7 +56,7 @@ class Request:
     _n_searchless: int = field(default=0, repr=False)  # characters of their texts that no stop text may be in
     _parser: ChatParser | None = field(default=None, repr=False)  # tells content, where stop texts ask for it
     _n_before: int = field(default=0, repr=False)  # events before the last step
-    step_tokens: list[tuple[int, bool, Logprob | None]] = field(default_factory=list, repr=False)  # of the last step
+    _n_tokens_before: int = field(default=0, repr=False)
 
     @property
     def text(self) -> str:
@@ -66,6 +67,13 @@ class Request:
     def new_text(self) -> str:
         """What the last step added to `text`: whole characters only."""
         return "".join(event.text for event in self.events[self._n_before :])
+
+    @property
+    def step_tokens(self) -> list[tuple[int, bool, Logprob | None]]:
+        """The last step's tokens, each with whether it was a draft, and its log-probability."""
+        events = [event for event in (*self.events[self._n_before :], *self._pending) if event.id is not None]
+        earlier = len(events) - (len(self.tokens) - self._n_tokens_before)  # withheld by then
+        return [(event.id, event.drafted, event.logprob) for event in events[earlier:] if event.id is not None]
 
     @property
     def logprobs(self) -> list[Logprob]:
@@ -95,19 +103,17 @@ class Request:
 
     def begin_step(self) -> None:
         """Start collecting `new_text` and `step_tokens` afresh."""
-        self._n_before = len(self.events)
-        self.step_tokens = []
+        self._n_before, self._n_tokens_before = len(self.events), len(self.tokens)
 
     def append(self, token: int, drafted: bool = False, logprob: Logprob | None = None) -> bool:
         """Append a token to the answer; return whether a stop text ends it."""
-        self.step_tokens.append((token, drafted, logprob))
         text, is_control = "", False
         if self.detokenizer is not None:
             left, text, is_control = self.detokenizer.push_apart(token)
             self._append_leftover(left)
         self.tokens.append(token)
         self._append_pending(TokenEvent(token, text, is_control, drafted, logprob))
-        return self._record()
+        return bool(self._pending) and self._record()
 
     def flush(self) -> None:
         """Record what is withheld, now that nothing follows it, up to a stop text in it."""
@@ -129,7 +135,8 @@ class Request:
             self._append_pending(TokenEvent(None, text))
 
     def _append_pending(self, event: TokenEvent, new: str | None = None) -> None:
-        """Withhold a token, of whose text `new` (None: all) is new. What is no content separates stop texts."""
+        """Withhold a token, if there are stop texts, of whose text `new` (None: all) is new. What is no content
+        separates stop texts."""
         new = event.text if new is None else new
         if self.chat is not None and self.params.stop and new:
             self._parser = self._parser or self.chat.parser(self.opens_thinking)
@@ -138,7 +145,7 @@ class Request:
             if n_content < len(new):
                 before = sum(len(earlier.text) for earlier in self._pending)
                 self._n_searchless = before + len(event.text) - n_content
-        self._pending.append(event)
+        (self._pending if self.params.stop else self.events).append(event)
 
     def _record(self) -> bool:
         """Move tokens whose text is certain from `_pending` to `events`, cut at the first stop text; return whether

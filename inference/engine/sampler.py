@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from core.errors import describe
-from core.sampling_params import SamplingParams
 from engine.noise import Noise
 from engine.request import FinishReason, Request
-from engine.sampling import Draft, SamplingState, Scores, logprob, propose, verify
+from engine.sampling import SamplingState, Scores, logprob, propose, verify
 from engine.scheduler import Chunk, Sequence
 from engine.stats import Stats
 from parallel.group import Group
@@ -38,7 +37,8 @@ class Sampler:
     ):
         """`tp`: the ranks that hear what its first one samples, a lane's or a pipeline's. `requests`: the unfinished
         ones by their sequence's id, kept up to date by the engine; `cancel` ends one of them with the next step."""
-        self.tp, self.tokenizer, self.requests, self.stats = tp, tokenizer, requests, stats
+        self.tp, self.requests, self.stats = tp, requests, stats
+        self.eos_ids = () if tokenizer is None else tokenizer.eos_ids
         self.n_drafts, self.cancel = n_drafts, cancel
         self.noise = Noise()
 
@@ -47,23 +47,16 @@ class Sampler:
 
         scores: sum of 1 + drafts rows, chunks in order: after a chunk's last token and after each of its drafts.
         """
-        width = 2 + 1 + self.n_drafts  # of a row: verdict, number of tokens, tokens
-        rows: list[list[int]] = []
+        sampled: Sampled = {}
         if self.tp.rank == 0:
             first = 0
             for chunk, verified in zip(sampling, self._verify(sampling, scores), strict=True):
                 request, logits = self.requests[chunk.sequence.id], partial(_row, scores, first)
-                work = partial(self._decide, chunk, verified, logits)
-                tokens, finish = isolate_request_errors(request, work) or ([], "error")
-                row = [_FINISH.index(finish), len(tokens), *tokens]
-                rows.append(row + [0] * (width - len(row)))
+                decided = isolate_request_errors(request, self._decide, chunk, verified, logits)
+                sampled[chunk] = decided or ([], "error")
                 first += 1 + len(chunk.drafts)
         if self.tp.size > 1:
-            empty = torch.zeros(len(sampling), width, dtype=torch.int64)
-            rows = self.tp.broadcast(torch.tensor(rows) if rows else empty).tolist()
-        sampled: Sampled = {
-            chunk: (row[2 : 2 + row[1]], _FINISH[row[0]]) for chunk, row in zip(sampling, rows, strict=True)
-        }
+            sampled = self._broadcast(sampling, sampled)
         failed = [chunk.sequence.id for chunk, (_, finish) in sampled.items() if finish == "error"]
         if failed:
             ranks = self.tp.nonfinite_ranks() if self.tp.size > 1 else []
@@ -72,15 +65,22 @@ class Sampler:
                 request.error = request.error or f"the model's output holds NaN or infinity{came}"
         return sampled
 
+    def _broadcast(self, sampling: list[Chunk], sampled: Sampled) -> Sampled:
+        """Rank 0's `sampled` on every rank, a row for each chunk: verdict, number of tokens, tokens."""
+        width = 1 + self.n_drafts
+        rows = [[_FINISH.index(finish), len(t), *t, *[0] * (width - len(t))] for t, finish in sampled.values()]
+        empty = torch.zeros(len(sampling), 2 + width, dtype=torch.int64)
+        heard = self.tp.broadcast(torch.tensor(rows) if rows else empty).tolist()
+        return {c: (tokens[:n], _FINISH[finish]) for c, (finish, n, *tokens) in zip(sampling, heard, strict=True)}
+
     def _verify(self, chunks: list[Chunk], scores: Scores) -> list[list[int] | None]:
         """Rank 0: the next tokens of each chunk's request, from its rows of logits, all of them at once; None for a
         request that fails."""
         states = []
         for chunk in chunks:
             request, n = self.requests[chunk.sequence.id], len(chunk.drafts)
-            draft = Draft(request.draft.tokens[:n], request.draft.q[:n])
-            states.append(self._sampling_state(chunk.sequence, draft))
-            request.draft = Draft()
+            del request.draft.tokens[n:], request.draft.q[n:]
+            states.append(self._sampling_state(chunk.sequence, request))
         try:
             return verify(scores, states)
         except Exception:  # verified one by one, only the request at fault fails
@@ -88,6 +88,9 @@ class Sampler:
             parts = scores.logits.split([1 + len(chunk.drafts) for chunk in chunks])
             works = [partial(verify, rows, [state]) for rows, state in zip(parts, states, strict=True)]
             return [(isolate_request_errors(*one) or [None])[0] for one in zip(requests, works, strict=True)]
+        finally:
+            for state in states:
+                state.draft.clear()
 
     def _decide(
         self, chunk: Chunk, tokens: list[int] | None, logits: Callable[[int], torch.Tensor]
@@ -105,34 +108,32 @@ class Sampler:
         if params.max_new_tokens == 0:
             return [], "length"
         self.stats.sampled_steps += 1
-        for place in range(len(chunk.drafts)):
+        for place, _ in enumerate(chunk.drafts):
             self.stats.drafted[place] += place < len(tokens)  # those behind a rejected one were never looked at
             self.stats.accepted[place] += place + 1 < len(tokens)
+        room = sequence.capacity - len(sequence.tokens)
         finish: FinishReason | None = None
         for i, token in enumerate(tokens):
-            if self._ends(token, params):
+            if token in params.stop_token_ids or (token in self.eos_ids and not params.ignore_eos):
                 finish = "stop"
             else:
                 score = None if params.logprobs is None else logprob(logits(i), token, params.logprobs)
                 if request.append(token, i + 1 < len(tokens), score):
                     finish = "stop"
-                elif sequence.n_tokens + i + 1 >= sequence.capacity:
+                elif i + 1 >= room:
                     finish = "length"
-            self.stats.generated += 1
             if finish:
-                return tokens[: i + 1], finish
-        return tokens, None
-
-    def _ends(self, token: int, params: SamplingParams) -> bool:
-        ends = self.tokenizer is not None and token in self.tokenizer.eos_ids and not params.ignore_eos
-        return ends or token in params.stop_token_ids
+                tokens = tokens[: i + 1]
+                break
+        self.stats.generated += len(tokens)
+        return tokens, finish
 
     def propose(self, sequences: list[Sequence], scores: Scores) -> list[int]:
         """Rank 0's next draft for each sequence, from the MTP module's logits after it, on every rank."""
         drafts = [0] * len(sequences)
         if self.tp.rank == 0:
             requests = [self.requests[sequence.id] for sequence in sequences]
-            states = [self._sampling_state(s, r.draft) for s, r in zip(sequences, requests, strict=True)]
+            states = [self._sampling_state(s, r) for s, r in zip(sequences, requests, strict=True)]
             try:
                 propose(scores, states)
             except Exception:  # proposed one by one, only the request at fault fails
@@ -154,20 +155,24 @@ class Sampler:
             if request.error:
                 self.cancel(request)
 
-    def _sampling_state(self, sequence: Sequence, draft: Draft) -> SamplingState:
-        request = self.requests[sequence.id]
-        return SamplingState(request.params, request.rng_key, sequence.tokens, len(request.prompt), draft, self.noise,
-                             request.constraint)  # fmt: skip
+    def _sampling_state(self, sequence: Sequence, request: Request) -> SamplingState:
+        """The same at each step: tokens and draft grow in place."""
+        if request.sampling_state is None:
+            request.sampling_state = SamplingState(
+                request.params, request.rng_key, sequence.tokens, len(request.prompt), request.draft, self.noise,
+                request.constraint,
+            )  # fmt: skip
+        return request.sampling_state
 
 
 def _row(scores: Scores, first: int, i: int) -> torch.Tensor:
     return scores.logits[first + i]
 
 
-def isolate_request_errors(request: Request, work: Callable[[], T]) -> T | None:
-    """Rank 0's work for one request; an exception becomes that request's error, and the result None."""
+def isolate_request_errors(request: Request, work: Callable[..., T], *args: Any) -> T | None:
+    """Rank 0's work(*args) for one request; an exception becomes that request's error, and the result None."""
     try:
-        return work()
+        return work(*args)
     except Exception as e:
         request.error = request.error or describe(e)
         return None

@@ -162,6 +162,10 @@ class Draft:
     tokens: list[int] = field(default_factory=list)
     q: list[torch.Tensor | None] = field(default_factory=list)
 
+    def clear(self) -> None:
+        self.tokens.clear()
+        self.q.clear()
+
 
 @dataclass
 class SamplingState:
@@ -174,11 +178,10 @@ class SamplingState:
     draft: Draft = field(default_factory=Draft)  # of what follows
     noise: Noise | None = field(default=None, repr=False)  # where numbers made ahead are kept; None: they are not
     constraint: Constraint | None = None  # of an answer that is held to a format
+    changes_logits: bool = field(init=False)  # it is not the model's logits that are sampled from
 
-    @property
-    def changes_logits(self) -> bool:
-        """Whether it is not the model's logits that are sampled from."""
-        return self.params.changes_logits or self.constraint is not None
+    def __post_init__(self) -> None:
+        self.changes_logits = self.params.changes_logits or self.constraint is not None
 
     def mask(self, n_drafts: int) -> Mask | None:
         """What may come after `n_drafts` drafts; None for anything."""
@@ -242,32 +245,34 @@ def verify(logits: torch.Tensor | Scores, states: Sequence[SamplingState]) -> li
     at temperature 0 it is equal. All rows are decided at once; what comes after a rejection is dropped.
     """
     scores = logits if isinstance(logits, Scores) else Scores.of(logits)
-    rows = [(state, i) for state in states for i in range(len(state.draft.tokens) + 1)]
-    if any(state.changes_logits for state in states):
+    rows: list[tuple[SamplingState, int]] = []
+    if any([state.params.temperature or state.changes_logits for state in states]):
+        rows = [(state, i) for state in states for i in range(len(state.draft.tokens) + 1)]
+    if any([state.changes_logits for state in states]):
         scores = Scores.of(adjusted(scores.logits, rows))
     sampled = [n for n, (state, _) in enumerate(rows) if state.params.temperature]
     parts = [sampled[at : at + _ROWS] for at in range(0, len(sampled), _ROWS)]
     drawn = [accept_or_resample(select(scores.logits, part), [rows[n] for n in part]) for part in parts]
     finite, token_ids, found = scores.read(*(t for pair in drawn for t in pair))  # waits for the device once
-    accepted = [0] * len(rows)
+    if len(token_ids) == len(states) and not parts:  # nothing to verify
+        return [[token] if row_finite else None for token, row_finite in zip(token_ids, finite, strict=True)]
+    accepted = [0] * len(token_ids)
     for part in parts:
         n = len(part)
         for row, row_accepted, token in zip(part, found[:n], found[n : 2 * n], strict=True):
             accepted[row], token_ids[row] = row_accepted, token
         del found[: 2 * n]
     answers: list[list[int] | None] = []
-    results = zip(finite, accepted, token_ids, strict=True)
+    at = 0
     for state in states:
-        answer: list[int] = []
-        all_finite, rejected = True, False
-        for i, (row_finite, row_accepted, token) in zip(range(len(state.draft.tokens) + 1), results, strict=False):
-            all_finite = all_finite and bool(row_finite)
-            if rejected:
-                continue
-            draft = state.draft.tokens[i] if i < len(state.draft.tokens) else None
-            rejected = not (row_accepted if state.params.temperature else token == draft)
-            answer.append(token if rejected or draft is None else draft)
-        answers.append(answer if all_finite else None)
+        drafts, row = state.draft.tokens, at
+        for draft in drafts:
+            if not (accepted[row] if state.params.temperature else token_ids[row] == draft):
+                break
+            row += 1
+        stop = at + len(drafts) + 1
+        answers.append([*drafts[: row - at], token_ids[row]] if all(finite[at:stop]) else None)
+        at = stop
     return answers
 
 

@@ -37,7 +37,7 @@ class Sequence:
         return len(self.tokens) - self.n_cached == 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Chunk:
     """What one step runs of a sequence: `n` tokens from position `start` on and, behind its last token, its drafts."""
 
@@ -45,25 +45,18 @@ class Chunk:
     start: int
     n: int
     drafts: tuple[int, ...] = ()
+    n_rows: int = field(init=False)  # of the step's batch
+    samples: bool = field(init=False)  # it ends with the sequence's last token, so that the next one is sampled
 
-    @property
-    def tokens(self) -> list[int]:
-        return self.sequence.tokens[self.start : self.start + self.n] + list(self.drafts)
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of the step's batch that are this chunk's."""
-        return self.n + len(self.drafts)
+    def __post_init__(self) -> None:
+        self.n_rows = self.n + len(self.drafts)
+        self.samples = self.start + self.n == len(self.sequence.tokens)
 
     @property
     def slice(self) -> SequenceSlice:
         """What `Batch.pack` takes. Valid until the step is committed."""
-        return self.tokens, self.start, self.sequence.pages
-
-    @property
-    def samples(self) -> bool:
-        """Whether it ends with the sequence's last token, so that the next one is sampled. Valid until committed."""
-        return self.start + self.n == self.sequence.n_tokens
+        tokens = self.sequence.tokens[self.start : self.start + self.n]
+        return tokens + list(self.drafts) if self.drafts else tokens, self.start, self.sequence.pages
 
 
 class Scheduler:
@@ -103,8 +96,8 @@ class Scheduler:
         for sequence in list(self.running):
             if not sequence.decoding or sequence in self._preempted:
                 continue
-            drafts = self._drafts(sequence)
-            if self._reserve(sequence, sequence.n_tokens + len(drafts)):
+            drafts = self._drafts(sequence) if sequence.drafts else ()
+            if self._reserve(sequence, len(sequence.tokens) + len(drafts)):
                 chunks.append(Chunk(sequence, sequence.n_cached, 1, drafts))
                 budget -= 1 + len(drafts)
         if chunks:
@@ -152,8 +145,8 @@ class Scheduler:
     def _reserve(self, sequence: Sequence, n_tokens: int) -> bool:
         """Allocates pages for n_tokens and the drafts that may follow, preempting the youngest running sequence as
         often as needed; False if that is the sequence itself."""
-        while (missing := self.pages_for(n_tokens + self.n_drafts) - len(sequence.pages)) > 0:
-            pages = self.pool.allocate(missing)
+        while n_tokens + self.n_drafts > len(sequence.pages) * self.pool.page_size:
+            pages = self.pool.allocate(self.pages_for(n_tokens + self.n_drafts) - len(sequence.pages))
             if pages is not None:
                 sequence.pages += pages
                 continue
@@ -186,8 +179,7 @@ class Scheduler:
         sequence.n_cached += chunk.n + max(len(tokens) - 1, 0)
         full = sequence.n_cached // page_size
         if self.prefix_reuse and not (sequence.no_prefix_reuse or failed) and sequence.n_registered < full:
-            known = sequence.tokens[: full * page_size + self.pool.lookahead]
-            sequence.digests = self.pool.digests(known, sequence.digests)
+            sequence.digests = self.pool.digests(sequence.tokens, sequence.digests)
             for i in range(sequence.n_registered, full):
                 self.pool.register(sequence.pages[i], sequence.digests[i])
             sequence.n_registered = full

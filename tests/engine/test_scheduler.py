@@ -55,17 +55,17 @@ def test_under_random_use(max_num_seqs, extra, n_drafts, reuse, mixed, wanted, r
         oldest = min((j.id for j in [*scheduler.running, *scheduler.waiting]), default=None)
         answering = {sequence.id for sequence in scheduler.running if sequence.decoding}
         chunks = scheduler.schedule()
-        assert sum(len(c.tokens) for c in chunks) <= scheduler.max_num_batched_tokens
+        assert sum(len(c.slice[0]) for c in chunks) <= scheduler.max_num_batched_tokens
         if mixed is not None and any(c.sequence.id in answering for c in chunks):
-            assert sum(len(c.tokens) for c in chunks if c.sequence.id not in answering) <= max(mixed, 1 + n_drafts)
+            assert sum(len(c.slice[0]) for c in chunks if c.sequence.id not in answering) <= max(mixed, 1 + n_drafts)
         assert len({c.sequence.id for c in chunks}) == len(chunks)
         assert oldest is None or oldest in {c.sequence.id for c in chunks}, "the oldest waits"
         for chunk in chunks:
             sequence = chunk.sequence
-            assert sequence in scheduler.running and chunk.tokens
+            assert sequence in scheduler.running and chunk.slice[0]
             for p in range(chunk.start):
                 assert written[slot(sequence, p)] == tuple(sequence.tokens[: p + 1 + lookahead]), "a reused latent is another's"
-            last = chunk.start + len(chunk.tokens) - 1
+            last = chunk.start + len(chunk.slice[0]) - 1
             assert last + 1 + n_drafts <= len(sequence.pages) * PAGE, "no room for what the step writes"
         for chunk in chunks:
             sequence, new = chunk.sequence, []
@@ -131,7 +131,7 @@ def test_a_second_turn_runs_only_what_is_new(lookahead):
     second = Sequence(1, [*first.tokens, 50, 51], 20)
     scheduler.add(second)
     [chunk] = scheduler.schedule()
-    assert second.n_reused == 12 and chunk.tokens == [7, 50, 51]
+    assert second.n_reused == 12 and chunk.slice[0] == [7, 50, 51]
     other = Sequence(2, [99, *first.tokens[1:]], 20)
     scheduler.add(other)
     assert [c.start for c in scheduler.schedule() if c.sequence is other] == [0], "another first token, yet pages were reused"
@@ -176,7 +176,7 @@ def test_drafts_take_their_part_of_the_budget():
     scheduler = scheduler_of(PagePool(16, PAGE), 2, 8, n_drafts=2)
     scheduler.add(Sequence(0, [1] * 4, 16, drafts=[5, 6]))
     scheduler.add(Sequence(1, [2] * 8, 16))
-    assert [c.tokens for c in scheduler.schedule()] == [[1, 1, 1, 1, 5, 6], [2, 2]]
+    assert [c.slice[0] for c in scheduler.schedule()] == [[1, 1, 1, 1, 5, 6], [2, 2]]
 
 
 def test_least_recently_used_pages_go_first():
