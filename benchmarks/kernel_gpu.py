@@ -419,11 +419,11 @@ def router_case(m: int, h: int, clock: Clock, experts: int = 256) -> Case:
 
 def fused(options: argparse.Namespace, clock: Clock) -> Iterator[Iterable[Case]]:
     tokens = sizes(options, options.tokens, [1, 5], [1, 128, 4096], [1, 8, 32, 128, 1024, 4096, 16384])
-    h, inters, heads = (256, [192], 2) if options.smoke else (7168, [256, 2304], 16)
+    h, inters, q_rank = (256, [192], 96) if options.smoke else (7168, [256, 2304], 1536)
     yield (norm_case(m, h, clock) for m in tokens)
     for inter in inters:
         yield (silu_case(m, inter, clock) for m in tokens)
-    yield (latent_case(m, heads, clock) for m in tokens)
+    yield (latent_case(m, q_rank, clock) for m in tokens)
 
 
 def norm_case(m: int, h: int, clock: Clock) -> Case:
@@ -501,41 +501,39 @@ def silu_case(m: int, inter: int, clock: Clock) -> Case:
     ])  # fmt: skip
 
 
-def latent_case(m: int, heads: int, clock: Clock, c: int = 512, rope: int = 64) -> Case:
-    """The norm of the compressed key/value, both rotations and the write into the cache."""
+def latent_case(m: int, q_rank: int, clock: Clock, c: int = 512, rope: int = 64) -> Case:
+    """The norms of both latents, the key's rotation, and the write into the cache."""
     draw, device = random(clock.device, m), clock.device
-    sets = cold_sets(2 * m * (2 * (c + rope) + 2 * heads * rope), clock)
-    kvs, queries = [normal(draw, m, c + rope) for _ in range(sets)], [normal(draw, m, heads, rope) for _ in range(sets)]
-    weight = 1 + 0.2 * normal(draw, c, dtype=torch.float32)
+    sets = cold_sets(2 * m * (2 * (c + rope) + 2 * q_rank), clock)
+    kvs, queries = [normal(draw, m, c + rope) for _ in range(sets)], [normal(draw, m, q_rank) for _ in range(sets)]
+    weight, q_weight = (1 + 0.2 * normal(draw, n, dtype=torch.float32) for n in (c, q_rank))
     angles = torch.rand(m, rope // 2, generator=draw, device=device) * 6
     pages = math.ceil(m / PAGE) + 1
     slots = [torch.randperm(pages * PAGE, generator=draw, device=device)[:m] for _ in range(sets)]
 
-    def turned(x: torch.Tensor) -> torch.Tensor:
-        pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
-        turn = torch.polar(torch.ones_like(angles).double(), angles.double())
-        return torch.view_as_real(pairs * (turn if x.dim() == 2 else turn[:, None])).flatten(-2)
+    def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.double(), x.shape[1:], weight.double(), 1e-6)
 
     c_kv, k_pe = kvs[0].split([c, rope], dim=-1)
-    latent = torch.cat((F.rms_norm(c_kv.double(), (c,), weight.double(), 1e-6), turned(k_pe)), dim=-1)
-    exact = torch.cat((latent, turned(queries[0]).flatten(1)), dim=-1)
+    pairs = torch.view_as_complex(k_pe.double().unflatten(-1, (-1, 2)).contiguous())
+    turn = torch.polar(torch.ones_like(angles).double(), angles.double())
+    exact = (normed(c_kv, weight), torch.view_as_real(pairs * turn).flatten(-2), normed(queries[0], q_weight))
 
     def by(side: str) -> Contestant:
         pool = torch.zeros(pages, PAGE, c + rope, dtype=torch.bfloat16, device=device)
 
         def build() -> Run:
-            write = ours_by_name("ops" if side == "fused" else "reference").latent_write
+            write = ours_by_name("ops" if side == "fused" else "reference").norm_latents
             cos, sin = angles.cos(), angles.sin()
-            parts = [kv.split([c, rope], dim=-1) for kv in kvs]
-            return lambda i: write(*parts[i], weight, 1e-6, cos, sin, queries[i], slots[i], pool)
+            return lambda i: write(kvs[i], weight, 1e-6, cos, sin, slots[i], pool, queries[i], q_weight)
 
         def written(y: torch.Tensor) -> torch.Tensor:
-            return torch.cat((pool.flatten(0, 1)[slots[0]], y.flatten(1)), dim=-1)
+            return torch.cat((pool.flatten(0, 1)[slots[0]], y), dim=-1)
 
-        nbytes = 2 * 2 * m * (c + rope + heads * rope) + m * (8 + 4 * rope)
-        return Contestant(side, build, exact, nbytes, 0.0, pick=written)
+        nbytes = 2 * 2 * m * (c + rope + q_rank) + m * (8 + 4 * rope)
+        return Contestant(side, build, torch.cat(exact, dim=-1), nbytes, 0.0, pick=written)
 
-    keys = {"op": "latent write", "m": m, "width": heads}
+    keys = {"op": "latents' norms", "m": m, "width": q_rank}
     return Case(keys, sets, [by("fused"), by("torch")])
 
 

@@ -192,7 +192,7 @@ class Work(NamedTuple):
 def work(model: Transformer, b: int, new: int, context: int, drafts: int, touched: float, arch: str) -> dict[str, Work]:
     """By kernel, of those whose time is not that of a launch alone: a step of b sequences with `new` tokens each after
     `context`; with drafts the MTP module takes as many. `touched`: how many of a layer's routed experts are chosen.
-    Products in the libraries (the head, W^UK and W^UV) are not among them.
+    Products in the libraries (the head, in prefill W^UK and W^UV) are not among them.
     """
     args, t = model.args, b * new
     found: dict[str, Work] = {}
@@ -225,14 +225,17 @@ def work(model: Transformer, b: int, new: int, context: int, drafts: int, touche
             held = [m.weight.nbytes + (0 if m.scale is None else m.scale.nbytes) for m in (experts.w13, experts.w2)]
             moved = sum(held) * touched / args.n_routed_experts + t * args.dim * width
             moved += rows * (experts.inner * (2 * 2 + width) + args.dim * 2)
-            add("grouped_gemm_kernel", moved, 6.0 * rows * experts.inner * args.dim)
+            in_order = width == 1 and grouped_tile(arch, chosen_rows / args.n_routed_experts).persistent
+            kernel = "grouped_persistent_kernel" if in_order else "grouped_gemm_kernel"
+            add(kernel, moved, 6.0 * rows * experts.inner * args.dim)
             add("silu_mul_kernel", rows * experts.inner * (2 * 2 + width))
             add("combine_kernel", (rows + 2 * t) * args.dim * 2)
             add("router_kernel", gate.weight.nbytes + t * args.dim * 2, 2.0 * t * gate.weight.numel())
         # two norms: each reads x and what is added, and writes the sum, its norm as the product takes it and, before an
-        # FFN in W8A8, as it is; and the query latent's
+        # FFN in W8A8, as it is
         written = 2 * width + (2 if width == 1 else 0)
-        add("norm_kernel", t * (args.dim * (2 * 6 + written) + (args.q_lora_rank or 0) * (2 + width)))
+        add("norm_kernel", t * args.dim * (2 * 6 + written))
+        add("norm_latents_kernel", t * ((args.q_lora_rank or 0) * (2 + width) + 4 * args.latent_dim))
         pairs = t * (context + (new + 1) / 2)  # of a query token and a key that it sees
         if new <= DECODE_ROWS:
             moved = b * (context + new) * latents + t * heads * (2 * (c + r) + 4 * c)
@@ -242,6 +245,11 @@ def work(model: Transformer, b: int, new: int, context: int, drafts: int, touche
             moved = 2 * heads * sizes * (t + b * (context + new))
             add("prefill_kernel", moved, 2.0 * heads * sizes * pairs)
     return found
+
+
+def grouped_tile(arch: str, rows: float) -> tiles.Tile:
+    """The tile of experts in W8A8 that have so many rows in the mean."""
+    return tiles.tile_for(tiles.GROUPED_W8A8[arch], math.ceil(rows))
 
 
 def rates(kernels: list[dict[str, Any]], done: dict[str, Work]) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from core.numerics import PLAIN, Gemm, Numerics
 from core.run_config import PAGE_SIZE
 from core.stages import Stage, single_stage
 from ops.backend import ReferenceBackend, choose_backend
-from ops.formats import Quantised, Routing, Scales, Weight, packed_latent_bytes
+from ops.formats import PartialSums, Quantised, Routing, Scales, Weight, columns, packed_latent_bytes
 from ops.reference_backend import plain_tokens
 from parallel.group import SOLO, Group, mlp_shard, tree_sum
 
@@ -113,9 +113,13 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
         return self.ops.linear(x, self.w)
 
-    def split(self, y: torch.Tensor) -> list[torch.Tensor]:
+    def partial(self, x: torch.Tensor | Quantised) -> torch.Tensor | PartialSums:
+        """The same for an op that adds up partial sums."""
+        return self.ops.partial_linear(x, self.w)
+
+    def split(self, y: torch.Tensor | PartialSums) -> list[torch.Tensor | PartialSums]:
         """Each part's columns of this projection's result."""
-        return [y[..., start : start + n] for start, n in zip(self.starts, self.parts.values(), strict=True)]
+        return [columns(y, start, n) for start, n in zip(self.starts, self.parts.values(), strict=True)]
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         if self.scale is None:
@@ -195,17 +199,18 @@ class MLA(nn.Module):
     ) -> torch.Tensor:
         """x (T, H) to this rank's partial sum (T, H). Writes the tokens' latents into this layer's (n_pages, PAGE_SIZE,
         C + R) at batch.slots, then attends to all latents of each sequence. cos, sin: (T, R/2) float32."""
-        args = self.args
-        q, kv = self.wqkv_a.split(self.wqkv_a(x))  # (1, 3, 6) in one product: (T, Q), (T, C + R)
+        q, kv = self.wqkv_a.split(self.wqkv_a.partial(x))  # (1, 3, 6) in one product: (T, Q), (T, C + R)
+        norm, args = self.kv_norm, self.args
+        # kv_norm, RoPE of (3), and the cache write; with them q_norm
+        written = kv, norm.weight, norm.eps, cos, sin, batch.slots, latents
         if args.q_lora_rank:
-            q = self.wq_b(self.q_norm.add(q, None, self.wq_b.fp8)[0])  # (7, 8)
-        q_nope, q_pe = q.unflatten(-1, (self.n_heads, -1)).split([args.qk_nope_head_dim, args.qk_rope_head_dim], dim=-1)
-        c_kv, k_pe = kv.split([args.kv_lora_rank, args.qk_rope_head_dim], dim=-1)
-        norm = self.kv_norm
-        # RoPE of (3) and (8), and the cache write
-        q_pe = self.ops.latent_write(c_kv, k_pe, norm.weight, norm.eps, cos, sin, q_pe, batch.slots, latents)
-        o = self.ops.mla(q_nope, q_pe, latents, batch, self.w_uk, self.w_uv, args.softmax_scale)  # (10): (T, N, dv)
-        return self.wo(o.flatten(1))  # (11): (T, H)
+            normed: Any = self.ops.norm_latents(*written, q, self.q_norm.weight, self.wq_b.fp8)
+            q = self.wq_b.partial(normed)  # (7, 8): (T, N (dn + R))
+        else:
+            self.ops.norm_latents(*written)
+        # RoPE of (8), and (10): (T, N dv)
+        o = self.ops.mla(q, cos, sin, latents, batch, self.w_uk, self.w_uv, args.softmax_scale, self.wo.fp8)
+        return self.wo(o)  # (11): (T, H)
 
 
 class MLP(nn.Module):
@@ -230,7 +235,7 @@ class MLP(nn.Module):
         return (x._replace(x=None) if isinstance(x, Quantised) else x,)
 
     def forward(self, x: torch.Tensor | Quantised) -> torch.Tensor:
-        return self.w2(self.ops.silu_mul(self.w13(x), self.inner, self.w2.fp8))
+        return self.w2(self.ops.silu_mul(self.w13.partial(x), self.inner, self.w2.fp8))
 
 
 class Gate(nn.Module):
@@ -278,9 +283,10 @@ class Experts(nn.Module):
         weights: torch.Tensor,
         ids: torch.Tensor,
         shared: Callable[[], torch.Tensor] | None = None,
+        shared_weights: tuple[Weight, Weight] | None = None,
     ) -> torch.Tensor:
-        w13, w2 = self.w13.w, self.w2.w
-        return self.ops.experts(x, weights, ids, self.first, w13, w2, self.inner, shared, self.n_experts)  # (T, H)
+        w13, w2, inner, n = self.w13.w, self.w2.w, self.inner, self.n_experts
+        return self.ops.experts(x, weights, ids, self.first, w13, w2, inner, shared, n, shared_weights)  # (T, H)
 
 
 class MoE(nn.Module):
@@ -313,10 +319,10 @@ class MoE(nn.Module):
 
     def forward(self, x: torch.Tensor | Quantised, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """x (T, H), weights and ids (T, K) to (T, H)."""
-        shared = None
-        if self.shared_experts is not None and not self.shared_in_lane:
-            shared = partial(self.shared, x)
-        return self.experts(x, weights, ids, shared)
+        if self.shared_experts is None or self.shared_in_lane:
+            return self.experts(x, weights, ids)
+        own = self.shared_experts.w13.w, self.shared_experts.w2.w
+        return self.experts(x, weights, ids, partial(self.shared, x), own)
 
     def shared(self, x: torch.Tensor | Quantised) -> torch.Tensor:
         """The shared experts' part of the result, on tokens x (T, H)."""

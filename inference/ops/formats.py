@@ -50,6 +50,22 @@ class Quantised(NamedTuple):
         return Quantised(self.q[rows], self.s[rows], None, self.dtype)
 
 
+class PartialSums(NamedTuple):
+    """A product (T, N) whose sums over parts of K are still to be added up: in their order, in float32, rounded once.
+    The op that takes it does so, which saves a pass over it (split K)."""
+
+    parts: torch.Tensor  # (parts, T, N) float32
+    dtype: torch.dtype  # of the product
+
+    def columns(self, start: int, n: int) -> "PartialSums":
+        return self._replace(parts=self.parts[..., start : start + n])
+
+
+def columns(y: torch.Tensor | PartialSums, start: int, n: int) -> torch.Tensor | PartialSums:
+    """n columns of a product (T, N), a view."""
+    return y.columns(start, n) if isinstance(y, PartialSums) else y[..., start : start + n]
+
+
 @dataclass(frozen=True)
 class Routing:
     """How a router's scores become a choice; the fields are ModelArgs'."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from core.batch import Batch
 from core.config import BLOCK_SIZE
-from ops.formats import Quantised, Routing, Scales
+from ops.formats import PartialSums, Quantised, Routing, Scales
 
 # --------------------------------------------------------------------------------------------------------------------
 # Block quantisation: FP8 (technical report, section 3.3), INT8 and INT4
@@ -154,6 +154,16 @@ def _block_gemm(
     return out.to(dtype)
 
 
+def summed(y: torch.Tensor | PartialSums) -> torch.Tensor:
+    """A product as it is, or made of its partial sums."""
+    if isinstance(y, torch.Tensor):
+        return y
+    total = y.parts[0]
+    for part in y.parts[1:]:
+        total = total + part
+    return total.to(y.dtype)
+
+
 def norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -251,13 +261,15 @@ def router(
     return route(project_float32(x, w), bias, rule)
 
 
-def silu_mul(gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
+def silu_mul(
+    gate_up: torch.Tensor | PartialSums, inter: int, fp8: Scales | None = None
+) -> torch.Tensor | Quantised:
     """SwiGLU's product, silu(gate) * up, in float32 and rounded once to gate_up's dtype: (T, inter), then quantised
     if fp8 names the scales.
 
     gate_up (T, 2 I'), of which the gate's channels are the first `inter` and up's those from I' on.
     """
-    gate, up = halves(gate_up, inter)
+    gate, up = halves(summed(gate_up), inter)
     y = (F.silu(gate.float()) * up.float()).to(gate.dtype)
     return quantised(y, fp8) if fp8 else y
 
@@ -445,29 +457,33 @@ def gather(
     return unpack_latents(rows, c, dtype) if rows.dtype == torch.uint8 else rows
 
 
-def latent_write(
-    c_kv: torch.Tensor,
-    k_pe: torch.Tensor,
-    weight: torch.Tensor,
+def norm_latents(
+    kv: torch.Tensor | PartialSums,
+    kv_weight: torch.Tensor,
     eps: float,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    q_pe: torch.Tensor,
     slots: torch.Tensor,
     latents: torch.Tensor,
-) -> torch.Tensor:
-    """Writes each token's latent, its norm of c_kv (T, C) and its rotated k_pe (T, R), into the pool at its slot, and
-    returns q_pe (T, N, R) rotated.
+    q: torch.Tensor | PartialSums | None = None,
+    q_weight: torch.Tensor | None = None,
+    fp8: Scales | None = None,
+) -> torch.Tensor | Quantised | None:
+    """Of kv (T, C + R) norms the first C channels, the keys' and values' latent, rotates the key's R, and writes both
+    at the tokens' slots. Returns the norm of the queries' latent q (T, Q), quantised if `fp8` names the scales.
 
     cos and sin are (T, R/2) float32; slots (T,), of which negative ones are written nowhere; latents
-    (n_pages, page, C + R) in c_kv's dtype, or rows of bytes as pack_latents makes them. V3 equations 1, 3 and 8.
+    (n_pages, page, C + R) in kv's dtype, or rows of bytes as pack_latents makes them. V3 equations 1, 3 and 6.
     """
-    latent = torch.cat((rms_norm(c_kv, weight, eps), rotary(k_pe, cos, sin)), dim=-1)  # (T, C + R)
+    c_kv, k_pe = summed(kv).split([len(kv_weight), 2 * cos.shape[1]], dim=-1)
+    latent = torch.cat((rms_norm(c_kv, kv_weight, eps), rotary(k_pe, cos, sin)), dim=-1)  # (T, C + R)
     if latents.dtype == torch.uint8:
         latent = pack_latents(latent, c_kv.shape[1])
     kept = slots >= 0
     latents.flatten(0, 1).index_copy_(0, slots[kept].long(), latent[kept])
-    return rotary(q_pe, cos, sin)
+    if q is None or q_weight is None:
+        return None
+    return norm(summed(q), q_weight, eps, None, fp8, keep=False)[0]
 
 
 def pack_latents(latent: torch.Tensor, c: int) -> torch.Tensor:

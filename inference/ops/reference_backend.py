@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from core.batch import Batch
 from ops import reference
-from ops.formats import Quantised, Routing, Scales, Weight
+from ops.formats import PartialSums, Quantised, Routing, Scales, Weight
 
 ROW_BLOCK = 16  # rows of every matrix product of a batch-invariant backend
 
@@ -76,6 +76,10 @@ class ReferenceBackend:
             return self.w4a16_gemm(x, w) if w.data.dtype == torch.uint8 else self.w8a16_gemm(x, w)
         return self._by_rows(lambda rows: F.linear(rows, w.data), x)
 
+    def partial_linear(self, x: torch.Tensor | Quantised, w: Weight) -> torch.Tensor | PartialSums:
+        """`linear` for an op that takes PartialSums, in which form a backend may leave the product."""
+        return self.linear(x, w)
+
     def fp8_gemm(self, q: torch.Tensor, s: torch.Tensor, w: Weight, dtype: torch.dtype) -> torch.Tensor:
         """FP8 q (T, K) with its scales s (T, ceil(K/128)) times FP8 w (N, K) transposed: (T, N) in dtype."""
         assert w.scale is not None
@@ -117,7 +121,9 @@ class ReferenceBackend:
         """RMSNorm of x (T, H) + delta, quantised if `fp8` names the scales, and the sum. See reference.norm."""
         return reference.norm(x, weight, eps, delta, fp8, keep)
 
-    def silu_mul(self, gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
+    def silu_mul(
+        self, gate_up: torch.Tensor | PartialSums, inter: int, fp8: Scales | None = None
+    ) -> torch.Tensor | Quantised:
         """silu(gate) * up of stacked gate_up (T, 2 I'): (T, inter), quantised if `fp8` names the scales."""
         return reference.silu_mul(gate_up, inter, fp8)
 
@@ -153,12 +159,14 @@ class ReferenceBackend:
         inter: int,
         shared: Callable[[], torch.Tensor] | None = None,
         n_experts: int | None = None,
+        shared_weights: tuple[Weight, Weight] | None = None,
     ) -> torch.Tensor:
         """The weighted sum of the SwiGLU experts this rank holds, numbered from `first`, plus what `shared` returns.
 
         x (T, H), weights (T, K) float32, ids (T, K); w13 stacked (E_local, 2 I', H), each expert's gate and up as
         silu_mul takes them, w2 (E_local, H, inter). Summed in float32, rounded once to x's dtype: (T, H). n_experts:
         how many there are on all ranks, for an estimate of the tokens per expert (default: those here are all).
+        shared_weights: those of `shared`, where it is such an expert that every token has: a backend may compute it so.
         """
         x = x if w13.fp8 else plain_tokens(x)
 
@@ -174,22 +182,46 @@ class ReferenceBackend:
     # Attention
     # ----------------------------------------------------------------------------------------------------------------
 
-    def latent_write(
+    def norm_latents(
         self,
-        c_kv: torch.Tensor,
-        k_pe: torch.Tensor,
-        weight: torch.Tensor,
+        kv: torch.Tensor | PartialSums,
+        kv_weight: torch.Tensor,
         eps: float,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        q_pe: torch.Tensor,
         slots: torch.Tensor,
         latents: torch.Tensor,
-    ) -> torch.Tensor:
-        """Norms c_kv, rotates k_pe, writes both at their slots; returns q_pe rotated. See reference.latent_write."""
-        return reference.latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
+        q: torch.Tensor | PartialSums | None = None,
+        q_weight: torch.Tensor | None = None,
+        fp8: Scales | None = None,
+    ) -> torch.Tensor | Quantised | None:
+        """Of kv (T, C + R) writes the normed latent and the rotated key at the tokens' slots; returns the norm of q
+        (T, Q), quantised if `fp8` names the scales. See reference.norm_latents."""
+        return reference.norm_latents(kv, kv_weight, eps, cos, sin, slots, latents, q, q_weight, fp8)
 
     def mla(
+        self,
+        q: torch.Tensor | PartialSums,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        latents: torch.Tensor,
+        batch: Batch,
+        w_uk: torch.Tensor,
+        w_uv: torch.Tensor,
+        scale: float,
+        fp8: Scales | None = None,
+    ) -> torch.Tensor | Quantised:
+        """Attention of ragged queries over their pages. q (T, N (dn + R)), each head's rotary channels last and not yet
+        rotated, to (T, N dv), quantised if `fp8` names the scales. See reference.rotary and reference.mla."""
+        n_heads, dn, _ = w_uk.shape
+        q_nope, q_pe = reference.summed(q).unflatten(-1, (n_heads, -1)).split([dn, 2 * cos.shape[1]], dim=-1)
+        o = self._attend(q_nope, self._rotary(q_pe, cos, sin), latents, batch, w_uk, w_uv, scale).flatten(1)
+        return reference.quantised(o, fp8) if fp8 else o
+
+    def _rotary(self, q_pe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return reference.rotary(q_pe, cos, sin)
+
+    def _attend(
         self,
         q_nope: torch.Tensor,
         q_pe: torch.Tensor,
@@ -199,7 +231,7 @@ class ReferenceBackend:
         w_uv: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        """Attention of ragged queries over their pages: (T, N, dn) and (T, N, R) to (T, N, dv). See reference.mla."""
+        """(T, N, dn) and rotated (T, N, R) to (T, N, dv)."""
         if self.batch_invariant:
             return reference.mla_batch_invariant(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, ROW_BLOCK)
         return reference.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale)

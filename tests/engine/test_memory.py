@@ -33,7 +33,22 @@ from model import Transformer
 from ops import reference
 from ops.cpu import attention as cpu_attention
 from ops.cpu import kernels
-from ops.gpu import attention_tiles, decode, device, fused, gemm, latents, moe, prefill, quantisation, router, tiles
+from ops.gpu import (
+    around_attention,
+    attention_tiles,
+    decode,
+    device,
+    fused,
+    gemm,
+    grouped_gemm,
+    latents,
+    moe,
+    prefill,
+    quantisation,
+    router,
+    sort,
+    tiles,
+)  # fmt: skip
 from ops.gpu.backend import GpuBackend
 from ops.reference_backend import ReferenceBackend
 from parallel.group import Group
@@ -172,7 +187,8 @@ def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr("model.choose_backend", lambda device, num: ReferenceBackend(num.batch_invariant))
     if request.param == "GPU":
         monkeypatch.setattr("model.choose_backend", lambda device, num: GpuBackend(num.batch_invariant))
-        for module in (decode, device, fused, gemm, latents, moe, prefill, quantisation, router):
+        modules = around_attention, decode, device, fused, gemm, grouped_gemm, latents, moe, prefill, quantisation
+        for module in (*modules, router, sort):
             monkeypatch.setattr(module, "architecture", lambda device: "sm_90", raising=False)
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 monkeypatch.setattr(module, name, NoKernel())

@@ -16,7 +16,7 @@ from ops import reference
 from ops.backend import choose_backend
 from ops.cpu import kernels
 from ops.cpu.backend import CompiledCpuBackend, CpuBackend
-from ops.formats import Quantised, Routing, Weight
+from ops.formats import PartialSums, Quantised, Routing, Weight, columns
 from ops.reference_backend import ReferenceBackend
 from support.quantised_weights import FORMS, random_weight
 
@@ -160,21 +160,58 @@ def experts(ops: ReferenceBackend, device: torch.device) -> Results:
 
 
 @case
-def latent_write(ops: ReferenceBackend, device: torch.device) -> Results:
-    c_kv, k_pe, q_pe = normal(device, T, 128), normal(device, T, 16, seed=1), normal(device, T, 2, 16, seed=2)
+def norm_latents(ops: ReferenceBackend, device: torch.device) -> Results:
+    """With a query's latent, quantised and not, and without."""
+    kv, q = normal(device, T, 144), normal(device, T, 200, seed=2)
     weight, angles = normal(device, 128, seed=3).float(), torch.linspace(0, 6, T * 8, device=device).view(T, 8)
-    latents = torch.zeros(2, 64, 144, dtype=torch.bfloat16, device=device)
+    pools = [torch.zeros(2, 64, 144, dtype=torch.bfloat16, device=device) for _ in range(3)]
     slots = torch.tensor([70, -1, 3, 0, 64], device=device)
-    return [ops.latent_write(c_kv, k_pe, weight, 1e-6, angles.cos(), angles.sin(), q_pe, slots, latents), latents]
+    written = [(kv, weight, 1e-6, angles.cos(), angles.sin(), slots, pool) for pool in pools]
+    q_weight = normal(device, 200, seed=4).float()
+    plain, quantised = ops.norm_latents(*written[0], q, q_weight), ops.norm_latents(*written[1], q, q_weight, "ue8m0")
+    assert ops.norm_latents(*written[2]) is None
+    assert isinstance(plain, torch.Tensor) and isinstance(quantised, Quantised)
+    return [plain, *wide(quantised), *pools]
+
+
+@case
+def partial_linear(ops: ReferenceBackend, device: torch.device) -> Results:
+    """Summed up, by all kinds of weights; of so many channels that K is split."""
+    k, found = 1024 + 128, []
+    weights = [Weight(normal(device, 200, k)), *(Weight(*fp8(device, 200, k), gemm) for gemm in ("fp8", "bf16"))]
+    weights += [moved(random_weight(FORMS["int4 groups of 32, zero points"], 200, k), device)]
+    for w in map(ops.pack_weight, weights):
+        x = normal(device, T, k)
+        y = ops.partial_linear(x, w)
+        assert reference.summed(y).shape == ops.linear(x, w).shape and y.dtype == x.dtype
+        found.append(reference.summed(y))
+        wide_pair = columns(y, 8, 128)
+        found.append(reference.summed(wide_pair))
+    return found
 
 
 @case
 def mla(ops: ReferenceBackend, device: torch.device) -> Results:
-    """One sequence that decodes and one of many rows."""
-    batch = Batch.pack([([0], 99, [2, 0]), ([0] * 70, 20, [1, 3])], device)
-    q_nope, q_pe, pool = normal(device, 71, 2, 32), normal(device, 71, 2, 16, seed=1), normal(device, 4, 64, 80, seed=2)
+    """Sequences that decode and one of many rows, together and alone; products as they are and in parts; quantised."""
+    few, many = [([0], 99, [2, 0]), ([0, 0], 30, [3])], [([0] * 70, 20, [1, 4])]
+    pool = normal(device, 5, 64, 80, seed=2)
     w_uk, w_uv = normal(device, 2, 32, 64, seed=3) / 8, normal(device, 2, 32, 64, seed=4) / 8
-    return [ops.mla(q_nope, q_pe, pool, batch, w_uk, w_uv, 0.1)]
+    wide_uv = normal(device, 2, 128, 64, seed=5) / 8
+    found = []
+    for sequences in (few, many, few + many):
+        batch = Batch.pack(sequences, device)
+        n = len(batch.tokens)
+        q = normal(device, n, 2 * 48)
+        parts = PartialSums(torch.stack((q.float() * 0.25, q.float() * 0.75)), q.dtype)
+        angles = torch.linspace(0, 6, n * 8, device=device).view(n, 8)
+        for given, uv, scales in ((q, w_uv, "float32"), (parts, w_uv, "float32"), (q, wide_uv, "ue8m0")):
+            arguments = given, angles.cos(), angles.sin(), pool, batch, w_uk, uv, 0.1
+            y, quantised = ops.mla(*arguments), ops.mla(*arguments, scales)
+            assert isinstance(y, torch.Tensor) and isinstance(quantised, Quantised)
+            expected = ops.act_quant(y, None if scales == "float32" else scales)
+            assert all(torch.equal(a.float(), b.float()) for a, b in zip(quantised[:2], expected, strict=True))
+            found.append(y)
+    return found
 
 
 def gpu_backend() -> type[ReferenceBackend]:
@@ -200,7 +237,7 @@ def test_an_op_is_the_reference_s(op: str, name: str, invariant: bool) -> None:
     device = DEVICE if name == "GPU" else torch.device("cpu")
     if name == "GPU" and not GPU and op in ("project_float32", "pack_float32_weight"):
         pytest.skip("torch has this product on GPUs only")
-    if name == "GPU" and GPU and op in ("fp8_gemm", "linear", "pack_weight") and not backends.has_fp8(device):
+    if name == "GPU" and GPU and op in ("fp8_gemm", "linear", "partial_linear", "pack_weight") and not backends.has_fp8(device):
         pytest.skip("this GPU has no FP8 tensor cores")
     found, expected = CASES[op](FASTER[name]()(invariant), device), CASES[op](ReferenceBackend(invariant), device)
     assert len(found) == len(expected)

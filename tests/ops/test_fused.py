@@ -12,7 +12,7 @@ from ops import formats, reference
 from ops.backend import has_fp8
 from ops.cpu import kernels
 from ops.cpu.backend import CompiledCpuBackend, CpuBackend
-from ops.formats import Weight
+from ops.formats import PartialSums, Weight, columns
 from ops.reference_backend import ReferenceBackend
 from support.checkpoints import fp8_sizes
 from support.families import FAMILIES, V3
@@ -88,8 +88,8 @@ def test_silu_mul(side) -> None:
 
 @pytest.mark.parametrize("ops", BACKENDS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_latent_write_is_a_norm_two_rotations_and_a_copy(packed: bool, ops: ReferenceBackend) -> None:
-    c_kv, k_pe, q_pe = torch.randn(4, 100).bfloat16(), torch.randn(4, 8).bfloat16(), torch.randn(4, 3, 8).bfloat16()
+def test_norm_latents_are_two_norms_a_rotation_and_a_copy(packed: bool, ops: ReferenceBackend) -> None:
+    kv, q, q_weight = torch.randn(4, 108).bfloat16(), torch.randn(4, 40).bfloat16(), torch.randn(40)
     weight, cos, sin, slots = (
         torch.randn(100),
         torch.randn(4, 4),
@@ -98,13 +98,27 @@ def test_latent_write_is_a_norm_two_rotations_and_a_copy(packed: bool, ops: Refe
     )
     latents = torch.zeros(2, 64, formats.packed_latent_bytes(100, 8), dtype=torch.uint8)
     latents = latents if packed else torch.zeros(2, 64, 108, dtype=torch.bfloat16)
-    y = ops.latent_write(c_kv, k_pe, weight, 1e-6, cos, sin, q_pe, slots, latents)
-    assert torch.equal(y, reference.rotary(q_pe, cos, sin))
+    y = ops.norm_latents(kv, weight, 1e-6, cos, sin, slots, latents, q, q_weight)
+    assert torch.equal(y, ops.norm(q, q_weight, 1e-6)[0])
+    c_kv, k_pe = kv[:, :100], kv[:, 100:]
     latent = torch.cat((ops.norm(c_kv, weight, 1e-6)[0], reference.rotary(k_pe, cos, sin)), dim=-1)
     latent = reference.pack_latents(latent, 100) if packed else latent
     expected = torch.zeros_like(latents)
     expected[1, 6], expected[0, 3], expected[0, 0] = latent[0], latent[2], latent[3]
     assert torch.equal(latents, expected)
+    z = ops.norm_latents(kv, weight, 1e-6, cos, sin, slots, latents, q, q_weight, "ue8m0")
+    assert torch.equal(z.q.view(torch.uint8), reference.act_quant(y, scale_fmt="ue8m0")[0].view(torch.uint8))
+    assert z.x is None and ops.norm_latents(kv, weight, 1e-6, cos, sin, slots, latents) is None
+
+
+def test_partial_sums_are_added_in_their_order() -> None:
+    """In float32, and rounded once."""
+    parts = torch.randn(3, 5, 40)
+    y = PartialSums(parts, torch.bfloat16)
+    assert torch.equal(reference.summed(y), (parts[0] + parts[1] + parts[2]).bfloat16())
+    assert torch.equal(reference.summed(columns(y, 3, 7)), reference.summed(y)[:, 3:10])
+    whole = parts[0]
+    assert reference.summed(whole) is whole and torch.equal(columns(whole, 3, 7), whole[:, 3:10])
 
 
 @pytest.mark.parametrize(
@@ -120,7 +134,7 @@ def test_a_model_by_the_kernels(config: dict, num: Numerics, tmp_path: Path) -> 
     """Every call the model makes, with its own strides and columns. On a GPU the other ops are kernels too, and its FP8
     products add up in fewer bits than the reference's."""
     pytest.importorskip("triton")
-    from ops.gpu import fused
+    from ops.gpu import around_attention, fused
 
     gpu = torch.cuda.is_available()
     if gpu and num.gemm == "fp8" and not has_fp8(torch.device("cuda")):
@@ -129,7 +143,7 @@ def test_a_model_by_the_kernels(config: dict, num: Numerics, tmp_path: Path) -> 
     device = "cuda" if gpu else "cpu"
     plain = ours(path, num, device=device, backend=ReferenceBackend())
     mixed = ReferenceBackend()
-    mixed.norm, mixed.silu_mul, mixed.latent_write = fused.norm, fused.silu_mul, fused.latent_write
+    mixed.norm, mixed.silu_mul, mixed.norm_latents = fused.norm, fused.silu_mul, around_attention.norm_latents
     model = ours(path, num, device=device, backend=None if gpu else mixed)
     ids = tokens(8, model.args.vocab_size)
     limit = 1e-5 if not gpu else 1e-4 if num.gemm is None else 0.1

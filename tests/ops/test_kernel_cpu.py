@@ -331,20 +331,22 @@ def test_silu_of_every_number():
     assert y[gate == math.inf].item() == math.inf
 
 
-def test_latent_write():
+def test_latents_and_rotary():
     """As the reference does: shuffled slots, one that is written nowhere, inputs that are parts of wider rows."""
     c, r, n = 50, 16, 5
-    kv, q = randn(9, c + r), randn(9, n, 24 + r, seed=1)
+    kv, q = randn(9, 8 + c + r)[:, 8:], randn(9, n, 24 + r, seed=1)[..., 24:]
     angles = torch.rand(9, r // 2, generator=torch.Generator().manual_seed(2)) * 100
     slots = torch.tensor([3, 4, 200, -1, 100, 101, 7, 8, 255])
     pools = [torch.full((4, 64, c + r), 7.0).bfloat16() for _ in range(2)]
-    inputs = kv[:, :c], kv[:, c:], exactly_float32(c, seed=3), 1e-6, angles.cos(), angles.sin(), q[..., 24:], slots
-    turned = kernels.latent_write(*inputs, pools[0])
-    expected = reference.latent_write(*inputs, pools[1])
-    same_but_for_the_last_bit(turned, expected, 0.02)
+    inputs = kv, exactly_float32(c, seed=3), 1e-6, angles.cos(), angles.sin(), slots
+    kernels.write_latents(*inputs, pools[0])
+    reference.norm_latents(*inputs, pools[1])
     same_but_for_the_last_bit(pools[0], pools[1], 0.02)
-    apart = kernels.latent_write(kv[:, :c].clone(), kv[:, c:].clone(), *inputs[2:], pools[0])
-    assert torch.equal(apart, turned)
+    turned = kernels.rotary(q, angles.cos(), angles.sin())
+    same_but_for_the_last_bit(turned, reference.rotary(q, angles.cos(), angles.sin()), 0.02)
+    again = pools[0].clone()
+    kernels.write_latents(kv.clone(), *inputs[1:], pools[0])
+    assert torch.equal(again, pools[0]) and torch.equal(kernels.rotary(q.clone(), angles.cos(), angles.sin()), turned)
 
 
 # ---------------------------------------------------------------- attention

@@ -6,14 +6,13 @@ compared with float64, and what follows it with what the composed ops make of th
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from ops import formats, reference
-from ops.formats import Quantised
+from ops import reference
+from ops.formats import PartialSums, Quantised
 from ops.reference_backend import ReferenceBackend
 from support.kernel_launches import only_listed_launches
 
@@ -176,7 +175,7 @@ def test_silu_mul_of_partial_sums(dtype: torch.dtype, fp8: str | None) -> None:
     parts = torch.full((3, 5, 2, 128), math.nan)
     parts[..., :100] = torch.randn(3, 5, 2, 100)
     summed = (parts[0] + parts[1] + parts[2]).to(dtype)
-    found = fused.silu_mul(guarded(parts.flatten(2)), 100, fp8, rounded=dtype)
+    found = fused.silu_mul(PartialSums(guarded(parts.flatten(2)), dtype), 100, fp8)
     expected = fused.silu_mul(guarded(summed.flatten(1)), 100, fp8)
     if fp8:
         assert found.dtype == expected.dtype == dtype and same(found.q, expected.q) and same(found.s, expected.s)
@@ -190,90 +189,6 @@ def test_silu_mul_of_nothing() -> None:
     assert fused.silu_mul(empty, 100, "ue8m0").s.shape == (0, 1)
 
 
-# latent_write
-
-PAGES = 5  # of 64 slots; the first and the last belong to somebody else
-
-
-def latent_inputs(t: int, c: int, rope: int, heads: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    angle = 6 * torch.rand(t, rope // 2)
-    slots = 65 + torch.randperm(3 * 64 - 2)[:t]
-    slots[0:1], slots[2:3], slots[1::3] = 64, 4 * 64 - 1, -1  # the pool's first slot, its last, and none
-    return {
-        "c_kv": integers(t, c).to(dtype),
-        "k_pe": torch.randn(t, rope).to(dtype),
-        "weight": norm_weight(c),
-        "cos": angle.cos(),
-        "sin": angle.sin(),
-        "q_pe": torch.randn(t, heads, rope).to(dtype),
-        "slots": slots,
-    }
-
-
-def pool(c: int, rope: int, dtype: torch.dtype, packed: bool) -> torch.Tensor:
-    if packed:
-        return torch.randint(256, (PAGES, 64, formats.packed_latent_bytes(c, rope)), dtype=torch.uint8)
-    return torch.randn(PAGES, 64, c + rope).to(dtype)
-
-
-def write(op: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], latents: torch.Tensor) -> torch.Tensor:
-    """op on slices of NaN, into all pages but the first and the last."""
-    sliced = {n: slice_of_nan(x) if n in ("c_kv", "k_pe", "q_pe") else x.to(DEVICE) for n, x in inputs.items()}
-    for n in ("weight", "cos", "sin"):
-        sliced[n] = guarded(inputs[n])
-    sliced["slots"] = torch.where(sliced["slots"] < 0, -1, sliced["slots"] - 64)
-    return op(**sliced, eps=EPS, latents=latents[1:-1])
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("t, c, rope, heads", [(1, 512, 64, 16), (5, 100, 12, 5), (7, 132, 8, 33), (20, 16, 8, 1)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_latent_write(dtype: torch.dtype, t: int, c: int, rope: int, heads: int, packed: bool) -> None:
-    inputs, latents = latent_inputs(t, c, rope, heads, dtype), pool(c, rope, dtype, packed)
-    expected = latents.clone()
-    q_pe = write(reference.latent_write, inputs, expected)
-    on_device = latents.to(DEVICE, copy=True)
-    y = write(fused.latent_write, inputs, on_device)
-    assert y.is_contiguous() and same(y, q_pe)
-    assert same(on_device, expected)
-    untouched = torch.ones(PAGES * 64, dtype=torch.bool)
-    untouched[inputs["slots"][inputs["slots"] >= 0]] = False
-    assert same(on_device.flatten(0, 1).cpu()[untouched], latents.flatten(0, 1)[untouched])
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_latents_of_any_numbers(dtype: torch.dtype, packed: bool) -> None:
-    inputs, latents = latent_inputs(4, 320, 16, 3, dtype), pool(320, 16, dtype, packed).to(DEVICE)
-    inputs["c_kv"] = spread(4, 320).to(dtype)
-    write(fused.latent_write, inputs, latents)
-    c_kv = fused.norm(inputs["c_kv"].to(DEVICE), inputs["weight"].to(DEVICE), EPS)[0].cpu()
-    expected = torch.cat((c_kv, reference.rotary(inputs["k_pe"], inputs["cos"], inputs["sin"])), dim=-1)
-    expected = reference.pack_latents(expected, 320) if packed else expected
-    kept = inputs["slots"] >= 0
-    assert same(latents.flatten(0, 1).cpu()[inputs["slots"][kept]], expected[kept])
-
-
-def test_latent_write_of_nothing_and_of_padding() -> None:
-    inputs, latents = latent_inputs(6, 128, 8, 2, torch.bfloat16), pool(128, 8, torch.bfloat16, False).to(DEVICE)
-    before = latents.clone()
-    inputs["slots"] = torch.full((6,), -1)
-    assert write(fused.latent_write, inputs, latents).shape == (6, 2, 8) and same(latents, before)
-    nothing = {n: x[:0] if n != "weight" else x for n, x in inputs.items()}
-    assert write(fused.latent_write, nothing, latents).shape == (0, 2, 8)
-
-
-def test_mistaken_pools_are_refused() -> None:
-    inputs = latent_inputs(2, 130, 8, 2, torch.bfloat16)
-    for latents in (
-        pool(130, 8, torch.float32, False),
-        pool(130, 8, torch.bfloat16, True),
-        pool(129, 8, torch.bfloat16, False),
-    ):
-        with pytest.raises(AssertionError):
-            write(fused.latent_write, inputs, latents.to(DEVICE))
-
-
 # The backend and its launches
 
 
@@ -281,24 +196,21 @@ def test_mistaken_pools_are_refused() -> None:
 def test_the_backend_calls_the_kernels(invariant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the reference backend does not; its results are the same here."""
     x, weight = guarded(integers(5, 200).bfloat16()), guarded(norm_weight(200))
-    inputs, latents = latent_inputs(5, 64, 8, 3, torch.bfloat16), pool(64, 8, torch.bfloat16, False)
     called = []
-    for name in ("norm", "silu_mul", "latent_write"):
+    for name in ("norm", "silu_mul"):
         plain = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, plain=plain, name=name: called.append(name) or plain(*a))
 
     def run(ops: ReferenceBackend) -> list[torch.Tensor]:
         y, total = ops.norm(x, weight, EPS, x, "ue8m0", keep=True)
         z = ops.silu_mul(x, 90, "ue8m0")
-        written = latents.to(DEVICE, copy=True)
-        q_pe = write(ops.latent_write, inputs, written)
         assert z.x is None
-        return [*y[:3], total, *z[:2], q_pe, written]
+        return [*y[:3], total, *z[:2]]
 
     expected = run(ReferenceBackend(invariant))
     assert not called
     found = run(GpuBackend(invariant))
-    assert called == ["norm", "silu_mul", "latent_write"]
+    assert called == ["norm", "silu_mul"]
     if INTERPRETED:
         assert all(same(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -311,12 +223,10 @@ def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch)
         fused.norm(x, weight, EPS, x)
         fused.norm(x, weight, EPS, x, "float32")
         fused.norm(x, weight, EPS, x, "ue8m0", keep=False)
-        fused.norm(x[:, :1536], weight[:1536], EPS, fp8="float32", keep=False)
+        fused.norm(x, weight, EPS, x, "float32", keep=False)
+        fused.norm(x, weight, EPS, fp8="float32", keep=False)
         fused.silu_mul(x[:1, :512], 256, "float32")
-        for parts, fp8 in ((2, None), (16, "float32")):
-            fused.silu_mul(torch.zeros(parts, 8, 512), 256, fp8, rounded=torch.bfloat16)
-        for fp8 in (None, "ue8m0"):
+        for parts, fp8 in ((2, None), (2, "float32"), (8, "float32")):
+            fused.silu_mul(PartialSums(torch.zeros(parts, 8, 512), torch.bfloat16), 256, fp8)
+        for fp8 in (None, "float32", "ue8m0"):
             fused.silu_mul(x.expand(1000, 3, 7168).flatten(0, 1), 3584, fp8)
-        for packed in (False, True):
-            inputs = latent_inputs(2, 512, 64, 16, torch.bfloat16)
-            fused.latent_write(**inputs, eps=EPS, latents=pool(512, 64, torch.bfloat16, packed))

@@ -14,7 +14,7 @@ import torch
 
 from core.config import BLOCK_SIZE
 from ops import reference
-from ops.formats import Quantised, Routing, Weight
+from ops.formats import PartialSums, Quantised, Routing, Weight
 from ops.reference_backend import ReferenceBackend
 from support.kernel_launches import only_listed_launches
 from support.quantised_weights import FORMS, random_weight
@@ -26,7 +26,8 @@ from test_kernel import activations as quantised_activations
 from test_kernel import seeded as seeded
 from test_kernel import weights as quantised_weights
 
-from ops.gpu import device, moe, quantisation, router, tiles
+from ops.gpu import device, grouped_gemm, moe, quantisation, router, tiles
+from ops.gpu import sort as sorting
 from ops.gpu.backend import GpuBackend
 from ops.gpu.tiles import Tile
 from support.kernel_configurations import RULES as RELEASED_RULES
@@ -161,6 +162,17 @@ def test_router_is_independent_of_batch_composition() -> None:
         assert same(again, weights[rows]) and torch.equal(again_ids, ids[rows])
 
 
+def test_the_router_leaves_its_counters_at_zero() -> None:
+    """Given counters serve one launch after another; where there are too few, others are made."""
+    counters = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    x, w, bias = torch.randn(40, 320).bfloat16(), torch.randn(32, 320).bfloat16() / 8, torch.randn(32)
+    expected = launch_router(x, w, bias, TEST_RULE)
+    for tokens in (20, 3, 40, 20):
+        found = launch_router(x[:tokens], w, bias, TEST_RULE, counters=counters)
+        assert torch.equal(found[1], expected[1][:tokens]) and not counters.any()
+    assert len(counters) == 2
+
+
 def test_router_of_no_tokens() -> None:
     weights, ids = router.router(torch.zeros(0, 128), torch.zeros(32, 128), None, LITE)
     assert weights.shape == ids.shape == (0, 6)
@@ -183,7 +195,7 @@ def routed(tokens: int, top_k: int, n_experts: int, kind: str = "uniform") -> to
 def test_sort(first: int, n_local: int, kind: str, block_m: int) -> None:
     for tokens in TOKENS:
         ids = routed(tokens, 6, 20, kind)
-        order, row_tiles = (t.cpu() for t in moe.sort(guarded(ids), first, n_local, block_m))
+        order, row_tiles = (t.cpu() for t in sorting.sort(guarded(ids), first, n_local, block_m))
         expected_order, expected_tiles = reference.sort(ids, first, n_local, block_m)
         used, here = expected_tiles[:, 0] >= 0, expected_order >= 0
         assert order.shape == expected_order.shape and torch.equal(order[here], expected_order[here])
@@ -191,13 +203,17 @@ def test_sort(first: int, n_local: int, kind: str, block_m: int) -> None:
         assert here.sum() == ((ids >= first) & (ids < first + n_local)).sum()
 
 
-def test_sort_in_several_chunks() -> None:
-    n = moe.SORT_CHUNKS[-1] + 300
-    ids = torch.randint(0, 5, (n, 1), dtype=torch.int32)
-    order, row_tiles = moe.sort(guarded(ids), 1, 3, 64)
-    expected_order, expected_tiles = reference.sort(ids, 1, 3, 64)
+@pytest.mark.parametrize("n", [sorting.CHUNKS[0] + 1, sorting.ONE_CHUNK, sorting.ONE_CHUNK + 300])
+@pytest.mark.parametrize("first, n_local, n_experts", [(1, 3, 5), (0, 40, 40)])
+def test_sort_of_many(n: int, first: int, n_local: int, n_experts: int) -> None:
+    """In one launch and in two: with chunks whose last is ragged, and more tiles than a program writes at a time."""
+    ids = torch.randint(0, n_experts, (n, 1), dtype=torch.int32)
+    ids[ids == first + 1] = first
+    order, row_tiles = sorting.sort(guarded(ids), first, n_local, 16)
+    expected_order, expected_tiles = reference.sort(ids, first, n_local, 16)
     here, used = expected_order >= 0, expected_tiles[:, 0] >= 0
     assert torch.equal(order.cpu()[here], expected_order[here]) and torch.equal(row_tiles.cpu()[used], expected_tiles[used])
+    assert torch.equal(row_tiles.cpu()[:, 0], expected_tiles[:, 0])
 
 
 def test_there_are_always_tiles_enough() -> None:
@@ -206,7 +222,7 @@ def test_there_are_always_tiles_enough() -> None:
         spread = min(n, n_local)
         counts = [n - spread + 1, *[1] * (spread - 1)]
         needed = sum(-(-count // block_m) for count in counts)
-        assert needed <= moe.max_tiles(n, n_local, block_m)
+        assert needed <= sorting.max_tiles(n, n_local, block_m)
 
 
 # Grouped GEMM
@@ -249,6 +265,7 @@ EVERY_TILE = [
     pytest.param(kind, *p.values, id=f"{kind} {p.id}", marks=[*p.marks, *([needs_fp8] if kind == "w8a8" else [])])
     for kind, tables in TABLES.items()
     for p in brief(tables)
+    if not p.values[0].persistent
 ]
 
 
@@ -267,18 +284,75 @@ def test_grouped_gemm_in_parts(kind: str, split: int) -> None:
     check_grouped(kind, replace(row, split=split))
 
 
+@needs_fp8
+@pytest.mark.parametrize("tile", brief({arch: [t for t in table if t.persistent] for arch, table in tiles.GROUPED_W8A8.items()}))
+def test_rows_in_the_order_of_experts(tile: Tile) -> None:
+    """Of experts 1 to 3: one with more than a tile, one with half a tile, one with none, and rows that are elsewhere."""
+    tokens, top_k, first, n_local, n, k = tile.block_m + 5, 2, 1, 3, tile.block_n + 28, 320
+    ids = torch.randint(2, 6, (tokens, top_k))
+    ids[:, 0], ids[ids == 3] = 1, 5
+    order, row_tiles = sorting.sort(guarded(ids), first, n_local, tile.block_m)
+    w, exact = stacked("w8a8", n_local, n, k)
+    x, exact_x = inputs("w8a8", tokens, k)
+    here = ((ids >= first) & (ids < first + n_local)).flatten()
+    layout = reference.sort(ids, first, n_local, tile.block_m)
+    expected = reference.grouped_gemm(exact_x, *layout, top_k, lambda e, rows: rows @ exact[e].T)
+    size = reference.grouped_gemm(exact_x.abs(), *layout, top_k, lambda e, rows: rows @ exact[e].abs().T)
+    ordered = grouped_gemm.gather_rows(x, order, row_tiles, top_k, tile.block_m)
+    n_here = int(here.sum())
+    by_place = layout[0][:n_here].long()
+    assert same(ordered.q[:n_here], x.q.cpu()[by_place // top_k]) and same(ordered.s[:n_here], x.s.cpu()[by_place // top_k])
+    assert grouped_gemm.can_order(ordered, w, tile)
+    scattered = grouped_gemm.grouped_gemm_in_order(ordered, w, row_tiles, tile, order).cpu()
+    assert scattered[~here].isnan().all()
+    assert ((scattered[here].double() - expected[here]).abs() <= PRECISE * size[here]).all()
+    kept = grouped_gemm.grouped_gemm_in_order(ordered, w, row_tiles, tile).cpu()
+    assert same(kept[:n_here], scattered[by_place]) and kept[n_here:].isnan().all()
+
+
+@needs_fp8
+@pytest.mark.parametrize("with_shared", [False, True])
+@pytest.mark.parametrize("tokens, top_k, n_local, split", [(1, 6, 20, 1), (1, 8, 256, 4), (17, 6, 7, 2), (42, 6, 3, 1), (256, 1, 2, 1)])
+def test_grouped_gemm_in_place(tokens: int, top_k: int, n_local: int, split: int, with_shared: bool) -> None:
+    """As sorted beforehand, to the bit; and a shared expert's product is that of an expert which every token has."""
+    first, n, k = 2, 92, 320
+    tile = replace(tiles.GROUPED_W8A8[device.architecture(torch.device(DEVICE))][0], split=split)
+    ids = routed(tokens, top_k, max(n_local + 5, 20)) if top_k > 1 else torch.randint(0, 5, (tokens, 1))
+    stack, _ = stacked("w8a8", n_local + 1, n, k)
+    w, shared = (stack._replace(data=stack.data[a:b].clone(), scale=stack.scale[a:b].clone()) for a, b in ((0, -1), (-1, None)))
+    own = shared.expert(0) if with_shared else None
+    order, row_tiles = sorting.sort(guarded(ids), first, n_local, tile.block_m)
+    everybody = sorting.sort(guarded(torch.zeros(tokens, 1, dtype=torch.int64)), 0, 1, tile.block_m)
+    here = ((ids >= first) & (ids < first + n_local)).flatten()
+    for up in (True, False):
+        share = top_k if up else 1
+        x, _ = inputs("w8a8", tokens if up else tokens * (top_k + with_shared), k)
+        y = grouped_gemm.grouped_gemm_in_place(x, w, own, guarded(ids), first, up, tile)
+        routed_x = x if up else x.take(slice(0, tokens * top_k))
+        expected = grouped_gemm.grouped_gemm(routed_x, w, order, row_tiles, share, tile)
+        assert isinstance(y, PartialSums) == isinstance(expected, PartialSums) == (split > 1)
+        y, expected = (reference.summed(one).cpu() for one in (y, expected))
+        assert len(y) == tokens * (top_k + with_shared)
+        assert same(y[: len(expected)][here], expected[here]) and y[: len(expected)][~here].isnan().all()
+        if with_shared:
+            shared_x = x if up else x.take(slice(tokens * top_k, None))
+            alone = reference.summed(grouped_gemm.grouped_gemm(shared_x, shared, *everybody, 1, tile))
+            assert same(y[len(expected) :], alone)
+
+
 def check_grouped(kind: str, tile: Tile) -> None:
     tokens, top_k, first, n_local, n, k = tile.block_m + 5, 2, 1, 3, tile.block_n + 28, 320
     ids = torch.randint(3, 6, (tokens, top_k))
     ids[:, 0] = 1
-    order, row_tiles = moe.sort(guarded(ids), first, n_local, tile.block_m)
+    order, row_tiles = sorting.sort(guarded(ids), first, n_local, tile.block_m)
     w, exact = stacked(kind, n_local, n, k)
     for share in (top_k, 1):
         x, exact_x = inputs(kind, tokens * top_k // share, k)
-        y = moe.grouped_gemm(x, w, order, row_tiles, share, tile).cpu()
-        if tile.split > 1:
-            assert y.shape[0] == tile.split and y.dtype == torch.float32
-            y = y.sum(0)
+        y = grouped_gemm.grouped_gemm(x, w, order, row_tiles, share, tile)
+        if isinstance(y, PartialSums):
+            assert len(y.parts) == tile.split and y.parts.dtype == torch.float32
+            y = y.parts.sum(0)
+        y = y.cpu()
         layout = reference.sort(ids, first, n_local, tile.block_m)
         expected = reference.grouped_gemm(exact_x, *layout, share, lambda e, rows: rows @ exact[e].T)
         size = reference.grouped_gemm(exact_x.abs(), *layout, share, lambda e, rows: rows @ exact[e].abs().T)
@@ -299,7 +373,7 @@ def test_few_rows_are_cut_in_as_many_parts_as_occupy_the_gpu() -> None:
     assert [parts(tokens, 512) for tokens in (1, 2, 4, 64)] == [2, 1, 1, 1]  # 64 programs and 128
     assert [parts(tokens, 256) for tokens in (1, 2, 4, 64)] == [4, 2, 1, 1]
     assert [parts(tokens, 4096, 32) for tokens in (1, 2, 16)] == [2, 1, 1]  # one expert here, two, sixteen
-    assert parts(1, 512, k=512) == 1 and parts(1, 512, arch="gfx942") == 4
+    assert parts(1, 512, k=512) == 1 and parts(1, 512, arch="gfx942") == 2
 
 
 @pytest.mark.parametrize("n_local, tokens", [(12, 24), (3, 24)])
@@ -308,7 +382,7 @@ def test_a_tile_is_as_high_as_the_rows_of_an_expert(
 ) -> None:
     """Six rows to each, whichever part of the experts is here."""
     heights = []
-    sort = moe.sort
+    sort = sorting.sort
     monkeypatch.setattr(moe, "sort", lambda *args: heights.append(args[-1]) or sort(*args))
     x, ids = token_rows("bf16", tokens).to(DEVICE), routed(tokens, TOP_K, N_EXPERTS).to(DEVICE)
     rest = torch.rand(tokens, TOP_K, device=DEVICE), ids, 0, *layer("bf16", n_local), INTER
@@ -319,13 +393,13 @@ def test_a_tile_is_as_high_as_the_rows_of_an_expert(
 
 def test_grouped_gemm_refuses_mistaken_shapes() -> None:
     tile = tiles.GROUPED_FLOAT32[0]
-    order, row_tiles = moe.sort(guarded(torch.zeros(4, 1, dtype=torch.int64)), 0, 2, 16)
+    order, row_tiles = sorting.sort(guarded(torch.zeros(4, 1, dtype=torch.int64)), 0, 2, 16)
     w, _ = stacked("float32", 2, 32, 64)
     for x, share in ((torch.zeros(4, 60), 1), (torch.zeros(3, 64), 1), (torch.zeros(4, 64), 2)):
         with pytest.raises(AssertionError):
-            moe.grouped_gemm(x.to(DEVICE), w, order, row_tiles, share, tile)
+            grouped_gemm.grouped_gemm(x.to(DEVICE), w, order, row_tiles, share, tile)
     with pytest.raises(AssertionError):
-        moe.grouped_gemm(torch.zeros(4, 64, device=DEVICE).bfloat16(), w, order, row_tiles, 1, tile)
+        grouped_gemm.grouped_gemm(torch.zeros(4, 64, device=DEVICE).bfloat16(), w, order, row_tiles, 1, tile)
 
 
 # Combine
@@ -404,13 +478,61 @@ def test_experts_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
     silu_mul = moe.fused.silu_mul
     monkeypatch.setattr(
-        moe.fused, "silu_mul", lambda y, *a, **how: shapes.append(y.shape) or silu_mul(y, *a, **how)
+        moe.fused, "silu_mul", lambda y, *a, **how: shapes.append(type(y)) or silu_mul(y, *a, **how)
     )
     whole = moe.experts(*arguments)
     monkeypatch.setattr(tiles, "split_for", lambda *_: 2)
     compare(moe.experts(*arguments), whole, kind)
     moe.experts(*arguments, invariant=True)
-    assert [len(shape) for shape in shapes] == [2, 3, 2]
+    assert shapes == [torch.Tensor, PartialSums, torch.Tensor]
+
+
+@needs_fp8
+def test_shared_experts_that_are_like_the_others_are_computed_with_them() -> None:
+    """With few assignments; with more, or of another shape, or batch-invariant, they are computed apart."""
+    w13, w2 = layer("w8a8")
+    own = tuple(w.expert(0)._replace(data=w.data[0].clone()) for w in layer("w8a8"))
+    other = own[0]._replace(data=own[0].data[:, :128].contiguous(), scale=own[0].scale[:, :1].contiguous()), own[1]
+    ops, calls = ReferenceBackend(), []
+
+    def shared(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return ops.linear(ops.silu_mul(ops.linear(x, own[0]), INTER, own[1].fp8), own[1])
+
+    for tokens in (1, 17, 90):
+        x, weights = token_rows("w8a8", tokens).to(DEVICE), torch.rand(tokens, TOP_K, device=DEVICE)
+        arguments = x, weights, routed(tokens, TOP_K, N_EXPERTS).to(DEVICE), 0, w13, w2, INTER, partial(shared, x)
+        expected = ops.experts(*arguments)
+        for given, how, n_calls in ((own, {}, tokens == 90), (other, {}, 1), (None, {}, 1), (own, {"invariant": True}, 1)):
+            calls.clear()
+            compare(moe.experts(*arguments, shared_weights=given, **how), expected, "w8a8")
+            assert len(calls) == n_calls
+
+
+@needs_fp8
+def test_many_rows_are_put_in_the_order_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where rows do not begin at multiples of 16 bytes, the plain kernel takes over."""
+    arch = device.architecture(torch.device(DEVICE))
+    table = tiles.GROUPED_W8A8[arch]
+    if not table[-1].persistent:
+        pytest.skip("this GPU has no tensor memory accelerator")
+    monkeypatch.setitem(tiles.GROUPED_W8A8, arch, (replace(table[-2], max_rows=1), table[-1]))
+    called = []
+    for name in ("grouped_gemm", "grouped_gemm_in_order"):
+        plain = getattr(moe, name)
+        monkeypatch.setattr(moe, name, lambda *a, plain=plain, name=name: called.append(name) or plain(*a))
+    w13, w2 = layer("w8a8")
+    x, weights = token_rows("w8a8", 70).to(DEVICE), torch.rand(70, TOP_K, device=DEVICE)
+    here = (w._replace(data=w.data[2:9], scale=w.scale[2:9]) for w in (w13, w2))
+    arguments = x, weights, routed(70, TOP_K, N_EXPERTS, "skewed").to(DEVICE), 2, *here, INTER
+    compare(moe.experts(*arguments), ReferenceBackend().experts(*arguments), "w8a8")
+    assert called == ["grouped_gemm_in_order"] * 2
+    shifted = torch.zeros(w13.data.numel() + 8, dtype=torch.uint8, device=DEVICE)[8:].view(w13.data.shape)
+    shifted.copy_(w13.data.view(torch.uint8))
+    moved = w13._replace(data=shifted.view(w13.data.dtype))
+    arguments = x, weights, routed(70, TOP_K, N_EXPERTS).to(DEVICE), 0
+    compare(moe.experts(*arguments, moved, w2, INTER), moe.experts(*arguments, w13, w2, INTER), "w8a8")
+    assert called[2:] == ["grouped_gemm"] * 2 + ["grouped_gemm_in_order"] * 2
 
 
 @needs_fp8
@@ -449,7 +571,7 @@ def test_experts_are_independent_of_batch_composition(kind: str, own_sums: None,
     """With the tile fixed, a token's bits are its own: alone, in another order, or among others. (The interpreter adds
     up alike in every tile, so that the tile itself is looked at too.)"""
     heights = []
-    sort = moe.sort
+    sort = sorting.sort
     monkeypatch.setattr(moe, "sort", lambda *args: heights.append(args[-1]) or sort(*args))
     w13, w2 = layer(kind, 3)
     x, weights, ids = token_rows(kind, 20), torch.rand(20, 2), routed(20, 2, 3)
@@ -461,7 +583,7 @@ def test_experts_are_independent_of_batch_composition(kind: str, own_sums: None,
     together = run(torch.arange(20))
     for rows in (torch.tensor([13]), torch.randperm(20)):
         assert same(run(rows), together[rows])
-    assert heights == [heights[0]] * 3
+    assert len(set(heights)) == (kind != "w8a8")  # which finds its rows in place, by the same tile
 
 
 def test_the_reference_s_experts() -> None:
@@ -524,13 +646,19 @@ def test_tables_serve_every_size() -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
 def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = GpuBackend()
-    with only_listed_launches(moe, monkeypatch), only_listed_launches(router, monkeypatch):
+    with (
+        only_listed_launches(moe, monkeypatch), only_listed_launches(router, monkeypatch),
+        only_listed_launches(sorting, monkeypatch), only_listed_launches(grouped_gemm, monkeypatch),
+    ):  # fmt: skip
         for n_experts, rule in RELEASED_RULES.values():
             for tokens in (1, 4, 5, 64, 65, 512, 513, None):
                 dtype = torch.bfloat16 if tokens else torch.float32
                 x, w = torch.zeros(tokens or 1, 7168, dtype=dtype), torch.zeros(n_experts, 7168, dtype=dtype)
                 router.router(x, w, gate_bias(n_experts, rule) if rule.score_func == "sigmoid" else None, rule)
-        for tokens, k, share in ((1, 7168, 8), (600, 7168, 8), (2000, 7168, 8), (1, 256, 1), (600, 256, 1), (2000, 256, 1)):
+        for tokens in (64, 128):
+            sorting.sort(torch.zeros(tokens, 8, dtype=torch.int64), 0, 256, 16)
+        for tokens, k, share in ((1, 7168, 8), (600, 7168, 8), (2000, 7168, 8), (4000, 7168, 8), (1, 256, 1), (600, 256, 1),
+                                 (2000, 256, 1), (4000, 256, 1)):  # fmt: skip
             ids = torch.zeros(tokens, 8, dtype=torch.int64)
             rows = tokens * 8 // share
             for w in (
@@ -541,11 +669,20 @@ def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch)
                 *(ops.pack_weight(random_weight(form, 256, 1, k)) for form in FORMS.values() if form.block[0] == 1),
             ):
                 tile = tiles.tile_for(moe.grouped_tiles(w, ids.device), ids.numel() // 256)
-                order, row_tiles = moe.sort(ids, 0, 256, tile.block_m)
+                order, row_tiles = sorting.sort(ids, 0, 256, tile.block_m)
                 x = torch.zeros(rows, k, dtype=torch.float32 if w.data.dtype == torch.float32 else torch.bfloat16)
                 if w.fp8:
                     x = Quantised(torch.zeros(rows, k, dtype=E4M3), torch.zeros(rows, k // BLOCK_SIZE))
-                moe.grouped_gemm(x, w, order, row_tiles, share, tile)
+                if tile.persistent:
+                    assert isinstance(x, Quantised)
+                    in_order = grouped_gemm.gather_rows(x, order, row_tiles, share, tile.block_m) if share > 1 else x
+                    grouped_gemm.grouped_gemm_in_order(in_order, w, row_tiles, tile, order if share == 1 else None)
+                    continue
+                grouped_gemm.grouped_gemm(x, w, order, row_tiles, share, tile)
                 if tokens == 1 and share == 8:
-                    moe.grouped_gemm(x, w, order, row_tiles, share, replace(tile, split=8))
+                    grouped_gemm.grouped_gemm(x, w, order, row_tiles, share, replace(tile, split=8))
+                if tokens == 1 and w.fp8:
+                    x = x if share == 8 else Quantised(torch.zeros(9, k, dtype=E4M3), torch.zeros(9, k // BLOCK_SIZE))
+                    for one in (tile, replace(tile, split=8)) if share == 8 else (tile,):
+                        grouped_gemm.grouped_gemm_in_place(x, w, w.expert(0), ids, 0, share == 8, one)
             moe.combine(torch.zeros(tokens * 8, 1).bfloat16(), torch.zeros(tokens, 8), ids, 0, 256, torch.zeros(tokens, 1))

@@ -54,11 +54,17 @@ def test_a_choice_depends_on_m_through_its_bucket_only(fresh: None) -> None:
         smallest = largest + 1
 
 
+def test_all_blocks_of_a_short_k_are_read_before_the_first_product() -> None:
+    """A pipeline reads ahead one block less than it has stages."""
+    tile = tiles.GROUPED_W8A8["sm_90"][0]
+    assert [tile.for_channels(k).stages for k in (100, 256, 257, 7168)] == [2, 3, 4, tile.stages]
+
+
 @pytest.mark.parametrize(
     "n, k, split",
     [
         (2112, 7168, 4),
-        (7168, 2048, 2),
+        (7168, 2048, 1),  # 112 programs: a sum of parts would take longer than they lose
         (4096, 7168, 2),
         (3072, 1536, 2),
         (24576, 1536, 1),

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ import triton.language as tl
 from core.config import BLOCK_SIZE
 from ops.formats import Routing
 from ops.gpu import (
+    around_attention,
     attention,
     attention_tiles,
     decode,
@@ -20,10 +22,13 @@ from ops.gpu import (
     decode_runs,
     fused,
     gemm,
+    grouped_gemm,
     moe,
+    pdl,
     prefill,
     quantisation,
     router,
+    sort,
     tiles,
 )
 from ops.gpu.device import converts_fp8
@@ -63,7 +68,7 @@ def of_quantisation() -> Iterator[Configuration]:
                 target,
                 {"x_ptr": out, "q_ptr": _native(target), "s_ptr": scale, "M": "i32", "K": "i32"},
                 {"GROUPS": quantisation.GROUPS, "BLOCK": BLOCK_SIZE, "UE8M0": ue8m0, "FNUZ": target == "gfx942"},
-                {},
+                pdl.options(target),
             )
         yield Configuration(
             f"weight_dequant {target}",
@@ -112,7 +117,7 @@ def of_gemm() -> Iterator[Configuration]:
                 target,
                 {"parts_ptr": "*fp32", "out_ptr": "*bf16", "M": "i32", "N": "i32"},
                 {"PARTS": split, "SUMS": gemm.SUMS},
-                {},
+                pdl.options(target),
             )
     gemms = [gemm_configuration(*one, form) for one in tiles.reachable() for form in forms(*one[:2])]
     yield from {c.name: c for c in gemms}.values()  # a tile can serve several buckets, and any number of parts
@@ -146,8 +151,24 @@ def gemm_configuration(op: str, target: str, tile: Tile, form: str = "") -> Conf
         target,
         types,
         tile.constexprs() | constant,
-        tile.options(),
+        tile.options() | ({} if tile.persistent else pdl.options(target)),
     )
+
+
+def of_target(
+    target: str,
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str | None],
+    sizes: dict[str, str],
+    tile: tuple[dict[str, int], dict[str, Any]],
+    constexprs: dict[str, Any],
+) -> Configuration:
+    """One of a kernel with a tile that is constants and options; pointers without a type are absent."""
+    types = {n: t for n, t in pointers.items() if t} | sizes
+    absent = {n: None for n, t in pointers.items() if not t}
+    options = tile[1] | pdl.options(target)
+    return Configuration(f"{name} {target}", kernel, target, types, absent | tile[0] | constexprs, options)
 
 
 def of_fused() -> Iterator[Configuration]:
@@ -155,22 +176,7 @@ def of_fused() -> Iterator[Configuration]:
     (those that quantise where FP8 is multiplied)."""
     bf16, f32, size = "*bf16", "*fp32", "i32"
     for target in tiles.W8A16:
-        native = "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"
-        fnuz = target == "gfx942"
-
-        def configuration(
-            name: str,
-            kernel: Any,
-            pointers: dict[str, str | None],
-            sizes: dict[str, str],
-            tile: tuple[dict[str, int], dict[str, Any]],
-            constexprs: dict[str, Any],
-            target: str = target,
-        ) -> Configuration:
-            types = {n: t for n, t in pointers.items() if t} | sizes
-            absent = {n: None for n, t in pointers.items() if not t}
-            return Configuration(f"{name} {target}", kernel, target, types, absent | tile[0] | constexprs, tile[1])
-
+        native, fnuz, configuration = _fp8(target), target == "gfx942", partial(of_target, target)
         sizes = {"M": size, "H": size, "x_stride": size, "eps": "fp32"}
         for h, add, keep, fp8 in (
             (7168, True, True, None),
@@ -178,7 +184,6 @@ def of_fused() -> Iterator[Configuration]:
             (7168, True, False, "float32"),
             (7168, False, False, "float32"),
             (7168, True, False, "ue8m0"),
-            (1536, False, False, "float32"),
         ):
             if fp8 and target not in tiles.W8A8:
                 continue
@@ -203,7 +208,7 @@ def of_fused() -> Iterator[Configuration]:
             (fused.FEW_BLOCKS + 1, "ue8m0", 1),
             (1, None, 2),
             (1, "float32", 2),
-            (1, "float32", 16),
+            (1, "float32", 8),
         ):
             if fp8 and target not in tiles.W8A8:
                 continue
@@ -218,24 +223,63 @@ def of_fused() -> Iterator[Configuration]:
             name = f"silu_mul {'few' if blocks <= fused.FEW_BLOCKS else 'many'} {fp8}{f' {parts} parts' * (parts > 1)}"
             yield configuration(name, fused.silu_mul_kernel, pointers, sizes, fused.silu_mul_tile(blocks), constexprs)
 
-        strides = ("c_kv_stride", "k_pe_stride", "q_token_stride", "q_head_stride")
-        sizes = dict.fromkeys(("C", "R", "N", *strides), size) | {"eps": "fp32"}
-        for pool in (bf16, "*u8"):
+
+def _fp8(target: str) -> str:
+    """Triton's type of pointers to the FP8 numbers that a kernel makes."""
+    return "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"
+
+
+def of_around_attention() -> Iterator[Configuration]:
+    """Every kernel at V3's sizes and those of one rank of eight, for products as they are and in parts."""
+    bf16, f32, size = "*bf16", "*fp32", "i32"
+    for target in tiles.W8A16:
+        native, fnuz, configuration = _fp8(target), target == "gfx942", partial(of_target, target)
+        strides = ("kv_stride", "kv_part_stride", "q_stride", "q_part_stride")
+        sizes = dict.fromkeys(("C", "R", "Q", *strides), size) | {"eps": "fp32"}
+        tile = around_attention.norm_latents_tile(512, 64, 1536)
+        for pool, fp8, parts in ((bf16, None, 1), (bf16, "float32", 1), ("*u8", "ue8m0", 1), (bf16, "float32", 2), (bf16, "float32", 4)):
+            if fp8 and target not in tiles.W8A8:
+                continue
             pointers = {
-                "c_kv_ptr": bf16,
-                "k_pe_ptr": bf16,
-                "weight_ptr": f32,
-                "cos_ptr": f32,
-                "sin_ptr": f32,
-                "q_pe_ptr": bf16,
-                "slots_ptr": "*i64",
-                "latents_ptr": pool,
-                "scales_ptr": f32 if pool == "*u8" else None,
-                "k_latents_ptr": bf16,
-                "out_ptr": bf16,
-            }
-            name = f"latent_write {'fp8' if pool == '*u8' else 'bf16'}"
-            yield configuration(name, fused.latent_write_kernel, pointers, sizes, fused.latent_write_tile(512, 64), {})
+                "kv_ptr": bf16 if parts == 1 else f32, "weight_ptr": f32, "cos_ptr": f32, "sin_ptr": f32,
+                "slots_ptr": "*i64", "latents_ptr": pool, "scales_ptr": f32 if pool == "*u8" else None,
+                "k_latents_ptr": bf16, "q_ptr": bf16 if parts == 1 else f32, "q_weight_ptr": f32,
+                "y_ptr": None if fp8 else bf16, "y8_ptr": native if fp8 else None, "y_s_ptr": f32 if fp8 else None,
+            }  # fmt: skip
+            constexprs = {"UE8M0": fp8 == "ue8m0", "FNUZ": fnuz and fp8 is not None, "PARTS": parts, "ROUNDED": tl.bfloat16}
+            name = f"norm_latents {'fp8' if pool == '*u8' else 'bf16'} {fp8}{f' {parts} parts' * (parts > 1)}"
+            yield configuration(name, around_attention.norm_latents_kernel, pointers, sizes, tile, constexprs)
+
+        for n_heads, rows, parts in ((16, 16, 1), (16, 16, 2), (16, 64, 1), (16, 64, 2), (128, 64, 1)):
+            for product in (True, False):
+                if not product and parts > 1:
+                    continue
+                pointers = {
+                    "q_ptr": bf16 if parts == 1 else f32, "w_uk_ptr": bf16 if product else None, "cos_ptr": f32,
+                    "sin_ptr": f32, "out_ptr": bf16, "pe_ptr": bf16,
+                }  # fmt: skip
+                sizes = dict.fromkeys(("T", "q_stride", "q_part_stride"), size)
+                constexprs = {"N": n_heads, "DN": 128, "R": 64, "C": 512, "PARTS": parts, "ROUNDED": tl.bfloat16}
+                tile = around_attention.absorb_tile(128, 64, 512, rows)
+                name = f"{'absorb' if product else 'rotary'} {n_heads} heads {rows} rows{f' {parts} parts' * (parts > 1)}"
+                yield configuration(name, around_attention.absorb_kernel, pointers, sizes, tile, constexprs)
+
+        for n_heads, tokens, dv, fp8 in (
+            (16, 1, 128, "float32"), (16, 8, 128, "float32"), (16, 8, 128, "ue8m0"), (16, 128, 128, "float32"), (128, 32, 128, None), (16, 1, 192, None),
+            (20, 128, 256, "float32"),
+        ):  # fmt: skip
+            if fp8 and target not in tiles.W8A8:
+                continue
+            pointers = {
+                "partial_ptr": f32, "lse_ptr": f32, "parts_ptr": "*i32", "w_uv_ptr": bf16,
+                "y_ptr": None if fp8 else bf16, "y8_ptr": native if fp8 else None, "y_s_ptr": f32 if fp8 else None,
+            }  # fmt: skip
+            constexprs = {"N": n_heads, "C": 512, "DV": dv, "ROUNDED": tl.bfloat16, "UE8M0": fp8 == "ue8m0"}
+            constexprs["FNUZ"] = fnuz and fp8 is not None
+            tile = around_attention.values_tile(tokens, dv, 512)
+            sizes = dict.fromkeys(("first", "last", "stride"), size)
+            name = f"values {n_heads} heads of {dv} {tile[0]['ROWS']} rows {fp8}"
+            yield configuration(name, around_attention.values_kernel, pointers, sizes, tile, constexprs)
 
 
 RULES = {  # experts and rule of the released models
@@ -264,18 +308,38 @@ def of_router() -> Iterator[Configuration]:
                     constant["bias_ptr"] = None
                 op = "router" if x == plain else "router_float32"
                 name = f"{op} {target} {rule_name} {cut.block_t}x{cut.block_e}x{cut.splits}"
-                yield Configuration(name, router.router_kernel, target, types, constant, {"num_warps": cut.warps})
+                options = {"num_warps": cut.warps} | pdl.options(target)
+                yield Configuration(name, router.router_kernel, target, types, constant, options)
 
 
-def of_moe() -> Iterator[Configuration]:
-    """Every kernel of a layer of experts, as it is compiled for V3's sizes on each architecture."""
+def of_sort() -> Iterator[Configuration]:
+    """Every kernel for V3's experts on each architecture."""
+    for target in tiles.GROUPED_PLAIN:
+        types = {"ids_ptr": "*i64", "order_ptr": "*i32", "tiles_ptr": "*i32"}
+        types |= {"n": "i32", "first": "i32", "n_tiles": "i32", "block_m": "i32"}
+        for chunk in sort.CHUNKS:
+            constant = {"N_LOCAL": 256, "CHUNK": chunk}
+            yield Configuration(f"sort {target} {chunk}", sort.sort_kernel, target, types, constant, pdl.options(target))
+        constant = {"N_LOCAL": 256, "CHUNK": sort.PLACED}
+        counts = {"ids_ptr": "*i64", "counts_ptr": "*i32", "n": "i32", "first": "i32"}
+        yield Configuration(f"count {target}", sort.count_kernel, target, counts, constant, {})
+        warps = {"num_warps": sort.PLACE_WARPS}
+        yield Configuration(
+            f"place {target}", sort.place_kernel, target, types | counts, constant | {"STEP": sort.STEP}, warps
+        )
+
+
+def of_grouped_gemm() -> Iterator[Configuration]:
+    """Every tile by every form of weights, as it is compiled for V3's sizes on each architecture; and the kernel that
+    puts rows in order."""
     scale, plain, index = "*fp32", "*bf16", "*i32"
     for target in tiles.GROUPED_PLAIN:
-        for chunk in moe.SORT_CHUNKS:
-            types = {"ids_ptr": "*i64", "order_ptr": index, "tiles_ptr": index}
-            types |= {"n": "i32", "first": "i32", "n_tiles": "i32", "block_m": "i32"}
-            constant = {"N_LOCAL": 256, "CHUNK": chunk}
-            yield Configuration(f"sort {target} {chunk}", moe.sort_kernel, target, types, constant, {})
+        if any(tile.persistent for tile in tiles.GROUPED_W8A8.get(target, ())):
+            types = {"x_ptr": "*u8", "x_s_ptr": scale, "out_ptr": "*u8", "out_s_ptr": scale}
+            types |= {"order_ptr": index, "tiles_ptr": index, "K": "i32"}
+            constant = {"SHARE": 8, "ROWS": grouped_gemm.GATHERED_ROWS, "BLOCK_M": 128, "BLOCKS": 64}
+            constant["COLUMNS"] = grouped_gemm.GATHERED_COLUMNS
+            yield Configuration(f"gather_rows {target}", grouped_gemm.gather_rows_kernel, target, types, constant, {})
         grouped = (
             ("w8a8", "", tiles.GROUPED_W8A8, "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"),
             *(("w8a16", form, tiles.GROUPED_W8A16, plain) for form in forms("w8a16_gemm", target)),
@@ -286,28 +350,53 @@ def of_moe() -> Iterator[Configuration]:
         for op, form, tables, x in grouped:
             table = tables.get(target, ())
             for row in table:
+                if row.persistent:
+                    for k, order in ((7168, None), (256, index)):
+                        types = {"x_ptr": _fp8(target), "x_s_ptr": scale, "w_ptr": _fp8(target), "w_s_ptr": scale}
+                        types |= {"out_ptr": plain, "tiles_ptr": index} | ({"order_ptr": order} if order else {})
+                        types |= dict.fromkeys(("m_tiles", "R", "E", "N", "K"), "i32")
+                        constant = {} if order else {"order_ptr": None}
+                        constant |= row.for_channels(k).constexprs()
+                        name, kernel = f"grouped_{op} {target} {row} K={k}", grouped_gemm.grouped_persistent_kernel
+                        yield Configuration(name, kernel, target, types, constant, row.options())
+                    continue
                 # gate and up, and down when the inner width is split 8 ways; gate and up for the fewest rows in parts
                 halved = [(replace(row, split=2), 7168, 8)] if row is table[0] else []
-                for tile, k, share in [(row, 7168, 8), (row, 256, 1), *halved]:
+                found = [(*one, False) for one in [(row, 7168, 8), (row, 256, 1), *halved]]
+                if op == "w8a8" and row is table[0]:  # of few assignments that nobody has sorted
+                    found += [(tile, k, share, True) for tile, k, share, _ in found]
+                for tile, k, share, in_place in found:
                     out = scale if op == "float32" or tile.split > 1 else plain
                     if op in ("plain", "float32"):
                         weight, constant = {"w_ptr": x}, {"w_s_ptr": None, "w_z_ptr": None, "GROUP": 0}
                     else:
                         weight, constant = weight_types("fp8_gemm" if op == "w8a8" else f"{op}_gemm", form, target)
-                    types = {"x_ptr": x, "out_ptr": out, "order_ptr": index, "tiles_ptr": index} | weight
-                    types |= dict.fromkeys(("m_tiles", "assignments", "N", "K"), "i32")
+                    types = {"x_ptr": x, "out_ptr": out} | weight
+                    own = {"ids_ptr": "*i64", "shared_w_ptr": x, "shared_s_ptr": scale}
+                    sorted_ones = {"order_ptr": index, "tiles_ptr": index}
+                    types |= own if in_place else sorted_ones
+                    constant |= dict.fromkeys(sorted_ones if in_place else own)
+                    constant |= {"N_LOCAL": 256, "CHUNK": grouped_gemm.SORTED_IN_PLACE * in_place, "EARLY": in_place and share == 1}
+                    types |= dict.fromkeys(("m_tiles", "assignments", "tokens", "first", "N", "K"), "i32")
                     constant |= tile.for_channels(k).constexprs() | {"SHARE": share}
                     if op == "w8a8":
                         types["x_s_ptr"] = scale
                     else:
                         constant["x_s_ptr"] = None
-                    size = f"{tile.block_m}x{tile.block_n} K={k}{' split' * (tile.split > 1)}"
+                    size = f"{tile.block_m}x{tile.block_n} K={k}{' split' * (tile.split > 1)}{' in place' * in_place}"
                     name = f"grouped_{op}{form} {target} {size}"
-                    yield Configuration(name, moe.grouped_gemm_kernel, target, types, constant, tile.options())
+                    options = tile.options() | pdl.options(target)
+                    yield Configuration(name, grouped_gemm.grouped_gemm_kernel, target, types, constant, options)
+
+
+def of_moe() -> Iterator[Configuration]:
+    """The weighted sum for V3's sizes on each architecture."""
+    scale, plain = "*fp32", "*bf16"
+    for target in tiles.GROUPED_PLAIN:
         types = {"y_ptr": plain, "weights_ptr": scale, "ids_ptr": "*i64", "shared_ptr": plain, "out_ptr": plain}
         types |= {"H": "i32", "first": "i32", "n_local": "i32"}
         constant = {"TOP_K": 8, "BLOCK_H": moe.COMBINE_COLUMNS}
-        yield Configuration(f"combine {target}", moe.combine_kernel, target, types, constant, {})
+        yield Configuration(f"combine {target}", moe.combine_kernel, target, types, constant, pdl.options(target))
 
 
 PREFILL_ROWS = {"k_rows": "DN_PAD", "pe_rows": "R_PAD", "v_rows": "DV_PAD"}  # descriptors and their boxes' widths
@@ -414,7 +503,9 @@ def of_attention() -> Iterator[Configuration]:
 
 
 OF_MODULE = {
-    quantisation: of_quantisation, gemm: of_gemm, fused: of_fused, router: of_router, moe: of_moe, attention: of_attention
+    quantisation: of_quantisation, gemm: of_gemm, fused: of_fused,
+    around_attention: of_around_attention, router: of_router, sort: of_sort, grouped_gemm: of_grouped_gemm, moe: of_moe,
+    attention: of_attention,
 }  # fmt: skip
 
 

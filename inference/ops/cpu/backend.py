@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from core.batch import Batch
 from ops import reference
 from ops.cpu import attention, kernels
-from ops.formats import Quantised, Routing, Scales, Weight
+from ops.formats import PartialSums, Quantised, Routing, Scales, Weight
 from ops.reference_backend import ReferenceBackend, plain_tokens
 
 
@@ -20,13 +20,15 @@ class CpuBackend(ReferenceBackend):
         """Widened once: that takes longer in every step than reading the float32 weight."""
         return w.float()
 
-    def silu_mul(self, gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
+    def silu_mul(
+        self, gate_up: torch.Tensor | PartialSums, inter: int, fp8: Scales | None = None
+    ) -> torch.Tensor | Quantised:
         """With one float32 tensor in place of three."""
-        gate, up = reference.halves(gate_up, inter)
-        y = F.silu(gate.float()).mul_(up).to(gate_up.dtype)
+        gate, up = reference.halves(reference.summed(gate_up), inter)
+        y = F.silu(gate.float()).mul_(up).to(gate.dtype)
         return reference.quantised(y, fp8) if fp8 else y
 
-    def mla(
+    def _attend(
         self,
         q_nope: torch.Tensor,
         q_pe: torch.Tensor,
@@ -38,7 +40,7 @@ class CpuBackend(ReferenceBackend):
     ) -> torch.Tensor:
         """By torch's fused attention: sequences of few query rows absorbed, together; the others one by one."""
         if self.batch_invariant:
-            return super().mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale)
+            return super()._attend(q_nope, q_pe, latents, batch, w_uk, w_uv, scale)
         out = q_nope.new_empty(*q_nope.shape[:2], w_uv.shape[1])
         most = min(reference.absorbed_rows(w_uk, w_uv, q_pe.shape[-1]), attention.TORCH_DECODE_ROWS)
         for form in (attention.decode, attention.prefill):
@@ -85,8 +87,10 @@ class CompiledCpuBackend(CpuBackend):
         y, total = kernels.norm(x, weight, eps, delta)
         return reference.quantised(y, fp8, keep) if fp8 else y, total
 
-    def silu_mul(self, gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
-        y = kernels.silu_mul(gate_up, inter)
+    def silu_mul(
+        self, gate_up: torch.Tensor | PartialSums, inter: int, fp8: Scales | None = None
+    ) -> torch.Tensor | Quantised:
+        y = kernels.silu_mul(reference.summed(gate_up), inter)
         return reference.quantised(y, fp8) if fp8 else y
 
     def route(
@@ -105,29 +109,39 @@ class CompiledCpuBackend(CpuBackend):
         inter: int,
         shared: Callable[[], torch.Tensor] | None = None,
         n_experts: int | None = None,
+        shared_weights: tuple[Weight, Weight] | None = None,
     ) -> torch.Tensor:
         if not (isinstance(w13.data, kernels.Packed) and isinstance(w2.data, kernels.Packed)):
             return super().experts(x, weights, ids, first, w13, w2, inter, shared, n_experts)
         extra = None if shared is None else shared()
         return kernels.experts(plain_tokens(x), weights, ids, first, w13.data, w2.data, inter, extra, self.units)
 
-    def latent_write(
+    def norm_latents(
         self,
-        c_kv: torch.Tensor,
-        k_pe: torch.Tensor,
-        weight: torch.Tensor,
+        kv: torch.Tensor | PartialSums,
+        kv_weight: torch.Tensor,
         eps: float,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        q_pe: torch.Tensor,
         slots: torch.Tensor,
         latents: torch.Tensor,
-    ) -> torch.Tensor:
+        q: torch.Tensor | PartialSums | None = None,
+        q_weight: torch.Tensor | None = None,
+        fp8: Scales | None = None,
+    ) -> torch.Tensor | Quantised | None:
         """In C into bfloat16 latents; FP8 ones are written as the reference has them."""
-        side = reference if latents.dtype == torch.uint8 else kernels
-        return side.latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
+        if latents.dtype == torch.uint8:
+            reference.norm_latents(kv, kv_weight, eps, cos, sin, slots, latents)
+        else:
+            kernels.write_latents(reference.summed(kv), kv_weight, eps, cos, sin, slots, latents)
+        if q is None or q_weight is None:
+            return None
+        return self.norm(reference.summed(q), q_weight, eps, None, fp8, keep=False)[0]
 
-    def mla(
+    def _rotary(self, q_pe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return kernels.rotary(q_pe, cos, sin)
+
+    def _attend(
         self,
         q_nope: torch.Tensor,
         q_pe: torch.Tensor,
@@ -139,7 +153,7 @@ class CompiledCpuBackend(CpuBackend):
     ) -> torch.Tensor:
         """In C, over bfloat16 latents in their pages: sequences of few query rows absorbed, the others expanded."""
         if self.batch_invariant or latents.dtype == torch.uint8:
-            return super().mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale)
+            return super()._attend(q_nope, q_pe, latents, batch, w_uk, w_uv, scale)
         out = q_nope.new_empty(*q_nope.shape[:2], w_uv.shape[1])
         most = reference.absorbed_rows(w_uk, w_uv, q_pe.shape[-1])
         kernels.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, most, out)

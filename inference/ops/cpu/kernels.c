@@ -1149,21 +1149,25 @@ INLINE void rotate(const bf16 *x, const float *cos, const float *sin, int64_t pa
     }
 }
 
-/* As reference.latent_write: c_kv (t, c) and k_pe (t, r), rows kv_stride apart, to latents (slots, c + r); q_pe
- * (t, n, r), tokens q_stride and heads head_stride apart, rotated to q_out (t, n, r). */
-void latent_write(const bf16 *c_kv, const bf16 *k_pe, int64_t t, int64_t kv_stride, int64_t c, int64_t r,
-                  const float *weight, float eps, const float *cos, const float *sin, const bf16 *q_pe, int64_t n,
-                  int64_t q_stride, int64_t head_stride, bf16 *q_out, const int64_t *slots, bf16 *latents, int threads) {
+/* The latents of reference.norm_latents: kv (t, c + r), rows kv_stride apart, to latents (slots, c + r). */
+void write_latents(const bf16 *kv, int64_t t, int64_t kv_stride, int64_t c, int64_t r, const float *weight, float eps,
+                   const float *cos, const float *sin, const int64_t *slots, bf16 *latents, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < t; i++) {
-        const float *turn_cos = cos + i * r / 2, *turn_sin = sin + i * r / 2;
-        for (int64_t h = 0; h < n; h++)
-            rotate(q_pe + i * q_stride + h * head_stride, turn_cos, turn_sin, r / 2, q_out + (i * n + h) * r);
         if (slots[i] < 0) continue;
         bf16 *out = latents + slots[i] * (c + r);
-        normed(c_kv + i * kv_stride, c, weight, eps, out);
-        rotate(k_pe + i * kv_stride, turn_cos, turn_sin, r / 2, out + c);
+        normed(kv + i * kv_stride, c, weight, eps, out);
+        rotate(kv + i * kv_stride + c, cos + i * r / 2, sin + i * r / 2, r / 2, out + c);
     }
+}
+
+/* q (t, n, r), tokens q_stride and heads head_stride apart, rotated to out (t, n, r). */
+void rotary(const bf16 *q, int64_t t, int64_t n, int64_t r, int64_t q_stride, int64_t head_stride, const float *cos,
+            const float *sin, bf16 *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < t; i++)
+        for (int64_t h = 0; h < n; h++)
+            rotate(q + i * q_stride + h * head_stride, cos + i * r / 2, sin + i * r / 2, r / 2, out + (i * n + h) * r);
 }
 
 /* ---------------------------------------------------------------------------------------------------- attention */

@@ -503,29 +503,32 @@ def norm(
     return y, total
 
 
-def latent_write(
-    c_kv: torch.Tensor,
-    k_pe: torch.Tensor,
+def write_latents(
+    kv: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    q_pe: torch.Tensor,
     slots: torch.Tensor,
     latents: torch.Tensor,
-) -> torch.Tensor:
-    """As reference.latent_write, into bfloat16 latents."""
-    (t, c), (_, n, r) = c_kv.shape, q_pe.shape
-    if c_kv.stride() != k_pe.stride() or c_kv.stride(-1) != 1:
-        c_kv, k_pe = torch.cat((c_kv, k_pe), dim=-1).split([c, r], dim=-1)
-    q_pe = _rows(q_pe)
-    assert latents.is_contiguous() and latents.shape[-1] == c + r
-    out = q_pe.new_empty(t, n, r)
-    threads = _threads(t * (c + n * r))
-    _kernels().latent_write(
-        c_kv, k_pe, t, c_kv.stride(0), c, r, weight, eps, cos.contiguous(), sin.contiguous(), q_pe, n, q_pe.stride(0),
-        q_pe.stride(1), out, slots.contiguous(), latents, threads,
+) -> None:
+    """The latents of reference.norm_latents, into bfloat16 ones."""
+    (t, width), c, r = kv.shape, len(weight), 2 * cos.shape[1]
+    kv = _rows(kv)
+    assert latents.is_contiguous() and latents.shape[-1] == width == c + r
+    _kernels().write_latents(
+        kv, t, kv.stride(0), c, r, weight, eps, cos.contiguous(), sin.contiguous(), slots.contiguous(), latents,
+        _threads(t * width),
     )  # fmt: skip
+
+
+def rotary(q_pe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As reference.rotary, of bfloat16 q_pe (T, N, R)."""
+    t, n, r = q_pe.shape
+    q_pe, out = _rows(q_pe), q_pe.new_empty(t, n, r)
+    _kernels().rotary(
+        q_pe, t, n, r, q_pe.stride(0), q_pe.stride(1), cos.contiguous(), sin.contiguous(), out, _threads(t * n * r)
+    )
     return out
 
 

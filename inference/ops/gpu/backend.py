@@ -7,15 +7,21 @@ import torch
 
 from core.batch import Batch
 from ops import reference
-from ops.formats import Quantised, Routing, Scales, Weight
-from ops.gpu import attention, fused, gemm, moe, quantisation, router
+from ops.formats import PartialSums, Quantised, Routing, Scales, Weight
+from ops.gpu import around_attention, attention, decode, fused, gemm, moe, quantisation, router
 from ops.gpu.device import fp8_dtype
 from ops.reference_backend import ROW_BLOCK, ReferenceBackend, in_row_blocks
+
+ROUTER_TILES = 1024  # tiles of tokens, 65,536 of them, for which the router finds counters
 
 
 class GpuBackend(ReferenceBackend):
     """Plain matrix products are cuBLAS's, the rest is Triton. Batch-invariant, a kernel keeps one tile for any number
     of rows, namely that for ROW_BLOCK."""
+
+    def __init__(self, batch_invariant: bool = False):
+        super().__init__(batch_invariant)
+        self._counters: dict[torch.device, torch.Tensor] = {}  # zeros between two launches of the router
 
     @property
     def _rows(self) -> int | None:
@@ -55,6 +61,11 @@ class GpuBackend(ReferenceBackend):
         assert w.scale is not None
         return gemm.fp8_gemm(q, s, w.data, w.scale, dtype, self._rows)
 
+    def partial_linear(self, x: torch.Tensor | Quantised, w: Weight) -> torch.Tensor | PartialSums:
+        if w.scale is None or not _in_triton(x, w):
+            return self.linear(x, w)
+        return gemm.partial_linear(moe.quantised_for(w, x) if isinstance(x, torch.Tensor) else x, w, self._rows)
+
     def linear(self, x: torch.Tensor | Quantised, w: Weight) -> torch.Tensor:
         if w.data.dtype == torch.int32:
             assert isinstance(x, torch.Tensor), "quantised activations by a weight that takes plain ones"
@@ -92,14 +103,18 @@ class GpuBackend(ReferenceBackend):
     ) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
         return fused.norm(x, weight, eps, delta, fp8, keep)
 
-    def silu_mul(self, gate_up: torch.Tensor, inter: int, fp8: Scales | None = None) -> torch.Tensor | Quantised:
+    def silu_mul(
+        self, gate_up: torch.Tensor | PartialSums, inter: int, fp8: Scales | None = None
+    ) -> torch.Tensor | Quantised:
         return fused.silu_mul(gate_up, inter, fp8)
 
     def router(
         self, x: torch.Tensor, w: Any, bias: torch.Tensor | None, rule: Routing
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x = x.float() if w.dtype == torch.float32 else x
-        return router.router(x, w, bias, rule, self.batch_invariant)
+        if x.device not in self._counters:
+            self._counters[x.device] = torch.zeros(ROUTER_TILES, dtype=torch.int32, device=x.device)
+        return router.router(x, w, bias, rule, self.batch_invariant, self._counters[x.device])
 
     def experts(
         self,
@@ -112,41 +127,63 @@ class GpuBackend(ReferenceBackend):
         inter: int,
         shared: Callable[[], torch.Tensor] | None = None,
         n_experts: int | None = None,
+        shared_weights: tuple[Weight, Weight] | None = None,
     ) -> torch.Tensor:
         if not all(_in_triton(x, w) for w in (w13, w2)):
             return super().experts(x, weights, ids, first, w13, w2, inter, shared, n_experts)
-        return moe.experts(x, weights, ids, first, w13, w2, inter, shared, n_experts, self.batch_invariant)
+        invariant = self.batch_invariant
+        return moe.experts(x, weights, ids, first, w13, w2, inter, shared, n_experts, invariant, shared_weights)
 
-    def latent_write(
+    def norm_latents(
         self,
-        c_kv: torch.Tensor,
-        k_pe: torch.Tensor,
-        weight: torch.Tensor,
+        kv: torch.Tensor | PartialSums,
+        kv_weight: torch.Tensor,
         eps: float,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        q_pe: torch.Tensor,
         slots: torch.Tensor,
         latents: torch.Tensor,
-    ) -> torch.Tensor:
-        return fused.latent_write(c_kv, k_pe, weight, eps, cos, sin, q_pe, slots, latents)
+        q: torch.Tensor | PartialSums | None = None,
+        q_weight: torch.Tensor | None = None,
+        fp8: Scales | None = None,
+    ) -> torch.Tensor | Quantised | None:
+        return around_attention.norm_latents(kv, kv_weight, eps, cos, sin, slots, latents, q, q_weight, fp8)
 
     def mla(
         self,
-        q_nope: torch.Tensor,
-        q_pe: torch.Tensor,
+        q: torch.Tensor | PartialSums,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
         latents: torch.Tensor,
         batch: Batch,
         w_uk: torch.Tensor,
         w_uv: torch.Tensor,
         scale: float,
-    ) -> torch.Tensor:
-        """In bfloat16 the batch's first sequences, of few query rows, are decoded and the others prefilled; float32
-        attends as the reference does."""
-        if q_nope.dtype != torch.bfloat16:
-            return super().mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale)
-        by_rows = in_row_blocks if self.batch_invariant else None
-        return attention.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, by_rows)
+        fp8: Scales | None = None,
+    ) -> torch.Tensor | Quantised:
+        """In bfloat16 the batch's first sequences, of few query rows, are decoded and the others prefilled, and a batch
+        that only decodes takes three launches; float32 attends as the reference does."""
+        (n_heads, dn, c), dv = w_uk.shape, w_uv.shape[1]
+        if w_uk.dtype != torch.bfloat16:
+            return super().mla(gemm.summed(q), cos, sin, latents, batch, w_uk, w_uv, scale, fp8)
+        if batch.prefill.n or self.batch_invariant:
+            q = gemm.summed(q)
+            _, q_pe = around_attention.absorb(q, None, cos, sin, n_heads, dn, c)
+            q_nope = q.unflatten(-1, (n_heads, -1))[..., :dn]
+            by_rows = in_row_blocks if self.batch_invariant else None
+            o = attention.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, by_rows).flatten(1)
+            return self._quantised(o, fp8)
+        absorbed, q_pe = around_attention.absorb(q, w_uk, cos, sin, n_heads, dn, c)
+        in_kernel = fp8 if around_attention.makes_blocks(dv) else None
+        values = around_attention.Values(len(q_pe), w_uv, in_kernel)
+        decode.decode(absorbed, q_pe, latents, batch, batch.decode, scale, finish=values.add)
+        result = values.result()
+        return self._quantised(result, fp8) if isinstance(result, torch.Tensor) else result
+
+    def _quantised(self, x: torch.Tensor, fp8: Scales | None) -> torch.Tensor | Quantised:
+        if not fp8:
+            return x
+        return Quantised(*self.act_quant(x, None if fp8 == "float32" else fp8), dtype=x.dtype)
 
 
 def _in_triton(x: torch.Tensor | Quantised, w: Weight) -> bool:

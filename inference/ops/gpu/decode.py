@@ -8,6 +8,7 @@ Names: T, N, C, R, P as in model.py. *_PAD is the power of two that a tile's sid
 
 # mypy: disable-error-code="attr-defined"
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -108,6 +109,10 @@ def decode_kernel(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+# Adds up decode's parts: what decode_kernel wrote (out, lse, parts), the first token, the end, how far on the next is.
+Finish = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int, int], None]
+
+
 def decode(
     q: torch.Tensor,
     q_pe: torch.Tensor,
@@ -118,8 +123,11 @@ def decode(
     fixed: bool = False,
     programs: int | None = None,
     tile: AttentionTile | None = None,
+    finish: Finish | None = None,
 ) -> torch.Tensor:
     """The first sequences' rows in the latent space: q (T, N, C) absorbed, q_pe (T, N, R) to (T, N, C).
+
+    `finish` adds the parts up instead; what is returned is then empty.
 
     `batch_bounds` says which they are. With `fixed` parts and tiles depend on the number of heads alone; otherwise
     programs, which share the work, and tile are the caller's choice.
@@ -133,7 +141,7 @@ def decode(
     page_rows = page_descriptor(latents, c) if tile.descriptor and not fixed else None
     lanes = triton.cdiv(n_heads, tile.rows)  # side by side, so that they find a page in the cache
     fixed_pages = FIXED_SPLIT // page if fixed else 0
-    out = torch.empty(n_tokens, n_heads, c, dtype=q.dtype, device=q.device)
+    out = torch.empty(0 if finish else n_tokens, n_heads, c, dtype=q.dtype, device=q.device)
 
     def runs(tokens: int) -> tuple[int, int]:
         return count_runs(batch_bounds, tokens, n_heads, tile.rows, page, programs, fixed_pages)
@@ -174,6 +182,9 @@ def decode(
                 N=n_heads, C=c, R=r, C_PAD=padded(c), R_PAD=padded(r), PAGE=page, LANES=lanes, SWAP=tile.swap,
                 **tile.constexprs(), **tile.options(),
             )  # fmt: skip
+        if finish:
+            finish(partial, lse, parts, first, last, lanes * width)
+            continue
         combine_parts_kernel[((last - first) * n_heads, triton.cdiv(c, COLUMNS))](
             partial, lse, parts, out, first, lanes * width,
             N=n_heads, C=c, COLUMNS=COLUMNS, PARTS=PARTS, num_warps=COMBINE_WARPS,

@@ -17,9 +17,11 @@ import triton.language as tl
 
 from core.config import BLOCK_SIZE
 from core.quantization_config import GROUP_SIZES
-from ops.gpu import tiles
+from ops.formats import PartialSums, Quantised, Weight
+from ops.gpu import pdl, tiles
 from ops.gpu.casts import SCALE_BLOCK, cast, dot_operand, widen_int4
 from ops.gpu.device import architecture, fp8_dtype, kernel_view
+from ops.gpu.pdl import wait_for_previous
 from ops.gpu.tiles import Tile
 from ops.reference import BLOCK
 
@@ -145,8 +147,9 @@ def gemm_kernel(
     """out (M, N) = x (M, K) times w (N, K) transposed; FP8 by FP8, or bfloat16 by 8 or 4 bits where x_s_ptr is None.
 
     See reference.fp8_gemm, w8a16_gemm and w4a16_gemm. With SPLIT out (parts, M, N) takes the sum of each part of K, and
-    sum_splits_kernel does the rest. Rows past the end repeat the last one and are not stored.
+    sum_splits_kernel or the op that takes them does the rest. Rows past the end repeat the last one and are not stored.
     """
+    wait_for_previous()
     m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     # Programs that run together share GROUP_M row tiles, so that both operands stay in the L2 cache.
@@ -171,6 +174,7 @@ def gemm_kernel(
 @triton.jit(do_not_specialize=["M"])
 def sum_splits_kernel(parts_ptr, out_ptr, M, N, PARTS: tl.constexpr, SUMS: tl.constexpr):
     """out (M, N) = the sum of parts (PARTS, M, N) float32, added in their order, whichever was ready first."""
+    wait_for_previous()
     at = tl.program_id(0).to(tl.int64) * SUMS + tl.arange(0, SUMS)
     size = M.to(tl.int64) * N
     total = tl.load(parts_ptr + at, mask=at < size, other=0.0)
@@ -273,6 +277,15 @@ def _choose(op: str, x: torch.Tensor, w: torch.Tensor, rows: int | None) -> Tile
     return tiles.choose(op, architecture(x.device), len(w), x.shape[1], rows or len(x))
 
 
+def partial_linear(x: torch.Tensor | Quantised, w: Weight, as_for: int | None = None) -> torch.Tensor | PartialSums:
+    """x (T, K) by a quantised weight, of W8A8 if x is Quantised; partial sums where the tile splits K."""
+    values, scales, dtype = (x.q, x.s, x.dtype) if isinstance(x, Quantised) else (x, None, x.dtype)
+    assert w.scale is not None and (scales is None) == (w.fp8 is None)
+    op = "fp8_gemm" if w.fp8 else "w8a16_gemm" if w.block == BLOCK else "w4a16_gemm"
+    tile = _choose(op, values, w.data, as_for)
+    return partial_gemm(values, scales, w.data, w.scale, dtype, tile, w.block, w.zero)
+
+
 def gemm(
     x: torch.Tensor,
     x_s: torch.Tensor | None,
@@ -283,7 +296,22 @@ def gemm(
     block: tuple[int, int] = BLOCK,
     zero: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """fp8_gemm, or without x_s w8a16_gemm, or by int32 w w4a16_gemm, by a tile of the caller's choice.
+    """partial_gemm, summed."""
+    return summed(partial_gemm(x, x_s, w, w_s, out_dtype, tile, block, zero))
+
+
+def partial_gemm(
+    x: torch.Tensor,
+    x_s: torch.Tensor | None,
+    w: torch.Tensor,
+    w_s: torch.Tensor,
+    out_dtype: torch.dtype,
+    tile: Tile,
+    block: tuple[int, int] = BLOCK,
+    zero: torch.Tensor | None = None,
+) -> torch.Tensor | PartialSums:
+    """fp8_gemm, or without x_s w8a16_gemm, or by int32 w w4a16_gemm, by a tile of the caller's choice; partial sums
+    where that splits K.
 
     With one and the same tile a row of the result does not depend, to the bit, on the other rows. A persistent tile
     gives way to a plain one where rows do not begin at multiples of 16 bytes.
@@ -292,26 +320,42 @@ def gemm(
     assert x_s is None or x_s.shape == (m, triton.cdiv(k, BLOCK_SIZE)), x_s.shape
     assert all(t is None or t.is_contiguous() for t in (x, x_s, w))
     *w_scales, group = weight_scales(k, w, w_s, block, zero)
+    if tile.split > 1 and m:
+        assert not tile.persistent
+        parts = torch.empty(tile.split, m, n, dtype=torch.float32, device=x.device)
+        gemm_kernel[(tile.count(m, n), tile.split)](
+            x if x_s is None else kernel_view(x), x_s, kernel_view(w), *w_scales, parts, m, n, k,
+            GROUP=group, **tile.constexprs(), **tile.options(), **pdl.options(architecture(x.device)),
+        )  # fmt: skip
+        return PartialSums(parts, out_dtype)
     out = torch.empty(m, n, dtype=out_dtype, device=x.device)
     if not out.numel():
         return out
-    if tile.persistent and not all(_in_sixteens(t) for t in (x, w, out)):
+    if tile.persistent and not all(in_sixteens(t) for t in (x, w, out)):
         tile = tiles.plain("fp8_gemm", architecture(x.device))
     constexprs, count = tile.constexprs() | tile.options(), tile.count(m, n)
     x, w = x if x_s is None else kernel_view(x), kernel_view(w)
     if tile.persistent:
-        assert x_s is not None and not tile.swap and tile.split == 1, tile
+        assert x_s is not None and not tile.swap, tile
         programs = min(count, tile.persistent * tiles.SM_COUNT[architecture(x.device)])
-        device = out.device  # not a tensor's own name in there: the function stays, and would keep it alive
-        # Triton asks for the memory its programs' descriptors lie in, 128 bytes each.
-        triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.uint8, device=device))
+        allow_descriptors(out.device)
         gemm_persistent_kernel[(programs,)](x, x_s, w, w_s, out, m, n, k, **constexprs)
-    elif tile.split == 1:
-        gemm_kernel[(count,)](x, x_s, w, *w_scales, out, m, n, k, GROUP=group, **constexprs)
     else:
-        parts = torch.empty(tile.split, m, n, dtype=torch.float32, device=x.device)
-        gemm_kernel[(count, tile.split)](x, x_s, w, *w_scales, parts, m, n, k, GROUP=group, **constexprs)
-        sum_splits_kernel[(triton.cdiv(m * n, SUMS),)](parts, out, m, n, PARTS=tile.split, SUMS=SUMS)
+        constexprs |= pdl.options(architecture(x.device))
+        gemm_kernel[(count,)](x, x_s, w, *w_scales, out, m, n, k, GROUP=group, **constexprs)
+    return out
+
+
+def summed(y: torch.Tensor | PartialSums) -> torch.Tensor:
+    """As reference.summed."""
+    if isinstance(y, torch.Tensor):
+        return y
+    parts, m, n = y.parts.shape
+    assert y.parts.is_contiguous()
+    out = torch.empty(m, n, dtype=y.dtype, device=y.parts.device)
+    sum_splits_kernel[(triton.cdiv(m * n, SUMS),)](
+        y.parts, out, m, n, PARTS=parts, SUMS=SUMS, **pdl.options(architecture(out.device))
+    )
     return out
 
 
@@ -330,6 +374,11 @@ def weight_scales(
     return s.mT.contiguous(), None if zero is None else zero.mT.contiguous(), block[1]
 
 
-def _in_sixteens(t: torch.Tensor) -> bool:
-    """Whether all rows of a contiguous matrix begin at multiples of 16 bytes."""
-    return t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0
+def allow_descriptors(device: torch.device) -> None:
+    """Before a launch of a kernel that makes descriptors: Triton asks for the memory they lie in, 128 bytes to each."""
+    triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.uint8, device=device))
+
+
+def in_sixteens(t: torch.Tensor) -> bool:
+    """Whether all rows of contiguous matrices begin at multiples of 16 bytes."""
+    return t.data_ptr() % 16 == 0 and t.shape[-1] * t.element_size() % 16 == 0

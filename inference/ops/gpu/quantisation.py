@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 
 from core.config import BLOCK_SIZE
+from ops.gpu import pdl
 from ops.gpu.casts import SCALE_BLOCK, cast, quantise, widen_e4m3
-from ops.gpu.device import fp8_dtype, kernel_view
+from ops.gpu.device import architecture, fp8_dtype, kernel_view
+from ops.gpu.pdl import wait_for_previous
 
 GROUPS = 8  # blocks of 128 channels to an act_quant program
 DEQUANT_ROWS = 64  # rows to a weight_dequant program
@@ -22,6 +24,7 @@ def act_quant_kernel(
     x_ptr, q_ptr, s_ptr, M, K, GROUPS: tl.constexpr, BLOCK: tl.constexpr, UE8M0: tl.constexpr, FNUZ: tl.constexpr
 ):
     """GROUPS blocks of BLOCK channels, numbered along the tokens' rows. See reference.act_quant."""
+    wait_for_previous()
     blocks_per_row = tl.cdiv(K, BLOCK)
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     row = group // blocks_per_row
@@ -64,6 +67,7 @@ def act_quant(
         act_quant_kernel[(triton.cdiv(s.numel(), GROUPS),)](
             x, kernel_view(q), s, x.numel() // k, k,
             GROUPS=GROUPS, BLOCK=block_size, UE8M0=scale_fmt == "ue8m0", FNUZ=dtype == torch.float8_e4m3fnuz,
+            **pdl.options(architecture(x.device)),
         )  # fmt: skip
     return q, s
 

@@ -13,8 +13,10 @@ import triton.language as tl
 
 from core.config import BLOCK_SIZE
 from ops.formats import Routing
+from ops.gpu import pdl
 from ops.gpu.casts import SCALE_BLOCK, dot_operand
 from ops.gpu.device import architecture
+from ops.gpu.pdl import wait_for_previous
 from ops.gpu.tiles import tile_for
 
 LEAST = tl.constexpr(-(2**31))  # less than the key of every float
@@ -52,8 +54,9 @@ def router_kernel(
     arrive adds up its tokens' partial logits, in the order of the channels, and chooses. See reference.route.
 
     GROUPS > 1: all but the KEPT best groups of experts are left out, a group being worth its best choice, or with TOP2
-    the sum of its two best. counter (row tiles,) starts at zero.
+    the sum of its two best. counter (row tiles,) is zero before and after.
     """
+    wait_for_previous()
     SIZE: tl.constexpr = E // GROUPS
     # Experts lie in columns: a group's in a power of two of them, so that groups are rows of a reshaped tile.
     PADDED_GROUPS: tl.constexpr = triton.next_power_of_2(GROUPS)
@@ -83,6 +86,7 @@ def router_kernel(
     n_splits = tl.num_programs(2)
     arrived = tl.atomic_add(counter_ptr + pid_t, 1, sem="acq_rel")
     if arrived == tl.num_programs(1) * n_splits - 1:
+        tl.store(counter_ptr + pid_t, 0)
         column = tl.arange(0, COLUMNS)
         expert = column // PADDED_SIZE * SIZE + column % PADDED_SIZE
         exists = (column % PADDED_SIZE < SIZE) & (column // PADDED_SIZE < GROUPS)
@@ -205,11 +209,13 @@ def router(
     bias: torch.Tensor | None,
     rule: Routing,
     invariant: bool = False,
+    counters: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As reference.router: x (T, H), w (E, H) both bfloat16 or both float32, bias (E,) float32, to weights (T, K)
     float32 and ids (T, K) int64.
 
     With `invariant` the channels are cut alike for any T: a token's bits do not depend on the rest of its batch.
+    counters, int32 zeros, are zeros again when it has run; if there are none, or too few, they are made, a launch more.
     """
     (n, h), n_experts = x.shape, w.shape[0]
     assert w.shape == (n_experts, h) and x.dtype == w.dtype, (x.shape, x.dtype, w.shape, w.dtype)
@@ -222,9 +228,11 @@ def router(
         chunk = tile.chunk(h)
         grid = triton.cdiv(n, tile.block_t), triton.cdiv(n_experts, tile.block_e), triton.cdiv(h, chunk * BLOCK_SIZE)
         partial = torch.empty(grid[2], n, n_experts, dtype=torch.float32, device=x.device)
-        counter = torch.zeros(grid[0], dtype=torch.int32, device=x.device)
+        if counters is None or len(counters) < grid[0]:
+            counters = torch.zeros(grid[0], dtype=torch.int32, device=x.device)
         router_kernel[grid](
-            x, w, bias, weights, ids, partial, counter, n, h, rule.route_scale,
+            x, w, bias, weights, ids, partial, counters, n, h, rule.route_scale,
             CHUNK=chunk, **rule_constexprs(n_experts, rule), **tile.constexprs(), num_warps=tile.warps,
+            **pdl.options(architecture(x.device)),
         )  # fmt: skip
     return weights, ids

@@ -49,8 +49,9 @@ class Tile:
         return sizes | own
 
     def for_channels(self, k: int) -> "Tile":
-        """With no more stages than K has blocks (an expert split by its inner width has two), and at least 2."""
-        return replace(self, stages=max(2, min(self.stages, math.ceil(k / BLOCK_SIZE))))
+        """With no more stages than serve K's blocks, which are then all under way before the first product (an expert
+        split by its inner width has two blocks): one less than the stages is what the pipeline reads ahead."""
+        return replace(self, stages=min(self.stages, math.ceil(k / BLOCK_SIZE) + 1))
 
     def __str__(self) -> str:
         marks = [f"{self.block_m}x{self.block_n}", f"{self.warps}w", f"{self.stages}s", "swap" * self.swap]
@@ -174,12 +175,14 @@ GROUPED_W8A8 = {
     "sm_90": (
         Tile(12, 16, 64, True, 4, 6),
         Tile(32, 32, 64, True, 4, 6),
-        Tile(math.inf, 64, 128, False, 4, 3),
+        Tile(96, 64, 128, False, 4, 3),
+        Tile(math.inf, 128, 128, False, 4, 4, persistent=1, specialised=True),  # rows in the order of experts
     ),
     "sm_100": (
         Tile(12, 16, 64, True, 4, 6),
         Tile(32, 32, 64, True, 4, 5),
-        Tile(math.inf, 64, 128, False, 4, 4),
+        Tile(96, 64, 128, False, 4, 4),
+        Tile(math.inf, 128, 128, False, 8, 4, persistent=1, specialised=True),
     ),
     "gfx942": (
         Tile(64, 32, 32, False, 4, 2),
@@ -310,15 +313,21 @@ def default(op: str, arch: str, n: int, k: int, max_rows: float) -> Tile:
     return replace(tile, max_rows=max_rows, split=split)
 
 
+def without_tma(table: tuple[Tile, ...], tile: Tile) -> Tile:
+    """A grouped GEMM's tile, or where it is persistent and rows do not allow that, the largest that is not."""
+    return next(t for t in reversed(table) if not t.persistent) if tile.persistent else tile
+
+
 def plain(op: str, arch: str) -> Tile:
     """For many tokens, where N and K do not allow the persistent tile or do not need it."""
     return next(tile for tile in reversed(DEFAULTS[op][arch]) if not tile.persistent)
 
 
 def split_for(programs: int, k_blocks: int, sms: int) -> int:
-    """The fewest parts of K that give (nearly) every multiprocessor a program, each no shorter than SPLIT_BLOCKS."""
+    """The fewest parts of K that give most multiprocessors a program, each no shorter than SPLIT_BLOCKS. (112 programs,
+    of N = 7168, keep an H200's memory busy: see above. A sum of parts would take longer than they lose.)"""
     allowed = [split for split in SPLITS if split == 1 or k_blocks >= split * SPLIT_BLOCKS]
-    return next((split for split in allowed if programs * split >= 0.9 * sms), allowed[-1])
+    return next((split for split in allowed if programs * split >= 0.8 * sms), allowed[-1])
 
 
 def split_for_few_rows(tile: Tile, rows: float, n_local: int, n: int, k: int, arch: str) -> Tile:

@@ -1,0 +1,301 @@
+"""The products by every expert's own weight in Triton, as reference.grouped_gemm specifies them.
+
+Three kernels: for rows in any order, whose experts' tiles `sort` made or each program finds; and for many rows that lie
+in the order of their experts, so that the tensor memory accelerator can copy them (with the kernel that orders them).
+
+Names: K input channels, N output channels, E experts. The assignment a = t * K + k is token t's k-th expert.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from core.config import BLOCK_SIZE
+from ops.formats import PartialSums, Quantised, Weight
+from ops.gpu import pdl, tiles
+from ops.gpu.casts import SCALE_BLOCK, cast, dot_operand
+from ops.gpu.device import architecture, kernel_view
+from ops.gpu.gemm import allow_descriptors, in_sixteens, multiply_rows, weight_scales
+from ops.gpu.pdl import wait_for_previous
+from ops.gpu.sort import find_tile, max_tiles
+from ops.gpu.tiles import Tile
+from ops.reference import BLOCK
+
+
+@triton.jit(do_not_specialize=["m_tiles", "assignments", "tokens", "first"])
+def grouped_gemm_kernel(
+    x_ptr, x_s_ptr, w_ptr, w_s_ptr, w_z_ptr, out_ptr, order_ptr, tiles_ptr, ids_ptr, shared_w_ptr, shared_s_ptr,
+    m_tiles, assignments, tokens, first, N, K,
+    GROUP: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    SWAP: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, N_LOCAL: tl.constexpr, CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """out[a] = x[a // SHARE] times its expert's w (N, K) transposed, for the assignments a of one row tile.
+
+    FP8 by FP8; without x_s_ptr bfloat16 by 8 or 4 bits; without w_s_ptr as well, bfloat16 or float32 by the same. See
+    reference.grouped_gemm. Rows past a tile's end repeat its last one and are not stored. With SPLIT out[part, a] takes
+    the sum of each part of K.
+
+    The row tiles are `sort`'s; or with ids_ptr, of ids for all N_LOCAL experts, find_tile's. Then shared_w_ptr may
+    be the weight of another expert, which all tokens have: their rows are out[assignments + t]. EARLY is for the second
+    product: x has these rows too, and the ids were there before the previous kernel started.
+    """
+    if not EARLY:
+        wait_for_previous()
+    n_tiles = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0)
+    pid_m, pid_n = tl.swizzle2d(pid // n_tiles, pid % n_tiles, m_tiles, n_tiles, GROUP_M)
+    m = tl.arange(0, BLOCK_M)
+    out_rows = assignments
+    if ids_ptr is not None:
+        if shared_w_ptr is not None:
+            out_rows += tokens
+            shared_tiles = tl.cdiv(tokens, BLOCK_M)
+            expert, rows, a = find_tile(ids_ptr, assignments, first, pid_m - shared_tiles, BLOCK_M, N_LOCAL, CHUNK)
+            is_shared = pid_m < shared_tiles
+            left = tokens - pid_m * BLOCK_M
+            token = pid_m * BLOCK_M + tl.minimum(m, left - 1)
+            x_row = tl.where(is_shared, assignments + token if EARLY else token, a // SHARE).to(tl.int64)
+            a = tl.where(is_shared, assignments + token, a).to(tl.int64)
+            rows = tl.where(is_shared, tl.minimum(left, BLOCK_M), rows)
+            expert = tl.where(is_shared, 0, expert)
+            w_ptr = tl.where(is_shared, shared_w_ptr, w_ptr)
+            w_s_ptr = tl.where(is_shared, shared_s_ptr, w_s_ptr)
+        else:
+            expert, rows, a = find_tile(ids_ptr, assignments, first, pid_m, BLOCK_M, N_LOCAL, CHUNK)
+            a = a.to(tl.int64)
+            x_row = a // SHARE
+        if expert >= N_LOCAL:
+            return
+        expert = expert.to(tl.int64)
+    else:
+        expert = tl.load(tiles_ptr + 3 * pid_m).to(tl.int64)
+        if expert < 0:
+            return
+        start = tl.load(tiles_ptr + 3 * pid_m + 1)
+        rows = tl.load(tiles_ptr + 3 * pid_m + 2)
+        a = tl.load(order_ptr + start + tl.minimum(m, rows - 1)).to(tl.int64)
+        x_row = a // SHARE
+    if EARLY:
+        wait_for_previous()
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    w_row = expert * N + tl.minimum(n, N - 1).to(tl.int64)
+    if GROUP:
+        w_s_ptr += expert * (K // GROUP) * N
+        if w_z_ptr is not None:
+            w_z_ptr += expert * (K // GROUP) * N
+    elif w_s_ptr is not None:  # BLOCK_N divides 128: one scale to a tile
+        s_row = expert * tl.cdiv(N, SCALE_BLOCK) + pid_n * BLOCK_N // SCALE_BLOCK
+        w_s_ptr += s_row * tl.cdiv(K, SCALE_BLOCK)
+    acc = multiply_rows(
+        x_ptr, x_s_ptr, x_row, w_ptr, w_s_ptr, w_z_ptr, w_row, n, N, K, GROUP, BLOCK_M, BLOCK_N, STAGES, SWAP, SPLIT
+    )  # fmt: skip
+
+    out = cast(acc, out_ptr.dtype.element_ty)
+    if SPLIT:
+        a += tl.program_id(1).to(tl.int64) * out_rows
+    out_ptrs = out_ptr + a[:, None] * N + n[None, :]
+    tl.store(out_ptrs, out.T if SWAP else out, mask=(m < rows)[:, None] & (n < N)[None, :])
+
+
+def grouped_tiles(w: Weight, device: torch.device) -> tuple[Tile, ...]:
+    """The table of tiles for a weight, by the type of its product."""
+    if w.data.dtype == torch.float32:
+        return tiles.GROUPED_FLOAT32
+    if w.scale is None:
+        return tiles.GROUPED_PLAIN[architecture(device)]
+    if w.fp8:
+        return tiles.GROUPED_W8A8[architecture(device)]
+    return (tiles.GROUPED_W8A16 if w.block == BLOCK else tiles.GROUPED_W4A16)[architecture(device)]
+
+
+def grouped_gemm(
+    x: torch.Tensor | Quantised,
+    w: Weight,
+    order: torch.Tensor,
+    row_tiles: torch.Tensor,
+    share: int,
+    tile: Tile,
+) -> torch.Tensor | PartialSums:
+    """As reference.grouped_gemm: x (R, K) and w (E, N, K) to
+    (R * share, N) in x's dtype, of which only the rows in `order` are written. row_tiles are `sort`'s for tile.block_m.
+    Where the tile splits K: to its partial sums.
+    """
+    n = len(order)
+    assert order.is_contiguous() and row_tiles.is_contiguous()
+    assert n == len(x.q if isinstance(x, Quantised) else x) * share
+    constexprs = {"N_LOCAL": len(w.data), "CHUNK": 0, "EARLY": False}
+    return _launch(x, w, None, (order, row_tiles, None), len(row_tiles), n, 0, 0, n, share, tile, constexprs)
+
+
+SORTED_IN_PLACE = 256  # assignments up to which each program of a grouped GEMM finds its rows among all of them
+
+
+def grouped_gemm_in_place(
+    x: Quantised, w: Weight, shared: Weight | None, ids: torch.Tensor, first: int, up: bool, tile: Tile
+) -> torch.Tensor | PartialSums:
+    """grouped_gemm in W8A8 for ids (T, K) that nobody has sorted, up to SORTED_IN_PLACE of them, and the experts from
+    `first` on: for x (T, K) if `up`, else for a row to each assignment. `shared` is an expert of every token, whose
+    rows come after the assignments', in the result and, unless `up`, in x."""
+    (tokens, top_k), n = ids.shape, ids.numel()
+    assert n <= SORTED_IN_PLACE and w.fp8 and ids.is_contiguous() and (shared is None or is_alike(shared, w))
+    out_rows, row_tiles = n, max_tiles(n, len(w.data), tile.block_m)
+    if shared is not None:
+        out_rows, row_tiles = n + tokens, row_tiles + triton.cdiv(tokens, tile.block_m)
+    assert len(x.q) == (tokens if up else out_rows)
+    constexprs = {"N_LOCAL": len(w.data), "CHUNK": SORTED_IN_PLACE, "EARLY": not up}
+    share = top_k if up else 1
+    return _launch(x, w, shared, (None, None, ids), row_tiles, n, tokens, first, out_rows, share, tile, constexprs)
+
+
+def is_alike(shared: Weight, w: Weight) -> bool:
+    """Whether the weight of a shared expert (N, K) can be one expert more of w (E, N, K), both W8A8."""
+    alike = w.fp8 is not None and shared[2:] == w[2:] and shared.data.dtype == w.data.dtype
+    return alike and shared.data.shape == w.data.shape[1:] and shared.data.is_contiguous()
+
+
+def _launch(
+    x: torch.Tensor | Quantised,
+    w: Weight,
+    shared: Weight | None,
+    rows: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    m_tiles: int,
+    assignments: int,
+    tokens: int,
+    first: int,
+    out_rows: int,
+    share: int,
+    tile: Tile,
+    constexprs: dict[str, Any],
+) -> torch.Tensor | PartialSums:
+    """`rows`: sort's order and tiles, or unsorted ids."""
+    values, scales, dtype = (x.q, x.s, x.dtype) if isinstance(x, Quantised) else (x, None, x.dtype)
+    k, n = values.shape[1], w.data.shape[1]
+    w_s, w_z, group = (None, None, 0) if w.scale is None else weight_scales(k, w.data, w.scale, w.block, w.zero)
+    assert w.scale is not None or w.data.shape[2] == k, (values.shape, w.data.shape)
+    assert (scales is not None) == (w.fp8 is not None)
+    assert scales is None or scales.shape == (len(values), triton.cdiv(k, BLOCK_SIZE)), scales.shape
+    assert values.is_contiguous() and w.data.is_contiguous()
+    assert values.dtype == (w.data.dtype if w.scale is None or w.fp8 else torch.bfloat16), (values.dtype, w.data.dtype)
+    shape, kind = ((tile.split, out_rows, n), torch.float32) if tile.split > 1 else ((out_rows, n), dtype)
+    out = torch.empty(shape, dtype=kind, device=values.device)
+    if out.numel():
+        grouped_gemm_kernel[(m_tiles * triton.cdiv(n, tile.block_n), tile.split)](
+            kernel_view(values), scales, kernel_view(w.data), w_s, w_z, out, *rows,
+            None if shared is None else kernel_view(shared.data), None if shared is None else shared.scale,
+            m_tiles, assignments, tokens, first, n, k, GROUP=group, SHARE=share, **constexprs,
+            **tile.for_channels(k).constexprs(), **tile.options(), **pdl.options(architecture(values.device)),
+        )  # fmt: skip
+    return PartialSums(out, dtype) if tile.split > 1 else out
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Many rows, in the order of their experts
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def gather_rows_kernel(
+    x_ptr, x_s_ptr, out_ptr, out_s_ptr, order_ptr, tiles_ptr, K,
+    SHARE: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """out[p] = x[order[p] // SHARE] and its scales, for ROWS places p of a row tile."""
+    tile_ptr = tiles_ptr + 3 * (tl.program_id(0) // (BLOCK_M // ROWS))
+    skipped = tl.program_id(0) % (BLOCK_M // ROWS) * ROWS
+    expert = tl.load(tile_ptr)
+    if expert < 0:
+        return
+    row = skipped + tl.arange(0, ROWS)
+    real, place = row < tl.load(tile_ptr + 2), (tl.load(tile_ptr + 1) + row).to(tl.int64)
+    token = (tl.load(order_ptr + place, mask=real, other=0) // SHARE).to(tl.int64)
+    for at in range(0, K, COLUMNS):
+        k = at + tl.arange(0, COLUMNS)
+        inside = real[:, None] & (k < K)[None, :]
+        x = tl.load(x_ptr + token[:, None] * K + k[None, :], mask=inside)
+        tl.store(out_ptr + place[:, None] * K + k[None, :], x, mask=inside)
+    blocks, block = tl.cdiv(K, SCALE_BLOCK), tl.arange(0, BLOCKS)
+    inside = real[:, None] & (block < blocks)[None, :]
+    s = tl.load(x_s_ptr + token[:, None] * blocks + block[None, :], mask=inside)
+    tl.store(out_s_ptr + place[:, None] * blocks + block[None, :], s, mask=inside)
+
+
+@triton.jit(do_not_specialize=["m_tiles", "R"])
+def grouped_persistent_kernel(
+    x_ptr, x_s_ptr, w_ptr, w_s_ptr, out_ptr, order_ptr, tiles_ptr, m_tiles, R, E, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+    SPECIALISED: tl.constexpr,
+):  # fmt: skip
+    """W8A8 of x (R, K) in the order of experts; see gemm.gemm_persistent_kernel. Rows that a tile reads of the next
+    expert, and channels of its weight, are not stored. Row p goes to out[p], or to out[order[p]]."""
+    n_tiles, k_blocks = tl.cdiv(N, BLOCK_N), tl.cdiv(K, SCALE_BLOCK)
+    x_rows = tl.make_tensor_descriptor(x_ptr, [R, K], [K, 1], [BLOCK_M, SCALE_BLOCK])
+    w_rows = tl.make_tensor_descriptor(w_ptr, [E * N, K], [K, 1], [BLOCK_N, SCALE_BLOCK])
+    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0)):
+        pid_m, pid_n = tl.swizzle2d(tile // n_tiles, tile % n_tiles, m_tiles, n_tiles, GROUP_M)
+        expert = tl.load(tiles_ptr + 3 * pid_m)
+        used = expert >= 0
+        start = tl.load(tiles_ptr + 3 * pid_m + 1, mask=used, other=0)
+        rows = tl.load(tiles_ptr + 3 * pid_m + 2, mask=used, other=0)
+        expert = tl.maximum(expert, 0)
+        n, m = pid_n * BLOCK_N, tl.arange(0, BLOCK_M)
+        w_row = expert * N + n
+        x_s_ptrs = x_s_ptr + tl.minimum(start + m, R - 1).to(tl.int64) * k_blocks
+        s_row = expert * tl.cdiv(N, SCALE_BLOCK) + n // SCALE_BLOCK  # BLOCK_N divides 128: one scale to a tile
+        w_s_ptrs = w_s_ptr + s_row * k_blocks
+        scale = tl.load(x_s_ptrs) * tl.load(w_s_ptrs)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        blocks = tl.where(used, k_blocks, 0)
+        for i in tl.range(0, blocks, num_stages=STAGES, warp_specialize=SPECIALISED):
+            x = dot_operand(x_rows.load([start, i * SCALE_BLOCK]), True)
+            w = dot_operand(w_rows.load([w_row, i * SCALE_BLOCK]), True)
+            ahead = tl.minimum(i + 1, k_blocks - 1)  # the warps that multiply have no pipeline
+            next_scale = tl.load(x_s_ptrs + ahead) * tl.load(w_s_ptrs + ahead)
+            acc += tl.dot(x, w.T) * scale[:, None]
+            scale = next_scale
+        columns = n + tl.arange(0, BLOCK_N)
+        if order_ptr is not None:
+            to = tl.load(order_ptr + start + m, mask=m < rows, other=0).to(tl.int64)
+        else:
+            to = (start + m).to(tl.int64)
+        out_ptrs = out_ptr + to[:, None] * N + columns[None, :]
+        tl.store(out_ptrs, cast(acc, out_ptr.dtype.element_ty), mask=(m < rows)[:, None] & (columns < N)[None, :])
+
+
+GATHERED_ROWS, GATHERED_COLUMNS = 16, 512  # of a program of gather_rows_kernel, and of them at a time
+
+
+def gather_rows(x: Quantised, order: torch.Tensor, row_tiles: torch.Tensor, share: int, block_m: int) -> Quantised:
+    """The rows x (R, K) of assignments, x[a // share], in `sort`'s order; places without one are not written."""
+    (_, k), n = x.q.shape, len(order)
+    q = torch.empty(n, k, dtype=x.q.dtype, device=x.q.device)
+    s = torch.empty(n, x.s.shape[1], dtype=torch.float32, device=x.q.device)
+    gather_rows_kernel[(len(row_tiles) * (block_m // GATHERED_ROWS),)](
+        x.q.view(torch.uint8), x.s, q.view(torch.uint8), s, order, row_tiles, k, SHARE=share, ROWS=GATHERED_ROWS,
+        BLOCK_M=block_m, COLUMNS=GATHERED_COLUMNS, BLOCKS=triton.next_power_of_2(s.shape[1]),
+    )  # fmt: skip
+    return Quantised(q, s, None, x.dtype)
+
+
+def can_order(x: Quantised, w: Weight, tile: Tile) -> bool:
+    """Whether grouped_gemm_in_order takes these: rows that begin at multiples of 16 bytes, by a persistent tile."""
+    return bool(tile.persistent) and in_sixteens(x.q) and in_sixteens(w.data)
+
+
+def grouped_gemm_in_order(
+    x: Quantised, w: Weight, row_tiles: torch.Tensor, tile: Tile, order: torch.Tensor | None = None
+) -> torch.Tensor:
+    """grouped_gemm in W8A8 of rows that gather_rows, or a product before, has put in order: (R, N) in that order, or
+    where `order` is given each row at its assignment."""
+    (r, k), (e, n) = x.q.shape, w.data.shape[:2]
+    assert w.fp8 and w.scale is not None and can_order(x, w, tile)
+    assert w.scale.is_contiguous() and w.data.is_contiguous()
+    out = torch.empty(r, n, dtype=x.dtype, device=x.q.device)
+    count = len(row_tiles) * triton.cdiv(n, tile.block_n)
+    allow_descriptors(out.device)
+    grouped_persistent_kernel[(min(count, tile.persistent * tiles.SM_COUNT[architecture(out.device)]),)](
+        kernel_view(x.q), x.s, kernel_view(w.data), w.scale, out, order, row_tiles, len(row_tiles), r, e, n, k,
+        **tile.for_channels(k).constexprs(), **tile.options(),
+    )  # fmt: skip
+    return out
