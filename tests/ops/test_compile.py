@@ -119,6 +119,8 @@ def test_fits_and_uses_the_tensor_core(c: Configuration, compiled: Callable[[str
     assert report["stack"] == 0
     assert report["shared"] <= tiles.SHARED_LIMIT[c.target]
     assert not report["flushes"]  # widen_e4m3 counts on subnormals
+    waits = {"ACQBULK", "PREEXIT"} <= set(report["instructions"])  # griddepcontrol.wait and .launch_dependents
+    assert waits == bool(c.options.get("launch_pdl"))
     op = c.name.split()[0]
     if op in TENSOR_CORE:
         wanted, slow = TENSOR_CORE[op][c.target]

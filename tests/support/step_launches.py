@@ -103,7 +103,7 @@ def layers_of(gpu: StubGpu, model: Transformer, step: Callable[[], Any]) -> dict
 
 
 def counted() -> dict[str, Any]:
-    """By step: launches by name; the names of a layer's on the main stream, in order; how many are on the side stream."""
+    """By step: launches by name; the names of a layer's on the main stream, in order; how many are on the side stream; and of each kernel of ours whether it is launched as a dependent of the one before."""
     with stub_driver.installed() as gpu:
         model = rank_of_eight(gpu)
         steps = {}
@@ -116,6 +116,7 @@ def counted() -> dict[str, Any]:
             steps[name] = {
                 "launches": len(found["step"]), "side": sum(launch.stream for launch in found["step"]),
                 "counts": counts, "chains": chains,
+                "dependent": {launch.name: bool(launch.options.get("launch_pdl")) for launch in found["step"] if launch.ours},
             }  # fmt: skip
         return {"steps": steps, "compilations": gpu.compilations}
 
