@@ -130,7 +130,9 @@ def grouped_gemm(
     return _launch(x, w, None, (order, row_tiles, None), len(row_tiles), n, 0, 0, n, share, tile, constexprs)
 
 
-SORTED_IN_PLACE = 256  # assignments up to which each program of a grouped GEMM finds its rows among all of them
+# Assignments up to which each program of a grouped GEMM finds its rows among all of them. That takes instructions in
+# proportion; benchmarks/step_model.py has more of them cost more than the launch of `sort`.
+SORTED_IN_PLACE = 64
 
 
 def grouped_gemm_in_place(
