@@ -133,7 +133,8 @@ def test_fits_and_uses_the_tensor_core(c: Configuration, compiled: Callable[[str
 def check_persistent(c: Configuration, report: Report) -> None:
     """That the tensor memory accelerator copies, and that a request for warp specialisation was granted: there are more
     warps than asked for, registers move to those that multiply, and on Hopper their products make up one tile."""
-    assert {"UTMALDG", "UTMASTG"} <= set(report["instructions"])
+    stored = set() if "order_ptr" in c.types or "order_ptr" in c.constexprs else {"UTMASTG"}  # rows of experts lie apart
+    assert {"UTMALDG"} | stored <= set(report["instructions"])
     if c.constexprs["SPECIALISED"]:
         assert report["warps"] > c.options["num_warps"]
         assert "USETMAXREG" in report["instructions"]

@@ -250,7 +250,7 @@ def of_around_attention() -> Iterator[Configuration]:
             name = f"norm_latents {'fp8' if pool == '*u8' else 'bf16'} {fp8}{f' {parts} parts' * (parts > 1)}"
             yield configuration(name, around_attention.norm_latents_kernel, pointers, sizes, tile, constexprs)
 
-        for n_heads, rows, parts in ((16, 16, 1), (16, 16, 2), (16, 64, 1), (16, 64, 2), (128, 64, 1)):
+        for n_heads, rows, parts in ((16, 16, 1), (16, 16, 2), (16, 32, 1), (16, 32, 2), (128, 32, 1)):
             for product in (True, False):
                 if not product and parts > 1:
                     continue

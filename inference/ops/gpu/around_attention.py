@@ -179,13 +179,13 @@ def padded(size: int) -> int:
 
 def query_rows(tokens: int) -> int:
     """Tokens to a program of absorb_kernel."""
-    return 16 if tokens <= 64 else 64
+    return 16 if tokens <= 64 else 32
 
 
 def absorb_tile(dn: int, rope: int, c: int, rows: int) -> tuple[dict[str, int], dict[str, Any]]:
     columns = min(128, padded(c))
     tile = {"DN_PAD": padded(dn), "PAIRS": triton.next_power_of_2(rope // 2), "ROWS": rows, "COLUMNS": columns}
-    return tile, {"num_warps": 4} | UNFUSED
+    return tile, {"num_warps": 4 if rows == 16 else 8} | UNFUSED
 
 
 def absorb(

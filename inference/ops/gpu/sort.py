@@ -124,7 +124,7 @@ def place_kernel(
 
 CHUNKS = (128, 512, 2048)  # assignments that sort_kernel is compiled for
 ONE_CHUNK = CHUNKS[-1]
-PLACED, STEP, PLACE_WARPS = 512, 32, 4  # assignments to a program of place_kernel, and of them at a time
+PLACED, STEP, PLACE_WARPS = 512, 32, 16  # assignments to a program of place_kernel, and of them at a time
 
 
 def max_tiles(n: int, n_local: int, block_m: int) -> int:
