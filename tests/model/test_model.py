@@ -285,7 +285,7 @@ def test_two_models_compute_each_by_its_own_backend(tmp_path):
     recorder = Recorder()
     kinds = [(Numerics(), None), (Numerics(), recorder), (Numerics(batch_invariant=True), None), (Numerics(torch.float32), None)]
     alone = [hidden_states(ours(path, num, backend=backend), ids, [30, 10]) for num, backend in kinds]
-    assert recorder.called >= {"pack_weight", "pack_float32_weight", "linear", "norm", "router", "experts", "latent_write", "mla"}
+    assert recorder.called >= {"pack_weight", "pack_float32_weight", "linear", "norm", "router", "experts", "norm_latents", "mla"}
     models = [ours(path, num, backend=backend) for num, backend in kinds]
     assert len({id(model.ops) for model in models}) == len(models)
     for model, expected in zip(models * 2, alone * 2, strict=True):
