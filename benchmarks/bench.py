@@ -4,7 +4,8 @@
     python benchmarks/bench.py cpu convert-memory    # some of: cpu, compiled-reference, kernel-cpu, kernel-cpu-clang,
                                                      # offline-throughput, online-serving,
                                                      # check-speed, convert-memory, quantised-memory, demo,
-                                                     # draft-acceptance, lane-throughput, scale-out, overlap, page-time;
+                                                     # draft-acceptance, lane-throughput, scale-out, overlap, page-time,
+                                                     # format-masks;
                                                      # on a GPU
                                                      # kernel-dense, kernel-moe, kernel-fused, kernel-router,
                                                      # kernel-decode, kernel-prefill, rank-step, model-v2-lite,
@@ -38,6 +39,7 @@ COMMANDS: dict[str, list[Path | str]] = {
     "attention-counts": [HERE / "attention_counts.py", "--output", RESULTS / "attention_counts.json"],
     "step-model": [HERE / "step_model.py", "--output", RESULTS / "step_model.json"],
     "draft-acceptance": [HERE / "draft_acceptance.py", "--output", RESULTS / "draft_acceptance.json"],
+    "format-masks": [HERE / "format_masks.py", "--output", RESULTS / "format_masks.json"],
     "page-time": [HERE / "page_time.py", "--output", RESULTS / "page_time.json"],
 }
 ON_A_GPU: dict[str, list[Path | str]] = {

@@ -545,6 +545,13 @@ C, ROPE, NOPE, V = 512, 64, 128, 128
 SCALE = (NOPE + ROPE) ** -0.5
 
 
+def unrotated(q_nope: torch.Tensor, q_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries (T, N, dn) and (T, N, R) as the backend's mla takes them: (T, N (dn + R)), and cos and sin that turn
+    nothing."""
+    cos = torch.ones(len(q_pe), q_pe.shape[-1] // 2, device=q_pe.device)
+    return torch.cat((q_nope, q_pe), dim=-1).flatten(1), cos, torch.zeros_like(cos)
+
+
 class Cached:
     """`sets` times B queries, each over a sequence of `length` latents that lie in pages of one pool, in any order."""
 
@@ -603,7 +610,12 @@ def decode_case(heads: int, b: int, length: int, clock: Clock) -> Case:
         ops = ours_by_name("ops")
 
         batches = [batch_of(i) for i in range(sets)]
-        return lambda i: ops.mla(data.q_nope[i], data.q_pe[i], pool, batches[i], data.w_uk, data.w_uv, SCALE)
+        queries = [unrotated(data.q_nope[i], data.q_pe[i]) for i in range(sets)]
+
+        def call(i: int) -> torch.Tensor:
+            return ops.mla(*queries[i], pool, batches[i], data.w_uk, data.w_uv, SCALE).view(b, heads, -1)
+
+        return call
 
     def by_tile(*sizes: Any, **options: Any) -> Callable[[], Run]:
         """Ours by a tile of the caller's choice: rows, keys, warps, stages."""
@@ -700,6 +712,9 @@ def prefill_case(heads: int, length: int, clock: Clock) -> Case:
             batch_type = ours_by_name("model").Batch
             mla = ours_by_name(side).mla
             batch = batch_type.pack([([0] * length, 0, list(range(len(latents))))], device)
+            if side == "ops":
+                queries = unrotated(q_nope, q_pe)
+                return lambda _: mla(*queries, latents, batch, w_uk, w_uv, SCALE).unflatten(1, (len(w_uv), -1))
             return lambda _: mla(q_nope, q_pe, latents, batch, w_uk, w_uv, SCALE)
 
         return build

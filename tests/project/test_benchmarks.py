@@ -134,7 +134,7 @@ def test_the_work_of_each_kernel_of_deepseek_v3() -> None:
     reads = {"gemm_kernel", "grouped_gemm_kernel", "decode_kernel", "router_kernel"}
     for b in (1, 32):
         found = work(b, 1, 4096)
-        assert set(found) == {*reads, "norm_kernel", "silu_mul_kernel", "combine_kernel"}
+        assert set(found) == {*reads, "norm_kernel", "norm_latents_kernel", "silu_mul_kernel", "combine_kernel"}
         absorbed = 61 * 2 * 16 * 128 * 512 * 2  # W^UK and W^UV, which a library multiplies
         total = rank_step.decode_bytes(model, weights, b, 4096) - weights.head - absorbed
         assert sum(found[name].nbytes for name in reads) == pytest.approx(total, rel=0.02)
