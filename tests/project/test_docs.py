@@ -23,7 +23,7 @@ OTHERS = set(  # of checkpoints, of their users, of other projects
 )
 ELSEWHERE = {"--nnodes", "--nproc-per-node", "--node-rank", "--master-addr", "--shutdown-timeout"}  # torchrun's
 ELSEWHERE |= set("--nodes --ntasks-per-node --gpus-per-node --gpus-per-task --gpu-bind --kill-on-bad-exit".split())  # SLURM's
-ELSEWHERE |= set("--include_path --tasks --apply_chat_template --model --model_args".split())  # lm-evaluation-harness's
+ELSEWHERE |= set("--include --tasks --apply --model".split())  # lm-evaluation-harness's
 SEED = """
 cd DeepSeek-V3/inference
 pip install -r requirements.txt
