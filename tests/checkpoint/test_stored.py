@@ -406,7 +406,7 @@ def test_the_plan_counts_what_is_not_fp8(mixed, capsys):
 
     folder, _, _ = mixed
     for options in (["--device", "cuda"], ["--device", "cuda", "--tp", "2"], ["--device", "cpu", "--gemm", "fp8"]):
-        rank, _, _ = plan.describe(plan.parse(["--ckpt-path", str(folder), *options]))
+        [rank], _, _ = plan.describe(plan.parse(["--ckpt-path", str(folder), *options]))
         model = ours(folder, rank.num, Group(0, rank.ranks)) if not rank.gpu else None
         found = plan.plan(plan.parse(["--ckpt-path", str(folder), *options]))
         assert sum(found["rank"]["weights"].values()) == sum(rank_memory.weight_bytes(rank).values())

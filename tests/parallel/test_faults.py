@@ -244,13 +244,16 @@ def trap(
 PLACES: dict[str, tuple[Any, str, int, Callable[..., bool]]] = {
     "prompt": (Tokenizer, "encode_text", 0, lambda tokenizer, text: text == "failing"),
     "judged, its penalties": (SamplingState, "penalised", 5, lambda ask, *_: ask.rng_key == BAD),
-    "judged, its noise": (SamplingState, "uniform", 5, lambda ask, *_: ask.rng_key == BAD),
+    "judged, its noise": (sampling, "uniforms", 5, lambda rows, use: any(ask.rng_key == BAD for ask, _ in rows)),
     "log-probabilities": (sampler, "logprob", 12, lambda logits, token, top: top == BAD),
     "log-probabilities of the prompt": (sampler, "logprob", 1, lambda logits, token, top: top == BAD),
     "text": (Detokenizer, "push", 5, lambda stream, *_: hasattr(stream, "bad")),
     "the text's end": (Detokenizer, "finish", 0, lambda stream: hasattr(stream, "bad")),
-    "drafts": (SamplingState, "uniform", 5, lambda ask, n, use: ask.rng_key == BAD and use == sampling.DRAFT),
-}
+    "drafts": (
+        sampling, "uniforms", 5,
+        lambda rows, use: any(ask.rng_key == BAD for ask, _ in rows) and use == sampling.DRAFT,
+    ),
+}  # fmt: skip
 
 
 ERRORS = (RuntimeError("planted"), torch.OutOfMemoryError("planted"), MemoryError("planted"))
