@@ -13,19 +13,23 @@ if __name__ == "__main__":
 
 import argparse
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli import main as cli
-from cli.flags import Parser, add_checkpoint_flags, add_engine_flags
+from cli.flags import Parser, add_checkpoint_flags, add_engine_flags, positive_number
 from core.errors import UserError
 from core.sampling_params import SamplingParams, params_from_generation_config
 
 if TYPE_CHECKING:  # torch takes seconds to import: a mistyped flag is answered without it
     from cli.batch_files import BatchItem
+    from engine.engine import Engine
     from parallel.group import Group
+    from verification.recording import Selection
 
 DEFAULT = SamplingParams  # a field's default is an attribute of the class
+TRACE_FLAGS = ("trace_points", "trace_positions", "trace_mib")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -51,6 +55,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--no-thinking", action="store_true", help="for chat templates that can leave thinking out (DeepSeek-V3.1)")
     add("--raw", action="store_true", help="no chat template: complete the text (base models)")
     add("--stats", action="store_true", help="say at the end what the cache and the drafts were worth")
+    add("--trace", metavar="DIR", help="write what the model computes at named points here (docs/verifying.md)")
+    add("--trace-points", metavar="NAMES", help="those alone, such as '*.ffn.ids,logits' (default: all)")
+    add("--trace-positions", metavar="WHICH", help="all, last (the prompt's) or like 0-7,12,-1 (default: all)")
+    add("--trace-mib", type=positive_number("MiB"), metavar="MIB", help="memory a trace may take (default: 1024)")
     add_engine_flags(parser)
     options = parser.parse_args(arguments)
     if options.interactive == (options.input_file is not None):
@@ -59,6 +67,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--interactive takes a Unix terminal; --input-file does without")
     if options.output_file is not None and options.interactive:
         parser.error("--output-file goes with --input-file")
+    for name in TRACE_FLAGS:
+        if options.trace is None and getattr(options, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} goes with --trace")
     if options.raw and options.system is not None:
         parser.error("--system needs the chat template that --raw leaves out")
     if options.raw and options.no_thinking:
@@ -85,20 +96,59 @@ def default_params(options: argparse.Namespace) -> SamplingParams:
 
 def run(options: argparse.Namespace, tp: "Group") -> int:
     """Loads and answers; returns the exit status, the same on every rank. Raises UserError on all ranks alike."""
-    from cli.batch_files import answer_file, check_output, read_items
+    from cli.batch_files import check_output, read_items
 
     def prepare() -> tuple[SamplingParams, list["BatchItem"]]:
         params = default_params(options)
         items = [] if options.interactive else read_items(options, params)
         if options.output_file is not None:
             check_output(options.output_file, options.input_file)
+        if options.trace is not None:
+            from verification.trace import require_new_folder
+
+            trace_selection(options)
+            require_new_folder(Path(options.trace))
         return params, items
 
     thinking = False if options.no_thinking else None
-    engine, prepared = cli.load(options, tp, prepare, chat=not options.raw, thinking=thinking)
-    if prepared is None:
-        return cli.follow(engine)
-    params, items = prepared
+    # a trace needs forwards that are not replayed, and every prompt token run
+    needs = {} if options.trace is None else {"eager": True, "prefix_reuse": False}
+    engine, prepared = cli.load(options, tp, prepare, needs, chat=not options.raw, thinking=thinking)
+    with traced(engine, options):
+        if prepared is None:
+            return cli.follow(engine)
+        return answer(engine, options, *prepared, thinking)
+
+
+def traced(engine: "Engine", options: argparse.Namespace) -> AbstractContextManager[object]:
+    """Within it the engine writes a trace, if the flags ask for one. Raises UserError on all ranks alike."""
+    if options.trace is None:
+        return nullcontext()
+    from verification.engine_trace import EngineTrace
+
+    return EngineTrace(engine, options.trace, trace_selection(options))
+
+
+def trace_selection(options: argparse.Namespace) -> "Selection":
+    """Raises UserError."""
+    from verification.recording import Selection
+
+    given = {name.removeprefix("trace_"): getattr(options, name) for name in TRACE_FLAGS}
+    if given["points"] is not None:
+        given["points"] = tuple(given["points"].split(","))
+    return Selection(**{name: value for name, value in given.items() if value is not None})
+
+
+def answer(
+    engine: "Engine",
+    options: argparse.Namespace,
+    params: SamplingParams,
+    items: list["BatchItem"],
+    thinking: bool | None,
+) -> int:
+    """Rank 0: answers, ends the engine, and returns the exit status."""
+    from cli.batch_files import answer_file
+
     try:
         if options.interactive:
             from cli.chat_loop import chat_loop

@@ -25,7 +25,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up. Those of one line do not import each other; every other top-level module is a command.
-FLOORS = (("core",), ("ops", "parallel", "text"), ("model",), ("checkpoint",), ("engine",), ("serving",), ("cli",))
+FLOORS = (
+    ("core",), ("ops", "parallel", "text"), ("model",), ("checkpoint",), ("engine",), ("serving", "verification"), ("cli",),
+)  # fmt: skip
 COMMANDS = len(FLOORS)
 RESERVED = {"triton", "kernels", "distributed"}  # names that torch or transformers look for
 Arrows = set[tuple[str, str]]

@@ -10,10 +10,10 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cli.flags import OutputError, run_config
 from cli.interrupts import end_process_on_interrupt
@@ -148,10 +148,17 @@ def run_on_ranks(
 
 
 def load(
-    options: argparse.Namespace, tp: "Group", prepare: Callable[[], T], *, chat: bool, thinking: bool | None = None
+    options: argparse.Namespace,
+    tp: "Group",
+    prepare: Callable[[], T],
+    needs: Mapping[str, Any] = {},
+    *,
+    chat: bool,
+    thinking: bool | None = None,
 ) -> tuple["Engine", T | None]:
-    """The engine that the flags describe, and on rank 0 what `prepare` makes of the other flags before anything is
-    loaded. `chat` and `thinking` are those of Engine.from_pretrained. Raises UserError on all ranks alike."""
+    """The engine that the flags describe, with RunConfig's fields in `needs` as they are there, and on rank 0 what
+    `prepare` makes of the other flags before anything is loaded. `chat` and `thinking` are those of
+    Engine.from_pretrained. Raises UserError on all ranks alike."""
     from checkpoint.manifest import require_hashes
     from engine.engine import Engine
     from parallel import startup
@@ -159,7 +166,7 @@ def load(
     _, _, local_rank, local_size = startup.environment()
 
     def check() -> tuple[RunConfig, "torch.device", T | None]:
-        config = run_config(options)
+        config = replace(run_config(options), **needs)
         startup.choose_threads(config.threads, local_size)
         require_folder(Path(options.ckpt_path))
         device = startup.choose_device(config.device, local_rank, local_size)
@@ -191,7 +198,8 @@ def agree_on_flags(config: RunConfig, options: argparse.Namespace, tp: "Group") 
     """Raises UserError on all ranks if one was started with other flags than rank 0: they would wait for each other, or
     compute different things. `config.device` is what the rank has chosen."""
     mine = {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("agreed")}
-    mine["raw"] = getattr(options, "raw", None)
+    others = ("raw", "trace", "trace_points", "trace_positions", "trace_mib")
+    mine |= {name: getattr(options, name, None) for name in others}
     first = json.loads(bytes(tp.broadcast_ints(list(json.dumps(mine).encode()))))
 
     def check() -> None:

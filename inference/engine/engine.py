@@ -7,7 +7,7 @@ each samples its lane's sequences, and reports to rank 0 (lanes.py).
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -184,6 +184,11 @@ class Engine:
     @property
     def busy(self) -> bool:
         return bool(self.registry.live)
+
+    @property
+    def live_sequences(self) -> Mapping[int, Sequence]:
+        """Every rank: the unfinished sequences, by id."""
+        return self._sequences
 
     @property
     def scheduler(self) -> Scheduler:

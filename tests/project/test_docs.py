@@ -19,7 +19,7 @@ COMMANDS = ["generate", "server", "convert", "fp8_cast_bf16", "quantize", "check
 FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)*(?:\.(?:py|c|json|md|html|png|txt|jinja|model|safetensors|so)|/)")
 OTHERS = set(  # of checkpoints, of their users, of other projects
     "generation_config.json example_prompts.txt chat_template.jinja tokenizer.json tiktoken.model prompts.txt model.safetensors.index.json "
-    "model.safetensors.manifest.json config.json tokenizer_config.json".split()
+    "model.safetensors.manifest.json config.json tokenizer_config.json trace.json 0.safetensors 0.json".split()
 )
 ELSEWHERE = {"--nnodes", "--nproc-per-node", "--node-rank", "--master-addr", "--shutdown-timeout"}  # torchrun's
 ELSEWHERE |= set("--nodes --ntasks-per-node --gpus-per-node --gpus-per-task --gpu-bind --kill-on-bad-exit".split())  # SLURM's

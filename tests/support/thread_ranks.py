@@ -3,12 +3,13 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from parallel.group import SOLO, Group, tree_sum
 
+T = TypeVar("T")
 
 class Meeting:
     """Meeting place of `size` threads."""
@@ -74,6 +75,12 @@ class ThreadGroup(Group):
 
     def heartbeat(self) -> None:
         self.ranks.exchange(self.rank, None)
+
+    def run_on_all_ranks(self, work: Callable[[], T], limit: float = 0) -> T:
+        """An error is raised on its own rank, which aborts the meeting for the others."""
+        result = work()
+        self.heartbeat()
+        return result
 
 
 def on_threads(size: int, work: Callable[[int], Any], meetings: list[Meeting]) -> list[Any]:
