@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from core.batch import Batch, SequenceSlice
+from core.devices import CPU
 from core.run_config import PAGE_SIZE
 from model import Block, Transformer
 from verification.points import Point, names_of, shape_of
@@ -97,7 +98,7 @@ class Recorder:
                     part = slice(lo, lo + LOGIT_ROWS)
                     logits = self.model.logits(output[at[part]])
                     if self._keeps:
-                        recording.add(name, positions[part], logits.cpu())
+                        recording.add(name, positions[part], logits.to(CPU))
         self.running, self._batch, self._rows = False, None, []
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ class Recorder:
     def _keep(self, name: str, value: torch.Tensor) -> None:
         if self._keeps:
             for recording, positions, at in self._rows:
-                recording.add(name, positions, value[at].cpu())
+                recording.add(name, positions, value[at].to(CPU))
 
     # ----------------------------------------------------------------------------------------------------------------
     # In the model's modules

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from checkpoint.writing import Writer
+from core.devices import CPU
 from core.errors import UserError
 from core.numerics import Numerics
 from verification.points import split_name
@@ -187,7 +188,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     writer = Writer(temporary, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, {"format": "pt"})
     try:
         for name, tensor in tensors.items():
-            writer.write(name, tensor.cpu(), 0)
+            writer.write(name, tensor.to(CPU), 0)
         os.replace(temporary, path)
     finally:
         writer.close()
