@@ -47,7 +47,7 @@ def run(command: list[str], folder: Path) -> str | None:
 
 def make(root: Path, name: str) -> str | None:
     """Makes the environment `name` below `root`, unless it is there. Returns what went wrong, if something did."""
-    folder, packages = root / name, PYTHON.get(name, NODE)
+    folder, packages = root.resolve() / name, PYTHON.get(name, NODE)
     done = folder / "made_of.txt"
     if done.exists() and done.read_text() == "\n".join(packages):
         return None
