@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -494,6 +495,43 @@ def test_jsonl(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
         "odd": "message 0 is not valid Unicode: lone surrogate '\\ud800'",
     }
     assert found["odd"]["prompt"] == "\ud800"
+
+
+def test_jsonl_held_to_a_format(run: Any, engine: Engine, tiny: Path, tmp_path: Path) -> None:
+    """Answers of a file parse or are cut; what cannot be held to fails its own request alone, and names the part."""
+    shape = {"type": "object", "properties": {"a": {"enum": [1, 2]}, "b": {"type": "string", "maxLength": 5}},
+             "required": ["a", "b"], "additionalProperties": False}  # fmt: skip
+
+    def schema(schema: Any, **fields: Any) -> dict[str, Any]:
+        return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}, **fields}
+
+    lines = [
+        request("greedy", **schema(shape)),
+        request("drawn", **schema(shape, temperature=1.5, seed=3, n=2)),
+        request("cut", **schema(shape, max_tokens=3)),
+        request("any", response_format={"type": "json_object"}),
+        request("text", response_format={"type": "text"}),
+        request("odd", **schema({"properties": {"a": {"not": {}}}})),
+        request("nameless", response_format={"type": "json_schema"}),
+        request("stopped", **schema(shape, stop="x")),
+    ]
+    output = tmp_path / "answers.jsonl"
+    prompts = prompts_file(tmp_path, "\n".join(lines), "requests.jsonl")
+    status, _, err = run("--ckpt-path", tiny, "--input-file", prompts, "--output-file", output, "--temperature", 0,
+                         "--max-new-tokens", 80, *EXACT)  # fmt: skip
+    greedy, *drawn, cut, anything, text, odd, nameless, stopped = read(output)
+    assert status == 1 and "8 prompts (3 failed)" in err
+    assert [line["choice"] for line in drawn] == [0, 1] and drawn[0]["tokens"] != drawn[1]["tokens"]
+    for line in (greedy, *drawn):
+        assert line["finish_reason"] == "stop"
+        jsonschema.validate(json.loads(line["completion"]), shape)
+    assert cut["finish_reason"] == "length" and cut["tokens"] == greedy["tokens"][:3]
+    assert anything["completion"].startswith("{")
+    [free] = engine.generate([[{"role": "user", "content": "hello"}]], replace(GREEDY, max_new_tokens=80))
+    assert text["tokens"] == free.tokens != greedy["tokens"]
+    assert odd["error"].startswith("response_format.json_schema.schema.properties.a: is not supported: ")
+    assert nameless["error"] == "response_format.json_schema is missing"
+    assert stopped["error"].startswith("stop cannot be combined with a format")
 
 
 @pytest.mark.parametrize(

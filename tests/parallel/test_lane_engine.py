@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import random
 import threading
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from text.tokenizer import Tokenizer
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
 LAYOUTS = [(2, 1), (4, 1), (2, 2), (1, 4)]
 RUN = RunConfig(n_pages=24, max_model_len=300, max_num_seqs=3, max_num_batched_tokens=64)
+PICK = AnswerFormat('{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": false}')
 
 
 def answers(
@@ -142,18 +144,30 @@ def test_all_that_a_request_may_ask_for(tiny: Path) -> None:
     assert len(alone) == 12 and any(one[-1] for one in alone)
 
 
-def test_answers_held_to_a_format(tiny: Path) -> None:
-    """A lane's first rank holds its own requests; one whose format cannot be held fails there alone."""
-    held = AnswerFormat('{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": false}')
-    params = SamplingParams(temperature=1.0, seed=5, max_new_tokens=60, answer_format=held)
+@pytest.mark.parametrize(
+    ("lanes", "size", "mtp"), [(2, 1, 0), (1, 2, 2), pytest.param(2, 2, 1, marks=pytest.mark.trust)]
+)
+def test_answers_held_to_a_format(tiny: Path, lanes: int, size: int, mtp: int) -> None:
+    """A lane's first rank holds its own requests, beside free ones and with drafts; one whose format cannot be held
+    fails there alone."""
+    held = SamplingParams(temperature=1.0, seed=5, max_new_tokens=60, answer_format=PICK)
+    bad = SamplingParams(max_new_tokens=4, answer_format=AnswerFormat('{"not": {}}'))
 
     def use(engine: Engine) -> list[tuple[Any, ...]]:
-        return [(r.tokens, r.finish_reason, r.error) for r in engine.generate(["one", "two", "three", "four"], params)]
+        free = [engine.add(prompt, greedy(20), i) for i, prompt in enumerate(["free", "another"])]
+        asked = [engine.add(prompt, held, 10 + i) for i, prompt in enumerate(["one", "two", "three", "four"])]
+        requests = [*free, *asked, engine.add("x", bad, 20)]
+        while engine.busy:
+            engine.step()
+        return [(r.tokens, r.finish_reason, r.error, r.text) for r in requests]
 
-    exact = Numerics(torch.float32, experts="split", batch_invariant=True, virtual_ranks=2)
+    exact = Numerics(torch.float32, experts="split", batch_invariant=True, virtual_ranks=lanes * size)
+    run = replace(RUN, mtp=mtp)
     alone = answers(tiny, 1, 1, use, num=exact, text=True)
-    assert answers(tiny, 2, 1, use, num=exact, text=True) == alone
-    assert all(reason in ("stop", "length") and error is None for _, reason, error in alone)
+    found = answers(tiny, lanes, size, use, run, num=exact, text=True)
+    assert found[:2] == alone[:2] and found[-1] == alone[-1] and "Unimplemented keys" in alone[-1][2]
+    assert mtp or found == alone, "drafts draw other random numbers"
+    assert all(reason == "stop" and json.loads(text)["a"] in (1, 2) for _, reason, _, text in found[2:-1]), found
 
 
 def test_prefixes_are_found_in_their_lane(v3: Path) -> None:

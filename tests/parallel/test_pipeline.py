@@ -1,6 +1,7 @@
 """Pipeline stages: the same numbers, and in the deterministic mode the same bits, as one stage; and the engine over them."""
 
 import itertools
+import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from core.answer_format import AnswerFormat
 from core.config import ModelArgs, load_config
 from core.errors import UserError
 from core.numerics import Numerics
 from core.run_config import RunConfig
+from core.sampling_params import SamplingParams
 from core.stages import Stage, balanced, divide, layer_costs
 from engine import rank_memory
 from engine.engine import Engine
@@ -21,6 +24,7 @@ from engine.rank_memory import RankSpec
 from engine.request import Request
 from model import Transformer
 from parallel.group import Group
+from support import processes as launch
 from support.engine_runs import Recorders, come_and_go, greedy, questions, sums
 from support.families import FAMILIES, V3
 from support.model_pairs import ours, random_checkpoint
@@ -178,6 +182,25 @@ def test_recorded_steps(v3: Path) -> None:
         v3, 2, 1, lambda engine: [r.tokens for r in engine.generate(questions(5), greedy())], run, capture=made.make
     )
     assert found == alone and len(made) == 2 and all(recorder.replayed > 10 for recorder in made)
+
+
+@pytest.mark.parametrize(("stages", "size", "mtp"), [(2, 1, 0), (2, 1, 2), pytest.param(2, 2, 1, marks=pytest.mark.trust)])
+def test_answers_held_to_a_format(tmp_path: Path, stages: int, size: int, mtp: int) -> None:
+    """Rank 0 holds its requests, beside free ones, while the other stages compute the next microbatch."""
+    tiny = launch.make_tiny(tmp_path, fp8=False)
+    shape = '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": false}'
+    held = SamplingParams(temperature=1.0, seed=5, max_new_tokens=60, answer_format=AnswerFormat(shape))
+
+    def use(engine: Engine) -> list[tuple[Any, ...]]:
+        free = [engine.add(prompt, greedy(20), i) for i, prompt in enumerate(["free", "another"])]
+        asked = [engine.add(prompt, held, 10 + i) for i, prompt in enumerate(["one", "two", "three", "four"])]
+        while engine.busy:
+            engine.step()
+        return [(r.tokens, r.finish_reason, r.error, r.text) for r in (*free, *asked)]
+
+    found = answers(tiny, stages, size, use, replace(RUN, mtp=mtp), text=True)
+    assert found[:2] == answers(tiny, 1, 1, use, text=True)[:2]
+    assert all(reason == "stop" and json.loads(text)["a"] in (1, 2) for _, reason, _, text in found[2:]), found
 
 
 @pytest.mark.parametrize("seed, stages", [(0, 3), (1, 3), (2, 3), (3, 4), pytest.param(4, 4, marks=pytest.mark.trust)])
