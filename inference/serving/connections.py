@@ -69,6 +69,10 @@ class Connection(H11Protocol):
         self._is_idle, self._since = True, self.loop.time()
         super().on_response_complete()
 
+    def resume_writing(self) -> None:
+        self._moved = self.loop.time()  # most of what was unsent has been read, whatever there is when it is looked at
+        super().resume_writing()
+
     @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

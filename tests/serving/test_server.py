@@ -10,8 +10,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -41,11 +39,11 @@ from serving.schema import ChatBody, CompletionBody
 from serving.serve import serve
 from support import processes as launch
 from support.http_server import GENEROUS, Gate, RunningServer, await_that, serving
+from support.server_process import Process, server_command
 from support.tiny_tokenizer import TEMPLATE, write_tokenizer
 from text.parser import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, KIMI, MARKERS, SEPARATOR
 
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
-SCRIPT = Path(server.__file__)
 KEY = "a-key-of-the-tests"
 PAGES = 40
 QUESTION = [{"role": "user", "content": "What is 347 + 285?"}]
@@ -647,7 +645,7 @@ def test_a_million_characters(demo: tuple[RunningServer, Engine]) -> None:
 
 
 @pytest.mark.trust
-def test_a_million_characters_hold_nobody_up(processes: list["Process"]) -> None:
+def test_a_million_characters_hold_nobody_up(processes: list[Process]) -> None:
     """In a process of its own, so that it is the server alone that is measured."""
     processes.append(Process("--ckpt-path", DEMO, *FLAGS))
     texts = "hello wor1d " * 83_334, "<" * 1_000_000, "<｜User｜>" * 111_112, "🙂" * 1_000_000, "a" * 1_000_000, " " * 1_000_000
@@ -786,10 +784,6 @@ def test_fuzzed_bodies(tiny: Engine, n: int) -> None:
 # ---------------------------------------------------------------- processes
 
 
-def command(*flags: object) -> list[str]:
-    return [sys.executable, str(SCRIPT), *map(str, flags)]
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -827,44 +821,6 @@ def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert server.parse(["--ckpt-path", "C", "--host", "0.0.0.0", "--api-key", f"@{tmp_path / 'key'}"]).api_key == KEY
 
 
-class Process:
-    """server.py as a process of its own, or as one rank of several."""
-
-    def __init__(self, *flags: object, run: subprocess.Popen[str] | None = None):
-        self.child = run or subprocess.Popen(
-            command(*flags), env=launch.environment(), encoding="utf-8", stderr=subprocess.PIPE
-        )
-        self.said: list[str] = []
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.child.stderr is not None
-        for line in self.child.stderr:
-            self.said.append(line)
-
-    def says(self, pattern: str) -> re.Match[str]:
-        def found() -> re.Match[str] | None:
-            assert self.child.poll() is None or not self._reader.is_alive(), "".join(self.said)
-            return re.search(pattern, "".join(self.said))
-
-        return await_that(found, pattern)
-
-    def ready(self) -> RunningServer:
-        running = RunningServer(int(self.says(r"listening on http://127\.0\.0\.1:(\d+)")[1]), None)
-        self.says(r"ready: ")
-        return running
-
-    def left(self) -> int:
-        status = self.child.wait(GENEROUS)
-        self._reader.join(GENEROUS)
-        return status
-
-    def close(self) -> None:
-        self.child.kill()
-        self.left()
-
-
 @pytest.fixture
 def processes() -> Iterator[list[Process]]:
     started: list[Process] = []
@@ -895,12 +851,12 @@ def two_ranks(endless: Path, processes: list[Process], lanes: int = 1, stages: i
     port = launch.free_port()
     for rank in range(2):
         layout = "--dp", lanes, "--pp", stages
-        run = launch.start_rank(rank, 2, port, run=command("--ckpt-path", endless, *layout, *FLAGS))
+        run = launch.start_rank(rank, 2, port, run=server_command("--ckpt-path", endless, *layout, *FLAGS))
         processes.append(Process(run=run))
     return processes[0].ready()
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("lanes", [2, pytest.param(1, marks=pytest.mark.trust)])
 def test_ranks_let_answers_finish(endless: Path, processes: list[Process], lanes: int) -> None:
     """torchrun tells every rank to end: an answer from before that is given in full, one asked for later is refused.
     With lanes one is in each, and a client leaves both before."""
@@ -911,7 +867,7 @@ def test_ranks_let_answers_finish(endless: Path, processes: list[Process], lanes
         leaver.close()
     await_that(lambda: "num_requests_running{model_name" in (said := running.send("GET", "/metrics")[2])
                and all(line.endswith(" 0.0") for line in said.splitlines() if "num_requests_running{" in line), "they left")
-    clients = [running.start(COMPLETIONS, {"prompt": "x", "max_tokens": 300, "stream": True}) for _ in range(lanes)]
+    clients = [running.start(COMPLETIONS, {"prompt": "x", "max_tokens": 200, "stream": True}) for _ in range(lanes)]
     assert all(b"200 OK" in client.recv(1000) for client in clients)
     for process in reversed(processes):
         process.child.send_signal(signal.SIGTERM)
@@ -941,7 +897,7 @@ def test_ranks_end_while_they_load(endless: Path, processes: list[Process], tmp_
     os.mkfifo(tmp_path / "tokenizer.json")  # rank 0 waits for what it says
     keeper = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # as torchrun's agent does
     for rank in range(2):
-        run = launch.start_rank(rank, 2, port, run=command("--ckpt-path", tmp_path, *FLAGS), agent=True)
+        run = launch.start_rank(rank, 2, port, run=server_command("--ckpt-path", tmp_path, *FLAGS), agent=True)
         processes.append(Process(run=run))
     processes[0].says("listening on")
     for process in processes:

@@ -38,6 +38,24 @@ class RunningServer:
         """Runs a coroutine on the server's loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(GENEROUS)
 
+    def pass_time(self, seconds: float) -> None:
+        """Puts the server's clock forward."""
+        now = self.loop.time
+
+        async def later() -> None:
+            self.loop.time = lambda: now() + seconds  # type: ignore[method-assign]
+
+        self.on_loop(later())
+
+    def close_overdue(self) -> None:
+        """As the server itself does once a second."""
+
+        async def close() -> None:
+            for connection in list(self.server.server_state.connections):
+                connection.close_if_overdue()  # type: ignore[union-attr]
+
+        self.on_loop(close())
+
     def send(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], Any]:
         """(status, headers, JSON or text). Bytes go as they are, all else as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=GENEROUS)
