@@ -4,6 +4,14 @@ GROWN = "serving/test_page_markdown.py::test_growing_is_the_same_as_whole[80]"
 LONG = "serving/test_page_markdown.py::test_long_blocks_grow_to_the_same"
 
 MUTANTS = (
+    ("page-last-definition-unseen", "serving/page/growing.js",
+     " || (!this.block && REFERENCE.test(this.source.slice(this.scanned)))",
+     "",
+     "serving/test_page_markdown.py::test_growing_is_the_same_as_whole[80]", "a definition in the last line changes nothing above it"),
+    ("page-formula-in-an-item", "serving/page/growing.js",
+     "        this.uncertain ||= this.isList && flush;  //",
+     "        //",
+     "serving/test_page_markdown.py::test_growing_is_the_same_as_whole[80]", "what looks like a formula in an item hides a block"),
     ("page-inline-style", "serving/page_files.py",
      "style-src 'self'; font-src",
      "style-src 'self' 'unsafe-inline'; font-src",

@@ -131,7 +131,7 @@ def grown_wrong(page: Page, cases: list[tuple[str, list[int]]]) -> Any:
 def test_growing_is_the_same_as_whole(page: Page, server: Scripted, count: int) -> None:
     """Documents of random blocks, in random pieces: at the end the page shows what one rendering of the whole shows."""
     rng = random.Random(5)
-    cases = []
+    cases = [("see [a] there\n# h\n[a]: https://a.example", [3]), ("- 2\n$$\n\n$$\nx\n```sh\n\ny\n\n$$\nz\n$$\ntail\n", [5])]  # ends and lists
     for _ in range(count):
         blocks = rng.choices(BLOCKS, k=rng.randint(1, 12))
         source = "".join(block + rng.choice(["\n\n", "\n\n", "\n"]) for block in blocks)

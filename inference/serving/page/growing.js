@@ -44,7 +44,7 @@ export class GrowingText {
     this.source += this.pending;
     this.pending = "";
     this.scan();
-    this.uncertain ||= Boolean(this.formula);
+    this.uncertain ||= Boolean(this.formula) || (!this.block && REFERENCE.test(this.source.slice(this.scanned)));
     if (this.block) this.endBlock(this.source);
     else this.commit(this.source.length);
     this.node.remove();
@@ -147,7 +147,10 @@ export class GrowingText {
     else if (fence) this.fence = this.isList || fence[1].length < 4 ? fence[2] : "";
     else {
       const open = /^\s*(\$\$|\\\[)/.exec(line)?.[1], close = open === "\\[" ? "\\]" : open;
-      if (open && !line.trimStart().slice(2).includes(close)) Object.assign(this, { formula: close, formulaLines: 1 });
+      if (open && !line.trimStart().slice(2).includes(close)) {
+        Object.assign(this, { formula: close, formulaLines: 1 });
+        this.uncertain ||= this.isList && flush;  // to Markdown these lines may be the item's text
+      }
     }
   }
 
