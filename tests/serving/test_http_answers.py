@@ -374,12 +374,13 @@ def check(body: dict[str, Any], said: Any) -> None:
             assert all(call["function"]["arguments"] and call["function"]["name"] for call in calls)
         if body.get("logprobs"):
             spoken = b"".join(bytes(entry["bytes"]) for entry in choice["logprobs"]["content"]).decode("utf-8", "replace")
-            assert (message["content"] or "").strip() in spoken.replace("\ufffd", "") or "\ufffd" in (message["content"] or "")
+            said_text, spoken = ("".join(text.split()) for text in (message["content"] or "", spoken))  # without layout
+            assert said_text in spoken.replace("\ufffd", "") or "\ufffd" in said_text
         else:
             assert choice["logprobs"] is None
 
 
-@pytest.mark.parametrize("n", [150, pytest.param(10_000, marks=pytest.mark.trust)])
+@pytest.mark.parametrize("n", [100, pytest.param(10_000, marks=pytest.mark.trust)])
 def test_fuzzed_fields(model: Scripted, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     """Conversations of all kinds to a model that says anything, control tokens above all: answered or refused, never failed
     at, and of every answer the parts are what they are called."""

@@ -603,9 +603,8 @@ def test_disconnects_lose_no_page(tiny: Engine, n: int) -> None:
             if draw.random() < 0.3:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")  # a reset
             client.close()
-        await_that(lambda: not running.engine_thread._answers, "all have left")
+        await_that(lambda: not running.engine_thread._n_open and not running.engine_thread._choices, "all have left")
         running.idle(PAGES)
-        assert running.engine_thread._n_open == 0 and not running.engine_thread._choices
         assert running.send("POST", COMPLETIONS, {**LONG, "max_tokens": 20})[2]["choices"] == before
 
 
@@ -761,7 +760,7 @@ def fuzzed(draw: random.Random) -> tuple[str, bytes]:
     return path, raw
 
 
-@pytest.mark.parametrize("n", [300, pytest.param(5000, marks=pytest.mark.trust)])
+@pytest.mark.parametrize("n", [200, pytest.param(5000, marks=pytest.mark.trust)])
 def test_fuzzed_bodies(tiny: Engine, n: int) -> None:
     """Whatever is asked is answered or refused, never failed at; nothing is left over, and /health keeps answering."""
     draw = random.Random(n)

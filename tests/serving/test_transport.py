@@ -24,7 +24,7 @@ from support import processes as launch
 from support.http_server import GENEROUS, Gate, RunningServer, await_that, serving
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-LONG = {"prompt": "hello", "max_tokens": 400, "temperature": 0, "stream": True}
+LONG = {"prompt": "hello", "max_tokens": 60, "temperature": 0, "stream": True}
 POST = b"POST %s HTTP/1.1\r\nHost: localhost\r\n" % COMPLETIONS.encode()
 HALVES = (b"", b"POST /v1/comp", POST, POST + b"Content-Length: 100\r\n\r\n{", b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
 

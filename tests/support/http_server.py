@@ -77,10 +77,13 @@ class RunningServer:
         return client
 
     def idle(self, n_pages: int) -> None:
-        """Waits until nothing runs; then no page may be held or lost."""
-        await_that(lambda: not self.on_engine(lambda engine: engine.busy), "the engine is idle")
-        self.on_engine(lambda engine: engine.scheduler.check_integrity())
-        assert self.on_engine(lambda engine: engine.scheduler.pool.n_available) == n_pages
+        """Waits until nothing runs and no page is held; one that is lost never comes back."""
+
+        def is_idle(engine: Engine) -> bool:
+            engine.scheduler.check_integrity()
+            return not engine.busy and engine.scheduler.pool.n_available == n_pages
+
+        await_that(lambda: self.on_engine(is_idle), "nothing runs, and no page is held")
 
 
 def await_that(condition: Callable[[], Any], what: str, within: float = GENEROUS) -> Any:
