@@ -68,7 +68,7 @@ def told_by(script: str) -> str:
     if script in COMMANDS:
         command = [sys.executable, str(ROOT / "inference" / f"{script}.py"), "--help"]
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment(COLUMNS="200")).stdout
-    [path] = [p for p in ROOT.glob(f"*/**/{script}.py") if ".venv" not in p.parts and "inference" not in p.parts]
+    [path] = [p for p in ROOT.glob(f"*/**/{script}.py") if not {".venv", "build", "inference"} & {*p.relative_to(ROOT).parts}]
     return path.read_text()
 
 
