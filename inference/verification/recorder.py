@@ -1,10 +1,10 @@
 """Records a model's values at named points while it runs, in any mode, without changing what it computes.
 
 Every op is a method of the backend that each module holds as `ops`. A Recorder puts an object in its place that calls
-the same backend and keeps what goes in and comes out, under the name of the module that asks. Three values are computed
+the same backend and keeps what goes in and comes out, under the name of the module that asks. Some values are computed
 again, by the same backend, because the ops that need them keep them to themselves: the router's logits, the routed
-experts' sum where shared experts are added in the same op, and rotated queries. Logits are computed for all chosen
-positions, not for those alone that are sampled.
+experts' sum where shared experts are added in the same op, rotated queries, and in W8A8 what norms and attention give
+before they quantise it. Logits are computed for all chosen positions, not for those alone that are sampled.
 
 What a rank holds a part of is put together by the group's collectives: heads are gathered, partial sums added. So all
 ranks record together, with one selection; the first rank of a lane keeps what there is of its lane's requests.

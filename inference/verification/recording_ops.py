@@ -32,7 +32,8 @@ class RecordingOps:
     ) -> Any:
         y, total = self._backend.norm(x, weight, eps, delta, fp8, keep)
         record, name = self._recorder.record, self._module
-        record(name, y)
+        if self._recorder.wants(name):
+            record(name, self._backend.norm(x, weight, eps, delta)[0] if is_quantised_alone(y) else y)
         if name.endswith(".ffn_norm"):
             record(f"{self._layer}.attn.out", delta)
             record(f"{self._layer}.after_attn", total)
@@ -57,8 +58,9 @@ class RecordingOps:
                 recorder.record(f"{at}.q_a", reference.summed(q))
         y = self._backend.norm_latents(kv, kv_weight, eps, cos, sin, slots, latents, q, q_weight, fp8)
         if recorder.running and not self._shard:
-            if q_weight is not None:
-                recorder.record(f"{at}.c_q", y)
+            if q_weight is not None and recorder.wants(f"{at}.c_q"):
+                plain_q = self._backend.norm(reference.summed(q), q_weight, eps)[0] if is_quantised_alone(y) else y
+                recorder.record(f"{at}.c_q", plain_q)
             c = len(kv_weight)
             if recorder.wants(f"{at}.c_kv") or recorder.wants(f"{at}.k_rope"):
                 rows = latents.flatten(0, 1)[slots.clamp(min=0)]
@@ -80,7 +82,8 @@ class RecordingOps:
                 recorder.record(f"{at}.q_rope", self._backend._rotary(heads[..., w_uk.shape[1] :], cos, sin))
         o = self._backend.mla(q, cos, sin, latents, batch, w_uk, w_uv, scale, fp8)
         if recorder.wants(f"{at}.o"):
-            recorder.record(f"{at}.o", plain(o).unflatten(-1, (len(w_uk), -1)))
+            heads = self._backend.mla(q, cos, sin, latents, batch, w_uk, w_uv, scale) if is_quantised_alone(o) else o
+            recorder.record(f"{at}.o", plain(heads).unflatten(-1, (len(w_uk), -1)))
         return o
 
     def router(self, x: torch.Tensor, w: Any, bias: Any, rule: Any) -> Any:
@@ -108,10 +111,10 @@ class RecordingOps:
 
 
 def plain(value: Any) -> torch.Tensor:
-    """A value as the op after it sees it: quantised activations as the numbers that they stand for, float32."""
-    if isinstance(value, Quantised) and value.x is not None:
-        return value.x
-    if isinstance(value, Quantised):
-        scale = value.s.repeat_interleave(128, dim=-1)[..., : value.q.shape[-1]]
-        return value.q.float() * scale
-    return reference.summed(value)
+    """A value as it was before quantisation, and with its partial sums added up."""
+    return value.x if isinstance(value, Quantised) and value.x is not None else reference.summed(value)
+
+
+def is_quantised_alone(value: Any) -> bool:
+    """Activations that exist only quantised."""
+    return isinstance(value, Quantised) and value.x is None

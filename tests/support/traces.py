@@ -15,9 +15,13 @@ from support.engine_runs import greedy
 from support.model_pairs import ours
 from support.thread_ranks import on_every_lane, on_every_stage
 from verification.engine_trace import EngineTrace
+from verification.expected import Expected
+from verification.mistakes import Inapplicable, Mistake
+from verification.points import names_of, split_name
 from verification.recording import Selection
-from verification.trace import RequestTrace, Trace
+from verification.trace import RequestTrace, RunNumerics, Trace
 from verification.trace_reading import read_trace
+from verification.weights import Weights
 
 RUN = RunConfig(n_pages=36, max_model_len=300, max_num_seqs=6, max_num_batched_tokens=64, eager=True, prefix_reuse=False)
 
@@ -65,3 +69,30 @@ def largest_difference(a: RequestTrace, b: RequestTrace) -> tuple[float, str]:
             x, y = x.sort().values, y.sort().values
         worst = max(worst, (float((x - y).norm() / y.norm()), name))
     return worst
+
+
+def foreign_run(
+    weights: Weights, tokens: list[int], mistake: Mistake | None = None, numerics: RunNumerics = RunNumerics(),
+    layers: frozenset[str] | None = None,
+) -> Trace:  # fmt: skip
+    """What a program that shares no code with the engine computes of tokens, with one mistake in it: at every layer, or
+    in these layers alone. Values have the dtype that they would have there."""
+    ids = torch.tensor(tokens)
+    request = RequestTrace("0", ids, {})
+    points: dict[str, torch.Tensor] = {}
+    request.points = points
+    overrides = {} if mistake is None else dict.fromkeys(mistake.points, mistake.how)
+    right = Expected(request, weights, numerics)
+    wrong = right.instead(overrides)
+    for name in names_of(weights.args, weights.has_mtp):
+        at = torch.arange(len(tokens) - name.startswith("mtp."))
+        expected = wrong if layers is None or split_name(name)[0] in layers else right
+        try:
+            value = expected.compute(name, at)
+        except Inapplicable:  # in a layer of another kind
+            value = right.compute(name, at)
+        exact = names_of(weights.args, True)[name].exact
+        points[name] = value if exact == "int64" else value.to(torch.float32 if exact else numerics.torch_dtype)
+        if name.startswith("mtp."):
+            request.rows["mtp.0"] = at
+    return Trace([request], numerics, program="foreign")
