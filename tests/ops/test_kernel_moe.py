@@ -312,30 +312,35 @@ def test_rows_in_the_order_of_experts(tile: Tile) -> None:
 
 @needs_fp8
 @pytest.mark.parametrize("with_shared", [False, True])
-@pytest.mark.parametrize("tokens, top_k, n_local, split", [(1, 6, 20, 1), (1, 8, 256, 4), (7, 6, 7, 2), (10, 6, 3, 1), (64, 1, 2, 1)])
+@pytest.mark.parametrize("tokens, top_k, n_local, split", [(1, 6, 20, 1), (1, 8, 256, 4), (7, 6, 7, 2), (10, 6, 3, 1), (64, 1, 2, 1), (33, 6, 10, 1)])
 def test_grouped_gemm_in_place(tokens: int, top_k: int, n_local: int, split: int, with_shared: bool) -> None:
-    """As sorted beforehand, to the bit; and a shared expert's product is that of an expert which every token has."""
+    """Both products as sorted beforehand, to the bit; and a shared expert's are those of an expert which every token
+    has."""
     first, n, k = 2, 92, 320
     tile = replace(tiles.GROUPED_W8A8[device.architecture(torch.device(DEVICE))][0], split=split)
-    ids = routed(tokens, top_k, max(n_local + 5, 20)) if top_k > 1 else torch.randint(0, 5, (tokens, 1))
+    ids = routed(tokens, top_k, max(n_local + 5, 20), "skewed" if tokens > 16 else "uniform").flip(1) if top_k > 1 else torch.randint(0, 5, (tokens, 1))
     stack, _ = stacked("w8a8", n_local + 1, n, k)
     w, shared = (stack._replace(data=stack.data[a:b].clone(), scale=stack.scale[a:b].clone()) for a, b in ((0, -1), (-1, None)))
     own = shared.expert(0) if with_shared else None
     order, row_tiles = sorting.sort(guarded(ids), first, n_local, tile.block_m)
     everybody = sorting.sort(guarded(torch.zeros(tokens, 1, dtype=torch.int64)), 0, 1, tile.block_m)
     here = ((ids >= first) & (ids < first + n_local)).flatten()
-    for up in (True, False):
-        share = top_k if up else 1
-        x, _ = inputs("w8a8", tokens if up else tokens * (top_k + with_shared), k)
-        y = grouped_gemm.grouped_gemm_in_place(x, w, own, guarded(ids), first, up, tile)
-        routed_x = x if up else x.take(slice(0, tokens * top_k))
+    ids = guarded(ids)
+    found = None
+    for share in (top_k, 1):
+        x, _ = inputs("w8a8", tokens if share > 1 or found is None else tokens * (top_k + with_shared), k)
+        if found is None:
+            y, found = grouped_gemm.grouped_gemm_in_place(x, w, own, ids, first, tile)
+            routed_x, shared_x = x, x
+        else:
+            y = grouped_gemm.grouped_gemm_of_found(x, w, own, found, ids, tile)
+            routed_x, shared_x = (x.take(part) for part in (slice(0, tokens * top_k), slice(tokens * top_k, None)))
         expected = grouped_gemm.grouped_gemm(routed_x, w, order, row_tiles, share, tile)
         assert isinstance(y, PartialSums) == isinstance(expected, PartialSums) == (split > 1)
         y, expected = (reference.summed(one).cpu() for one in (y, expected))
         assert len(y) == tokens * (top_k + with_shared)
         assert same(y[: len(expected)][here], expected[here]) and y[: len(expected)][~here].isnan().all()
         if with_shared:
-            shared_x = x if up else x.take(slice(tokens * top_k, None))
             alone = reference.summed(grouped_gemm.grouped_gemm(shared_x, shared, *everybody, 1, tile))
             assert same(y[len(expected) :], alone)
 
@@ -499,14 +504,15 @@ def test_shared_experts_that_are_like_the_others_are_computed_with_them() -> Non
         calls.append(len(x))
         return ops.linear(ops.silu_mul(ops.linear(x, own[0]), INTER, own[1].fp8), own[1])
 
-    for tokens in (1, 17, 90):
+    ways = [(own, {}, 0), (other, {}, 1), (None, {}, 1), (own, {"invariant": True}, 1)]
+    for tokens in (1, 22, 86):
         x, weights = token_rows("w8a8", tokens).to(DEVICE), torch.rand(tokens, TOP_K, device=DEVICE)
         arguments = x, weights, routed(tokens, TOP_K, N_EXPERTS).to(DEVICE), 0, w13, w2, INTER, partial(shared, x)
         expected = ops.experts(*arguments)
-        for given, how, n_calls in ((own, {}, tokens == 90), (other, {}, 1), (None, {}, 1), (own, {"invariant": True}, 1)):
+        for given, how, n_calls in ways if tokens == 1 else ways[:1]:
             calls.clear()
             compare(moe.experts(*arguments, shared_weights=given, **how), expected, "w8a8")
-            assert len(calls) == n_calls
+            assert len(calls) == (n_calls if tokens < 86 else 1)
 
 
 @needs_fp8
@@ -682,7 +688,14 @@ def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch)
                 if tokens == 1 and share == 8:
                     grouped_gemm.grouped_gemm(x, w, order, row_tiles, share, replace(tile, split=8))
                 if tokens == 1 and w.fp8:
-                    x = x if share == 8 else Quantised(torch.zeros(9, k, dtype=E4M3), torch.zeros(9, k // BLOCK_SIZE))
-                    for one in (tile, replace(tile, split=8)) if share == 8 else (tile,):
-                        grouped_gemm.grouped_gemm_in_place(x, w, w.expert(0), ids, 0, share == 8, one)
+                    for n in (1, 32):
+                        some = torch.zeros(n, 8, dtype=torch.int64)
+                        x = (torch.zeros(n if share == 8 else 9 * n, size) for size in (k, k // BLOCK_SIZE))
+                        q, s = x
+                        x = Quantised(q.to(E4M3), s)
+                        if share == 8:
+                            for one in (tile, replace(tile, split=8)):
+                                _, found = grouped_gemm.grouped_gemm_in_place(x, w, w.expert(0), some, 0, one)
+                        else:
+                            grouped_gemm.grouped_gemm_of_found(x, w, w.expert(0), found, some, tile)
             moe.combine(torch.zeros(tokens * 8, 1).bfloat16(), torch.zeros(tokens, 8), ids, 0, 256, torch.zeros(tokens, 1))

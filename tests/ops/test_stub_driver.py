@@ -45,14 +45,14 @@ def test_every_compilation_of_a_step_is_listed(counted: dict[str, Any]) -> None:
 
 
 def test_a_step_is_as_many_launches(counted: dict[str, Any]) -> None:
-    """At most, and no fewer than one of each layer. Up to 8 sequences a layer of experts has 16, one after another, its
+    """At most, and no fewer than one of each layer. Up to 32 sequences a layer of experts has 16, one after another, its
     shared expert with the others."""
-    at_most = {"decode 1": 1000, "decode 8": 1000, "decode 32": 1225, "decode 128": 1225, "prefill 4096": 1585}
+    at_most = {"decode 1": 1000, "decode 8": 1000, "decode 32": 1000, "decode 128": 1225, "prefill 4096": 1585}
     found = {name: step["launches"] for name, step in counted["steps"].items()}
     assert all(61 * 8 < found[name] <= most for name, most in at_most.items()), found
 
 
-@pytest.mark.parametrize("step", ["decode 1", "decode 8"])
+@pytest.mark.parametrize("step", ["decode 1", "decode 8", "decode 32"])
 def test_a_layer_of_experts_is_sixteen_launches(step: str, counted: dict[str, Any]) -> None:
     found = counted["steps"][step]
     assert found["side"] == 0 and len(found["chains"]["moe"]) <= 16 and len(found["chains"]["dense"]) <= 15

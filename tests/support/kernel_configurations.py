@@ -362,28 +362,30 @@ def of_grouped_gemm() -> Iterator[Configuration]:
                     continue
                 # gate and up, and down when the inner width is split 8 ways; gate and up for the fewest rows in parts
                 halved = [(replace(row, split=2), 7168, 8)] if row is table[0] else []
-                found = [(*one, False) for one in [(row, 7168, 8), (row, 256, 1), *halved]]
+                found = [(*one, None) for one in [(row, 7168, 8), (row, 256, 1), *halved]]
                 if op == "w8a8" and row is table[0]:  # of few assignments that nobody has sorted
-                    found += [(tile, k, share, True) for tile, k, share, _ in found]
-                for tile, k, share, in_place in found:
+                    found += [(tile, 7168, 8, chunk) for chunk in grouped_gemm.CHUNKS for tile, *_ in [(row,), *halved]]
+                    found += [(row, 256, 1, 0)]
+                for tile, k, share, chunk in found:
                     out = scale if op == "float32" or tile.split > 1 else plain
                     if op in ("plain", "float32"):
                         weight, constant = {"w_ptr": x}, {"w_s_ptr": None, "w_z_ptr": None, "GROUP": 0}
                     else:
                         weight, constant = weight_types("fp8_gemm" if op == "w8a8" else f"{op}_gemm", form, target)
                     types = {"x_ptr": x, "out_ptr": out} | weight
-                    own = {"ids_ptr": "*i64", "shared_w_ptr": x, "shared_s_ptr": scale}
-                    sorted_ones = {"order_ptr": index, "tiles_ptr": index}
-                    types |= own if in_place else sorted_ones
-                    constant |= dict.fromkeys(sorted_ones if in_place else own)
-                    constant |= {"N_LOCAL": 256, "CHUNK": grouped_gemm.SORTED_IN_PLACE * in_place, "EARLY": in_place and share == 1}
+                    types |= {"order_ptr": index, "tiles_ptr": index}
+                    own = {"shared_w_ptr": x, "shared_s_ptr": scale}
+                    types |= ({} if chunk is None else own) | ({"ids_ptr": "*i64"} if chunk else {})
+                    constant |= dict.fromkeys(own if chunk is None else ()) | ({} if chunk else {"ids_ptr": None})
+                    constant |= {"N_LOCAL": 256, "CHUNK": chunk or 0, "EARLY": chunk == 0}
                     types |= dict.fromkeys(("m_tiles", "assignments", "tokens", "first", "N", "K"), "i32")
                     constant |= tile.for_channels(k).constexprs() | {"SHARE": share}
                     if op == "w8a8":
                         types["x_s_ptr"] = scale
                     else:
                         constant["x_s_ptr"] = None
-                    size = f"{tile.block_m}x{tile.block_n} K={k}{' split' * (tile.split > 1)}{' in place' * in_place}"
+                    size = f"{tile.block_m}x{tile.block_n} K={k}{' split' * (tile.split > 1)}"
+                    size += "" if chunk is None else f" in place {chunk}" if chunk else " found"
                     name = f"grouped_{op}{form} {target} {size}"
                     options = tile.options() | pdl.options(target)
                     yield Configuration(name, grouped_gemm.grouped_gemm_kernel, target, types, constant, options)

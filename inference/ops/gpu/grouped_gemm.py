@@ -1,6 +1,6 @@
 """The products by every expert's own weight in Triton, as reference.grouped_gemm specifies them.
 
-Three kernels: for rows in any order, whose experts' tiles `sort` made or each program finds; and for many rows that lie
+Three kernels: for rows in any order, whose tiles `sort` made or the first product finds; and for many rows that lie
 in the order of their experts, so that the tensor memory accelerator can copy them (with the kernel that orders them).
 
 Names: K input channels, N output channels, E experts. The assignment a = t * K + k is token t's k-th expert.
@@ -19,7 +19,7 @@ from ops.gpu.casts import SCALE_BLOCK, cast, dot_operand
 from ops.gpu.device import architecture, kernel_view
 from ops.gpu.gemm import allow_descriptors, in_sixteens, multiply_rows, weight_scales
 from ops.gpu.pdl import wait_for_previous
-from ops.gpu.sort import find_tile, max_tiles
+from ops.gpu.sort import UNUSED, find_tile, max_tiles
 from ops.gpu.tiles import Tile
 from ops.reference import BLOCK
 
@@ -38,9 +38,10 @@ def grouped_gemm_kernel(
     reference.grouped_gemm. Rows past a tile's end repeat its last one and are not stored. With SPLIT out[part, a] takes
     the sum of each part of K.
 
-    The row tiles are `sort`'s; or with ids_ptr, of ids for all N_LOCAL experts, find_tile's. Then shared_w_ptr may
-    be the weight of another expert, which all tokens have: their rows are out[assignments + t]. EARLY is for the second
-    product: x has these rows too, and the ids were there before the previous kernel started.
+    The row tiles are those of order_ptr and tiles_ptr, as `sort` makes them. With ids_ptr every program finds its own
+    among ids for all N_LOCAL experts, and the first of a tile writes it there, for the second product, which reads it
+    EARLY: between the two products is another kernel. shared_w_ptr may be the weight of one expert more, number
+    N_LOCAL, which all tokens have: the assignment of token t is then assignments + t.
     """
     if not EARLY:
         wait_for_previous()
@@ -49,35 +50,39 @@ def grouped_gemm_kernel(
     pid_m, pid_n = tl.swizzle2d(pid // n_tiles, pid % n_tiles, m_tiles, n_tiles, GROUP_M)
     m = tl.arange(0, BLOCK_M)
     out_rows = assignments
+    if shared_w_ptr is not None:
+        out_rows += tokens
     if ids_ptr is not None:
+        shared_tiles = 0 if shared_w_ptr is None else tl.cdiv(tokens, BLOCK_M)
+        expert, rows, a = find_tile(ids_ptr, assignments, first, pid_m - shared_tiles, BLOCK_M, N_LOCAL, CHUNK)
+        expert = tl.where(expert < N_LOCAL, expert, UNUSED)
+        x_row = a // SHARE
         if shared_w_ptr is not None:
-            out_rows += tokens
-            shared_tiles = tl.cdiv(tokens, BLOCK_M)
-            expert, rows, a = find_tile(ids_ptr, assignments, first, pid_m - shared_tiles, BLOCK_M, N_LOCAL, CHUNK)
-            is_shared = pid_m < shared_tiles
-            left = tokens - pid_m * BLOCK_M
+            is_shared, left = pid_m < shared_tiles, tokens - pid_m * BLOCK_M
             token = pid_m * BLOCK_M + tl.minimum(m, left - 1)
-            x_row = tl.where(is_shared, assignments + token if EARLY else token, a // SHARE).to(tl.int64)
-            a = tl.where(is_shared, assignments + token, a).to(tl.int64)
-            rows = tl.where(is_shared, tl.minimum(left, BLOCK_M), rows)
-            expert = tl.where(is_shared, 0, expert)
-            w_ptr = tl.where(is_shared, shared_w_ptr, w_ptr)
-            w_s_ptr = tl.where(is_shared, shared_s_ptr, w_s_ptr)
-        else:
-            expert, rows, a = find_tile(ids_ptr, assignments, first, pid_m, BLOCK_M, N_LOCAL, CHUNK)
-            a = a.to(tl.int64)
-            x_row = a // SHARE
-        if expert >= N_LOCAL:
+            expert, rows = tl.where(is_shared, N_LOCAL, expert), tl.where(is_shared, tl.minimum(left, BLOCK_M), rows)
+            a, x_row = tl.where(is_shared, assignments + token, a), tl.where(is_shared, token, x_row)
+        if pid_n == 0 and tl.program_id(1) == 0:
+            tl.store(tiles_ptr + 3 * pid_m, expert)
+            tl.store(tiles_ptr + 3 * pid_m + 1, pid_m * BLOCK_M)
+            tl.store(tiles_ptr + 3 * pid_m + 2, rows)
+            tl.store(order_ptr + pid_m * BLOCK_M + m, a)
+        if expert < 0:
             return
-        expert = expert.to(tl.int64)
     else:
-        expert = tl.load(tiles_ptr + 3 * pid_m).to(tl.int64)
+        expert = tl.load(tiles_ptr + 3 * pid_m)
         if expert < 0:
             return
         start = tl.load(tiles_ptr + 3 * pid_m + 1)
         rows = tl.load(tiles_ptr + 3 * pid_m + 2)
-        a = tl.load(order_ptr + start + tl.minimum(m, rows - 1)).to(tl.int64)
+        a = tl.load(order_ptr + start + tl.minimum(m, rows - 1))
         x_row = a // SHARE
+    a, x_row = a.to(tl.int64), x_row.to(tl.int64)
+    if shared_w_ptr is not None:
+        is_shared = expert == N_LOCAL
+        w_ptr, w_s_ptr = tl.where(is_shared, shared_w_ptr, w_ptr), tl.where(is_shared, shared_s_ptr, w_s_ptr)
+        expert = tl.where(is_shared, 0, expert)
+    expert = expert.to(tl.int64)
     if EARLY:
         wait_for_previous()
     n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -127,29 +132,44 @@ def grouped_gemm(
     assert order.is_contiguous() and row_tiles.is_contiguous()
     assert n == len(x.q if isinstance(x, Quantised) else x) * share
     constexprs = {"N_LOCAL": len(w.data), "CHUNK": 0, "EARLY": False}
-    return _launch(x, w, None, (order, row_tiles, None), len(row_tiles), n, 0, 0, n, share, tile, constexprs)
+    return _launch(x, w, None, (order, row_tiles, None), n, 0, 0, share, tile, constexprs)
 
 
-# Assignments up to which each program of a grouped GEMM finds its rows among all of them. That takes instructions in
-# proportion; benchmarks/step_model.py has more of them cost more than the launch of `sort`.
-SORTED_IN_PLACE = 64
+# Assignments up to which each program of the first product finds its rows among all of them, and writes them down for
+# the second. That takes instructions in proportion to them, but no launch of `sort`; see benchmarks/step_model.py.
+SORTED_IN_PLACE = 256
+CHUNKS = (64, SORTED_IN_PLACE)  # that it is compiled for
+
+Rows = tuple[torch.Tensor, torch.Tensor]  # order and row tiles, as `sort` has them
 
 
 def grouped_gemm_in_place(
-    x: Quantised, w: Weight, shared: Weight | None, ids: torch.Tensor, first: int, up: bool, tile: Tile
-) -> torch.Tensor | PartialSums:
-    """grouped_gemm in W8A8 for ids (T, K) that nobody has sorted, up to SORTED_IN_PLACE of them, and the experts from
-    `first` on: for x (T, K) if `up`, else for a row to each assignment. `shared` is an expert of every token, whose
-    rows come after the assignments', in the result and, unless `up`, in x."""
-    (tokens, top_k), n = ids.shape, ids.numel()
+    x: Quantised, w: Weight, shared: Weight | None, ids: torch.Tensor, first: int, tile: Tile
+) -> tuple[torch.Tensor | PartialSums, Rows]:
+    """grouped_gemm in W8A8 of x (T, K) for ids (T, top K) that nobody has sorted, up to SORTED_IN_PLACE of them, and
+    the experts from `first` on; and the rows, for grouped_gemm_of_found. `shared` is an expert of every token, whose
+    rows come after the assignments'."""
+    (tokens, top_k), n, n_local = ids.shape, ids.numel(), len(w.data)
     assert n <= SORTED_IN_PLACE and w.fp8 and ids.is_contiguous() and (shared is None or is_alike(shared, w))
-    out_rows, row_tiles = n, max_tiles(n, len(w.data), tile.block_m)
-    if shared is not None:
-        out_rows, row_tiles = n + tokens, row_tiles + triton.cdiv(tokens, tile.block_m)
-    assert len(x.q) == (tokens if up else out_rows)
-    constexprs = {"N_LOCAL": len(w.data), "CHUNK": SORTED_IN_PLACE, "EARLY": not up}
-    share = top_k if up else 1
-    return _launch(x, w, shared, (None, None, ids), row_tiles, n, tokens, first, out_rows, share, tile, constexprs)
+    assert len(x.q) == tokens
+    count = max_tiles(n, n_local, tile.block_m) + (triton.cdiv(tokens, tile.block_m) if shared else 0)
+    order = torch.empty(count * tile.block_m, dtype=torch.int32, device=ids.device)
+    row_tiles = torch.empty(count, 3, dtype=torch.int32, device=ids.device)
+    constexprs = {"N_LOCAL": n_local, "CHUNK": next(c for c in CHUNKS if n <= c), "EARLY": False}
+    y = _launch(x, w, shared, (order, row_tiles, ids), n, tokens, first, top_k, tile, constexprs)
+    return y, (order, row_tiles)
+
+
+def grouped_gemm_of_found(
+    x: Quantised, w: Weight, shared: Weight | None, rows: Rows, ids: torch.Tensor, tile: Tile
+) -> torch.Tensor | PartialSums:
+    """The second product after grouped_gemm_in_place, and after a kernel between the two: of x, a row to each of its
+    rows, by a tile of the same height."""
+    (tokens, _), n = ids.shape, ids.numel()
+    assert w.fp8 and (shared is None or is_alike(shared, w)) and len(rows[0]) == len(rows[1]) * tile.block_m
+    assert len(x.q) == n + (tokens if shared else 0)
+    constexprs = {"N_LOCAL": len(w.data), "CHUNK": 0, "EARLY": True}
+    return _launch(x, w, shared, (*rows, None), n, tokens, 0, 1, tile, constexprs)
 
 
 def is_alike(shared: Weight, w: Weight) -> bool:
@@ -162,17 +182,16 @@ def _launch(
     x: torch.Tensor | Quantised,
     w: Weight,
     shared: Weight | None,
-    rows: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
-    m_tiles: int,
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     assignments: int,
     tokens: int,
     first: int,
-    out_rows: int,
     share: int,
     tile: Tile,
     constexprs: dict[str, Any],
 ) -> torch.Tensor | PartialSums:
-    """`rows`: sort's order and tiles, or unsorted ids."""
+    """`rows`: order, row tiles, and unsorted ids where those two are still to be written."""
+    m_tiles, out_rows = len(rows[1]), assignments + (tokens if shared else 0)
     values, scales, dtype = (x.q, x.s, x.dtype) if isinstance(x, Quantised) else (x, None, x.dtype)
     k, n = values.shape[1], w.data.shape[1]
     w_s, w_z, group = (None, None, 0) if w.scale is None else weight_scales(k, w.data, w.scale, w.block, w.zero)

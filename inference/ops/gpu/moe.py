@@ -5,8 +5,8 @@ Every shape depends on the number of tokens alone and nothing is read back to th
 the layer.
 
 A layer in W8A8 whose input is quantised takes 6 launches, whatever the number of tokens and experts: the router, sort,
-grouped_gemm up, fused.silu_mul, grouped_gemm down, combine. With few assignments (SORTED_IN_PLACE) the two products
-find their rows themselves, and the shared expert is one more expert, of every token: 5 launches. Otherwise the shared
+grouped_gemm up, fused.silu_mul, grouped_gemm down, combine. With few assignments (SORTED_IN_PLACE) the first product
+finds the rows itself, and the shared expert is one more expert, of every token: 5 launches. Otherwise the shared
 experts run at the same time on a second stream.
 
 Names: T tokens, K experts a token, E experts, H the model's width. The assignment a = t * K + k is token t's k-th
@@ -32,6 +32,7 @@ from ops.gpu.grouped_gemm import (
     grouped_gemm,
     grouped_gemm_in_order,
     grouped_gemm_in_place,
+    grouped_gemm_of_found,
     grouped_tiles,
     is_alike,
 )  # fmt: skip
@@ -130,10 +131,10 @@ def experts(
         x = x.x
     if in_place:
         assert isinstance(x, Quantised)
-        gate_up = grouped_gemm_in_place(x, w13, own13, ids, first, True, up_tile)
+        gate_up, found = grouped_gemm_in_place(x, w13, own13, ids, first, up_tile)
         z = fused.silu_mul(gate_up, inter, w2.fp8)
         assert isinstance(z, Quantised)
-        y = grouped_gemm_in_place(z, w2, own2, ids, first, False, tile)
+        y = grouped_gemm_of_found(z, w2, own2, found, ids, tile)
     elif isinstance(x, Quantised) and can_order(x, w13, tile) and inter % 16 == 0 and ids.numel():
         order, row_tiles = sort(ids, first, n_local, tile.block_m)
         gate_up = grouped_gemm_in_order(gather_rows(x, order, row_tiles, top_k, tile.block_m), w13, row_tiles, tile)
