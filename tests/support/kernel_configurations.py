@@ -433,7 +433,7 @@ def of_attention() -> Iterator[Configuration]:
                     {n: dims[n] for n in ("C", "R", "R_PAD", "PAGE")}
                     | shared
                     | {"ROWS": tile.rows, "BLOCK": BLOCK_SIZE},
-                    tile.options(),
+                    tile.options() | pdl.options(target),
                 )
                 continue
             plain = not tile.descriptor or tile is table[-1]  # the last one serves the batch-invariant mode too
@@ -450,7 +450,7 @@ def of_attention() -> Iterator[Configuration]:
                     | shared
                     | {"SWAP": tile.swap}
                     | tile.constexprs(),
-                    tile.options(),
+                    tile.options() | pdl.options(target),
                 )
         yield Configuration(
             f"gather {kind}",
@@ -490,7 +490,7 @@ def of_attention() -> Iterator[Configuration]:
             dict.fromkeys(("lengths_ptr", "bounds_ptr", "runs_ptr", "segments_ptr"), "*i32")
             | dict.fromkeys(numbers, "i32"),
             {},
-            {"num_warps": 1},
+            {"num_warps": 1} | pdl.options(target),
         )
         for n_heads in (16, 128):
             yield Configuration(
@@ -500,7 +500,7 @@ def of_attention() -> Iterator[Configuration]:
                 {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "parts_ptr": "*i32", "out_ptr": "*bf16"}
                 | {"first": "i32", "stride": "i32"},
                 {"N": n_heads, "C": 512, "COLUMNS": decode.COLUMNS, "PARTS": decode.PARTS},
-                {"num_warps": decode.COMBINE_WARPS},
+                {"num_warps": decode.COMBINE_WARPS} | pdl.options(target),
             )
 
 

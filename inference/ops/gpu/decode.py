@@ -16,6 +16,7 @@ import triton.language as tl
 
 from core.batch import Batch, BatchBounds
 from core.config import BLOCK_SIZE
+from ops.gpu import pdl
 from ops.gpu.attention_tiles import DECODE, AttentionTile
 from ops.gpu.casts import dot_operand
 from ops.gpu.decode_fp8 import decode_fp8_kernel
@@ -31,6 +32,7 @@ from ops.gpu.decode_runs import (
 )
 from ops.gpu.device import architecture
 from ops.gpu.latents import load_latents, padded, page_descriptor, pool
+from ops.gpu.pdl import wait_for_previous
 from ops.gpu.tiles import SM_COUNT, tile_for
 
 LOG2_E = math.log2(math.e)  # the kernels' exponentials are powers of two
@@ -57,6 +59,7 @@ def decode_kernel(
     anything, NaN too: there it asks for as many rows before the page's first as there are keys missing, for which the
     copy has zeros, and so for nothing behind the last key.
     """
+    wait_for_previous()
     run, lane = tl.program_id(0) // LANES, tl.program_id(0) % LANES
     c, r = tl.arange(0, C_PAD)[None, :], tl.arange(0, R_PAD)[None, :]
     axis: tl.constexpr = 0 if SWAP else 1  # along which the keys lie
@@ -139,6 +142,7 @@ def decode(
     assert q.is_contiguous() and page % tile.keys == 0 and n_tokens == batch_bounds.tokens
     programs = programs or SM_COUNT[arch] * tile.programs
     page_rows = page_descriptor(latents, c) if tile.descriptor and not fixed else None
+    launch = pdl.options(arch)
     lanes = triton.cdiv(n_heads, tile.rows)  # side by side, so that they find a page in the cache
     fixed_pages = FIXED_SPLIT // page if fixed else 0
     out = torch.empty(0 if finish else n_tokens, n_heads, c, dtype=q.dtype, device=q.device)
@@ -165,7 +169,7 @@ def decode(
             batch.memo[key] = plan
             plan_runs_kernel[(batch_bounds.n,)](
                 batch.kv_lens, batch.cu_seqlens_q, *plan, n_runs, first, last, fixed_pages, n_heads, tile.rows * lanes,
-                page, num_warps=1,
+                page, num_warps=1, **launch,
             )  # fmt: skip
         n_programs, values, scales, k_pe = n_runs * lanes, *pool(latents, c)
         tables = batch.cu_seqlens_q, batch.pages, batch.positions, *batch.memo[key], partial, lse, parts
@@ -174,19 +178,19 @@ def decode(
             decode_fp8_kernel[(n_programs,)](
                 q, q_pe.contiguous(), values, scales, k_pe, *tables, *numbers,
                 N=n_heads, C=c, R=r, R_PAD=padded(r), PAGE=page, LANES=lanes, ROWS=tile.rows,
-                BLOCK=min(BLOCK_SIZE, padded(c)), **tile.options(),
+                BLOCK=min(BLOCK_SIZE, padded(c)), **tile.options(), **launch,
             )  # fmt: skip
         else:
             decode_kernel[(n_programs,)](
                 q, q_pe.contiguous(), values, scales, k_pe, page_rows, *tables, *numbers,
                 N=n_heads, C=c, R=r, C_PAD=padded(c), R_PAD=padded(r), PAGE=page, LANES=lanes, SWAP=tile.swap,
-                **tile.constexprs(), **tile.options(),
+                **tile.constexprs(), **tile.options(), **launch,
             )  # fmt: skip
         if finish:
             finish(partial, lse, parts, first, last, lanes * width)
             continue
         combine_parts_kernel[((last - first) * n_heads, triton.cdiv(c, COLUMNS))](
             partial, lse, parts, out, first, lanes * width,
-            N=n_heads, C=c, COLUMNS=COLUMNS, PARTS=PARTS, num_warps=COMBINE_WARPS,
+            N=n_heads, C=c, COLUMNS=COLUMNS, PARTS=PARTS, num_warps=COMBINE_WARPS, **launch,
         )  # fmt: skip
     return out

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ops.gpu.casts import INTERPRETED, SCALE_BLOCK, widen_e4m3
 from ops.gpu.decode_runs import NOTHING, begin_segment, end_segment, join
+from ops.gpu.pdl import wait_for_previous
 
 RAISED = tl.constexpr(64.0)  # weights times scales, of 448ths of a latent, are raised by it out of float16's subnormals
 
@@ -56,6 +57,7 @@ def decode_fp8_kernel(
 
     A step asks for the next page before it multiplies. It ends with that page widened in registers: as what a step
     begins with Triton stores it to shared memory once, where both products read it."""
+    wait_for_previous()
     GROUPS: tl.constexpr = (C + BLOCK - 1) // BLOCK
     WIDTH: tl.constexpr = C + 4 * ((C + SCALE_BLOCK - 1) // SCALE_BLOCK) + 2 * R
     run, lane = tl.program_id(0) // LANES, tl.program_id(0) % LANES

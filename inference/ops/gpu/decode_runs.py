@@ -16,6 +16,7 @@ import triton.language as tl
 
 from core.batch import BatchBounds
 from ops.gpu.casts import cast
+from ops.gpu.pdl import wait_for_previous
 
 SEQUENCES = tl.constexpr(128)  # whose lengths plan_runs_kernel reads at a time
 NOTHING = tl.constexpr(-1e30)  # the greatest score of a row that has seen no key: finite, so that no difference is NaN
@@ -58,6 +59,7 @@ def plan_runs_kernel(lengths_ptr, bounds_ptr, runs_ptr, segments_ptr, n_runs, fi
     fixed_pages every run has so many of one sequence, at most. A segment's number is its run's and the tiles before it:
     as either grows from one segment to the next, no two have the same, and a tile's follow one another.
     """
+    wait_for_previous()
     sequence, B = tl.program_id(0), tl.num_programs(0)
     total, start, tiles_before = 0, 0, 0
     for at in range(0, B, SEQUENCES):
@@ -177,6 +179,7 @@ def combine_parts_kernel(
 ):  # fmt: skip
     """COLUMNS of one row's parts (see decode_kernel), `stride` rows apart, added up PARTS at a time. One that holds no
     key that the row sees weighs nothing."""
+    wait_for_previous()
     row = tl.program_id(0)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     start, n = tl.load(parts_ptr + 2 * row), tl.load(parts_ptr + 2 * row + 1)

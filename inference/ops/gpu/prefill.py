@@ -184,7 +184,9 @@ def prefill(
     per_key = (n_heads * (dn + dv) + c + r) * q_nope.itemsize
     n_slab = min(max(page, SLAB_BYTES // per_key), batch_bounds.total_kv)
     lengths, pages, bounds = batch.kv_lens[skip:], batch.pages[skip:], batch.cu_seqlens_q[skip:]
-    ends = lengths.cumsum(0, dtype=torch.int32)
+    if "ends" not in batch.memo:
+        batch.memo["ends"] = lengths.cumsum(0, dtype=torch.int32)
+    ends = batch.memo["ends"]
     widths = c, r, n_heads * dn, n_heads * dv
     c_kv, k_pe, k, v = (torch.empty(n_slab, w, dtype=q_nope.dtype, device=q_nope.device) for w in widths)
     carried = n_slab < batch_bounds.total_kv
