@@ -374,7 +374,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     text = f"tensors of the largest step, {run['max_num_batched_tokens']:,} tokens{of_a_lane}"
     yield f"{text:<60}{rank['activations'] / 1e9:8.2f}"
     if rank["graphs"]:
-        yield f"{'CUDA graphs: tensors of the largest decode step and more':<60}{rank['graphs'] / 1e9:8.2f}"
+        yield f"{'CUDA graphs: tensors of the largest step, and more':<60}{rank['graphs'] / 1e9:8.2f}"
     yield f"{'together':<60}{rank['total'] / 1e9:8.2f}"
     yield ""
     if run["dp"] > 1 or run["pp"] > 1:

@@ -4,7 +4,7 @@ A decode step runs few tokens of each sequence (one, or one and its drafts), so 
 batch is padded with empty sequences to the next recorded number, and each sequence to the recorded number of tokens.
 The latents of padding go to a page that no sequence reads. A replay's inputs go to the device in one copy; the pages
 of all sequences lie there, in a table of which only changes are sent (block_table.py). What follows from every row, its
-logits and the greedy choice among them, is recorded too.
+logits and the greedy choice among them, is recorded too. One shape more serves a short prompt or the last chunk of one.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,19 +16,28 @@ from tqdm import tqdm
 
 from core.batch import DECODE_ROWS, Batch, BatchBounds, SequenceSlice
 from core.devices import upload
-from core.run_config import PAGE_SIZE
+from core.run_config import PAGE_SIZE, RunConfig
 from engine.block_table import BlockTable
 from engine.sampling import greedy
 
 # a batch and hidden states (T, H), if it takes some, to hidden states (T, H)
 Forward = Callable[[Batch, torch.Tensor | None], torch.Tensor]
 Capture = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
+# Of the chunk of a prompt that is recorded: its new tokens, and the sequence's with them, for which keys and values are
+# expanded whether or not they are there. A longer chunk keeps the device busy for longer than the host launches.
+CHUNK_ROWS, CHUNK_KEYS = 512, 2048
 
 
 def records(gpu: bool, dtype: torch.dtype) -> bool:
     """Whether decode steps can be recorded: on a GPU, in bfloat16. Other types attend as the reference does, which
     asks the device for lengths and pages."""
     return gpu and dtype == torch.bfloat16
+
+
+def records_chunks(run: RunConfig, lanes: int) -> bool:
+    """Whether a chunk of a prompt is recorded too: where there can be one. All lanes would have to fill it up."""
+    fits = min(run.max_num_batched_tokens, run.pages_per_sequence * PAGE_SIZE) >= CHUNK_ROWS
+    return lanes == 1 and fits
 
 
 def cuda_capture() -> Capture:
@@ -111,7 +120,7 @@ class Graphs:
         (rows, V); `progress`: the label of a progress bar, none if empty. `lanes` record and replay together, each as
         many sequences.
         """
-        assert width <= DECODE_ROWS
+        self.least = 0 if width <= DECODE_ROWS else width // 2 + 1  # new tokens of a sequence: more would be padding
         self.width, self.padding_page, self.buffers = width, padding_page, buffers
         self.lanes, self.max_num_seqs, self.has_head = lanes, max_num_seqs, head is not None
         self._replay: dict[int, Callable[[], torch.Tensor]] = {}
@@ -132,7 +141,7 @@ class Graphs:
         """How many of a step's first sequences a recorded shape takes."""
         width, n_pages = self.width, self.buffers.table.n_pages
         for i, (tokens, _, pages) in enumerate(slices[: self.max_num_seqs]):
-            if len(tokens) > width or len(pages) > n_pages:
+            if not self.least <= len(tokens) <= width or len(pages) > n_pages:
                 return i
         return min(len(slices), self.max_num_seqs)
 
@@ -207,7 +216,8 @@ def _forward(
     bounds = BatchBounds(n, t, width, longest, n * longest)
     lane_rows = (t,) * lanes if lanes > 1 else ()
     pages = buffers.table.pages[:n]
-    batch = Batch(tokens, positions, slots, cu_seqlens_q, lengths.int(), pages, bounds, lane_rows=lane_rows)
+    decode, prefill = (bounds, BatchBounds()) if width <= DECODE_ROWS else (BatchBounds(), bounds)
+    batch = Batch(tokens, positions, slots, cu_seqlens_q, lengths.int(), pages, decode, prefill, lane_rows)
     out = forward(batch, buffers.hidden[:t])
     if head is not None:
         buffers.logits[:t] = head(out)

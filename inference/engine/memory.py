@@ -84,7 +84,8 @@ def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
 def _graphs(rank: RankSpec, config: RunConfig) -> int:
     """What recorded decode steps keep to themselves: a page; the tensors of the largest step; what all of them share,
     the input hidden states, the block table, and logits with the choice among them; and of each number of sequences its
-    result and the inputs that are copied into it; once for the main model, and for each way to draft."""
+    result and the inputs that are copied into it; once for the main model, and for each way to draft. And the same of
+    a chunk of a prompt."""
     if config.eager or not graphs.records(rank.gpu, rank.num.dtype):
         return 0
     width = 1 + config.mtp
@@ -94,7 +95,13 @@ def _graphs(rank: RankSpec, config: RunConfig) -> int:
     kept = most * (width * (state + 4 * rank.args.vocab_size + 16) + 4 * config.pages_per_sequence)
     for tokens in recorded:
         kept += sum(graphs.sizes(most)) * (tokens * state + 8 * (3 * tokens + 1)) + 4 * (most + 1)
-    return page_bytes(rank) + kept + step_bytes(rank, config, decode=True)
+    step = step_bytes(rank, config, decode=True)
+    if graphs.records_chunks(config, rank.lanes):
+        rows, keys = graphs.CHUNK_ROWS, graphs.CHUNK_KEYS
+        kept += 2 * rows * state + 8 * (3 * rows + 1) + 4 * 2 + 4 * keys // PAGE_SIZE
+        chunk = replace(config, max_num_seqs=1, max_num_batched_tokens=rows, max_model_len=keys, mtp=0)
+        step = max(step, step_bytes(rank, chunk))
+    return page_bytes(rank) + kept + step
 
 
 def pages_that_fit(rank: RankSpec, config: RunConfig, free: int, shrink: bool = False) -> int:

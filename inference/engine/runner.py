@@ -7,10 +7,10 @@ import torch
 
 from core import devices
 from core.batch import Batch, SequenceSlice
-from core.run_config import RunConfig
+from core.run_config import PAGE_SIZE, RunConfig
 from engine import memory
 from engine.block_table import BlockTable
-from engine.graphs import Capture, Forward, Graphs, RecordedBuffers
+from engine.graphs import CHUNK_KEYS, CHUNK_ROWS, Capture, Forward, Graphs, RecordedBuffers, records_chunks
 from engine.sampling import Scores
 from engine.scheduler import Chunk, Sequence
 from engine.step_rows import StepRows
@@ -32,6 +32,7 @@ class ModelRunner:
         self.cache = model.new_cache(run.n_pages + (capture is not None or model.dp.size > 1))
         self.step_graphs: list[Graphs] = []
         self.draft_graphs: list[Graphs] = []  # the narrower first
+        self.chunk_graph: Graphs | None = None
         self.table: BlockTable | None = None
         if capture is not None:
             self._record(run, capture, progress)
@@ -59,38 +60,40 @@ class ModelRunner:
         """`forward` on the sequences of all lanes together: this lane's rows; None where no lane has any. hidden
         (T, H): its input hidden states.
 
-        It is replayed where the sequences of all lanes fit one of `graphs`. Where some of this lane's first do, and
-        there are no other lanes, these are replayed, and the others run by themselves."""
-        n_rows = sum(len(tokens) for tokens, _, _ in slices)
+        The first sequences of each lane that fit one of `graphs` are replayed, as long as some lane has any; the others
+        run by themselves, or, if they are one chunk of a prompt that fits, by its graph."""
         narrowest = next((i for i, recorded in enumerate(graphs) if recorded.fit(slices)), len(graphs))
+        n = len(slices) if narrowest < len(graphs) else graphs[-1].fitting(slices) if graphs else 0
+        few, rest = slices[:n], slices[n:]
+        n_few, n_rest = (sum(len(tokens) for tokens, _, _ in part) for part in (few, rest))
         dp = self.model.dp
-        if dp.size == 1 and narrowest == len(graphs) and graphs and (n := graphs[-1].fitting(slices)):
-            n_first = sum(len(tokens) for tokens, _, _ in slices[:n])
-            first, rest = (None, None) if hidden is None else (hidden[:n_first], hidden[n_first:])
-            replayed = graphs[-1].run(slices[:n], first)
-            return StepRows([replayed, *self._run_eagerly(forward, slices[n:], rest).parts])
-        needed = self.table.rows_needed(slices) if self.table else len(slices)
-        mine = [n_rows, needed, narrowest]
+        mine = [narrowest, self.table.rows_needed(few) if self.table else 0, n_few, n_rest]
         lanes = [mine] if dp.size == 1 else dp.gather_ints(torch.tensor(mine)).tolist()
-        rows, sequences, fitting = zip(*lanes, strict=True)
-        if not any(rows):
+        fitting, needed, all_few, all_rest = zip(*lanes, strict=True)
+        if not any(all_few) and not any(all_rest):
             return None
-        if max(fitting) < len(graphs):
-            return StepRows([graphs[max(fitting)].run(slices, hidden, max(sequences))])
+        of_few, of_rest = (None, None) if hidden is None else (hidden[:n_few], hidden[n_few:])
+        chunk = None
+        if self.chunk_graph is not None and forward == self._step and rest and self.chunk_graph.fit(rest):
+            chunk = self.chunk_graph.run(rest, of_rest)  # recorded first: the others' replays leave its result alone
+        parts = []
+        if any(all_few):
+            parts.append(graphs[min(max(fitting), len(graphs) - 1)].run(few, of_few, max(needed)))
+        if chunk is not None:
+            parts.append(chunk)
+        elif any(all_rest):
+            parts += self._run_eagerly(forward, rest, of_rest, all_rest).parts
+        return StepRows(parts)
+
+    def _run_eagerly(
+        self, forward: Forward, slices: list[SequenceSlice], hidden: torch.Tensor | None, lane_rows: tuple[int, ...]
+    ) -> StepRows:
+        """`forward` on what no graph takes; lane_rows: how many tokens of it each lane has."""
+        n_rows = sum(len(tokens) for tokens, _, _ in slices)
         if not slices:
             slices = [([0], 0, [self.cache.shape[1] - 1])]
             hidden = None if hidden is None else hidden.new_zeros(1, hidden.shape[1])
-        return self._run_eagerly(forward, slices, hidden, rows if len(rows) > 1 else (), n_rows)
-
-    def _run_eagerly(
-        self,
-        forward: Forward,
-        slices: list[SequenceSlice],
-        hidden: torch.Tensor | None,
-        lane_rows: tuple[int, ...] = (),
-        n_rows: int | None = None,
-    ) -> StepRows:
-        batch = Batch.pack(slices, self.model.device, lane_rows)
+        batch = Batch.pack(slices, self.model.device, lane_rows if len(lane_rows) > 1 else ())
         return StepRows.of(forward(batch, hidden)[:n_rows])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -164,19 +167,25 @@ class ModelRunner:
         for sequence, token in zip(sequences, drafts, strict=True):
             sequence.drafts.append(token)
 
+    @property
+    def all_graphs(self) -> list[Graphs]:
+        return [*self.step_graphs, *self.draft_graphs, *([self.chunk_graph] if self.chunk_graph else [])]
+
     def close(self) -> None:
         """Frees the graphs: they hold communicators, which must go before the process group does, and after the device
         has done with them."""
         if self.step_graphs:
-            for graphs in (*self.step_graphs, *self.draft_graphs):
+            for graphs in self.all_graphs:
                 graphs.close()
             self.step_graphs.clear()
             self.draft_graphs.clear()
+            self.chunk_graph = None
             gc.collect()
             devices.synchronise(self.model.device)
 
     def _record(self, run: RunConfig, capture: Capture, progress: bool) -> None:
-        """Records the forwards of decoding: the step itself, and the MTP module on a step's tokens and on one draft."""
+        """Records the forwards of decoding: the step itself, and the MTP module on a step's tokens and on one draft;
+        and before them, if there can be such a step, that of one chunk of a prompt."""
         model, most, width = self.model, run.max_num_seqs, 1 + run.mtp
         padding_page, is_last = self.cache.shape[1] - 1, model.stage.is_last
         self.table = BlockTable(most, run.pages_per_sequence, padding_page, model.device)
@@ -190,6 +199,12 @@ class ModelRunner:
                 lanes=model.dp.size,
             )  # fmt: skip
 
+        if records_chunks(run, model.dp.size):
+            table = BlockTable(1, CHUNK_KEYS // PAGE_SIZE, padding_page, model.device)
+            buffers = RecordedBuffers(1, CHUNK_ROWS, 0, model.args.dim, model.num.dtype, table)
+            self.chunk_graph = Graphs(
+                self._step, buffers, max_num_seqs=1, width=CHUNK_ROWS, padding_page=padding_page, capture=capture
+            )
         self.step_graphs.append(record(width, self._step, "decode steps"))
         if not is_last:
             return

@@ -38,7 +38,7 @@ class StepRows:
         return Scores(parts)
 
     def _by_part(self, rows: Sequence[int] | None) -> list[tuple[Replayed, list[int]]]:
-        """Each part that has some of the rows, in ascending order, with their numbers there."""
+        """Each part that has some of the rows, in ascending order, with their numbers there; the first where none has."""
         if len(self.parts) == 1:
             part = self.parts[0]
             return [(part, part.rows if rows is None else [part.rows[row] for row in rows])]
@@ -48,7 +48,7 @@ class StepRows:
             stop = first + len(part.rows)
             wanted = range(first, stop) if rows is None else rows
             mine = [part.rows[row - first] for row in wanted if first <= row < stop]
-            if mine or (rows is not None and not rows and not found):
+            if mine:
                 found.append((part, mine))
             first = stop
-        return found
+        return found or [(self.parts[0], [])]

@@ -570,6 +570,12 @@ def test_what_is_recorded_fits_every_batch(model):
     assert graphs.fit([([1, 2], 0, [0])] * 3)
     assert not graphs.fit([([1, 2, 3], 0, [0])]) and not graphs.fit([([1], 0, [0])] * 4)
     assert not graphs.fit([([1], 0, [0] * 6)])
+    buffers = RecordedBuffers(1, 96, 0, 4, torch.float32, BlockTable(1, 3, 9, torch.device("cpu")))
+    bounds.clear()
+    forward = lambda batch, hidden: bounds.append((batch.decode, batch.prefill)) or hidden  # noqa: E731
+    graphs = Graphs(forward, buffers, max_num_seqs=1, width=96, padding_page=9, capture=Recorder())
+    assert bounds == [(BatchBounds(), BatchBounds(1, 96, 96, 192, 192))]
+    assert [n for n in (48, 49, 96, 97) if graphs.fit([([1] * n, 0, [0, 1])])] == [49, 96]
 
 
 def test_recording_is_for_what_asks_the_device_nothing():
@@ -637,6 +643,42 @@ def test_a_mixed_step_is_split(model, mtp):
     assert [r.tokens for r in answers] == [r.tokens for r in plain.generate([short, long], params)]
 
 
+@pytest.mark.parametrize("mtp", [0, 2])
+def test_a_short_chunk_is_replayed(model, mtp, monkeypatch):
+    """A chunk that fills more than half of the recorded shape, alone in a step or beside sequences that decode; those
+    that are shorter or longer, have too many tokens before them, or come together run by themselves. The answers stay."""
+    for module in ("graphs", "runner"):
+        monkeypatch.setattr(f"engine.{module}.CHUNK_ROWS", 96)
+        monkeypatch.setattr(f"engine.{module}.CHUNK_KEYS", 192)
+    run = RunConfig(n_pages=30, max_model_len=400, max_num_seqs=3, max_num_batched_tokens=128, mtp=mtp)
+    recorder = Recorder()
+    engine, plain = Engine(model, None, run, capture=recorder), Engine(model, None, run)
+    assert recorder.recorded == 3 * (1 if mtp == 0 else 3) + 1
+    chunks, forwards = [], []
+    chunk_run, eager = engine.runner.chunk_graph.run, engine.runner._run_eagerly
+    monkeypatch.setattr(engine.runner.chunk_graph, "run", lambda s, h: chunks.append([len(t) for t, *_ in s]) or chunk_run(s, h))
+    monkeypatch.setattr(
+        engine.runner, "_run_eagerly",
+        lambda f, s, *rest: (f == engine.runner._step and forwards.append([len(t) for t, *_ in s])) or eager(f, s, *rest),
+    )  # fmt: skip
+    params = SamplingParams(temperature=0, max_new_tokens=6, ignore_eos=True)
+    asked = [tokens(n, V3["vocab_size"], n) for n in (96, 49, 48, 97, 180, 220, 5)]
+    found = [engine.generate([prompt], params)[0] for prompt in asked]
+    assert chunks == [[96], [49], [52]], "the last is the second chunk of 180"
+    assert forwards == [[48], [97], [128], [128], [92], [5]]
+    chunks.clear()
+    forwards.clear()
+    beside = [engine.add([5, 6, 7], params)]
+    engine.step()
+    beside += [engine.add(asked[1], params, 1)]
+    engine.step()
+    assert chunks == [[49]] and forwards == ([[3]] if mtp == 0 else [])
+    while engine.busy:
+        engine.step()
+    answers = [r.tokens for r in plain.generate([*asked, [5, 6, 7], asked[1]], params)]
+    assert [r.tokens for r in (*found, *beside)] == answers
+
+
 def test_only_new_pages_are_sent(monkeypatch):
     """A sequence keeps its row; one that grows sends its new page, one that comes its whole row, one at rest nothing."""
     table = BlockTable(4, 6, 99, torch.device("cpu"))
@@ -658,15 +700,16 @@ def test_only_new_pages_are_sent(monkeypatch):
 def test_a_closed_engine_has_no_graphs(model, monkeypatch):
     """They hold communicators, which must go before the process group does: at once, not when the garbage collector
     gets to them, and the device must have done with them."""
-    engine = Engine(model, None, RunConfig(n_pages=4, max_model_len=100, max_num_seqs=2, mtp=1), capture=Recorder())
-    recorded = (*engine.runner.step_graphs, *engine.runner.draft_graphs)
+    run = RunConfig(n_pages=9, max_model_len=520, max_num_seqs=2, max_num_batched_tokens=512, mtp=1)
+    engine = Engine(model, None, run, capture=Recorder())
+    recorded = engine.runner.all_graphs
     graphs = [weakref.ref(replay) for g in recorded for replay in g._replay.values()]
-    assert len(graphs) == 2 * 2 and all(g() for g in graphs)
+    assert len(graphs) == 2 * 2 + 1 and all(g() for g in graphs)
     said = []
     monkeypatch.setattr("gc.collect", lambda: said.append(("collect", [g() for g in graphs])))
     monkeypatch.setattr(devices, "synchronise", lambda device: said.append(("synchronise", device)))
     engine.close()
-    assert engine.closed and said == [("collect", [None] * 4), ("synchronise", model.device)]
+    assert engine.closed and said == [("collect", [None] * 5), ("synchronise", model.device)]
 
 
 def test_recorded_steps_leave_other_pages_alone(model):

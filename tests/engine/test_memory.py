@@ -480,11 +480,12 @@ def test_constants_are_the_ops():
         assert getattr(step_memory, name) == max(map(int, found)), name
 
 
-def test_graphs_keep_a_step_and_a_page(side):
+@pytest.mark.parametrize("most", [64, 512])
+def test_graphs_keep_a_step_and_a_page(side, most):
     """What an engine that records takes before it answers: the cache's page, the hidden states, results, static inputs."""
     args = parse(FAMILIES["v3"])
     gpu = side == "GPU"
-    rank, limits = RankSpec(args, Numerics(), gpu=gpu, mtp=True), limits_of(512, 6, 64, 2)
+    rank, limits = RankSpec(args, Numerics(), gpu=gpu, mtp=True), limits_of(512, 6, most, 2)
     if not gpu:
         assert memory.need(rank, limits).graphs == 0
         return
@@ -497,14 +498,19 @@ def test_graphs_keep_a_step_and_a_page(side):
         kept.append(torch.empty(0))
         return run
 
-    run = RunConfig(max_model_len=512, max_num_seqs=6, max_num_batched_tokens=64, n_pages=9, mtp=2)
+    run = RunConfig(max_model_len=512, max_num_seqs=6, max_num_batched_tokens=most, n_pages=9, mtp=2)
     engine = Engine(model, None, run, capture=capture)
-    recorded = (*engine.runner.step_graphs, *engine.runner.draft_graphs)
-    static_inputs = sum(t.nbytes for g in recorded for t in g._static_inputs.values()) + len(recorded) * 4 * (6 + 1)
-    rows = sum((1, 2, 3, 4, 6)) * (3 + 3 + 1)
-    said = memory.need(rank, limits).graphs - step_memory.step_bytes(rank, limits, decode=True)
-    assert len(kept) == 3 * 5 and engine.runner.cache.shape[1] == 10
-    assert said == model.page_bytes + engine.runner.buffers.nbytes + rows * args.dim * 2 + static_inputs
+    recorded = engine.runner.all_graphs
+    static_inputs = sum(t.nbytes for g in recorded for t in g._static_inputs.values()) + 3 * 4 * (6 + 1)
+    rows, shared = sum((1, 2, 3, 4, 6)) * (3 + 3 + 1), engine.runner.buffers.nbytes
+    assert len(kept) == 3 * 5 + (most == 512) and engine.runner.cache.shape[1] == 10
+    largest = step_memory.step_bytes(rank, limits, decode=True)
+    if most == 512:  # the chunk's input and result, and its bounds
+        rows, static_inputs, shared = rows + 512, static_inputs + 4 * 2, shared + engine.runner.chunk_graph.buffers.nbytes
+        alone = replace(limits, max_num_seqs=1, max_num_batched_tokens=512, max_model_len=2048, mtp=0)
+        largest = max(largest, step_memory.step_bytes(rank, alone))
+    said = memory.need(rank, limits).graphs - largest
+    assert said == model.page_bytes + shared + rows * args.dim * 2 + static_inputs
 
 
 # ---------------------------------------------------------------- a process that runs
@@ -543,14 +549,14 @@ def refusal(rank: RankSpec, limits: RunConfig, gb: float, **more) -> str:
 
 def test_what_cannot_fit_is_refused_with_what_would_help(monkeypatch):
     assert refusal(TP8, LIMITS, 80) == (
-        "a rank needs 91.41 GB of memory and 80.00 GB are free (weights 86.93 GB, a step 1.88 GB, latents of 32768 tokens "
+        "a rank needs 91.60 GB of memory and 80.00 GB are free (weights 86.93 GB, a step 2.06 GB, latents of 32768 tokens "
         "2.34 GB, kept free 0.26 GB); 16 ranks with as much memory each would do"
     )
     assert refusal(TP8, LIMITS, 90.5).endswith(
-        "; 16 ranks with as much memory each or --kv-cache-dtype fp8 or --max-model-len 21248 would do"
+        "; 16 ranks with as much memory each or --kv-cache-dtype fp8 or --max-model-len 18880 would do"
     )
     assert "latents of one page" in refusal(TP8, LIMITS, 80, shrink=True)
-    assert refusal(TP8, LIMITS, 141, cache=100 << 30).endswith("); --kv-cache-gib 48.6 would do")
+    assert refusal(TP8, LIMITS, 141, cache=100 << 30).endswith("); --kv-cache-gib 48.4 would do")
     assert refusal(replace(TP8, ranks=16), LIMITS, 20).endswith("; more memory would do")
     on_cpu = RankSpec(V3, Numerics(), gpu=False, mtp=True)
     if kernels.library() is not None:
@@ -560,10 +566,10 @@ def test_what_cannot_fit_is_refused_with_what_would_help(monkeypatch):
 
 
 def test_what_is_proposed_fits_and_no_more_would():
-    memory.check_fits(TP8, replace(LIMITS, max_model_len=21248), int(90.5e9))
-    refusal(TP8, replace(LIMITS, max_model_len=21248 + 64), 90.5)
+    memory.check_fits(TP8, replace(LIMITS, max_model_len=18880), int(90.5e9))
+    refusal(TP8, replace(LIMITS, max_model_len=18880 + 64), 90.5)
     memory.check_fits(replace(TP8, num=replace(FP8, fp8_latents=True)), LIMITS, int(90.5e9))
-    memory.check_fits(TP8, LIMITS, int(141e9), cache=int(48.6 * 2**30))
+    memory.check_fits(TP8, LIMITS, int(141e9), cache=int(48.4 * 2**30))
 
 
 def test_pages_leave_room_for_the_largest_step():
@@ -577,7 +583,7 @@ def test_pages_leave_room_for_the_largest_step():
     long = replace(small, max_model_len=163840)
     assert memory.pages_that_fit(TP8, long, free) < memory.pages_that_fit(TP8, long, free, shrink=True)
     on_cpu = replace(TP8, gpu=False)
-    assert memory.pages_that_fit(on_cpu, small, free) < 0.6 * memory.pages_that_fit(TP8, small, free)
+    assert memory.pages_that_fit(on_cpu, small, 20 * free) < 0.6 * memory.pages_that_fit(TP8, small, 20 * free)
 
 
 def test_lanes_keep_a_page_and_gather_tokens():

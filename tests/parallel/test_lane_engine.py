@@ -120,6 +120,37 @@ def test_recorded_steps(v3: Path, mtp: int) -> None:
     assert len(made) == 2 and made[0].replayed == made[1].replayed > 10
 
 
+@pytest.mark.parametrize("mtp", [0, 1])
+def test_a_mixed_step_is_split(v3: Path, mtp: int) -> None:
+    """While one lane takes a long prompt in by chunks, the other's decoding goes on by replays, and its own forwards
+    beside the chunks are padding."""
+    run, made = replace(RUN, mtp=mtp), Recorders()
+    asked, eager = [questions(1, most=20)[0], tokens(250, VOCABULARY, 1)], {}
+
+    def prepare(engine: Engine) -> None:
+        seen, plain = eager.setdefault(engine.dp.rank, []), engine.runner._step
+        engine.runner._step = lambda batch, hidden: seen.append(batch.lane_rows) or plain(batch, hidden)  # type: ignore[method-assign]
+
+    def use(engine: Engine) -> tuple[list[list[int]], int, int]:
+        requests = [engine.add(asked[0], greedy(20, ignore_eos=True))]
+        while not requests[0].tokens:
+            engine.step()
+        before, replayed = len(eager[0]), made[0].replayed
+        requests.append(engine.add(asked[1], greedy(4, ignore_eos=True), 1))
+        while not requests[1].tokens:
+            engine.step()
+        beside, replayed = eager[0][before:], made[0].replayed - replayed
+        while engine.busy:
+            engine.step()
+        return [r.tokens for r in requests], beside, replayed
+
+    found, beside, replayed = answers(v3, 2, 1, use, run, capture=made.make, prepare=prepare)
+    assert len(beside) >= 4 <= replayed and all(sorted(rows)[0] == 0 < sorted(rows)[1] for rows in beside), beside
+    assert made[0].replayed == made[1].replayed
+    alone = answers(v3, 1, 1, lambda e: [e.generate([p], greedy(n, ignore_eos=True))[0] for p, n in zip(asked, (20, 4), strict=True)], run)
+    assert found == [r.tokens for r in alone]
+
+
 def test_all_that_a_request_may_ask_for(tiny: Path) -> None:
     """Sampling with a seed and biases, log-probabilities of answer and prompt, stop texts, text piece by piece, several answers:
     rank 0 has for requests of other lanes what their lane has for its own."""
