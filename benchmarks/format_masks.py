@@ -1,10 +1,13 @@
-"""What it costs to hold answers to a JSON schema, at DeepSeek-V3's vocabulary.
+"""What it costs to hold answers to a JSON schema: at DeepSeek-V3's vocabulary, and in the demo's answers.
 
     python benchmarks/format_masks.py --output benchmarks/results/format_masks.json
 
 For each schema: compiling it, the first mask (which builds the lexer), and the masks of an answer's other tokens, once
 each and in a step of several requests: masks, unpacking them and filling logits, by what a step samples from. The
 answers are cut as V3's tokenizer cuts them. Figures are medians over the repetitions; times are of one thread.
+
+Then the demo, with its 448 tokens, answers one question and several at once: text that does not end, and a list of
+numbers that does not, each of ANSWER_TOKENS tokens, in turns; the best turn's tokens per second count.
 """
 
 import argparse
@@ -17,15 +20,17 @@ from typing import Any
 
 import torch
 
-from lib import report
+from lib import ROOT, report
 
 from core.answer_format import AnswerFormat
 from core.sampling_params import SamplingParams
 from engine.constraint import Constraint, Constraints
+from engine.engine import Engine
 from engine.sampling import SamplingState, adjusted, verify
 from text.tokenizer import Tokenizer
 
 VOCABULARY = 129_280
+ANSWER_TOKENS = 100
 PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -90,6 +95,28 @@ def step(constraints: Constraints, format: AnswerFormat, tokens: list[int], batc
     return {name: 1e3 * statistics.median(values) for name, values in found.items()}
 
 
+def demo(batches: list[int], turns: int) -> dict[str, dict[str, float]]:
+    """Tokens per second of the demo's answers to so many prompts at once, free and held."""
+    engine = Engine.from_pretrained(ROOT / "demo" / "checkpoint", max_num_seqs=max(batches), max_model_len=512)
+    endless = AnswerFormat(json.dumps({"type": "array", "items": {"type": "integer"}, "minItems": ANSWER_TOKENS}))
+    sides = {
+        "free": SamplingParams(ANSWER_TOKENS, temperature=0, ignore_eos=True),
+        "held": SamplingParams(ANSWER_TOKENS, temperature=0, answer_format=endless),
+    }
+    found = {}
+    for batch in batches:
+        best = dict.fromkeys(sides, 0.0)
+        for _ in range(turns):
+            for name, params in sides.items():
+                began = time.perf_counter()
+                answers = engine.generate([f"What is {300 + i} + 285?" for i in range(batch)], params)
+                made = sum(len(answer.tokens) for answer in answers)
+                assert made == batch * ANSWER_TOKENS, [answer.error for answer in answers]
+                best[name] = max(best[name], made / (time.perf_counter() - began))
+        found[str(batch)] = best
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=20)
@@ -128,6 +155,9 @@ def main() -> None:
     keys = ("compile_ms", "mask_us", "mask_us_mean", "mask_us_p99")
     rows = [[name, *(f"{found[key]:.1f}" for key in keys)] for name, found in results["schemas"].items()]
     print(report.table(header, rows))
+    results["demo"] = demo(options.batches, max(2, options.repetitions // 4))
+    for n, best in results["demo"].items():
+        print(f"the demo, {n} at once: {best['free']:.1f} tokens/s free, {best['held']:.1f} held")
     report.save(options.output, results)
 
 

@@ -7,8 +7,8 @@ checkpoints out of the tests' catalogue.
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, with a line below it that says how its figures came to
 be. NAME is a function below, with the file it reads, or `kernel-BENCH`, `rank-step` and `model-NAME` for what
 kernel_gpu.py, rank_step.py and model_gpu.py wrote to the file of that name with underscores, or `checkpoints`, the
-catalogue. One without figures (a smoke run's) is refused. A fact is a number in a sentence, between
-`<!-- fact: NAME -->` and `<!-- end -->`.
+catalogue. One of a function whose file is not there yet says so; one without figures (a smoke run's) is refused. A fact
+is a number in a sentence, between `<!-- fact: NAME -->` and `<!-- end -->`.
 """
 
 import argparse
@@ -186,6 +186,32 @@ def demo(record: dict[str, Any]) -> str:
     rows = [[kind.replace("_", " "), EXAMPLES[kind], f"{found['right']} of {found['asked']}"]
             for kind, found in record["results"]["kinds"].items()]  # fmt: skip
     return report.table(["kind", "example", "held-out questions right"], rows)
+
+
+def format_masks(record: dict[str, Any]) -> str:
+    batches = list(next(iter(record["results"]["schemas"].values()))["step_ms"])
+    header = ["schema", "compiled in, ms", "mask of a token, µs", "mean", "p99",
+              *(f"sampling {n} at once, ms: free / held" for n in batches)]  # fmt: skip
+    masks = ("mask_us", "mask_us_mean", "mask_us_p99")
+    rows = [
+        [name, f"{found['compile_ms']:.1f}", *(f"{found[key]:.0f}" for key in masks),
+         *(f"{found['step_ms'][n]['free']:.2f} / {found['step_ms'][n]['held']:.2f}" for n in batches)]
+        for name, found in record["results"]["schemas"].items()
+    ]  # fmt: skip
+    return report.table(header, rows)
+
+
+def format_demo(record: dict[str, Any]) -> str:
+    rows = [[n, f"{best['free']:.0f}", f"{best['held']:.0f}", f"{best['held'] / best['free']:.2f}"]
+            for n, best in record["results"]["demo"].items()]  # fmt: skip
+    return report.table(["answers at once", "free, tokens/s", "held to a schema", "ratio"], rows)
+
+
+def page_time(record: dict[str, Any]) -> str:
+    places = [cost["tokens"] for cost in record["results"]["rows"][0]["at"]]
+    rows = [[row["kind"], *(f"{cost['task']:.2f} ({cost['script']:.2f})" for cost in row["at"])]
+            for row in record["results"]["rows"]]  # fmt: skip
+    return report.table(["an answer of", *(f"at {place:,} tokens, ms" for place in places)], rows)
 
 
 def online_serving(record: dict[str, Any]) -> str:
@@ -445,6 +471,8 @@ BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "kernel_cpu": (kernel_cpu, "kernel_cpu"), "convert_memory": (convert_memory, "convert_memory"),
     "quantised_memory": (quantised_memory, "quantised_memory"),
     "demo": (demo, "demo"), "numerics": (numerics, "demo"), "online_serving": (online_serving, "online_serving"),
+    "format_masks": (format_masks, "format_masks"), "format_demo": (format_demo, "format_masks"),
+    "page_time": (page_time, "page_time"),
     "offline_throughput": (offline_throughput, "offline_throughput"), "drafts": (drafts, "offline_throughput"),
     "check_speed": (check_speed, "check_speed"), "results": (results, "demo"),
     "compiled_reference": (compiled_reference, "compiled_reference"),
@@ -514,6 +542,8 @@ def made(name: str, folder: Path = ROOT) -> str:
         return str(checkpoints())
     if name in BY_NAME:
         function, file = BY_NAME[name]
+        if not (RESULTS / f"{file}.json").exists():
+            return f"Not measured yet: `python benchmarks/bench.py {file.replace('_', '-')}` does."
         record = read(file)
         text = function(record)
         return text if name in ("results", "numerics") else f"{text}\n\n{source(file, record, folder)}"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from lib import forms, llama_side, peers, race, timing
+from lib import forms, llama_side, peers, race, report, timing
 from lib.forms import Engine
 from lib.llama_side import Case as ForwardCase
 from lib.peers import Peer
@@ -23,6 +23,7 @@ from lib.timing import NoClock, Refused
 
 import bench
 import convert_memory
+import format_masks
 import kernel_cpu
 import kernel_gpu
 import lane_throughput
@@ -412,6 +413,26 @@ def test_the_documents_hold_the_committed_figures(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
     assert tables.main() == 0, capsys.readouterr().out
     assert sum(path.read_text().count("<!-- table: ") for path in tables.DOCUMENTS) > 8
+
+
+def test_what_formats_and_the_page_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo held to a schema, and the tables: one without its file says how to get it."""
+    found = format_masks.demo([2], turns=1)
+    assert set(found) == {"2"} and min(found["2"].values()) > 0
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.made("page_time") == "Not measured yet: `python benchmarks/bench.py page-time` does."
+    report.save(str(tmp_path / "format_masks.json"), {
+        "schemas": {"any": {"compile_ms": 1.25, "mask_us": 16.1, "mask_us_mean": 20, "mask_us_p99": 300,
+                            "step_ms": {"8": {"free": 0.5, "held": 0.75}}}},
+        "demo": {"8": {"free": 1000.0, "held": 800.0}},
+    })  # fmt: skip
+    assert tables.made("format_masks").splitlines()[2] == "| any | 1.2 | 16 | 20 | 300 | 0.50 / 0.75 |"
+    assert tables.made("format_demo").splitlines()[2] == "| 8 | 1000 | 800 | 0.80 |"
+    rows = [{"kind": "a list", "at": [{"tokens": 100, "task": 1.0, "script": 0.25}, {"tokens": 4000, "task": 2, "script": 1}]}]
+    report.save(str(tmp_path / "page_time.json"), {"rows": rows})
+    assert tables.made("page_time").splitlines()[:3:2] == [
+        "| an answer of | at 100 tokens, ms | at 4,000 tokens, ms |", "| a list | 1.00 (0.25) | 2.00 (1.00) |"
+    ]  # fmt: skip
 
 
 def test_a_table_that_differs_or_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
