@@ -1,9 +1,12 @@
 """Structured output over HTTP, by openai's client: schemas, strict tools, choices of tools; in streams and in files."""
 
 import json
+import random
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +20,7 @@ from engine.engine import Engine
 from serving.formats import answer_format
 from serving.schema import ChatBody, FieldError, parse
 from support import processes as launch
-from support.formats import marker_tokens, tools_template
+from support.formats import marker_tokens, random_schemas, tools_template
 from support.http_server import GENEROUS, RunningServer, serving
 from support.tiny_tokenizer import TEMPLATE, write_tokenizer
 from text.parser import MARKERS
@@ -145,6 +148,79 @@ def test_choices_of_tools(caller: tuple[RunningServer, openai.OpenAI]) -> None:
     parsed = client.chat.completions.parse(**asked | {"tools": [tool]}, tool_choice="required", parallel_tool_calls=False, seed=2)
     (call,) = parsed.choices[0].message.tool_calls or []
     assert isinstance(call.function.parsed_arguments, Weather)
+
+
+def asked(schema: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """A request that is held to a schema in one of the ways there are."""
+    arguments = {"type": "object", "properties": {"a": schema}, "required": ["a"], "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "f", "parameters": arguments, "strict": True}}
+    ways: list[dict[str, Any]] = [
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": draw.random() < 0.5}}},
+        {"response_format": {"type": "json_object"}},
+        {"tools": [tool, NOW], "tool_choice": "required", "parallel_tool_calls": draw.random() < 0.5},
+        {"tools": [NOW, tool], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        {"tools": [tool], "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}},
+    ]
+    return draw.choice(ways) | {
+        "messages": [{"role": "user", "content": draw.choice("abc") * draw.randint(1, 80)}], "temperature": draw.choice([0, 0.7, 1.5]),
+        "max_tokens": 150, "n": draw.choice([1, 1, 2]), "stream": draw.random() < 0.5, "seed": draw.randrange(1000),
+    }  # fmt: skip
+
+
+def choices_of(said: Any) -> list[tuple[str, list[list[str]], str]]:
+    """(content, [name, arguments] of each call, why it ended) of each choice, streamed or whole."""
+    if not isinstance(said, str):
+        return [(c["message"]["content"] or "", [[call["function"]["name"], call["function"]["arguments"]] for call in c["message"].get("tool_calls", [])],
+                 c["finish_reason"]) for c in said["choices"]]  # fmt: skip
+    found: dict[int, list[Any]] = {}
+    assert said.endswith("data: [DONE]\n\n")
+    for part in (c for line in said.split("\n") if line.startswith("data: {") for c in json.loads(line[6:])["choices"]):
+        choice = found.setdefault(part["index"], ["", [], None])
+        choice[0] += part["delta"].get("content") or ""
+        for call in part["delta"].get("tool_calls", []):
+            if "id" in call:
+                choice[1].append([call["function"]["name"], ""])
+            choice[1][call["index"]][1] += call["function"]["arguments"]
+        choice[2] = part["finish_reason"] or choice[2]
+    return [(content, calls, why) for content, calls, why in found.values()]
+
+
+@pytest.mark.parametrize("n", [20, pytest.param(1700, marks=[pytest.mark.trust, pytest.mark.timeout(3600)])])
+def test_every_answer_validates(caller: tuple[RunningServer, openai.OpenAI], n: int) -> None:
+    """Random schemas for content and for calls, greedy and sampled, drafted, streamed and whole, among each other."""
+    running, draw = caller[0], random.Random(n)
+    names = running.on_engine(lambda engine: [engine.tokenizer.name(t) for t in range(3, 259)])
+    biases = {str(t): -20.0 if name.isspace() else 4.0 for t, name in enumerate(names, 3) if name.isspace() or name in (b"}", b"]", b'"')}
+    schemas = random_schemas(n)
+    bodies = [asked(schema, draw) | {"logit_bias": biases} for schema in schemas]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda body: running.send("POST", CHAT, body), bodies))
+    checker, ended, refused = jsonschema.FormatChecker(["date", "uuid", "ipv4"]), Counter[str](), 0
+    for schema, body, (status, _, said) in zip(schemas, bodies, answers, strict=True):
+        if status == 400:
+            assert "nsatisfiable" in said["error"]["message"], (body, said)
+            refused += 1
+            continue
+        assert status == 200, (body, said)
+        for content, calls, why in choices_of(said):
+            ended[why] += 1
+            if why == "length":
+                continue
+            assert (why == "tool_calls") == bool(calls) and not (calls and content), (body, content, calls)
+            assert calls or not body.get("tool_choice"), (body, content)
+            assert len(calls) <= 1 or body.get("parallel_tool_calls", "tool_choice" not in body), (body, calls)
+            for name, arguments in calls:
+                value = json.loads(arguments)
+                assert name in ("f", "now") and isinstance(value, dict)
+                if name == "f":
+                    jsonschema.Draft202012Validator(schema, format_checker=checker).validate(value["a"])
+            if not calls:
+                wanted = schema if body["response_format"]["type"] == "json_schema" else {"type": "object"}
+                jsonschema.Draft202012Validator(wanted, format_checker=checker).validate(json.loads(content))
+    assert set(ended) <= {"stop", "length", "tool_calls"} and min(ended["stop"], ended["tool_calls"]) > n / 5, ended
+    assert refused < n / 10
+    drafted = running.on_engine(lambda engine: engine.stats.accepted)
+    assert sum(drafted) > 0
 
 
 @pytest.mark.parametrize(

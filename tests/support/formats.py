@@ -1,9 +1,11 @@
-"""Answers that a grammar allows, at random; and templates whose models write calls."""
+"""Schemas, and answers that a grammar allows, at random; and templates whose models write calls."""
 
 import random
 from typing import Any
 
 import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from text.grammar import Grammar, Grammars
 from text.parser import MARKERS, ChatParser, Content, Piece, Reasoning, ToolCallArguments, ToolCallStart
@@ -65,3 +67,59 @@ def parsed(grammars: Grammars, tokens: list[int], thinking: bool = False) -> tup
         else:
             said[type(piece)] += piece.text
     return said[Reasoning], said[Content], calls
+
+
+# --- random schemas --------------------------------------------------------------------------------------------------
+
+NAMES = st.sampled_from(["a", "b", "long name", "é", '"'])
+
+
+def numbers(kind: str) -> st.SearchStrategy[dict[str, Any]]:
+    bounds = st.tuples(st.integers(-50, 50), st.integers(0, 50)).map(lambda b: {"minimum": b[0], "maximum": b[0] + b[1]})
+    return st.one_of(st.just({}), bounds, st.just({"exclusiveMinimum": 3}), st.just({"multipleOf": 5} if kind == "integer" else {})).map(
+        lambda more: {"type": kind, **more}
+    )
+
+
+LEAVES = st.one_of(
+    numbers("integer"),
+    numbers("number"),
+    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": ["string", "null"]}, {"const": {"x": [1, None]}}, {}]),
+    st.lists(st.sampled_from(["red", "grün", 1, None, True]), min_size=1, max_size=4, unique_by=repr).map(lambda e: {"enum": e}),
+    st.tuples(st.integers(0, 4), st.integers(0, 5)).map(lambda n: {"type": "string", "minLength": n[0], "maxLength": n[0] + n[1]}),
+    st.sampled_from(["^[a-c]{2,4}$", "^x+y?$", r"^\d{3}-\d{2}$"]).map(lambda p: {"type": "string", "pattern": p}),
+    st.sampled_from(["date", "uuid", "ipv4"]).map(lambda f: {"type": "string", "format": f}),
+)
+
+
+def larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    def an_object(found: tuple[dict, list, Any]) -> dict:
+        properties, required, additional = found
+        made: dict = {"type": "object", "properties": properties, "required": [name for name in properties if name in required]}
+        return made if additional is None else made | {"additionalProperties": additional}
+
+    return st.one_of(
+        st.tuples(st.dictionaries(NAMES, inner, max_size=4), st.lists(NAMES), st.one_of(st.none(), st.just(False), inner)).map(an_object),
+        st.tuples(inner, st.integers(0, 2), st.integers(0, 2)).map(
+            lambda a: {"type": "array", "items": a[0], "minItems": a[1], "maxItems": a[1] + a[2]}
+        ),
+        st.lists(inner, min_size=1, max_size=3).map(lambda s: {"anyOf": s}),
+        st.lists(inner, min_size=1, max_size=2).map(lambda s: {"type": "array", "prefixItems": s, "items": False}),
+    )
+
+
+SCHEMAS = st.recursive(LEAVES, larger, max_leaves=6)
+
+
+def random_schemas(n: int) -> list[dict[str, Any]]:
+    """The same ones every time."""
+    found: list[dict[str, Any]] = []
+
+    @settings(max_examples=n, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(SCHEMAS)
+    def collect(schema: dict[str, Any]) -> None:
+        found.append(schema)
+
+    collect()
+    return found
