@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cli.batch_files import conversation
 from cli.terminal import Terminal
 from core.errors import UserError
-from text.parser import ChatFormat
+from text.chat_format import ChatFormat
 
 if TYPE_CHECKING:
     from core.sampling_params import SamplingParams

@@ -34,8 +34,8 @@ from engine.stats import Stats
 from engine.step_rows import StepRows
 from model import Transformer
 from parallel.group import SOLO, Group
+from text.chat_format import ChatFormat
 from text.grammar import Grammar
-from text.parser import ChatFormat
 from text.tokenizer import Tokenizer
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from engine.sampler import isolate_request_errors
 from engine.sampling import Logprob
 from engine.scheduler import Scheduler
 from engine.stats import Stats
-from text.parser import ChatFormat
+from text.chat_format import ChatFormat
 from text.tokenizer import Tokenizer
 
 REMEMBERED = 1 << 16  # beginnings of prompts
@@ -99,7 +99,7 @@ def decode_request(about: bytes, prompt: list[int], tokenizer: Tokenizer | None)
     said = json.loads(about)
     request = Request(said["id"], prompt, SamplingParams.from_json(said["params"]), said["choice"])
     request.opens_thinking = said["thinking"]
-    request.chat = said["chat"] and ChatFormat(**said["chat"])
+    request.chat = said["chat"] and ChatFormat.from_json(said["chat"])
     request.detokenizer = tokenizer.stream() if tokenizer else None
     return request
 

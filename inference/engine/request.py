@@ -13,8 +13,9 @@ from core.errors import UserError
 from core.sampling_params import SamplingParams
 from engine.constraint import Constraint
 from engine.sampling import Draft, Logprob, SamplingState
+from text.chat_format import ChatFormat
 from text.detokenizer import Detokenizer
-from text.parser import ChatFormat, ChatParser, Content, Reasoning
+from text.parser import ChatParser, Content, Reasoning
 from text.tokenizer import Tokenizer
 
 Prompt = str | list[int] | list[dict]  # raw text, token ids, or chat messages

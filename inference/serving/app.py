@@ -26,7 +26,7 @@ from serving.responses_events import ResponsesReply
 from serving.responses_request import plan_response
 from serving.streams import Streamed, token_counts, until_gone
 from serving.tokens import detokenize, tokenize
-from text.parser import tool_style
+from text.chat_format import tool_style
 
 T = TypeVar("T")
 PREFIXES = ("/v1", "", "/beta")  # of the API's routes: what clients' base URLs end with

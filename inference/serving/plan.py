@@ -15,9 +15,10 @@ from core.sampling_params import SamplingParams
 from serving.errors import ApiError
 from serving.formats import answer_format
 from serving.schema import Body, ChatBody, CompletionBody, FieldError, Sampled, parse, shown
+from text.chat_format import ChatFormat
 from text.grammar import Grammar
+from text.keyed_calls import text_parameters
 from text.limits import TooLong
-from text.parser import ChatFormat
 from text.tokenizer import NoThinkingSwitch, Tokenizer
 
 MAX_VALUES = 1 << 20  # in one body: making Python objects of it holds all other threads up
@@ -66,7 +67,8 @@ def plan_chat(data: dict[str, Any], served: Served, asked: dict[str, Any] | None
     prompt = encode_messages(body, served)
     format, grammar = compile_format(body, served)
     params = sampling_params(body, served, [prompt], "messages", format)
-    return Plan(body, [prompt], params, ChatFormat(served.tool_style, body.offers_tools), grammar, asked)
+    texts = text_parameters((tool.function.name, tool.function.parameters) for tool in body.tools)
+    return Plan(body, [prompt], params, ChatFormat(served.tool_style, body.offers_tools, texts), grammar, asked)
 
 
 def encode_messages(body: ChatBody, served: Served, add_generation_prompt: bool = True) -> list[int]:
@@ -77,7 +79,7 @@ def encode_messages(body: ChatBody, served: Served, add_generation_prompt: bool 
     tools = [tool.given for tool in body.tools] if body.offers_tools else None
     if tools and served.tool_style is None and served.tokenizer.knows_tools:
         raise ApiError("tools are not supported: this model writes its calls in a way that is not known (known: V3's, "
-                       "R1's, V3.1's and Kimi-K2's)", "tools")  # fmt: skip
+                       "R1's, V3.1's, Kimi-K2's and GLM's)", "tools")  # fmt: skip
     if tools and (served.tool_style is None or not served.tokenizer.knows_tools):
         raise ApiError("tools are not supported: this checkpoint's chat template offers none to the model; a "
                        "chat_template.jinja beside its weights that does would be used instead", "tools")  # fmt: skip

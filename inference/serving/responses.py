@@ -17,7 +17,8 @@ from serving.engine_thread import Answer, Update
 from serving.errors import ApiError
 from serving.plan import Plan, Served
 from serving.schema import ChatBody, CompletionBody
-from text.parser import ChatFormat, Content, Piece, Reasoning, ToolCallStart
+from text.chat_format import ChatFormat
+from text.parser import Content, Piece, Reasoning, ToolCallStart
 from text.tokenizer import Tokenizer
 
 Part = dict[str, Any]  # one entry of a chunk's `choices`

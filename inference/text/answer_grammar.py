@@ -115,7 +115,7 @@ def _calls(
         return f"<[{found}]>"
 
     if style not in _CALLS:
-        raise FormatError("tools", "calls of this model cannot be held to a form: how it writes them is not known")
+        raise FormatError("tools", "calls cannot be held to a form in the way that this model writes them")
     head, after_name, end, between = _CALLS[style]
     separator = control(markers.separator)
     alternatives, rules = [], []

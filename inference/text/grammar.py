@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from core.answer_format import ANY_OBJECT, AnswerFormat, FormatError
 from core.errors import UserError
 from text.answer_grammar import answer_grammar, check_schemas, children, json_rule, schemas
+from text.chat_format import tool_style
 from text.conversation import THINK_END
-from text.parser import MARKERS, Markers, tool_style
+from text.parser import MARKERS, Markers
 from text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

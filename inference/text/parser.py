@@ -11,7 +11,7 @@ An answer is `reasoning</think>content` and then, where tools were offered, call
 and V3.1 writes `<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{…}<｜tool▁call▁end｜>` with nothing between two calls. Each at
 times writes the other's form, a fence that is not quite one, or none. Kimi-K2 writes
 `<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>{…}<|tool_call_end|>`, in which the call's id precedes
-its arguments: calls are numbered through the whole conversation.
+its arguments: calls are numbered through the whole conversation. GLM writes each argument apart (keyed_calls.py).
 
 Only control tokens are markers; text spelled alike is text. No control token is ever content or reasoning. How ordinary
 text is cut into pieces makes no difference. Whitespace around markers is layout and is dropped. Arguments come out as
@@ -33,7 +33,7 @@ from text.conversation import THINK, THINK_END
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, CALL_END, SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 
-Style = Literal["v3", "v3.1", "kimi"]
+Style = Literal["v3", "v3.1", "kimi", "glm"]
 LONGEST_HEAD = 512  # characters; anything longer is no call
 
 
@@ -100,28 +100,6 @@ class ToolCallArguments:
 Piece = Reasoning | Content | ToolCallStart | ToolCallArguments
 
 
-def tool_style(chat_template: str) -> Style | None:
-    """How the model of this chat template writes tool calls; None if the template knows none."""
-    if KIMI.call_begin in chat_template:
-        return "kimi"
-    if CALL_BEGIN not in chat_template:
-        return None
-    return "v3" if re.search(f"{SEPARATOR}[^<]*```json", chat_template) else "v3.1"
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """How the answer to a conversation is read: the style of its calls (see `tool_style`), and whether to look for
-    any."""
-
-    style: str | None = None
-    tools: bool = False
-
-    def parser(self, thinking: bool) -> "ChatParser":
-        """`thinking`: the prompt already opened <think>."""
-        return ChatParser(self.style, thinking, self.tools)
-
-
 class ChatParser:
     """Takes an answer piece by piece and returns what each completes."""
 
@@ -131,7 +109,7 @@ class ChatParser:
         if style is not None and style not in HEADS:
             raise ValueError(f"tool style {style!r}, expected one of {', '.join(HEADS)} or None")
         self.has_reasoning = thinking  # whether the answer begins with reasoning, even an empty one
-        self._heads = HEADS[style] if style and tools else ()
+        self._heads, self._seeks_calls = HEADS[style] if style else (), bool(style and tools)
         self._markers = MARKERS[style] if style else Markers()
         self._layout = ""  # characters dropped until others come
         self._withheld = ""  # trailing characters that are layout if a marker follows
@@ -177,7 +155,7 @@ class ChatParser:
         if is_control:
             if text == THINK_END:
                 self._state, self._layout, self._withheld = self._content, "\n", ""
-            elif self._heads and text == self._markers.call_begin:
+            elif self._seeks_calls and text == self._markers.call_begin:
                 self._begin_call()
             return []
         text = (self._withheld + text).lstrip(self._layout)
@@ -201,7 +179,7 @@ class ChatParser:
 
     def _expected(self) -> tuple[str, ...]:
         """The markers that have a meaning here."""
-        if not self._heads:
+        if not self._seeks_calls:
             return ()
         begin = (self._markers.calls_begin, self._markers.call_begin)
         return (*begin, self._markers.calls_end) if self._in_calls else begin

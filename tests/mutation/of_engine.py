@@ -280,7 +280,7 @@ MUTANTS = (
      "if False:",
      "serving/test_http_answers.py::test_stop_texts_match_in_content_only", "a stop text in the reasoning ends the answer"),
     ("engine-lanes-forget-the-chat", "engine/lanes.py",
-     'request.chat = said["chat"] and ChatFormat(**said["chat"])',
+     'request.chat = said["chat"] and ChatFormat.from_json(said["chat"])',
      "request.chat = None",
      "serving/test_http_answers.py::test_lanes_know_how_a_conversations_answer_is_read", "in another lane stop texts match in the reasoning"),
     ("engine-a-token-unasked", "engine/sampler.py",

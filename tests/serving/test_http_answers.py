@@ -22,7 +22,8 @@ from serving.plan import Plan
 from support import processes as launch
 from support.http_server import GENEROUS, RunningServer, serving
 from support.tiny_tokenizer import EOS, write_tokenizer
-from text.parser import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, ChatFormat
+from text.chat_format import ChatFormat
+from text.parser import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 from text.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, THINK, THINK_END, Tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -41,6 +41,7 @@ from support import processes as launch
 from support.http_server import GENEROUS, Gate, RunningServer, await_that, serving
 from support.server_process import Process, server_command
 from support.tiny_tokenizer import TEMPLATE, write_tokenizer
+from text import keyed_calls as keyed
 from text.parser import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, KIMI, MARKERS, SEPARATOR
 
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
@@ -280,6 +281,48 @@ def test_tools(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         plain = client.chat.completions.create(**asked, tool_choice="none").choices[0]
         assert plain.message.tool_calls is None and plain.message.content.endswith("".join(run for run in runs if run not in control))
         assert "add" in tokenizer.render_chat(asked["messages"], tools=tools)
+
+
+# In GLM-4.7's form: arguments one by one, which the template takes apart itself.
+GLM_TEMPLATE = (
+    "{{ bos_token }}{% if tools %}{{ tools | tojson }}<tool_call>name<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' ~ m.content }}{% elif m.role == 'tool' %}{{ '[' ~ m.content ~ ']' }}"
+    "{% else %}{{ '<｜Assistant｜>' ~ (m.content or '') }}{% for call in m.tool_calls or [] %}{{ '<tool_call>' ~ call.function.name }}"
+    "{% for key, value in call.function.arguments.items() %}<arg_key>{{ key }}</arg_key><arg_value>"
+    "{{ value if value is string else value | tojson }}</arg_value>{% endfor %}</tool_call>{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}"
+)
+
+
+def test_calls_of_keys_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, streamed, and sent back with a result; what cannot be held to a form in this style is refused."""
+    launch.make_tiny(tmp_path)
+    begin, end, (key, key_end, value, value_end) = keyed.GLM.call_begin, keyed.GLM.call_end, (keyed.KEY, keyed.KEY_END, keyed.VALUE, keyed.VALUE_END)
+    write_tokenizer(tmp_path, GLM_TEMPLATE, (begin, end, key, key_end, value, value_end))
+    engine = Engine.from_pretrained(tmp_path, dtype="float32", max_model_len=900, n_pages=PAGES)
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
+    written = ("I add.", begin, "add", key, "a", key_end, value, "7", value_end, key, "b", key_end, value, "[8]", value_end, end)
+    script = [t for part in written for t in ([tokenizer.control_id(part)] if tokenizer.control_id(part) else tokenizer._encode_plain(part))] + [1]
+    monkeypatch.setattr(sampler, "verify", lambda logits, asks: [[script[len(a.tokens) - a.n_prompt]] for a in asks])
+    schema = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "array"}}}
+    tools: Any = [{"type": "function", "function": {"name": "add", "parameters": schema}}]
+    messages: Any = [{"role": "user", "content": "hi"}]
+    with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=GENEROUS) as client:
+        asked: Any = dict(model="model", messages=messages, tools=tools)
+        (choice,) = client.chat.completions.create(**asked).choices
+        (call,) = choice.message.tool_calls
+        assert (choice.finish_reason, choice.message.content, call.function.name) == ("tool_calls", "I add.", "add")
+        assert json.loads(call.function.arguments) == {"a": "7", "b": [8]}
+        parts = [chunk.choices[0].delta.tool_calls for chunk in client.chat.completions.create(**asked, stream=True)]
+        assert "".join(part.function.arguments for found in parts for part in found or []) == call.function.arguments
+        messages += [choice.message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "15"}]
+        again = client.chat.completions.create(**asked)
+        assert again.choices[0].finish_reason == "tool_calls"
+        rendered = tokenizer.render_chat([*messages], tools=tools)
+        assert "<tool_call>add<arg_key>a</arg_key><arg_value>7</arg_value><arg_key>b</arg_key><arg_value>[8]</arg_value></tool_call>[15]" in rendered
+        with pytest.raises(openai.BadRequestError, match="cannot be held to a form in the way that this model writes them"):
+            client.chat.completions.create(**asked, tool_choice="required")
 
 
 def test_tools_whose_calls_could_not_be_read(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_a_vocabulary_without_the_markers(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="the vocabulary has no token <｜tool"):
         Grammars(Tokenizer(tmp_path, TINY), TINY).compile(AnswerFormat(None, TOOLS))
     write_tokenizer(tmp_path, TEMPLATE)
-    with pytest.raises(FormatError, match="how it writes them is not known"):
+    with pytest.raises(FormatError, match="cannot be held to a form in the way"):
         Grammars(Tokenizer(tmp_path, TINY), TINY).compile(AnswerFormat(None, TOOLS))
 
 

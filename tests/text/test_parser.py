@@ -14,6 +14,7 @@ from test_tokenizer import BOS, EOS, VOCAB_SIZE, real_folder
 from core.sampling_params import SamplingParams
 from engine.request import Request, TokenEvent
 from text import parser as chat
+from text.chat_format import ChatFormat, tool_style
 from text.parser import (
     CALL_BEGIN,
     CALL_END,
@@ -21,14 +22,12 @@ from text.parser import (
     CALLS_END,
     KIMI,
     SEPARATOR,
-    ChatFormat,
     ChatParser,
     Content,
     Piece,
     Reasoning,
     ToolCallArguments,
     ToolCallStart,
-    tool_style,
 )
 from text.tokenizer import Tokenizer
 
