@@ -484,6 +484,8 @@ class Transformer(nn.Module):
                 if args.tie_word_embeddings:
                     self.head.weight = self.embed.weight
             self.register_buffer("inv_freq", yarn_frequencies(args), persistent=False)
+        for parameter in self.parameters():
+            ops.use_huge_pages(parameter)
 
     def prepare(self) -> "Transformer":
         """Call after loading: splits and dequantises wkv_b, has the backend pack all weights. Returns self."""
@@ -510,7 +512,9 @@ class Transformer(nn.Module):
             width, dtype = packed_latent_bytes(args.kv_lora_rank, args.qk_rope_head_dim), torch.uint8
         else:
             width, dtype = args.latent_dim, self.num.dtype
-        return torch.zeros(*shape, width, dtype=dtype, device=self.device)
+        cache = torch.zeros(*shape, width, dtype=dtype, device=self.device)
+        self.ops.use_huge_pages(cache)
+        return cache
 
     @property
     def page_bytes(self) -> int:

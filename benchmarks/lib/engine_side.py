@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from lib.timing import reason
 
 from checkpoint.directory import Checkpoint, choose_args
 from checkpoint.load import load_into
-from core.batch import Batch
 from core.run_config import PAGE_SIZE, RunConfig
-from engine import rank_memory, setup
+from engine import rank_memory, recorded_steps, setup
 from engine.choose_numerics import choose_numerics
+from engine.runner import ModelRunner
 from model import Transformer
+from ops.cpu.recording import Scratch
 
 
 class Side:
@@ -46,7 +48,10 @@ class Side:
         seconds = time.perf_counter() - began
         self.rank = setup.rank_of(self.model)
         self.step = run.max_num_batched_tokens
-        self.cache = self.model.new_cache(-(-room // PAGE_SIZE))
+        run = replace(run, max_model_len=room, n_pages=-(-room // PAGE_SIZE))
+        recorded = recorded_steps.records(self.rank, run)
+        scratch = Scratch(recorded_steps.scratch_bytes(self.rank, run)) if recorded else None
+        self.runner = ModelRunner(self.model, run, None, False, scratch)
         self.tokens = torch.Generator().manual_seed(1)
         return {
             "load_s": seconds, "numerics": says,
@@ -69,10 +74,11 @@ class Side:
         some = max(self.step // sequences, 1)
 
         def forward(first: int, last: int) -> None:
-            rows = [(ids[i][first:last], first, pages[i]) for i in range(sequences)]
-            hidden = self.model(Batch.pack(rows), self.cache)
+            step = self.runner.run([(ids[i][first:last], first, pages[i]) for i in range(sequences)])
+            assert step is not None
             if last >= prompt:
-                self.model.logits(hidden[last - first - 1 :: last - first]).argmax(-1).tolist()
+                ends = range(last - first - 1, sequences * (last - first), last - first)
+                step.scores(ends, self.runner.logits).read()
 
         began = time.perf_counter()
         for first in range(0, prompt, some):

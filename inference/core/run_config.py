@@ -66,7 +66,7 @@ class RunConfig:
         "K",
     )
     deterministic: bool = flag(False, "bitwise the same logits for a prompt in any batch; slower")
-    eager: bool = flag(False, "no CUDA graphs: starts sooner, decodes slower")
+    eager: bool = flag(False, "decode steps are not recorded: starts sooner, decodes slower")
     verify: bool = flag(False, "first compare the checkpoint with the hashes in its manifest")
     threads: int | None = flag(None, "CPU threads a rank (default: the cores over the host's ranks)", "N", agreed=False)
     timeout: float = flag(

@@ -18,10 +18,10 @@ import torch
 from core.errors import UserError, describe
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
-from engine import setup
+from engine import graphs, recorded_steps, setup
 from engine.constraint import Constraints
 from engine.exchange import STOP, unpack
-from engine.graphs import Capture, cuda_capture, records
+from engine.graphs import Capture
 from engine.lanes import Dispatcher, LaneState, add_stats, apply_reports, decode_request
 from engine.microbatches import Microbatches
 from engine.registry import RequestRegistry
@@ -33,6 +33,7 @@ from engine.scheduler import Chunk, Scheduler, Sequence
 from engine.stats import Stats
 from engine.step_rows import StepRows
 from model import Transformer
+from ops.cpu.recording import Scratch
 from parallel.group import SOLO, Group
 from text.chat_format import ChatFormat
 from text.grammar import Grammar
@@ -72,15 +73,19 @@ class Engine:
         self.model, self.tokenizer, self.tp, self.dp = model, tokenizer, model.tp, model.dp
         assert world is not None or self.dp.size * run.pp == 1, "lanes and stages need the group of all ranks"
         self.world = self.tp if world is None else world
-        if capture is None and not run.eager and records(setup.rank_of(model).gpu, model.num.dtype):
-            capture = cuda_capture()
-        self.run = run = setup.size_cache(run, model, capture is not None, pp)
+        rank = setup.rank_of(model)
+        if capture is None and not run.eager and graphs.records(rank.gpu, model.num.dtype):
+            capture = graphs.cuda_capture()
+        calls = capture is None and recorded_steps.records(rank, run)
+        self.run = run = setup.size_cache(run, model, calls or capture is not None, pp)
         assert run.n_pages is not None and run.max_model_len is not None
         self.mtp, self.max_model_len = run.mtp, run.max_model_len
         self.constraints = None if tokenizer is None else Constraints(tokenizer, model.args.vocab_size)
         no_states = torch.empty(0, model.args.dim, dtype=model.num.dtype, device=model.device)
         self.microbatches = Microbatches(run, pp, no_states)
-        self.runner = ModelRunner(model, self.microbatches.config, capture, progress and self.world.rank == 0)
+        scratch = Scratch(recorded_steps.scratch_bytes(rank, run)) if calls else None
+        shows = progress and self.world.rank == 0
+        self.runner = ModelRunner(model, self.microbatches.config, capture, shows, scratch)
         self._stats = Stats(drafted=[0] * run.mtp, accepted=[0] * run.mtp)
         self._others: list[LaneState] = []  # rank 0: of the other lanes, after the last step
         self.default_params = SamplingParams()  # of requests that bring none

@@ -13,7 +13,7 @@ from checkpoint.partition import Partition, choose_experts
 from checkpoint.table import has_experts
 from core.errors import UserError
 from core.run_config import PAGE_SIZE, AskedLayout, RunConfig
-from engine import graphs
+from engine import graphs, recorded_steps
 from engine.rank_memory import ROUTED, weight_bytes
 from engine.rank_memory import RankSpec as RankSpec
 from engine.rank_memory import page_bytes as page_bytes
@@ -82,10 +82,12 @@ def _packing(rank: RankSpec, parts: dict[tuple[bool, str], int]) -> int:
 
 
 def _graphs(rank: RankSpec, config: RunConfig) -> int:
-    """What recorded decode steps keep to themselves: a page; the tensors of the largest step; what all of them share,
-    the input hidden states, the block table, and logits with the choice among them; and of each number of sequences its
-    result and the inputs that are copied into it; once for the main model, and for each way to draft. And the same of
-    a chunk of a prompt."""
+    """What recorded decode steps keep to themselves. On a CPU all their tensors, and memory to work in. On a GPU a
+    page; the tensors of the largest step; what all of them share, the input hidden states, the block table, and logits
+    with the choice among them; and of each number of sequences its result and the inputs that are copied into it; once
+    for the main model, and for each way to draft. And the same of a chunk of a prompt."""
+    if recorded_steps.records(rank, config):
+        return recorded_steps.kept_bytes(rank, config) + recorded_steps.scratch_bytes(rank, config)
     if config.eager or not graphs.records(rank.gpu, rank.num.dtype):
         return 0
     width = 1 + config.mtp

@@ -11,11 +11,14 @@ from core.run_config import PAGE_SIZE, RunConfig
 from engine import memory
 from engine.block_table import BlockTable
 from engine.graphs import CHUNK_KEYS, CHUNK_ROWS, Capture, Forward, Graphs, RecordedBuffers, records_chunks
+from engine.recorded_steps import RecordedSteps
 from engine.sampling import Scores
 from engine.scheduler import Chunk, Sequence
 from engine.step_rows import StepRows
 from model import Transformer
+from ops.cpu.recording import Scratch
 
+Recorder = Graphs | RecordedSteps  # of one forward
 # From sequences and what the MTP module says of their next tokens to their next drafts.
 Propose = Callable[[list[Sequence], Scores], list[int]]
 
@@ -24,24 +27,39 @@ class ModelRunner:
     """A model and its latent cache. Every rank of a lane calls the same methods with the same chunks, and all lanes run
     the same forwards together, each on its own chunks; one without any runs padding."""
 
-    def __init__(self, model: Transformer, run: RunConfig, capture: Capture | None, progress: bool):
-        """`run` with n_pages and max_model_len filled in; `capture` None records nothing; `progress` shows a bar."""
+    def __init__(
+        self,
+        model: Transformer,
+        run: RunConfig,
+        capture: Capture | None,
+        progress: bool,
+        scratch: Scratch | None = None,
+    ):
+        """`run` with n_pages and max_model_len filled in. `capture` records decode steps, with padding, and `progress`
+        shows a bar meanwhile; with `scratch`, to work in, they are recorded as lists of calls."""
         assert run.n_pages is not None
         self.model, self.mtp = model, run.mtp
         # with graphs or lanes one page more, for the latents of padding
         self.cache = model.new_cache(run.n_pages + (capture is not None or model.dp.size > 1))
-        self.step_graphs: list[Graphs] = []
-        self.draft_graphs: list[Graphs] = []  # the narrower first
+        self.step_graphs: list[Recorder] = []
+        self.draft_graphs: list[Recorder] = []  # the narrower first
         self.chunk_graph: Graphs | None = None
         self.table: BlockTable | None = None
         if capture is not None:
             self._record(run, capture, progress)
+        elif scratch is not None:
+            self.step_graphs = [RecordedSteps(self._step, run, scratch, self.logits)]
+            self.draft_graphs = [RecordedSteps(self._draft, run, scratch, self.logits)]
 
     def forward(self, chunks: list[Chunk], hidden: torch.Tensor | None = None) -> StepRows | None:
         """What forwards leave of all chunks' tokens, in order; writes their latents into the cache. None where no lane
         has a chunk. `hidden` (T, H): in a later stage of a pipeline, what the one before made of the same chunks."""
+        return self.run([chunk.slice for chunk in chunks], hidden)
+
+    def run(self, slices: list[SequenceSlice], hidden: torch.Tensor | None = None) -> StepRows | None:
+        """The same for the tokens themselves."""
         self.model.tp.partial_sums.clear()
-        return self._run(self._step, self.step_graphs, [chunk.slice for chunk in chunks], hidden)
+        return self._run(self._step, self.step_graphs, slices, hidden)
 
     def _step(self, batch: Batch, hidden: torch.Tensor | None) -> torch.Tensor:
         return self.model(batch, self.cache, hidden)
@@ -53,7 +71,7 @@ class ModelRunner:
     def _run(
         self,
         forward: Forward,
-        graphs: list[Graphs],
+        graphs: list[Recorder],
         slices: list[SequenceSlice],
         hidden: torch.Tensor | None = None,
     ) -> StepRows | None:
@@ -168,7 +186,7 @@ class ModelRunner:
             sequence.drafts.append(token)
 
     @property
-    def all_graphs(self) -> list[Graphs]:
+    def all_graphs(self) -> list[Recorder]:
         return [*self.step_graphs, *self.draft_graphs, *([self.chunk_graph] if self.chunk_graph else [])]
 
     def close(self) -> None:
@@ -205,8 +223,6 @@ class ModelRunner:
             self.chunk_graph = Graphs(
                 self._step, buffers, max_num_seqs=1, width=CHUNK_ROWS, padding_page=padding_page, capture=capture
             )
-        self.step_graphs.append(record(width, self._step, "decode steps"))
-        if not is_last:
-            return
-        for tokens in sorted({1, width} if run.mtp > 1 else {width} if run.mtp else ()):
-            self.draft_graphs.append(record(tokens, self._draft, "drafts"))
+        self.step_graphs = [record(width, self._step, "decode steps")]
+        drafts = sorted({1, width} if run.mtp > 1 else {width} if run.mtp else ()) if is_last else []
+        self.draft_graphs = [record(tokens, self._draft, "drafts") for tokens in drafts]

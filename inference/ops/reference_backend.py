@@ -34,6 +34,9 @@ class ReferenceBackend:
     # Weights, once after loading
     # ----------------------------------------------------------------------------------------------------------------
 
+    def use_huge_pages(self, memory: torch.Tensor) -> None:
+        """Asks for large pages under weights or latents that nothing was written to: fewer addresses to look up."""
+
     def pack_weight(self, w: Weight) -> Weight:
         """The weight of `linear` or `experts` in the layout that this backend multiplies. May overwrite w's data."""
         return w

@@ -57,6 +57,9 @@ class CompiledCpuBackend(CpuBackend):
         super().__init__(batch_invariant)
         self.units = not batch_invariant and kernels.may_use_units()
 
+    def use_huge_pages(self, memory: torch.Tensor) -> None:
+        kernels.use_huge_pages(memory)
+
     def pack_weight(self, w: Weight) -> Weight:
         """In panels of rows, which kernels.c reads at the memory's speed even for one token; of W8A8 as it is. A stack
         whose N is whole panels is packed in place."""

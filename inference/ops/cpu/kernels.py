@@ -23,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ import torch.nn.functional as F
 from core.batch import Batch
 from core.numerics import Form
 from ops.cpu.attention import lengths_of
+from ops.cpu.recording import active_recording
 from ops.formats import Routing, Weight
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -60,10 +63,10 @@ def serve(dtype: torch.dtype) -> bool:
 
 
 def _kernels() -> Any:
-    """The compiled kernels, which must exist."""
+    """The compiled kernels, which must exist. While a forward is recorded their calls are."""
     found = library()
     assert found is not None, why_not()
-    return found
+    return found if active_recording() is None else found.recorded
 
 
 def why_not() -> str:
@@ -112,12 +115,33 @@ def _mapped() -> str:
 
 def load(made: Path) -> Any:
     """Opens a library that `build` made and gives each function the types that the source declares."""
-    found = ctypes.CDLL(str(made))
+    found: Any = ctypes.CDLL(str(made))
+    found.recorded = SimpleNamespace()  # the same functions, whose calls are added to the active recording
     for result, name, arguments in re.findall(r"^(void|int64_t) (\w+)\(([^)]*)\) \{", _source(), re.MULTILINE):
         function = getattr(found, name)
         function.restype = {"void": None, "int64_t": ctypes.c_int64}[result]
         function.argtypes = [_argument(" ".join(a.split())) for a in arguments.split(",") if a != "void"]
+        if result == "void":
+            unchecked = found[name]  # takes arguments that are converted
+            unchecked.restype = None
+            setattr(found.recorded, name, partial(_record, unchecked, function.argtypes))
+        else:
+            setattr(found.recorded, name, function)
     return found
+
+
+def _record(function: Any, argtypes: list[Any], *args: Any) -> None:
+    recording = active_recording()
+    assert recording is not None
+    recording.call(function, argtypes, args)
+
+
+def _scratch(floats: int, numbers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """So many float32 and int64 for one call to work in."""
+    first = -(-floats // 16) * 16  # whole cache lines
+    nbytes, recording = 4 * first + 8 * numbers, active_recording()
+    held = torch.empty(nbytes, dtype=torch.uint8) if recording is None else recording.scratch.take(nbytes)
+    return held[: 4 * floats].view(torch.float32), held[4 * first :].view(torch.int64)
 
 
 def _source() -> str:
@@ -331,6 +355,10 @@ def packs(w: Weight) -> bool:
     return w.data.dtype in FORMS and columns % 2 == 0 and (rows == 1 or rows % panel_width() == 0)
 
 
+def use_huge_pages(memory: torch.Tensor) -> None:
+    _kernels().use_huge_pages(memory, memory.nbytes)
+
+
 def pack(w: torch.Tensor) -> Packed:
     """Packs bfloat16 w (N, K) or (E, N, K). A stack is packed in place where that is possible, which destroys w."""
     return pack_weight(Weight(w))
@@ -347,7 +375,7 @@ def pack_weight(w: Weight) -> Packed:
     is_stack = data.dim() == 3
     in_place = is_stack and is_packed_in_place(n, k)
     out = held.view(shape) if in_place else held.new_empty(shape)
-    _kernels().use_huge_pages(out, out.numel() * out.element_size())
+    use_huge_pages(out)
     threads = torch.get_num_threads()
     scratch = held.new_empty(threads, _even(k) // packing * width)
     has_nan = False
@@ -404,7 +432,7 @@ def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, units: bool = False) 
     pairs = units and x.dtype == torch.bfloat16 and may_use_pairs()
     chunk = tile_chunk_rows(k) if units and not pairs else chunk_rows(k, pairs)
     size = 0 if pairs and t == 1 and k % 2 == 0 else min(t, chunk) * _even(k) // (2 if pairs else 1)
-    scratch = x.new_empty(size, dtype=torch.float32) if size else None
+    scratch = _scratch(size)[0] if size else None
     flags = x.dtype == torch.float32, dtype == torch.float32
     threads = _threads(w.n * k)
     _kernels().linear(x, flags[0], t, x.stride(0), w.matrix, out, flags[1], scratch, chunk, units, threads)
@@ -444,7 +472,7 @@ def route(logits: torch.Tensor, bias: torch.Tensor | None, rule: Routing) -> tup
     ids = torch.empty(t, rule.top_k, dtype=torch.int64)
     groups = 1 if rule.topk_method == "greedy" else rule.n_groups
     threads = _threads(t * e)
-    scratch = logits.new_empty(threads, 2 * e + groups)
+    scratch, _ = _scratch(threads * (2 * e + groups))
     _kernels().route(
         logits.contiguous(), t, e, bias, rule.score_func == "sigmoid", groups, rule.n_limited_groups,
         rule.topk_method == "noaux_tc", rule.top_k, rule.normalise, rule.route_scale, weights, ids, scratch, threads,
@@ -469,9 +497,10 @@ def experts(
     x, (t, h), top = _rows(x), x.shape, ids.shape[1]
     assert w13.n % 2 == 0 and w13.n >= 2 * inter and w13.k == w2.n == h, (w13.n, w13.k, inter, w2.n, h)
     assert w13.is_stack and w2.is_stack and len(w13) == len(w2) and w2.k == inter, (w13.data.shape, w2.data.shape)
-    out, sums = torch.empty(t, h, dtype=x.dtype), torch.empty(t, h, dtype=torch.float32)
-    scratch = torch.empty(bundle_rows(t, top) * (_even(h) + w13.n + _even(inter)), dtype=torch.float32)
-    numbers = torch.empty(t * top + len(w13) + 1, dtype=torch.int64)
+    out = torch.empty(t, h, dtype=x.dtype)
+    floats = bundle_rows(t, top) * (_even(h) + w13.n + _even(inter))
+    scratch, numbers = _scratch(t * h + floats, t * top + len(w13) + 1)
+    sums, scratch = scratch.split([t * h, floats])
     shared = None if shared is None else shared.contiguous()
     _kernels().experts(
         x, t, x.stride(0), h, ids.contiguous(), weights.contiguous(), top, first, len(w13), w13.matrix, w2.matrix,
@@ -556,10 +585,10 @@ def mla(
     shape = "mla", most, n, c, r, threads, len(out)
     if shape not in batch.memo:  # all layers' are the same
         numbers = torch.empty(found.mla_numbers(len(batch.kv_lens), len(out)), dtype=torch.int64)
-        size = found.mla_floats(*lengths, len(batch.kv_lens), most, n, c, r, threads, numbers)
-        batch.memo[shape] = len(numbers), size
-    size, floats = batch.memo[shape]
-    numbers, scratch = torch.empty(size, dtype=torch.int64), torch.empty(floats, dtype=torch.float32)
+        ends = batch.kv_lens if active_recording() is None else torch.full_like(batch.kv_lens, batch.whole.longest_kv)
+        size = found.mla_floats(lengths[0], ends, len(batch.kv_lens), most, n, c, r, threads, numbers)
+        batch.memo[shape] = size, len(numbers)
+    scratch, numbers = _scratch(*batch.memo[shape])
     found.mla(
         q_nope, q_nope.stride(0), q_nope.stride(1), q_pe, latents, latents.shape[1], batch.pages.contiguous(),
         batch.pages.shape[1], *lengths, batch.positions, len(batch.kv_lens), most, n, dn, r, c, dv, w_uk, w_uv, scale,
@@ -584,6 +613,8 @@ def mla_prefill(
     found, (n, dn, c), dv, r = _kernels(), w_uk.shape, w_uv.shape[1], q_pe.shape[-1]
     assert latents.is_contiguous() and out.is_contiguous() and latents.shape[-1] == c + r
     q_nope, q_pe, pages, threads = _rows(q_nope), q_pe.contiguous(), batch.pages.contiguous(), torch.get_num_threads()
+    if batch.whole.longest_q <= most:
+        return
     bounds, lengths = lengths_of(batch)
     for b, length in enumerate(lengths):
         first, count = bounds[b], bounds[b + 1] - bounds[b]
