@@ -76,12 +76,16 @@ class RankSpec:
     @property
     def quantised_rows(self) -> frozenset[str]:
         """The rows of the table that stay quantised in memory."""
-        return quantised_rows(expected_tensors(self.args, False, self.mtp), self.num)
+        return _quantised(self.args, self._forms, self.mtp)
 
     @property
     def kinds(self) -> "Counter[_Kind]":
-        num = Numerics(gemm=self.num.gemm, projections=self.num.projections, exceptions=self.num.exceptions)
-        return _kinds(self.args, num, self.mtp, self.stage)
+        return _kinds(self.args, self._forms, self.mtp, self.stage)
+
+    @property
+    def _forms(self) -> Numerics:
+        """What the numerics say of weights, alone."""
+        return Numerics(gemm=self.num.gemm, projections=self.num.projections, exceptions=self.num.exceptions)
 
     @property
     def compiled(self) -> bool:
@@ -108,6 +112,11 @@ class _Kind(NamedTuple):
     leaf: str  # the last two words of the name
     spec: Spec
     form: Form | None
+
+
+@functools.lru_cache(maxsize=4)
+def _quantised(args: ModelArgs, num: Numerics, mtp: bool) -> frozenset[str]:
+    return quantised_rows(expected_tensors(args, False, mtp), num)
 
 
 @functools.lru_cache(maxsize=4)
