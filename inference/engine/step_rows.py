@@ -38,7 +38,7 @@ class StepRows:
         return Scores(parts)
 
     def _by_part(self, rows: Sequence[int] | None) -> list[tuple[Replayed, list[int]]]:
-        """Each part with some of the rows, in ascending order, and their numbers there; the first where none has any."""
+        """Each part with some of the rows, in ascending order, and their numbers there; the first where none has."""
         if len(self.parts) == 1:
             part = self.parts[0]
             return [(part, part.rows if rows is None else [part.rows[row] for row in rows])]
