@@ -464,6 +464,25 @@ def model(record: dict[str, Any]) -> str:
     return model_gpu.table(record["results"])
 
 
+def traps(record: dict[str, Any]) -> str:
+    """Every known mistake, and by what this engine with that mistake in it was seen through."""
+    results = record["results"]
+    lines = []
+    for name, about in results["mistakes"].items():
+        tried = [row for row in results["mutants"].values() if row["is"] == name]
+        named = [given for given in ("logits", "points") if any(row["named"][given][:1] == [name] for row in tried)]
+        says = "–" if not tried else " and ".join(named) or "nothing"
+        lines.append([f"`{name}`", about["says"], about["signature"], says])
+    return report.table(["mistake", "what is wrong", "where it shows first", "named by"], lines)
+
+
+def conformance(record: dict[str, Any]) -> str:
+    results = record["results"]
+    counts = [str(results[name]) for name in ("of", "fail", "named_by_logits", "named_by_points")]
+    header = ["mistakes put into this engine", "fail the suite", "named by logits alone", "named with all points given"]
+    return report.table(header, [counts])
+
+
 # A table's function and the file it reads.
 BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "cpu": (cpu, "cpu"), "cpu_forms": (cpu_forms, "cpu_forms"), "cpu_limits": (cpu_limits, "cpu_forms"),
@@ -484,6 +503,7 @@ BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "attention_balance": (attention_balance, "attention_counts"),
     "step_model": (step_model, "step_model"), "step_losses": (step_losses, "step_model"),
     "step_assumptions": (step_assumptions, "step_model"),
+    "traps": (traps, "conformance"), "conformance": (conformance, "conformance"),
 }  # fmt: skip
 
 
@@ -515,6 +535,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "memory-read": lambda: f"{read('kernel_cpu')['results']['read_gb_s']:.0f}",
     "listed-mutants": listed_mutants,
     "kinds-of-damage": kinds_of_damage,
+    "known-mistakes": lambda: str(read("conformance")["results"]["known"]),
     "long-tests": lambda: str(len(read("trust")["results"]["tests"])),
 }
 

@@ -29,7 +29,7 @@ sys.path.append(str(ROOT / "tests"))
 CPU_SECONDS = 150  # of processor time, for a mutant's tests together; nothing else that the machine does counts
 WAITING = 300  # seconds of wall time, for one of them: a bug may have it wait for ever
 CONTROL = "control "
-COPIED = ("inference", "tests", "benchmarks")  # the rest is linked
+COPIED = ("inference", "tests", "benchmarks", "conformance")  # the rest is linked
 LIBRARIES = (
     "torch", "torch.distributed", "triton", "transformers.models.deepseek_v2.modeling_deepseek_v2",
     "transformers.models.deepseek_v3.modeling_deepseek_v3", "transformers.modeling_layers", "safetensors.torch",

@@ -15,7 +15,7 @@ import pytest
 from support import processes as launch
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [p for folder in ("inference", "demo", "benchmarks", "figures", "deploy") for p in sorted((ROOT / folder).rglob("*.py"))]
+SOURCES = [p for folder in ("inference", "demo", "benchmarks", "figures", "deploy", "conformance") for p in sorted((ROOT / folder).rglob("*.py"))]
 OURS_TOP = {part for path in SOURCES for part in path.relative_to(ROOT).with_suffix("").parts[1:2]}
 PINNED = {
     line.split("==")[0].replace("-", "_")
@@ -89,6 +89,9 @@ ALLOWED = {  # file and finding: why
     ("benchmarks/page_time.py", "import support"): "the tests' browser and the server that it talks to",
     ("benchmarks/tables.py", "import support"): "the tests' catalogue of checkpoints, which a document shows",
     ("benchmarks/tables.py", "import mutation"): "the tests' list of mutants, whose number a document says",
+    ("conformance/check_port.py", "import subprocess"): "starts the command that its user names",
+    ("conformance/adapters/original_demo.py", "import importlib"): "loads the model.py of its user's own copy",
+    ("conformance/adapters/original_demo.py", "exec_module"): "runs that model.py, in a process of its own",
     ("figures/page.py", "import PIL"): "makes pictures small; comes with matplotlib",
     ("figures/page.py", "import support"): "the tests' browser and the server that it talks to",
     ("figures/benchmark.py", "import matplotlib"): "draws; pinned in requirements-dev.txt",
