@@ -113,7 +113,11 @@ class Request:
             left, text, is_control = self.detokenizer.push_apart(token)
             self._append_leftover(left)
         self.tokens.append(token)
-        self._append_pending(TokenEvent(token, text, is_control, drafted, logprob))
+        event = TokenEvent(token, text, is_control, drafted, logprob)
+        if not self.params.stop:
+            self.events.append(event)
+            return False
+        self._append_pending(event)
         return bool(self._pending) and self._record()
 
     def flush(self) -> None:

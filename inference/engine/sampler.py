@@ -79,8 +79,9 @@ class Sampler:
         states = []
         for chunk in chunks:
             request, n = self.requests[chunk.sequence.id], len(chunk.drafts)
-            del request.draft.tokens[n:], request.draft.q[n:]
-            states.append(self._sampling_state(chunk.sequence, request))
+            if self.n_drafts:
+                del request.draft.tokens[n:], request.draft.q[n:]
+            states.append(request.sampling_state or self._sampling_state(chunk.sequence, request))
         try:
             return verify(scores, states)
         except Exception:  # verified one by one, only the request at fault fails
@@ -89,7 +90,7 @@ class Sampler:
             works = [partial(verify, rows, [state]) for rows, state in zip(parts, states, strict=True)]
             return [(isolate_request_errors(*one) or [None])[0] for one in zip(requests, works, strict=True)]
         finally:
-            for state in states:
+            for state in states if self.n_drafts else ():
                 state.draft.clear()
 
     def _decide(
@@ -108,7 +109,7 @@ class Sampler:
         if params.max_new_tokens == 0:
             return [], "length"
         self.stats.sampled_steps += 1
-        for place, _ in enumerate(chunk.drafts):
+        for place in range(len(chunk.drafts)):
             self.stats.drafted[place] += place < len(tokens)  # those behind a rejected one were never looked at
             self.stats.accepted[place] += place + 1 < len(tokens)
         room = sequence.capacity - len(sequence.tokens)

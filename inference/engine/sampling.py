@@ -1,8 +1,9 @@
 """Sampling: from logits to tokens, with drafts verified by speculative sampling."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -86,7 +87,7 @@ class Columns(NamedTuple):
 
     temperature: torch.Tensor
     top_k: torch.Tensor
-    top_p: torch.Tensor
+    top_p: torch.Tensor  # infinite where it is 1
     min_p: torch.Tensor
     more: tuple[torch.Tensor, ...]  # what else the caller has of each row
 
@@ -95,7 +96,7 @@ class Columns(NamedTuple):
         cls, params: Sequence[SamplingParams], vocab: int, device: torch.device, *more: Sequence[float]
     ) -> "Columns":
         rows = [[p.temperature for p in params], [min(p.top_k or vocab, vocab) for p in params]]
-        rows += [[p.top_p for p in params], [p.min_p for p in params], *map(list, more)]
+        rows += [[p.top_p if p.top_p < 1 else math.inf for p in params], [p.min_p for p in params], *map(list, more)]
         first, second, third, fourth, *others = upload(rows, torch.float64, device).unsqueeze(-1).unbind(0)
         return cls(first, second, third, fourth, tuple(others))
 
@@ -110,31 +111,40 @@ def probabilities(
     min_p. A token as likely as the last one kept stays out if it comes later.
     """
     columns = columns or Columns.of(params, logits.shape[-1], logits.device)
-    best = logits.argmax(dim=-1, keepdim=True)
-    peak = logits.gather(-1, best).double()
-    temperature = columns.temperature
-    divisor = temperature.masked_fill(temperature == 0, 1.0)
+    temperature, is_greedy = columns.temperature, not all(row.temperature for row in params)
+    divisor = temperature.masked_fill(temperature == 0, 1.0) if is_greedy else temperature
+    peak = logits.amax(dim=-1, keepdim=True).double()
     p = ((logits.double() - peak) / divisor).softmax(dim=-1)  # the difference first: a tiny T overflows
-    if any(row.top_k or row.top_p < 1 or row.min_p for row in params):
+    if any(0 < row.top_k < logits.shape[-1] or row.top_p < 1 or row.min_p for row in params):
         p = _cut(p, params, columns)
-    return torch.where(temperature == 0, torch.zeros_like(p).scatter_(-1, best, 1.0), p)
+    if is_greedy:
+        best = logits.argmax(dim=-1, keepdim=True)
+        p = torch.where(temperature == 0, torch.zeros_like(p).scatter_(-1, best, 1.0), p)
+    return p
 
 
 _LIKELIEST = 1024  # tokens a CPU ranks at first: mostly all that a cut keeps, for a tenth of the time a sort takes
 
 
 def _cut(p: torch.Tensor, params: Sequence[SamplingParams], columns: Columns) -> torch.Tensor:
-    """p (rows, V) without the tokens that top_k, top_p and min_p leave out; rows sum to 1 again."""
+    """p (rows, V) without the tokens that top_k, top_p and min_p leave out, of which some row has one; rows sum to 1
+    again, and one that has none is as it was. What no row asks for costs no launch."""
     vocab = p.shape[-1]
     most = [min(row.top_k or vocab, vocab) for row in params]
     top_k, top_p, min_p = columns.top_k, columns.top_p, columns.min_p
     few = vocab > _LIKELIEST and p.is_cpu  # elsewhere, to look whether they were enough would make the host wait
     for n in (_LIKELIEST, vocab) if few and all(k == vocab or k <= _LIKELIEST for k in most) else (vocab,):
-        ranked = p.topk(n, dim=-1).values
-        place = torch.arange(n, device=p.device)
-        total = torch.where(top_k < vocab, ranked.masked_fill(place >= top_k, 0).sum(dim=-1, keepdim=True), 1.0)
-        before = ranked.cumsum(dim=-1) - ranked
-        stays = (place < top_k) & ((before < top_p * total) | (top_p == 1)) & (ranked >= min_p * ranked[:, :1])
+        ranked, least = p.topk(n, dim=-1).values, top_p
+        stay = []
+        if min(most) < vocab:
+            behind = torch.arange(n, device=p.device) >= top_k
+            least = top_p * torch.where(top_k < vocab, ranked.masked_fill(behind, 0).sum(dim=-1, keepdim=True), 1.0)
+            stay.append(~behind)
+        if any(row.top_p < 1 for row in params):
+            stay.append(ranked.cumsum(dim=-1) - ranked < least)
+        if any(row.min_p for row in params):
+            stay.append(ranked >= min_p * ranked[:, :1])
+        stays = reduce(torch.logical_and, stay)
         kept = stays.sum(dim=-1, keepdim=True).clamp(min=1)  # none stays in a row of NaN
         if n < vocab and bool((kept < n).all()):
             break
@@ -142,7 +152,7 @@ def _cut(p: torch.Tensor, params: Sequence[SamplingParams], columns: Columns) ->
     level = p == last
     n_last = kept - (p > last).sum(dim=-1, keepdim=True)
     p = p.masked_fill((p < last) | (level & (level.cumsum(dim=-1) > n_last)), 0)
-    return p / p.sum(dim=-1, keepdim=True)
+    return torch.where(kept < vocab, p / p.sum(dim=-1, keepdim=True), p)
 
 
 def draw(p: torch.Tensor, uniforms: Sequence[float] | torch.Tensor) -> torch.Tensor:
@@ -296,7 +306,7 @@ def accept_or_resample(
         of_drafts = torch.where(drafted, torch.stack(q), 0)
         accepted = (drafted & (to_accept * of_drafts.gather(-1, x) < p.gather(-1, x))).squeeze(-1)
         rest = (p - of_drafts).clamp(min=0)
-    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q up to rounding: any draw from p will do
+        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q up to rounding: any draw from p will do
     return accepted, draw(rest, to_sample)
 
 

@@ -37,20 +37,15 @@ class Sequence:
         return len(self.tokens) - self.n_cached == 1
 
 
-@dataclass(eq=False, slots=True)
 class Chunk:
     """What one step runs of a sequence: `n` tokens from position `start` on and, behind its last token, its drafts."""
 
-    sequence: Sequence
-    start: int
-    n: int
-    drafts: tuple[int, ...] = ()
-    n_rows: int = field(init=False)  # of the step's batch
-    samples: bool = field(init=False)  # it ends with the sequence's last token, so that the next one is sampled
+    __slots__ = ("drafts", "n", "n_rows", "samples", "sequence", "start")
 
-    def __post_init__(self) -> None:
-        self.n_rows = self.n + len(self.drafts)
-        self.samples = self.start + self.n == len(self.sequence.tokens)
+    def __init__(self, sequence: Sequence, start: int, n: int, drafts: tuple[int, ...] = ()):
+        self.sequence, self.start, self.n, self.drafts = sequence, start, n, drafts
+        self.n_rows = n + len(drafts)  # of the step's batch
+        self.samples = start + n == len(sequence.tokens)  # it ends with the last token: the next one is sampled
 
     @property
     def slice(self) -> SequenceSlice:
@@ -92,13 +87,15 @@ class Scheduler:
         when there is nothing to do."""
         budget = self.max_num_batched_tokens
         chunks: list[Chunk] = []
+        many: list[Chunk] = []  # those of more than DECODE_ROWS, which come last
         self._preempted = []
         for sequence in list(self.running):
-            if not sequence.decoding or sequence in self._preempted:
+            n_cached = sequence.n_cached
+            if len(sequence.tokens) - n_cached != 1 or sequence in self._preempted:  # it is not decoding
                 continue
             drafts = self._drafts(sequence) if sequence.drafts else ()
-            if self._reserve(sequence, len(sequence.tokens) + len(drafts)):
-                chunks.append(Chunk(sequence, sequence.n_cached, 1, drafts))
+            if self._reserve(sequence, n_cached + 1 + len(drafts)):
+                chunks.append(Chunk(sequence, n_cached, 1, drafts))
                 budget -= 1 + len(drafts)
         if chunks:
             budget = min(budget, self.max_num_mixed_tokens)
@@ -109,10 +106,11 @@ class Scheduler:
             if n <= 0:
                 break
             if sequence not in self._preempted and self._reserve(sequence, sequence.n_cached + n + len(drafts)):
-                chunks.append(Chunk(sequence, sequence.n_cached, n, drafts))
+                chunk = Chunk(sequence, sequence.n_cached, n, drafts)
+                (chunks if chunk.n_rows <= DECODE_ROWS else many).append(chunk)
                 budget -= n + len(drafts)
-        chunks = [c for c in chunks if c.sequence not in self._preempted]
-        return sorted(chunks, key=lambda c: c.n_rows > DECODE_ROWS)
+        chunks += many
+        return [c for c in chunks if c.sequence not in self._preempted] if self._preempted else chunks
 
     def _drafts(self, sequence: Sequence) -> tuple[int, ...]:
         """As many of the sequence's drafts as leave room for the one token that each step is sure to give."""

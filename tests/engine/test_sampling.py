@@ -4,11 +4,13 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError
 from core.sampling_params import SamplingParams, params_from_generation_config
 from engine.noise import ACCEPT, DRAFT, SAMPLE, Noise, uniform
 from engine.sampling import (
+    Columns,
     Draft,
     SamplingState,
     draw,
@@ -234,6 +236,31 @@ def test_cuts_of_a_large_vocabulary(spread, how):
     found = probabilities(logits, [params] * 3)
     for row, p in zip(logits, found, strict=True):
         assert torch.allclose(p, torch.tensor(cut_by_sorting(row, params), dtype=torch.float64), rtol=1e-9, atol=1e-15)
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations that make something: each is a launch on a GPU."""
+
+    n = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
+        self.n += not is_view
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how, most", [
+    ({}, 6), ({"top_p": 0.9}, 28), ({"top_k": 5}, 34), ({"min_p": 0.1}, 27), ({"top_k": 5, "top_p": 0.9, "min_p": 0.1}, 41),
+])  # fmt: skip
+def test_what_no_row_asks_for_costs_no_launch(how, most):
+    params = [SamplingParams(temperature=0.7, **how)] * 3
+    logits = torch.randn(3, 300)
+    columns = Columns.of(params, 300, logits.device)
+    with Operations() as counted:
+        p = probabilities(logits, params, columns)
+    assert counted.n <= most
+    mixed = [*params, SamplingParams(temperature=0), SamplingParams(temperature=1, top_k=3, top_p=0.5, min_p=0.2)]
+    assert torch.equal(probabilities(torch.cat((logits, logits[:2])), mixed)[:3], p)
 
 
 def test_temperature():
