@@ -43,6 +43,8 @@ from ops.gpu import (
     grouped_gemm,
     latents,
     moe,
+    norm_latents,
+    ordered_gemm,
     prefill,
     quantisation,
     router,
@@ -187,8 +189,8 @@ def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr("model.choose_backend", lambda device, num: ReferenceBackend(num.batch_invariant))
     if request.param == "GPU":
         monkeypatch.setattr("model.choose_backend", lambda device, num: GpuBackend(num.batch_invariant))
-        modules = around_attention, decode, device, fused, gemm, grouped_gemm, latents, moe, prefill, quantisation
-        for module in (*modules, router, sort):
+        modules = around_attention, decode, device, fused, gemm, grouped_gemm, latents, moe, norm_latents, ordered_gemm
+        for module in (*modules, prefill, quantisation, router, sort):
             monkeypatch.setattr(module, "architecture", lambda device: "sm_90", raising=False)
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 monkeypatch.setattr(module, name, NoKernel())

@@ -134,7 +134,7 @@ def test_a_model_by_the_kernels(config: dict, num: Numerics, tmp_path: Path) -> 
     """Every call the model makes, with its own strides and columns. On a GPU the other ops are kernels too, and its FP8
     products add up in fewer bits than the reference's."""
     pytest.importorskip("triton")
-    from ops.gpu import around_attention, fused
+    from ops.gpu import fused, norm_latents
 
     gpu = torch.cuda.is_available()
     if gpu and num.gemm == "fp8" and not has_fp8(torch.device("cuda")):
@@ -143,7 +143,7 @@ def test_a_model_by_the_kernels(config: dict, num: Numerics, tmp_path: Path) -> 
     device = "cuda" if gpu else "cpu"
     plain = ours(path, num, device=device, backend=ReferenceBackend())
     mixed = ReferenceBackend()
-    mixed.norm, mixed.silu_mul, mixed.norm_latents = fused.norm, fused.silu_mul, around_attention.norm_latents
+    mixed.norm, mixed.silu_mul, mixed.norm_latents = fused.norm, fused.silu_mul, norm_latents.norm_latents
     model = ours(path, num, device=device, backend=None if gpu else mixed)
     ids = tokens(8, model.args.vocab_size)
     limit = 1e-5 if not gpu else 1e-4 if num.gemm is None else 0.1

@@ -20,7 +20,7 @@ from test_kernel import DEVICE, E4M3, INTERPRETED, guarded, poisoned, same
 from test_kernel import seeded as seeded
 from test_kernel_fused import DTYPES, EPS, FNUZ, FORMATS, integers, norm_weight, same_quantised, slice_of_nan, spread
 
-from ops.gpu import around_attention, decode, fused
+from ops.gpu import around_attention, decode, fused, norm_latents
 from ops.gpu.backend import GpuBackend
 
 __all__ = ["poisoned", "seeded"]  # fixtures, for every test here
@@ -76,7 +76,7 @@ def test_norm_latents(
     expected = latents.clone()
     expected_y = write(reference.norm_latents, inputs, expected, fp8=fp8)
     on_device = latents.to(DEVICE, copy=True)
-    y = write(around_attention.norm_latents, inputs, on_device, parts, fp8=fp8, dtype=E4M3)
+    y = write(norm_latents.norm_latents, inputs, on_device, parts, fp8=fp8, dtype=E4M3)
     assert same(on_device, expected)
     untouched = torch.ones(PAGES * 64, dtype=torch.bool)
     untouched[inputs["slots"][inputs["slots"] >= 0]] = False
@@ -95,7 +95,7 @@ def test_latents_of_any_numbers(dtype: torch.dtype, packed: bool) -> None:
     """Off by the norm's last bit at most: compared with what norm_kernel makes of them."""
     inputs, latents = inputs_of(4, 320, 16, 200, dtype), pool(320, 16, dtype, packed).to(DEVICE)
     inputs["kv"], inputs["q"] = spread(4, 336).to(dtype), spread(4, 200).to(dtype)
-    y = write(around_attention.norm_latents, inputs, latents, fp8="ue8m0", dtype=FNUZ)
+    y = write(norm_latents.norm_latents, inputs, latents, fp8="ue8m0", dtype=FNUZ)
     c_kv, q = (fused.norm(x.to(DEVICE), inputs[w].to(DEVICE), EPS)[0].cpu()
                for x, w in ((inputs["kv"][:, :320], "kv_weight"), (inputs["q"], "q_weight")))  # fmt: skip
     assert same_quantised(y, q, "ue8m0", FNUZ)
@@ -109,9 +109,9 @@ def test_latents_of_nothing_and_of_padding() -> None:
     inputs, latents = inputs_of(6, 128, 8, 64, torch.bfloat16), pool(128, 8, torch.bfloat16, False).to(DEVICE)
     before = latents.clone()
     inputs["slots"] = torch.full((6,), -1)
-    assert write(around_attention.norm_latents, inputs, latents).shape == (6, 64) and same(latents, before)
+    assert write(norm_latents.norm_latents, inputs, latents).shape == (6, 64) and same(latents, before)
     nothing = {n: x if n.endswith("weight") else x[:0] for n, x in inputs.items()}
-    assert write(around_attention.norm_latents, nothing, latents).shape == (0, 64)
+    assert write(norm_latents.norm_latents, nothing, latents).shape == (0, 64)
 
 
 def test_mistaken_pools_are_refused() -> None:
@@ -122,7 +122,7 @@ def test_mistaken_pools_are_refused() -> None:
         pool(129, 8, torch.bfloat16, False),
     ):
         with pytest.raises(AssertionError):
-            write(around_attention.norm_latents, inputs, latents.to(DEVICE))
+            write(norm_latents.norm_latents, inputs, latents.to(DEVICE))
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -218,12 +218,12 @@ def test_decoding_takes_three_launches_and_no_other_product(fp8: Any, monkeypatc
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter takes the rows of sm_90")
 def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
-    with only_listed_launches(around_attention, monkeypatch):
+    with only_listed_launches(around_attention, monkeypatch), only_listed_launches(norm_latents, monkeypatch):
         for packed, fp8, parts in ((False, None, 1), (False, "float32", 1), (True, "ue8m0", 1), (False, "float32", 2), (False, "float32", 4)):
             inputs = inputs_of(2, 512, 64, 1536, torch.bfloat16)
             for name in ("kv", "q"):
                 inputs[name] = in_parts(inputs[name], parts)
-            around_attention.norm_latents(**inputs, eps=EPS, latents=pool(512, 64, torch.bfloat16, packed), fp8=fp8)
+            norm_latents.norm_latents(**inputs, eps=EPS, latents=pool(512, 64, torch.bfloat16, packed), fp8=fp8)
         for heads, tokens, parts in ((16, 1, 1), (16, 1, 2), (16, 65, 1), (16, 65, 2), (128, 65, 1)):
             q = in_parts(torch.zeros(tokens, heads * 192).bfloat16(), parts)
             angle = torch.zeros(tokens, 32)

@@ -26,7 +26,7 @@ from test_kernel import activations as quantised_activations
 from test_kernel import seeded as seeded
 from test_kernel import weights as quantised_weights
 
-from ops.gpu import device, grouped_gemm, moe, quantisation, router, tiles
+from ops.gpu import device, grouped_gemm, moe, ordered_gemm, quantisation, router, tiles
 from ops.gpu import sort as sorting
 from ops.gpu.backend import GpuBackend
 from ops.gpu.tiles import Tile
@@ -298,15 +298,15 @@ def test_rows_in_the_order_of_experts(tile: Tile) -> None:
     layout = reference.sort(ids, first, n_local, tile.block_m)
     expected = reference.grouped_gemm(exact_x, *layout, top_k, lambda e, rows: rows @ exact[e].T)
     size = reference.grouped_gemm(exact_x.abs(), *layout, top_k, lambda e, rows: rows @ exact[e].abs().T)
-    ordered = grouped_gemm.gather_rows(x, order, row_tiles, top_k, tile.block_m)
+    ordered = ordered_gemm.gather_rows(x, order, row_tiles, top_k, tile.block_m)
     n_here = int(here.sum())
     by_place = layout[0][:n_here].long()
     assert same(ordered.q[:n_here], x.q.cpu()[by_place // top_k]) and same(ordered.s[:n_here], x.s.cpu()[by_place // top_k])
-    assert grouped_gemm.can_order(ordered, w, tile)
-    scattered = grouped_gemm.grouped_gemm_in_order(ordered, w, row_tiles, tile, order).cpu()
+    assert ordered_gemm.can_order(ordered, w, tile)
+    scattered = ordered_gemm.grouped_gemm_in_order(ordered, w, row_tiles, tile, order).cpu()
     assert scattered[~here].isnan().all()
     assert ((scattered[here].double() - expected[here]).abs() <= PRECISE * size[here]).all()
-    kept = grouped_gemm.grouped_gemm_in_order(ordered, w, row_tiles, tile).cpu()
+    kept = ordered_gemm.grouped_gemm_in_order(ordered, w, row_tiles, tile).cpu()
     assert same(kept[:n_here], scattered[by_place]) and kept[n_here:].isnan().all()
 
 
@@ -655,6 +655,7 @@ def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch)
     with (
         only_listed_launches(moe, monkeypatch), only_listed_launches(router, monkeypatch),
         only_listed_launches(sorting, monkeypatch), only_listed_launches(grouped_gemm, monkeypatch),
+        only_listed_launches(ordered_gemm, monkeypatch),
     ):  # fmt: skip
         for n_experts, rule in RELEASED_RULES.values():
             for tokens in (1, 4, 5, 64, 65, 512, 513, None):
@@ -681,8 +682,8 @@ def test_launches_ask_for_listed_configurations(monkeypatch: pytest.MonkeyPatch)
                     x = Quantised(torch.zeros(rows, k, dtype=E4M3), torch.zeros(rows, k // BLOCK_SIZE))
                 if tile.persistent:
                     assert isinstance(x, Quantised)
-                    in_order = grouped_gemm.gather_rows(x, order, row_tiles, share, tile.block_m) if share > 1 else x
-                    grouped_gemm.grouped_gemm_in_order(in_order, w, row_tiles, tile, order if share == 1 else None)
+                    in_order = ordered_gemm.gather_rows(x, order, row_tiles, share, tile.block_m) if share > 1 else x
+                    ordered_gemm.grouped_gemm_in_order(in_order, w, row_tiles, tile, order if share == 1 else None)
                     continue
                 grouped_gemm.grouped_gemm(x, w, order, row_tiles, share, tile)
                 if tokens == 1 and share == 8:

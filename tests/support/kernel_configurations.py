@@ -24,6 +24,8 @@ from ops.gpu import (
     gemm,
     grouped_gemm,
     moe,
+    norm_latents,
+    ordered_gemm,
     pdl,
     prefill,
     quantisation,
@@ -229,14 +231,14 @@ def _fp8(target: str) -> str:
     return "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"
 
 
-def of_around_attention() -> Iterator[Configuration]:
-    """Every kernel at V3's sizes and those of one rank of eight, for products as they are and in parts."""
+def of_norm_latents() -> Iterator[Configuration]:
+    """The norms of V3's latents and their write, for products as they are and in parts."""
     bf16, f32, size = "*bf16", "*fp32", "i32"
     for target in tiles.W8A16:
         native, fnuz, configuration = _fp8(target), target == "gfx942", partial(of_target, target)
         strides = ("kv_stride", "kv_part_stride", "q_stride", "q_part_stride")
         sizes = dict.fromkeys(("C", "R", "Q", *strides), size) | {"eps": "fp32"}
-        tile = around_attention.norm_latents_tile(512, 64, 1536)
+        tile = norm_latents.norm_latents_tile(512, 64, 1536)
         for pool, fp8, parts in ((bf16, None, 1), (bf16, "float32", 1), ("*u8", "ue8m0", 1), (bf16, "float32", 2), (bf16, "float32", 4)):
             if fp8 and target not in tiles.W8A8:
                 continue
@@ -248,8 +250,14 @@ def of_around_attention() -> Iterator[Configuration]:
             }  # fmt: skip
             constexprs = {"UE8M0": fp8 == "ue8m0", "FNUZ": fnuz and fp8 is not None, "PARTS": parts, "ROUNDED": tl.bfloat16}
             name = f"norm_latents {'fp8' if pool == '*u8' else 'bf16'} {fp8}{f' {parts} parts' * (parts > 1)}"
-            yield configuration(name, around_attention.norm_latents_kernel, pointers, sizes, tile, constexprs)
+            yield configuration(name, norm_latents.norm_latents_kernel, pointers, sizes, tile, constexprs)
 
+
+def of_around_attention() -> Iterator[Configuration]:
+    """Every kernel at V3's sizes and those of one rank of eight, for products as they are and in parts."""
+    bf16, f32, size = "*bf16", "*fp32", "i32"
+    for target in tiles.W8A16:
+        native, fnuz, configuration = _fp8(target), target == "gfx942", partial(of_target, target)
         for n_heads, rows, parts in ((16, 16, 1), (16, 16, 2), (16, 32, 1), (16, 32, 2), (128, 32, 1)):
             for product in (True, False):
                 if not product and parts > 1:
@@ -330,16 +338,9 @@ def of_sort() -> Iterator[Configuration]:
 
 
 def of_grouped_gemm() -> Iterator[Configuration]:
-    """Every tile by every form of weights, as it is compiled for V3's sizes on each architecture; and the kernel that
-    puts rows in order."""
+    """Every tile by every form of weights, as it is compiled for V3's sizes on each architecture."""
     scale, plain, index = "*fp32", "*bf16", "*i32"
     for target in tiles.GROUPED_PLAIN:
-        if any(tile.persistent for tile in tiles.GROUPED_W8A8.get(target, ())):
-            types = {"x_ptr": "*u8", "x_s_ptr": scale, "out_ptr": "*u8", "out_s_ptr": scale}
-            types |= {"order_ptr": index, "tiles_ptr": index, "K": "i32"}
-            constant = {"SHARE": 8, "ROWS": grouped_gemm.GATHERED_ROWS, "BLOCK_M": 128, "BLOCKS": 64}
-            constant["COLUMNS"] = grouped_gemm.GATHERED_COLUMNS
-            yield Configuration(f"gather_rows {target}", grouped_gemm.gather_rows_kernel, target, types, constant, {})
         grouped = (
             ("w8a8", "", tiles.GROUPED_W8A8, "*fp8e4b8" if target == "gfx942" else "*fp8e4nv"),
             *(("w8a16", form, tiles.GROUPED_W8A16, plain) for form in forms("w8a16_gemm", target)),
@@ -351,14 +352,6 @@ def of_grouped_gemm() -> Iterator[Configuration]:
             table = tables.get(target, ())
             for row in table:
                 if row.persistent:
-                    for k, order in ((7168, None), (256, index)):
-                        types = {"x_ptr": _fp8(target), "x_s_ptr": scale, "w_ptr": _fp8(target), "w_s_ptr": scale}
-                        types |= {"out_ptr": plain, "tiles_ptr": index} | ({"order_ptr": order} if order else {})
-                        types |= dict.fromkeys(("m_tiles", "R", "E", "N", "K"), "i32")
-                        constant = {} if order else {"order_ptr": None}
-                        constant |= row.for_channels(k).constexprs()
-                        name, kernel = f"grouped_{op} {target} {row} K={k}", grouped_gemm.grouped_persistent_kernel
-                        yield Configuration(name, kernel, target, types, constant, row.options())
                     continue
                 # gate and up, and down when the inner width is split 8 ways; gate and up for the fewest rows in parts
                 halved = [(replace(row, split=2), 7168, 8)] if row is table[0] else []
@@ -389,6 +382,27 @@ def of_grouped_gemm() -> Iterator[Configuration]:
                     name = f"grouped_{op}{form} {target} {size}"
                     options = tile.options() | pdl.options(target)
                     yield Configuration(name, grouped_gemm.grouped_gemm_kernel, target, types, constant, options)
+
+
+def of_ordered_gemm() -> Iterator[Configuration]:
+    """What puts rows in order, and the persistent tiles, as they are compiled for V3's sizes."""
+    scale, index = "*fp32", "*i32"
+    for target, table in tiles.GROUPED_W8A8.items():
+        persistent = [tile for tile in table if tile.persistent]
+        if persistent:
+            types = {"x_ptr": "*u8", "x_s_ptr": scale, "out_ptr": "*u8", "out_s_ptr": scale}
+            types |= {"order_ptr": index, "tiles_ptr": index, "K": "i32"}
+            constant = {"SHARE": 8, "ROWS": ordered_gemm.GATHERED_ROWS, "BLOCK_M": 128, "BLOCKS": 64}
+            constant["COLUMNS"] = ordered_gemm.GATHERED_COLUMNS
+            yield Configuration(f"gather_rows {target}", ordered_gemm.gather_rows_kernel, target, types, constant, {})
+        for row, (k, order) in itertools.product(persistent, ((7168, None), (256, index))):
+            types = {"x_ptr": _fp8(target), "x_s_ptr": scale, "w_ptr": _fp8(target), "w_s_ptr": scale}
+            types |= {"out_ptr": "*bf16", "tiles_ptr": index} | ({"order_ptr": order} if order else {})
+            types |= dict.fromkeys(("m_tiles", "R", "E", "N", "K"), "i32")
+            constant = {} if order else {"order_ptr": None}
+            constant |= row.for_channels(k).constexprs()
+            name, kernel = f"grouped_w8a8 {target} {row} K={k}", ordered_gemm.grouped_persistent_kernel
+            yield Configuration(name, kernel, target, types, constant, row.options())
 
 
 def of_moe() -> Iterator[Configuration]:
@@ -506,8 +520,8 @@ def of_attention() -> Iterator[Configuration]:
 
 OF_MODULE = {
     quantisation: of_quantisation, gemm: of_gemm, fused: of_fused,
-    around_attention: of_around_attention, router: of_router, sort: of_sort, grouped_gemm: of_grouped_gemm, moe: of_moe,
-    attention: of_attention,
+    norm_latents: of_norm_latents, around_attention: of_around_attention, router: of_router, sort: of_sort, grouped_gemm: of_grouped_gemm,
+    ordered_gemm: of_ordered_gemm, moe: of_moe, attention: of_attention,
 }  # fmt: skip
 
 

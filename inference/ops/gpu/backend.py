@@ -8,7 +8,7 @@ import torch
 from core.batch import Batch
 from ops import reference
 from ops.formats import PartialSums, Quantised, Routing, Scales, Weight
-from ops.gpu import around_attention, attention, decode, fused, gemm, moe, quantisation, router
+from ops.gpu import around_attention, attention, decode, fused, gemm, moe, norm_latents, quantisation, router
 from ops.gpu.device import fp8_dtype
 from ops.reference_backend import ROW_BLOCK, ReferenceBackend, in_row_blocks
 
@@ -18,6 +18,10 @@ ROUTER_TILES = 1024  # tiles of tokens, 65,536 of them, for which the router fin
 class GpuBackend(ReferenceBackend):
     """Plain matrix products are cuBLAS's, the rest is Triton. Batch-invariant, a kernel keeps one tile for any number
     of rows, namely that for ROW_BLOCK."""
+
+    norm = staticmethod(fused.norm)
+    silu_mul = staticmethod(fused.silu_mul)
+    norm_latents = staticmethod(norm_latents.norm_latents)
 
     def __init__(self, batch_invariant: bool = False):
         super().__init__(batch_invariant)
@@ -92,22 +96,6 @@ class GpuBackend(ReferenceBackend):
             return self._by_rows(lambda rows: torch.mm(rows, w.T, out_dtype=torch.float32), x)
         return super().project_float32(x, w)
 
-    def norm(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        delta: torch.Tensor | None = None,
-        fp8: Scales | None = None,
-        keep: bool = True,
-    ) -> tuple[torch.Tensor | Quantised, torch.Tensor]:
-        return fused.norm(x, weight, eps, delta, fp8, keep)
-
-    def silu_mul(
-        self, gate_up: torch.Tensor | PartialSums, inter: int, fp8: Scales | None = None
-    ) -> torch.Tensor | Quantised:
-        return fused.silu_mul(gate_up, inter, fp8)
-
     def router(
         self, x: torch.Tensor, w: Any, bias: torch.Tensor | None, rule: Routing
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,21 +121,6 @@ class GpuBackend(ReferenceBackend):
             return super().experts(x, weights, ids, first, w13, w2, inter, shared, n_experts)
         invariant = self.batch_invariant
         return moe.experts(x, weights, ids, first, w13, w2, inter, shared, n_experts, invariant, shared_weights)
-
-    def norm_latents(
-        self,
-        kv: torch.Tensor | PartialSums,
-        kv_weight: torch.Tensor,
-        eps: float,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        slots: torch.Tensor,
-        latents: torch.Tensor,
-        q: torch.Tensor | PartialSums | None = None,
-        q_weight: torch.Tensor | None = None,
-        fp8: Scales | None = None,
-    ) -> torch.Tensor | Quantised | None:
-        return around_attention.norm_latents(kv, kv_weight, eps, cos, sin, slots, latents, q, q_weight, fp8)
 
     def mla(
         self,

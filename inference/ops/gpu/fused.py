@@ -2,9 +2,10 @@
 
 With one token on the way a launch costs more than the bytes it moves, so what stands between two products is one
 kernel: the residual add, the norm and the quantisation; the sum of split K's parts, SiLU, the product and the
-quantisation. (around_attention.py has those next to attention.) Every value is rounded where the composed ops round it,
-and FP8 is made from the rounded value, so a fused op gives the composed ops' bits, but for the order in which a row's
-squares are added up and for the last bit of an exponential.
+quantisation. (norm_latents.py and around_attention.py have those next to attention.)
+
+Every value is rounded where the composed ops round it, and FP8 is made from the rounded value, so a fused op gives the
+composed ops' bits, but for the order in which a row's squares are added up and for the last bit of an exponential.
 
 Tiles are (…, 128): one scale to a line.
 """
@@ -27,6 +28,9 @@ def rms_norm(x, weight, H, eps):
     mean = tl.div_rn(tl.sum(tl.sum(x * x, axis=2), axis=1), H.to(tl.float32))
     r = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     return x * r[:, None, None] * weight
+
+
+UNFUSED = {"enable_fp_fusion": False}  # of what rotates: a * cos - b * sin rounds its products, as torch does
 
 
 @triton.jit

@@ -27,15 +27,13 @@ from ops.gpu.casts import cast
 from ops.gpu.device import architecture
 from ops.gpu.grouped_gemm import (
     SORTED_IN_PLACE,
-    can_order,
-    gather_rows,
     grouped_gemm,
-    grouped_gemm_in_order,
     grouped_gemm_in_place,
     grouped_gemm_of_found,
     grouped_tiles,
     is_alike,
 )  # fmt: skip
+from ops.gpu.ordered_gemm import can_order, gather_rows, grouped_gemm_in_order
 from ops.gpu.pdl import wait_for_previous
 from ops.gpu.quantisation import act_quant
 from ops.gpu.sort import sort
