@@ -8,10 +8,11 @@ import torch
 
 from verification.expected import Expected, NotRecorded, kind_of
 from verification.mistakes import MISTAKES, Inapplicable, Mistake
-from verification.points import LAYER_POINTS, MTP_POINTS, split_name
+from verification.points import LAYER_POINTS, MTP_HEAD_POINTS, MTP_POINTS, split_name
 
 ROWS = 24  # positions that a mistake must reproduce
 CLOSE = 4.0  # tolerances within which a mistake's value counts as reproduced
+MOST_LAYERS = 8  # that are recomputed with a mistake where a program recorded nothing between
 BETTER = 0.2  # of the right computation's error, which a mistake must stay below
 Difference = Callable[[Expected, str, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -65,26 +66,40 @@ def chosen_positions(expected: Expected, name: str, worst: int) -> torch.Tensor:
 
 def candidates(expected: Expected, name: str) -> list[Mistake]:
     """The mistakes that can show at a point: of its own op, and of ops before it whose values were not recorded."""
-    kinds = {kind_of(name)}
-    layer = split_name(name)[0]
-    todo = [name]
+    seen, todo, layers = {name}, [name], {split_name(name)[0]}
     while todo:
-        for earlier in inputs_of(todo.pop(), layer):
-            unrecorded = earlier in expected.known and earlier not in expected.request.points
-            if unrecorded and kind_of(earlier) not in kinds:
-                kinds.add(kind_of(earlier))
+        for earlier in inputs_of(expected, todo.pop()):
+            if earlier in expected.known and earlier not in expected.request.points and earlier not in seen:
+                layers.add(split_name(earlier)[0])
+                if len(layers) > MOST_LAYERS:
+                    break
+                seen.add(earlier)
                 todo.append(earlier)
+    kinds = {kind_of(earlier) for earlier in seen}
     return [known for known in MISTAKES if kinds.intersection(known.points) and known.applies(expected)]
 
 
-def inputs_of(name: str, layer: str) -> list[str]:
+def inputs_of(expected: Expected, name: str) -> list[str]:
     """The points that a point is computed from."""
-    rest = split_name(name)[1]
+    layer, rest = split_name(name)
     if not layer:
-        return []
-    points = (*MTP_POINTS, *LAYER_POINTS) if layer.startswith("mtp.") else LAYER_POINTS
-    found = [point for point in points if point.name == rest]
-    return [f"{layer}.{earlier}" for point in found for earlier in point.inputs]
+        last = f"layers.{expected.args.n_layers - 1}.hidden"
+        return {"logits": ["norm"], "norm": [last]}.get(rest, [])
+    table = (*MTP_HEAD_POINTS, *MTP_POINTS, *LAYER_POINTS) if layer.startswith("mtp.") else LAYER_POINTS
+    inputs = next((point.inputs for point in table if point.name == rest), ())
+    return [full_name(layer, earlier) for earlier in inputs if earlier != "tokens"]
+
+
+def full_name(layer: str, name: str) -> str:
+    """Of an input of one of a layer's points."""
+    kind, number = layer.split(".")
+    if name == "previous":
+        return "norm"
+    if name != "before":
+        return f"{layer}.{name}"
+    if kind == "mtp":
+        return f"{layer}.combined"
+    return "embed" if number == "0" else f"layers.{int(number) - 1}.hidden"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -104,6 +119,8 @@ def describe_values(
     left = float(difference(expected, name, found, right * factor, at).max()) / max(abs(factor), 1e-9)
     if left <= CLOSE * tolerance < abs(factor - 1):
         return [Cause("scaled", f"it is {factor:.6g} times what it should be", left)]
+    if name.endswith("attn.o") and (fitted := fit_scale(expected, name, found, at, tolerance, difference)):
+        return [fitted]
     for shift in (1, -1):
         other = at + shift
         rows = (other >= 0) & (other < int(expected.request.positions(name).max()) + 1)
@@ -128,6 +145,28 @@ def describe_values(
         text = f"{int(wrong.sum())} of {len(wrong)} channels ({shape}) are wrong, {span}"
         return [Cause("some-channels", text, 1.0, False)]
     return []
+
+
+def fit_scale(
+    expected: Expected, name: str, found: torch.Tensor, at: torch.Tensor, tolerance: float, difference: Difference
+) -> Cause | None:
+    """The softmax's scale that explains attention's output, if one does: searched for from an eighth to eight times."""
+    layer = split_name(name)[0]
+
+    def error(log: float) -> float:
+        value = expected.attend(layer, at, scale=expected.args.softmax_scale * math.exp(log))
+        return float(difference(expected, name, found, value, at).max())
+
+    steps = [math.log(8) * i / 16 for i in range(-16, 17)]
+    best = min(steps, key=error)
+    lo, hi = best - math.log(8) / 16, best + math.log(8) / 16
+    for _ in range(40):
+        a, b = lo + (hi - lo) / 3, hi - (hi - lo) / 3
+        lo, hi = (lo, b) if error(a) < error(b) else (a, hi)
+    left, factor = error((lo + hi) / 2), math.exp((lo + hi) / 2)
+    if left > CLOSE * tolerance:
+        return None
+    return Cause("scale-fitted", f"the softmax's scale is {factor:.6g} times what it should be", left)
 
 
 def describe_choice(found: torch.Tensor, expected: Expected, name: str, at: torch.Tensor) -> list[Cause]:

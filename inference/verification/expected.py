@@ -284,6 +284,32 @@ def quantise(
     return q.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 
+def exact_run(
+    weights: Weights,
+    tokens: torch.Tensor,
+    numerics: RunNumerics = RunNumerics(),
+    overrides: Mapping[str, Callable[..., Any]] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> RequestTrace:
+    """Every point of tokens (n,), computed here from the tokens on, one op after another, so that no more than one op's
+    weights are in memory; rounded only as numerics says."""
+    request = RequestTrace("0", tokens, points := {})
+    how = Expected(request, weights, numerics, dtype=dtype, overrides=overrides or {})
+    layer = ""
+    for name, point in names_of(weights.args, weights.has_mtp).items():
+        if split_name(name)[0] != layer:
+            layer, how = split_name(name)[0], how.instead(how.overrides)
+        n = len(tokens) - name.startswith("mtp.")
+        if n == 0:
+            continue
+        value = how.compute(name, torch.arange(n))
+        plain = numerics.torch_dtype if not point.exact else torch.float32
+        points[name] = value if point.exact == "int64" else value.to(plain)
+        if name.startswith("mtp."):
+            request.rows.setdefault(layer, torch.arange(n))
+    return request
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The points
 # --------------------------------------------------------------------------------------------------------------------

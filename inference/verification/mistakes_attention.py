@@ -38,21 +38,36 @@ def on_rope(name: str, sentence: str, applies: Any = lambda e: True) -> Any:
     return add
 
 
+def by_halves(x: torch.Tensor) -> torch.Tensor:
+    """Channels i and i + R/2 as pairs 2i and 2i + 1."""
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+def to_halves(x: torch.Tensor) -> torch.Tensor:
+    """The opposite."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def as_read(e: Expected, x: torch.Tensor) -> torch.Tensor:
+    """Channels that a program left in the weights' order, as a trace that says rope_layout halves is read."""
+    return by_halves(x) if e.halves else x
+
+
 @on_rope("rope-halves", "RoPE turns channels i and i + R/2 of WHOSE; these weights are interleaved, pairs are 2i and 2i + 1")
 def _halves(e: Expected, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    paired = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-    return e.rotate(paired, at).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return as_read(e, to_halves(e.rotate(by_halves(x), at)))
 
 
-@on_rope("rope-layout", "WHOSE are stored with their rotary channels in halves (2i at i, 2i + 1 at i + R/2): harmless if queries "
-         "and keys both are; then say rope_layout halves in trace.json")  # fmt: skip
+@on_rope("rope-layout", "WHOSE have their rotary channels in another order than the trace says (2i at i and 2i + 1 at i + R/2, or not): "
+         "harmless if queries and keys both have; then correct rope_layout in trace.json")  # fmt: skip
 def _layout(e: Expected, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    return e.rotate(x, at).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    turned = e.rotate(x, at)
+    return by_halves(turned) if e.halves else to_halves(turned)
 
 
 @on_rope("rope-missing", "WHOSE are not rotated")
 def _missing(e: Expected, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    return x
+    return as_read(e, x)
 
 
 @on_rope("rope-position-plus-one", "RoPE of WHOSE begins at position 1")

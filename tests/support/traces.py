@@ -15,9 +15,8 @@ from support.engine_runs import greedy
 from support.model_pairs import ours
 from support.thread_ranks import on_every_lane, on_every_stage
 from verification.engine_trace import EngineTrace
-from verification.expected import Expected
+from verification.expected import COMPUTE, Compute, Expected, exact_run
 from verification.mistakes import Inapplicable, Mistake
-from verification.points import names_of, split_name
 from verification.recording import Selection
 from verification.trace import RequestTrace, RunNumerics, Trace
 from verification.trace_reading import read_trace
@@ -72,27 +71,19 @@ def largest_difference(a: RequestTrace, b: RequestTrace) -> tuple[float, str]:
 
 
 def foreign_run(
-    weights: Weights, tokens: list[int], mistake: Mistake | None = None, numerics: RunNumerics = RunNumerics(),
-    layers: frozenset[str] | None = None,
-) -> Trace:  # fmt: skip
-    """What a program that shares no code with the engine computes of tokens, with one mistake in it: at every layer, or
-    in these layers alone. Values have the dtype that they would have there."""
-    ids = torch.tensor(tokens)
-    request = RequestTrace("0", ids, {})
-    points: dict[str, torch.Tensor] = {}
-    request.points = points
-    overrides = {} if mistake is None else dict.fromkeys(mistake.points, mistake.how)
-    right = Expected(request, weights, numerics)
-    wrong = right.instead(overrides)
-    for name in names_of(weights.args, weights.has_mtp):
-        at = torch.arange(len(tokens) - name.startswith("mtp."))
-        expected = wrong if layers is None or split_name(name)[0] in layers else right
-        try:
-            value = expected.compute(name, at)
-        except Inapplicable:  # in a layer of another kind
-            value = right.compute(name, at)
-        exact = names_of(weights.args, True)[name].exact
-        points[name] = value if exact == "int64" else value.to(torch.float32 if exact else numerics.torch_dtype)
-        if name.startswith("mtp."):
-            request.rows["mtp.0"] = at
-    return Trace([request], numerics, program="foreign")
+    weights: Weights, tokens: list[int], mistake: Mistake | None = None, numerics: RunNumerics = RunNumerics()
+) -> Trace:
+    """What a program that shares no code with the engine computes of tokens, with one mistake in it at every layer that
+    can have it."""
+
+    def tolerant(point: str, how: Compute) -> Compute:
+        def compute(e: Expected, layer: str, at: torch.Tensor) -> torch.Tensor:
+            try:
+                return how(e, layer, at)
+            except Inapplicable:  # in a layer of another kind
+                return COMPUTE[point](e.instead({}), layer, at)
+
+        return compute
+
+    overrides = {} if mistake is None else {point: tolerant(point, mistake.how) for point in mistake.points}
+    return Trace([exact_run(weights, torch.tensor(tokens), numerics, overrides)], numerics, program="foreign")
