@@ -15,7 +15,7 @@ from support.processes import environment
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "README_WEIGHTS.md", ROOT / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = [ROOT, ROOT / "inference", ROOT / "benchmarks", ROOT / "benchmarks" / "results", ROOT / "demo", ROOT / "demo" / "checkpoint"]
-COMMANDS = ["generate", "server", "convert", "fp8_cast_bf16", "quantize", "check_checkpoint", "check_network", "plan"]
+COMMANDS = ["generate", "server", "convert", "fp8_cast_bf16", "quantize", "check_checkpoint", "check_network", "plan", "verify"]
 FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)*(?:\.(?:py|c|json|md|html|png|txt|jinja|model|safetensors|so)|/)")
 OTHERS = set(  # of checkpoints, of their users, of other projects
     "generation_config.json example_prompts.txt chat_template.jinja tokenizer.json tiktoken.model prompts.txt model.safetensors.index.json "
