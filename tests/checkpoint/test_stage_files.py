@@ -239,6 +239,7 @@ def test_mistakes(source: Path, tmp_path: Path, flags: str, says: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.trust
 def test_the_demo_in_two_stages_of_two_ranks(tmp_path: Path) -> None:
     """Converted by the command and generated from by torchrun: the text is one rank's. Other numbers of ranks are
     refused in one line before a weight is read."""

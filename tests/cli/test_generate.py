@@ -800,8 +800,15 @@ def test_one_rank_s_mistake_is_everyone_s(tiny: Path, copy: Path, tmp_path: Path
     assert out0.split() == out1.split() == ["status", "2"] * len(cases)
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+@pytest.mark.parametrize(
+    "how, lost",
+    [
+        pytest.param(signal.SIGKILL, 0, id="killed-0"),
+        pytest.param(signal.SIGSTOP, 1, id="stopped-1"),
+        pytest.param(signal.SIGKILL, 1, id="killed-1", marks=pytest.mark.trust),
+        pytest.param(signal.SIGSTOP, 0, id="stopped-0", marks=pytest.mark.trust),
+    ],
+)
 def test_a_rank_that_is_lost(tiny: Path, tmp_path: Path, how: signal.Signals, lost: int) -> None:
     """In the middle of a batch: the other rank leaves, at once or at the timeout, with one line that names the lost one,
     even if that is rank 0; what was written are whole lines, and no answer is claimed that was not finished."""

@@ -56,6 +56,7 @@ def start(rank: int, size: int, port: int, *flags: object, **more: str) -> subpr
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trust
 def test_three_ranks_of_a_host(tmp_path: Path) -> None:
     """All that the engine uses is tried on all of them, and nothing is wrong."""
     (tmp_path / "config.json").write_text("{}")
@@ -123,6 +124,7 @@ def test_wrong_use_is_one_line_for_all_ranks() -> None:
     assert statuses == [2, 2] and len(errors) == 1
 
 
+@pytest.mark.trust
 def test_a_rank_that_never_comes() -> None:
     """Named by rank 0, in time."""
     port = launch.free_port()
@@ -378,6 +380,7 @@ def test_a_dead_link(hosts: two_hosts.Hosts, between: tuple[int, int]) -> None:
     assert problem.startswith(f"{named(1)} ↔ {named(2)}: ")
 
 
+@pytest.mark.trust
 @namespaces
 def test_a_cable_cut_in_the_middle(hosts: two_hosts.Hosts, tmp_path: Path) -> None:
     """While a long run of sends goes on: all ranks end, and rank 0 names the lost one."""

@@ -222,7 +222,7 @@ def answers(
             p.kill()
 
 
-@pytest.mark.parametrize("by", [slurm, open_mpi])
+@pytest.mark.parametrize("by", [slurm, pytest.param(open_mpi, marks=pytest.mark.trust)])
 def test_two_processes_without_torchrun(by: Callable[..., dict[str, Any]], checkpoint: Path, tmp_path: Path) -> None:
     port = {"MASTER_PORT": launch.free_port()}
     one, two = answers(lambda rank: by(rank, 2) | port, tmp_path, checkpoint)

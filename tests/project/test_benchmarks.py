@@ -265,6 +265,7 @@ def test_the_cpu_kernels_bench(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         run(kernel_cpu, "--turns", "1")
 
 
+@pytest.mark.trust
 def test_memory_of_every_converter(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """quantize.py as well, from FP8 and from plain weights; the table has a row for each."""
     sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256,
@@ -505,6 +506,7 @@ def test_the_server_bench_arrives_and_counts_as_it_says() -> None:
     assert found["first_token_s"]["p50"] == 0.5 and found["between_tokens_s"]["p99"] == 0.3
 
 
+@pytest.mark.trust
 def test_the_server_bench_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against server.py alone; and its picture is drawn."""
     path = tmp_path / "online_serving.json"

@@ -124,6 +124,7 @@ def test_two_hosts_by_ssh(stand_ins: Path, tiny: Path, tmp_path: Path) -> None:
     assert done.stdout.count("Prompt: hello there\nCompletion: ") == 1
 
 
+@pytest.mark.trust
 def test_one_host_that_fails_ends_all(stand_ins: Path, tiny: Path, tmp_path: Path) -> None:
     hosts = hostfile(tmp_path, "127.0.0.1 slots=1", "localhost slots=1")
     began = time.monotonic()
@@ -174,7 +175,7 @@ def test_hosts_that_cannot_start(
 
 
 @linux
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.trust)])
 def test_ctrl_c_ends_all_hosts(stand_ins: Path, tiny: Path, tmp_path: Path, how: signal.Signals) -> None:
     """As from a terminal, which sends it to ssh too; and where the script is killed. Nothing goes on anywhere."""
     mark, output = uuid.uuid4().hex, tmp_path / "answers.jsonl"
@@ -242,6 +243,7 @@ def test_a_job_of_slurm(stand_ins: Path, tiny: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.trust
 def test_a_job_whose_network_is_wrong_goes_no_further(stand_ins: Path, tiny: Path, tmp_path: Path) -> None:
     done, calls = slurm(stand_ins, "generate.py", *flags(tiny, tmp_path), CHECK="1", GLOO_SOCKET_IFNAME="nosuch")
     assert done.returncode == 1 and len(calls) == 1 and "GLOO_SOCKET_IFNAME names the interface nosuch" in done.stdout

@@ -259,6 +259,7 @@ def test_a_run_on_a_device_that_there_are_no_kernels_for(tiny: Path) -> None:
     assert "numerics: float32 throughout, FP8 weights dequantised exactly, on standin, which has no bfloat16\n" in err
 
 
+@pytest.mark.trust
 def test_two_ranks_on_other_devices(tiny: Path) -> None:
     """By the collectives that torch has for the device, and by way of the host, in one lane and in two: the answers of
     one rank."""

@@ -248,7 +248,7 @@ group.shutdown()
 
 
 @linux
-@pytest.mark.parametrize("by", ["torchrun", "hand"])
+@pytest.mark.parametrize("by", ["torchrun", pytest.param("hand", marks=pytest.mark.trust)])
 def test_ranks_of_one_host_keep_to_its_loopback(tmp_path: Path, by: str) -> None:
     """Every socket of ours, gloo's too; torchrun itself listens on all interfaces, and we cannot help it."""
     script = tmp_path / "joined.py"

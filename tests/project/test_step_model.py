@@ -126,6 +126,7 @@ def test_work_of_launches() -> None:
     assert step_model.work_of(product, (1, 1, 0))[:2] == (2 * (15 + 35 + 21), 2 * 3 * 5 * 7)
 
 
+@pytest.mark.trust
 @pytest.mark.timeout(LAST_RESORT)
 def test_a_sample_compiles_to_what_was_recorded() -> None:
     triton = pytest.importorskip("triton")
