@@ -72,7 +72,8 @@ def test_a_conversation(page: Page, server: Scripted) -> None:
     page.until(lambda: page.text(".said") == "Été 🙂", "the answer grows")
     server.end(tokens=7)
     page.idle()
-    figures = page.text(".figures")
+    assert {part.count(" ") for part in page.text(".figures").split(" · ")} == {0}, "lines end between figures"
+    figures = page.text(".figures").replace("\xa0", " ")
     assert "to the first token · 7 tokens · " in figures and "tokens/s" in figures and figures.endswith(" % drafted")
     page.press("[title='Show drafted tokens']")
     assert page.texts("pre .drafted") == ["nk.", "é", " 🙂"] and not page.shown(".said")

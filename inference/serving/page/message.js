@@ -157,7 +157,7 @@ export class AnswerView {
     return [
       first !== undefined && `${seconds(first)} to the first token`, tokens > 0 && `${tokens} ${tokens === 1 ? "token" : "tokens"}`,
       rate > 0 && `${rate.toFixed(1)} tokens/s`, all.length > 0 && `${drafted} % drafted`,
-    ].filter(Boolean).join(" · ");
+    ].filter(Boolean).map(part => part.replaceAll(" ", "\u00a0")).join(" · ");  // lines end between them
   }
 
   // Each token in a box of its own; what MTP drafted and the model accepted is underlined.
