@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -20,7 +21,7 @@ from serving.bodies import Bodies
 from serving.engine_thread import EngineThread
 from serving.errors import ApiError
 from serving.page_files import page_response, page_settings
-from serving.plan import Plan, Served, check_model, plan_chat, plan_completion, read_json
+from serving.plan import Plan, Served, check_model, plan_chat, plan_completion, read_json, with_grammar
 from serving.responses import Reply
 from serving.responses_events import ResponsesReply
 from serving.responses_request import plan_response
@@ -57,6 +58,7 @@ def application(
     }
     known = ", ".join([f"{method} {PREFIXES[0]}{path}" for path, (method, _) in api.items()]
                       + [f"{method} {path}" for path, (method, _) in others.items()])  # fmt: skip
+    known = known.replace(":path}", "}")  # Starlette's
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -191,6 +193,8 @@ class Routes:
             plan = await self._prepare(request, lambda data: plan_request(data, served))
         except ClientDisconnect:
             return Response(status_code=400)
+        if plan.params.answer_format is not None:
+            plan = await self.engine_thread.compile(partial(with_grammar, plan, served))
         answer = self.engine_thread.submit(plan, arrived)
         reply = kind(answer, served)
         if plan.body.stream:

@@ -26,7 +26,7 @@ from serving.plan import Plan
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 1.0  # between steps without work, which show whether the other ranks are there
 BACKLOG = 1 << 20  # characters of one choice that may wait for its reader
-PREPARE_THREADS = 2  # tokenize short prompts, and one more the long ones, which so hold up only each other
+PREPARE_THREADS = 2  # tokenize short prompts; one more has long ones, and one formats, which hold up only each other
 SHORT = 1 << 17  # bytes of a request that is read and tokenized in about 0.1 s
 State = Literal["loading", "ready", "draining", "dead"]
 
@@ -94,7 +94,8 @@ class EngineThread:
         self._snapshot = Snapshot()
         self._answers: set[Answer] = set()
         self._preparing = 0
-        self._short, self._long = (ThreadPoolExecutor(n, thread_name_prefix="prepare") for n in (PREPARE_THREADS, 1))
+        self._lanes = [ThreadPoolExecutor(n, thread_name_prefix="prepare") for n in (PREPARE_THREADS, 1, 1)]
+        self._short, self._long, self._formats = self._lanes
         self._loop = asyncio.get_running_loop()
         # The engine thread's own, by request:
         self._choices: dict[Request, tuple[Answer, int]] = {}
@@ -142,10 +143,17 @@ class EngineThread:
     async def prepare(self, work: Callable[[], T], size: int) -> T:
         """Runs what takes a processor long, such as tokenizing a request of `size` bytes, on another thread; it counts
         as a request in the queue meanwhile. Raises ApiError, as `admit` does."""
+        return await self._prepare(self._short if size <= SHORT else self._long, work)
+
+    async def compile(self, work: Callable[[], T]) -> T:
+        """As `prepare`, for making a grammar: a few characters of a schema may take a second."""
+        return await self._prepare(self._formats, work)
+
+    async def _prepare(self, lane: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         self.admit()
         self._preparing += 1
         try:
-            return await self._loop.run_in_executor(self._short if size <= SHORT else self._long, work)
+            return await self._loop.run_in_executor(lane, work)
         finally:
             self._preparing -= 1
 
@@ -215,8 +223,8 @@ class EngineThread:
         self.error = error
         self.state = "draining" if error is None else "dead"
         self._fail_open()
-        for executor in (self._short, self._long):
-            executor.shutdown(wait=False)
+        for lane in self._lanes:
+            lane.shutdown(wait=False)
         self.ended.set()
 
     # ----------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class Plan:
     prompts: list[list[int]]
     params: SamplingParams
     chat: ChatFormat | None = None  # of a conversation
-    grammar: Grammar | None = None  # of params.answer_format
+    grammar: Grammar | None = None  # of params.answer_format; see with_grammar
     asked: dict[str, Any] | None = None  # the body of /v1/responses that `body` was made of
 
     @property
@@ -65,10 +65,13 @@ def plan_chat(data: dict[str, Any], served: Served, asked: dict[str, Any] | None
     """`asked`: Plan's. Raises ApiError."""
     body = read_body(ChatBody, data, served)
     prompt = encode_messages(body, served)
-    format, grammar = compile_format(body, served)
+    try:
+        format = answer_format(body)
+    except FieldError as e:
+        raise ApiError(str(e), e.param) from None
     params = sampling_params(body, served, [prompt], "messages", format)
     texts = text_parameters((tool.function.name, tool.function.parameters) for tool in body.tools)
-    return Plan(body, [prompt], params, ChatFormat(served.tool_style, body.offers_tools, texts), grammar, asked)
+    return Plan(body, [prompt], params, ChatFormat(served.tool_style, body.offers_tools, texts), asked=asked)
 
 
 def encode_messages(body: ChatBody, served: Served, add_generation_prompt: bool = True) -> list[int]:
@@ -95,12 +98,12 @@ def encode_messages(body: ChatBody, served: Served, add_generation_prompt: bool 
         raise ApiError(str(e), "messages") from None
 
 
-def compile_format(body: ChatBody, served: Served) -> tuple[AnswerFormat | None, Grammar | None]:
-    """The form that the answer is held to. Raises ApiError."""
+def with_grammar(plan: Plan, served: Served) -> Plan:
+    """The plan of an answer that is held to a format, with its grammar, which may take a second. Raises ApiError."""
+    assert plan.params.answer_format is not None
     try:
-        format = answer_format(body)
-        return format, None if format is None else served.compile(format)
-    except (FieldError, FormatError) as e:
+        return replace(plan, grammar=served.compile(plan.params.answer_format))
+    except FormatError as e:
         raise ApiError(str(e), e.param) from None
     except UserError as e:
         raise ApiError(str(e), "response_format", status=501) from None

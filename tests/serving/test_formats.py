@@ -21,7 +21,7 @@ from serving.formats import answer_format
 from serving.schema import ChatBody, FieldError, parse
 from support import processes as launch
 from support.formats import marker_tokens, random_schemas, tools_template
-from support.http_server import GENEROUS, RunningServer, serving
+from support.http_server import GENEROUS, RunningServer, await_that, serving
 from support.tiny_tokenizer import TEMPLATE, write_tokenizer
 from text.parser import MARKERS
 
@@ -277,6 +277,21 @@ def test_a_choice_of_no_tool() -> None:
     choice = {"type": "function", "function": {"name": "sub"}}
     with pytest.raises(FieldError, match=r'tool_choice\.function\.name is "sub", which is none of the tools'):
         answer_format(parse(ChatBody, {"messages": QUESTION, "tools": [ADD], "tool_choice": choice}))
+
+
+def test_formats_hold_only_each_other_up(demo: tuple[RunningServer, openai.OpenAI]) -> None:
+    """Making a grammar may take a second, of a schema that is short."""
+    running, go = demo[0], threading.Event()
+    running.engine_thread._formats.submit(go.wait, GENEROUS)
+    body = {"messages": QUESTION, "max_tokens": 2}
+    held = running.start(CHAT, body | {"response_format": {"type": "json_object"}})
+    await_that(lambda: running.engine_thread._preparing == 1 and not running.engine_thread._answers, "it waits")
+    for _ in range(3):
+        assert running.send("POST", CHAT, body)[0] == 200
+    assert running.engine_thread._preparing == 1
+    go.set()
+    assert held.recv(100).startswith(b"HTTP/1.1 200 ")
+    held.close()
 
 
 def test_without_the_library(demo: tuple[RunningServer, openai.OpenAI], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def test_prefixes_and_slashes(demo: tuple[RunningServer, Engine]) -> None:
     for path in ("/health/", "/version/", "/metrics/"):
         assert running.send("GET", path)[0] == 200
     status, _, said = running.send("POST", "/v1/embeddings", {})
-    assert status == 404 and said["error"]["message"].startswith("there is no route POST /v1/embeddings; there are ")
+    assert status == 404 and said["error"]["message"].startswith("there is no route POST /v1/embeddings; there are ") and ":path" not in str(said)
     for route in ("POST /v1/chat/completions", "POST /v1/responses", "POST /v1/tokenize", "GET /v1/models", "GET /health"):
         assert route in said["error"]["message"]
     status, headers, said = running.send("GET", "/v1/completions")
