@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -226,6 +227,12 @@ def test_no_name_hides_another() -> None:
     assert not tops & others
     folders = [path for path in (ROOT / "inference").rglob("*") if path.is_dir()]
     assert not [path for path in folders if path.with_suffix(".py").exists()]
+
+
+def test_modules_of_tests_have_names_of_their_own() -> None:
+    """Pytest imports them by name alone, and refuses two of one name only when it is given both."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, n in names.items() if n > 1]
 
 
 def test_reading_follows_a_token() -> None:
