@@ -1,8 +1,8 @@
 """How far a point may be from what it should be: a multiple of the unit roundoff of the run's number format.
 
 Multiples are of the relative error of a token's value, |found - expected| / |expected| in the 2-norm. They are several
-times what this engine's own backends show at each kind of op in each format (tests/verification/test_trace_check.py), and a
-fraction of what the mildest known mistake makes of it.
+times what this engine's own backends show at each kind of op in each format (tests/verification/test_trace_check.py),
+and a fraction of what the mildest known mistake makes of it.
 """
 
 import torch
