@@ -184,6 +184,7 @@ def large(n: int, prefix: str = "") -> dict[str, Any]:
         ({"type": "integer", "minimum": 3, "maximum": 2}, "", "Unsatisfiable schema"),
         ({"$ref": "https://example.com/schema"}, "", "not present in a registry"),
         ({"$ref": "#/$defs/none"}, "", "does not exist"),
+        ({"$ref": "#"}, "", "no text can match it"),
         (large(401), ".properties", "has 401 entries, at most 400"),
         ({"enum": list(range(5001))}, ".enum", "has 5001 entries"),
         (nested(65), ".properties.a" * 65, "is more than 64 schemas deep"),
