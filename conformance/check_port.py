@@ -30,6 +30,7 @@ from families import FAMILIES
 from hashed_weights import write_checkpoint
 from judge import FORMATS, KINDS, Finding, Named, Unusable, compare, diagnose, expected, is_w8a8, kind
 from mistakes import MISTAKES
+from mistakes.names import IN_VERIFY
 
 PLACES = ("{checkpoint}", "{input}", "{output}")
 Port = Callable[[str, Path, list[int]], dict[str, Tensor]]  # family, checkpoint and tokens to named values
@@ -166,7 +167,8 @@ def text(report: Report) -> str:
     lines.append(f"{n} of {len(report.rows)} families pass ({report.format})")
     for name, families, _ in report.named:
         lines.append(f"{', '.join(families)}: these are the values of a known mistake, {name}: {MISTAKES[name].says}")
-        lines.append(f"    it shows in: {MISTAKES[name].signature}")
+        other = f" (in verify.py: {IN_VERIFY[name]})" if IN_VERIFY.get(name, name) != name else ""
+        lines.append(f"    it shows in: {MISTAKES[name].signature}{other}")
     explained = {family for named in report.named for family in named.families}
     if unknown := [
         row.family for row in report.rows if not row.passed and not row.error and row.family not in explained

@@ -14,9 +14,9 @@ from mistakes.registry import mistake, replaced, right
 
 ROPE = "attn.q_rope and k_rope; position 0 agrees"
 
-replaced("rope-backwards", "angles turn the other way", "attn.q_rope and k_rope; logits nearly agree where both turn alike",
+replaced("rope-backwards", "angles turn the other way", ROPE,
          positions=lambda net, at: -at.double())
-replaced("rope-half", "pairs (i, i + R/2) are rotated instead of the neighbours (2i, 2i + 1)", f"{ROPE}, the first pair too",
+replaced("rope-half", "pairs (i, i + R/2) are rotated instead of the neighbours (2i, 2i + 1)", ROPE,
          rotate=lambda net, x, cos, sin: _halves(x, cos, sin))
 replaced("rope-key-not-rotated", "keys are cached without their rotation", "attn.k_rope; q_rope agrees",
          rotate_key=lambda net, x, cos, sin: x)
@@ -106,7 +106,7 @@ replaced("mla-mask", "every query sees the key behind it", "attn.o, at every pos
          hidden=lambda net, n: torch.ones(n, n, dtype=torch.bool).triu(2))
 replaced("mla-no-mask", "no causal mask", "attn.o, at every position but the last",
          hidden=lambda net, n: torch.zeros(n, n, dtype=torch.bool))
-replaced("mla-not-itself", "a query does not see its own key", "attn.o, at every position",
+replaced("mla-not-itself", "a query does not see its own key", "attn.o, from position 1 on",
          hidden=lambda net, n: torch.ones(n, n, dtype=torch.bool).triu(0) & (torch.arange(n) > 0)[:, None] if n > 1 else torch.zeros(1, 1, dtype=torch.bool))
 replaced("mla-scores-in-bfloat16", "scores are rounded to bfloat16 before the softmax", "attn.o by 0.5 %",
          scores=lambda net, q, k: to_bfloat16(right(net, "scores", q, k)))
@@ -120,7 +120,7 @@ def _heads_innermost(net: Network, kv: Tensor) -> tuple[Tensor, Tensor]:
     return kv[..., : net.nope], kv[..., net.nope :]
 
 
-@mistake("moe-first-dense-layers", "one MoE layer too few is dense, with the shared experts alone", "ffn.out of the first MoE layer")
+@mistake("moe-first-dense-layers", "the first MoE layer computes its shared experts alone", "ffn.out of the first MoE layer")
 def _(net: Network) -> None:
     def experts(at: str, point: str, x: Tensor) -> Tensor:
         if at == f"model.layers.{net.n_dense}.mlp":

@@ -17,6 +17,7 @@ import hashed_weights
 import judge
 from families import FAMILIES, KEPT
 from mistakes import MISTAKES
+from mistakes.names import IN_VERIFY
 from support.processes import environment
 
 ROOT = Path(__file__).parents[2]
@@ -238,6 +239,17 @@ def test_mistakes_are_named_by_logits_alone(checkpoints):
         assert name in check_port.text(report) and MISTAKES[name].says in check_port.text(report)
 
 
+def test_names_in_verify_are_its_own():
+    from verification import mistakes_attention, mistakes_formats, mistakes_moe, mistakes_norms  # noqa: F401  fill the list
+    from verification.mistakes import MISTAKES as ITS
+
+    assert IN_VERIFY.keys() <= MISTAKES.keys()
+    assert set(IN_VERIFY.values()) <= {mistake.name.partition(":")[0] for mistake in ITS}
+    one, other = (check_port.text(check_port.Report("float32", [], [judge.Named(name, ("v3",), 0.0)]))
+                  for name in ("yarn-no-ramp", "mtp-concat-order"))  # fmt: skip
+    assert "(in verify.py: rope-no-ramp)" in one and "verify.py" not in other
+
+
 def test_two_mistakes_in_two_families(checkpoints):
     one, other = wrong("mtp-concat-order"), wrong("mscale-not-read")
     report = check_port.check(lambda f, *rest: (one if f == "v3" else other)(f, *rest), "float32", ["v3", "v2-lite"], checkpoints)
@@ -263,15 +275,20 @@ def test_the_first_wrong_point_is_shown(checkpoints):
     assert next(f for f in row.findings if f.point == "layers.0.attn.k_rope").passed
 
 
-def test_scales_show_what_logits_hide(checkpoints):
-    """Activations scaled by 224 instead of 448: e4m3's exponent takes it up."""
+def hidden_by_logits():
+    """Activations scaled by 224 instead of 448: e4m3's exponent takes it up, so that only the scales differ."""
+    return judge.expected("v3-fp8", True, "fp8-saturation") | {"logits": judge.expected("v3-fp8", True)["logits"]}
 
-    def port(family, folder, tokens):
-        return judge.expected(family, True, "fp8-saturation") | {"logits": judge.expected(family, True)["logits"]}
 
-    report = check_port.check(port, "w8a8", ["v3-fp8"], checkpoints)
-    first = report.rows[0].first
-    assert first and first.point == "layers.0.attn_norm.scale"
+def test_scales_show_what_logits_hide():
+    wrong = [f.point for f in judge.compare(hidden_by_logits(), judge.expected("v3-fp8", True), "v3-fp8", "w8a8") if not f.passed]
+    assert wrong[0] == "layers.0.attn_norm.scale"
+    assert all(point.endswith(".scale") for point in wrong if point.startswith("layers.0.attn"))
+
+
+@pytest.mark.trust
+def test_scales_alone_name_a_mistake(checkpoints):
+    report = check_port.check(lambda *_: hidden_by_logits(), "w8a8", ["v3-fp8"], checkpoints)
     assert [named.name for named in report.named] == ["fp8-saturation"]
 
 
