@@ -196,14 +196,14 @@ def choice_errors(
         recorded = f"{layer}.ffn.router_logits" in expected.request.points
         stored = stored_dtype(expected.request, f"{layer}.ffn.router_logits") if recorded else torch.float32
         close = TIES * roundoff(expected.numerics, "ffn.router_logits", stored) * max(1.0, float(logits.abs().max()))
-        if regret(choice, ids, wanted[row], args) <= close:
+        if regret(choice, ids, args) <= close:
             errors[row] = 0
     return errors
 
 
-def regret(choice: torch.Tensor, found: torch.Tensor, wanted: torch.Tensor, args: ModelArgs) -> float:
-    """By how much scores (E,) would have to change for the experts `found` (K,) to be the best: in the groups that are
-    open, and for other groups to be open. A limit of rounding tells whether they are as good as those wanted."""
+def regret(choice: torch.Tensor, found: torch.Tensor, args: ModelArgs) -> float:
+    """By how much scores (E,) would have to change for the experts `found` (K,) to be the best: for their groups to be
+    open, and within the open groups. Infinite where they lie in more groups than may be open."""
     n_groups = args.n_expert_groups if args.topk_method != "greedy" else 1
     per = len(choice) // n_groups
     gap, open_groups = 0.0, set(range(n_groups))

@@ -63,7 +63,7 @@ class Outcome(NamedTuple):
     log: str  # of what was not as it should be
 
 
-PARTS = ("checkpoint", "cli", "commands", "core", "engine", "model", "ops", "parallel", "serving", "page", "text")  # a module of_… each
+PARTS = ("checkpoint", "cli", "commands", "core", "engine", "model", "ops", "parallel", "serving", "page", "text", "verification")  # a module of_… each
 MUTANTS = [Mutant(*row) for part in PARTS for row in importlib.import_module(f"mutation.of_{part}").MUTANTS]
 
 

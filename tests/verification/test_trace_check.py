@@ -17,7 +17,7 @@ from support.packed_checkpoints import LAYOUTS as PACKED
 from support.packed_checkpoints import make_packed
 from support.thread_ranks import on_every_rank
 from support.traces import RUN, engine_trace, foreign_run
-from verification.check import Report, check, check_request
+from verification.check import Report, check, check_request, regret
 from verification.expected import Expected, kind_of
 from verification.mistakes import MISTAKES, Mistake
 from verification.recorder import record_tokens
@@ -42,8 +42,7 @@ MODELS: dict[str, tuple[dict[str, Any], bool, RunNumerics]] = {  # that mistakes
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
     folder = tmp_path_factory.mktemp("check")
-    found = {name: Weights(random_checkpoint(folder / name, config, fp8=fp8)) for name, (config, fp8, _) in MODELS.items()}
-    return found
+    return {name: Weights(random_checkpoint(folder / name, config, fp8=fp8)) for name, (config, fp8, _) in MODELS.items()}
 
 
 def divergences(report: Report) -> list[tuple[str, float, float]]:
@@ -106,6 +105,58 @@ def test_what_cannot_be_judged_is_said(models: dict[str, Weights]) -> None:
     assert set(unjudged) == {"layers.0.attn.o", "layers.1.attn.o", "mtp.0.attn.o"}
     assert unjudged["layers.1.attn.o"] == "not judged: layers.1.attn.c_kv at earlier positions was not recorded"
     assert report.first is None
+
+
+def test_near_ties(models: dict[str, Weights]) -> None:
+    """Another choice is right where rounding of the logits could have made it: of experts, and of groups; not otherwise."""
+    weights = models["v3"]
+    whole = foreign_run(weights, TOKENS)
+    points, name = dict(whole.requests[0].points), "layers.1.ffn.ids"
+    expected = Expected(whole.requests[0], weights)
+    at = torch.arange(len(TOKENS))
+    choice = expected.biased("layers.1", expected.scores(expected.value("layers.1.ffn.router_logits", at)))
+    ids = points[name].clone()
+    per = weights.args.n_routed_experts // weights.args.n_expert_groups
+
+    def judged() -> float:
+        request = RequestTrace("0", whole.requests[0].tokens, points | {name: ids}, whole.requests[0].rows)
+        return next(j.local for j in check_request(request, whole, weights, diagnose=False).points if j.name == name)
+
+    assert judged() == 0
+    kept = {int(e) // per for e in ids[7]}
+    others = [e for e in range(32) if e not in ids[7].tolist() and e // per in kept]
+    ids[7, -1] = others[0] if choice[7, others[0]] < choice[7, ids[7]].min() else others[-1]
+    assert judged() == pytest.approx(1 / len(TOKENS))  # far from a tie
+    ids = points[name].clone()
+    closed = [e for e in range(32) if e // per not in kept]
+    ids[7, -1] = closed[0]
+    assert judged() > 0  # of a fourth group
+    best = torch.zeros(32)
+    best[[0, 1, 4, 5, 8, 9]] = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    best[[12, 13]] = best[[8, 9]] - 1e-9
+    assert regret(best, torch.tensor([0, 1, 4, 5, 12, 13]), weights.args) < 1e-7
+    best[[12, 13]] -= 0.1
+    assert regret(best, torch.tensor([0, 1, 4, 5, 12, 13]), weights.args) > 0.05
+    assert regret(best, torch.tensor([0, 1, 4, 5, 8, 10]), weights.args) == pytest.approx(0.4)
+
+
+def test_nans_diverge(models: dict[str, Weights]) -> None:
+    trace = foreign_run(models["v3"], TOKENS[:12])
+    trace.requests[0].points["layers.1.attn.out"][3, 5] = torch.nan  # type: ignore[index]
+    report = check(trace, models["v3"])
+    assert report.first is not None
+    request, judged = report.first
+    assert (judged.name, judged.position) == ("layers.1.attn.out", 3)
+    assert [cause.name for cause in request.causes[judged.name]] == ["not-finite"]
+
+
+def test_the_exact_run_is_the_engine_s(models: dict[str, Weights]) -> None:
+    """The two, which share no code, agree to float32's rounding in every family's logits."""
+    for label in ("v3", "v2", "v2-lite", "moonlight"):
+        path = models[label].path
+        exact, own = foreign_run(models[label], TOKENS).requests[0], record_tokens(ours(path), [TOKENS]).requests[0]
+        error = (exact.points["logits"] - own.points["logits"]).norm() / own.points["logits"].norm()
+        assert float(error) < 1e-5, label
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
