@@ -10,6 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+MOST_OF_A_PATH = 200  # bytes of it that are told
 PROBES = ("/health", "/metrics")  # asked every few seconds, so told at level debug
 
 
@@ -60,7 +61,7 @@ class AccessLog:
             level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
             if self._log.isEnabledFor(level):
                 client = "{}:{}".format(*scope["client"]) if scope.get("client") else "-"
-                path = scope["raw_path"].decode("ascii", "backslashreplace")
+                path = scope["raw_path"][:MOST_OF_A_PATH].decode("ascii", "backslashreplace")
                 end = " (the client left)" if has_left else "" if is_whole else " (cut off)"
                 self._log.log(level, '%s "%s %s" %s %.3f s%s%s id=%s', client, scope["method"], path, status,
                               time.monotonic() - began, scope.get("tokens", ""), end, request_id)  # fmt: skip

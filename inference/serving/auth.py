@@ -47,6 +47,8 @@ class Guard:
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value)
+        if b"transfer-encoding" in headers and b"content-length" in headers:  # a proxy may see another body
+            raise ApiError("the request has both Transfer-Encoding and Content-Length", headers={"Connection": "close"})
         host = [value.decode("latin-1").lower() for value in headers.get(b"host", [])]
         if self.key is None:
             if len(host) != 1 or without_port(host[0]) not in self.hosts:

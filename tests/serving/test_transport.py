@@ -290,6 +290,18 @@ def test_origins_at_the_start() -> None:
             origins(bad)
 
 
+def test_a_body_of_two_lengths(tiny: Engine) -> None:
+    """What a proxy may take for one request is not read as two."""
+    with serving(again(tiny)) as running:
+        next_one = b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        both = b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n" % len(next_one)
+        client = connect(running, POST + both + next_one)
+        text = b""
+        while part := client.recv(1 << 16):
+            text += part
+        assert text.startswith(b"HTTP/1.1 400 ") and b"both Transfer-Encoding" in text and text.count(b"HTTP/1.1") == 1
+
+
 # ---------------------------------------------------------------- what is logged
 
 
@@ -319,6 +331,8 @@ def test_a_line_for_every_request(tiny: Engine, log: pytest.LogCaptureFixture) -
         log.clear()
         running.send("GET", "/no/such\u0020route".replace(" ", "%0a"))
         assert '"GET /no/such%0aroute" 404 ' in line(404) and line(404).count("\n") == 0
+        log.clear()
+        assert running.send("GET", "/" + "x" * 20_000)[0] == 404 and len(line(404)) < 400
         log.clear()
         assert running.send("GET", "/health")[0] == 200
         assert await_that(lambda: [r.levelname for r in log.records], "it is told") == ["DEBUG"]
