@@ -61,7 +61,7 @@ def caller(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A random model of bytes that is offered tools in a style, drafting."""
     folder = launch.make_tiny(tmp_path_factory.mktemp("caller") / "tiny")
     write_tokenizer(folder, tools_template(request.param, TEMPLATE), marker_tokens(request.param))
-    engine = Engine.from_pretrained(folder, dtype="float32", max_model_len=900, n_pages=40, mtp=1)
+    engine = Engine.from_pretrained(folder, dtype="float32", max_model_len=1600, n_pages=80, mtp=1)
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=GENEROUS) as client:
         yield running, client
 
@@ -197,8 +197,8 @@ def test_every_answer_validates(caller: tuple[RunningServer, openai.OpenAI], n: 
         answers = list(pool.map(lambda body: running.send("POST", CHAT, body), bodies))
     checker, ended, refused = jsonschema.FormatChecker(["date", "uuid", "ipv4"]), Counter[str](), 0
     for schema, body, (status, _, said) in zip(schemas, bodies, answers, strict=True):
-        if status == 400:
-            assert "nsatisfiable" in said["error"]["message"], (body, said)
+        if status == 400:  # the tools are in the prompt, byte by byte
+            assert said["error"]["code"] == "context_length_exceeded" or "nsatisfiable" in said["error"]["message"], (body, said)
             refused += 1
             continue
         assert status == 200, (body, said)
