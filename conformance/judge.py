@@ -234,8 +234,9 @@ def _cover(near: dict[str, dict[str, float]], answers: dict[str, dict[str, Tenso
     while left:
         explained: dict[str, list[str]] = {}
         for family in left:
-            for name in near[family].keys() - excluded:
-                explained.setdefault(name, []).append(family)
+            for name in near[family]:
+                if name not in excluded:
+                    explained.setdefault(name, []).append(family)
         if not explained:
             break
         best = max(explained, key=lambda name: (len(explained[name]), -max(near[f][name] for f in explained[name])))

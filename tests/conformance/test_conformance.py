@@ -263,6 +263,15 @@ def test_a_mistake_that_would_show_elsewhere_is_not_named(checkpoints):
     assert not report.named and "v3: no known mistake has these values" in check_port.text(report)
 
 
+@pytest.mark.parametrize("order", [list, reversed])
+def test_one_of_two_that_look_alike_in_the_family_that_fails(checkpoints, monkeypatch, order):
+    """V2 has the same values with YaRN left out everywhere and with YaRN by the context limit; V3 tells them apart."""
+    monkeypatch.setattr(judge, "MISTAKES", dict(order(MISTAKES.items())))
+    for name, wanted in (("yarn-by-context-limit", ["yarn-by-context-limit"]), ("yarn-left-out", ["yarn-left-out"])):
+        report = check_port.check(wrong(name), "float32", ["v2", "v3"], checkpoints)
+        assert [named.name for named in report.named] == wanted, check_port.text(report)
+
+
 def test_the_first_wrong_point_is_shown(checkpoints):
     def port(family, folder, tokens):
         found = dict(judge.expected(family, False, "norm-of-latents-left-out"))
