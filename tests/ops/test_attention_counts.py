@@ -30,7 +30,8 @@ def test_bars(version: str) -> None:
     assert few["instructions"] <= 600 and few["programs_that_fit"] >= 2 and few["shared"] <= 113 * 1024
     by_group = rows["decode sm_90 fp8 16 heads 16x64 by group"]
     assert by_group["rows"] == 16  # not filled up to 64, of which 32 keys took 8 warps 966 instructions
-    assert by_group["instructions"] / by_group["keys"] < 966 / 32 / 2
+    # of all warps, for a key; and one program's loads go on beside the other's products
+    assert by_group["instructions"] * by_group["warps"] / by_group["keys"] < 70 and by_group["programs_that_fit"] >= 2
     prompt = rows["prefill sm_90 16 heads 128x128"]
     assert prompt["instructions"] / prompt["keys"] < 423 / 64  # what the tile of 64 keys took
 

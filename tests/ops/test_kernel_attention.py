@@ -124,11 +124,17 @@ def own(table: dict[Any, tuple[attention_tiles.AttentionTile, ...]]) -> list[att
     """On a GPU its own tiles, in the interpreter all of them, each once."""
     arch = None if INTERPRETED else device.architecture(torch.device(DEVICE))
     found = [tile for key, tiles in table.items() if arch is None or arch in key for tile in tiles]
-    return list({(tile.rows, tile.keys, tile.swap): tile for tile in found}.values())
+    return list({(tile.rows, tile.keys, tile.swap, tile.descriptor, tile.by_group): tile for tile in found}.values())
 
 
-@pytest.mark.parametrize("tile", own(attention_tiles.DECODE), ids=str)
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "fp8"])
+def own_for(packed: bool) -> list[Any]:
+    tables = {key: table for key, table in attention_tiles.DECODE.items() if key[1] == packed}
+    name = "fp8" if packed else "plain"
+    return [pytest.param(tile, packed, id=f"{name}-{tile.rows}x{tile.keys}{'-by-group' * tile.by_group}"
+                         f"{'-descriptor' * tile.descriptor}{'-swap' * tile.swap}") for tile in own(tables)]  # fmt: skip
+
+
+@pytest.mark.parametrize("tile, packed", [*own_for(False), *own_for(True)])
 def test_every_decode_tile(tile: attention_tiles.AttentionTile, packed: bool) -> None:
     """Rows of one sequence in two tiles and more, and pages in three runs."""
     p = Problem([150, 40], [1 + tile.rows // 5, 3], (6, 16, 16, 16, 32), packed)

@@ -29,9 +29,10 @@ class AttentionTile:
 # Hopper's tensor core wants 64 rows in its first operand: with fewer rows the 64 keys come first. There whole pages are
 # copied through a descriptor. Up to 32 rows one page and the queries take less than half of shared memory, and one
 # program's copy goes on beside the other's products; with 64 rows the result fills the registers, and two stages the
-# shared memory. FP8 latents of up to 32 rows are multiplied by group; with more the rows come first, 32 keys at a time,
-# which Triton widens in registers. Blackwell keeps two copies of a pipelined tile that is used twice, and has no room
-# for them: one stage; with more than 16 rows (32 of FP8 latents) the result spills on its way through the registers.
+# shared memory. FP8 latents of up to 32 rows are multiplied by group, up to 16 by two programs side by side; with more
+# the rows come first, 32 keys at a time, which Triton widens in registers. Blackwell keeps two copies of a pipelined
+# tile that is used twice, and has no room for them: one stage; with more than 16 rows (32 of FP8 latents) the result
+# spills on its way through the registers.
 # Batch-invariant, the last row serves, without a descriptor: what a key is added up with must not depend on where the
 # sequence ends.
 DECODE = {  # by architecture and whether latents are packed
@@ -45,7 +46,7 @@ DECODE = {  # by architecture and whether latents are packed
         AttentionTile(math.inf, 64, 64, 8, 2, descriptor=True),
     ),
     ("sm_90", True): (
-        AttentionTile(16, 16, 64, 8, 1, True, by_group=True),
+        AttentionTile(16, 16, 64, 4, 1, True, programs=2, by_group=True),
         AttentionTile(32, 32, 64, 8, 1, True, by_group=True),
         AttentionTile(math.inf, 64, 32, 8, 2),
     ),

@@ -55,7 +55,7 @@ def decode_fp8_kernel(
 ):  # fmt: skip
     """As decode_kernel with SWAP, a page to each step, its values in groups of BLOCK channels that share a scale.
 
-    A step asks for the next page before it multiplies. It ends with that page widened in registers: as what a step
+    A step asks for the next page once it has its scores. It ends with that page widened in registers: as what a step
     begins with Triton stores it to shared memory once, where both products read it."""
     wait_for_previous()
     GROUPS: tl.constexpr = (C + BLOCK - 1) // BLOCK
@@ -92,14 +92,12 @@ def decode_fp8_kernel(
         row = tl.maximum(tl.minimum(j, high - low - 1), 0)
         values = widen(load_groups(latents_ptr + start, row, C, WIDTH, GROUPS, BLOCK), GROUPS)
         for at in tl.range(low, high, PAGE, num_stages=1, disable_licm=True):
+            start = tl.load(own_ptr + at // PAGE).to(tl.int64) * (PAGE * WIDTH)  # carried on, it would spill
+            row = tl.minimum(j, high - 1 - at)
             k_pe = tl.load(k_pe_ptr + start // 2 + row[:, None] * (WIDTH // 2) + r, mask=r < R, other=0.0)
             scales = ()
             for g in tl.static_range(GROUPS):
                 scales = scales + (tl.load(scales_ptr + start // 4 + row * (WIDTH // 4) + g),)
-            following = tl.minimum(at + PAGE, high - 1)
-            start = tl.load(own_ptr + following // PAGE).to(tl.int64) * (PAGE * WIDTH)
-            row = tl.minimum(j, high - 1 - following // PAGE * PAGE)
-            ahead = load_groups(latents_ptr + start, row, C, WIDTH, GROUPS, BLOCK)
             products = ()
             for g in tl.static_range(GROUPS):
                 products = products + (tl.dot(values[g], qs[g].T),)
@@ -108,6 +106,10 @@ def decode_fp8_kernel(
                 scores += products[g] * scales[g][:, None]
             k_pe = k_pe.to(tl.float32) if INTERPRETED else k_pe
             scores = tl.dot(k_pe, q_pe.T, scores * unit[None, :])
+            following = tl.minimum(at + PAGE, high - 1) // PAGE
+            start = tl.load(own_ptr + following).to(tl.int64) * (PAGE * WIDTH)
+            row = tl.minimum(j, high - 1 - following * PAGE)
+            ahead = load_groups(latents_ptr + start, row, C, WIDTH, GROUPS, BLOCK)
             p, kept, best, total = join(scores, position, at + j, best, total, scale, 0)
             p *= RAISED
             sums = ()
