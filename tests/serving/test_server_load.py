@@ -6,7 +6,6 @@ import json
 import random
 import re
 import socket
-import statistics
 import time
 from collections import Counter
 from pathlib import Path
@@ -146,11 +145,13 @@ def test_everybody_at_once(
         process.left()
     finally:
         process.close()
-    p99 = statistics.quantiles(load.health, n=100)[98]
-    grown = [max(part) >> 20 for part in (load.memory[len(load.memory) * i // 8 : len(load.memory) * (i + 1) // 8] for i in range(8)) if part]
+    p99 = sorted(load.health)[int(0.99 * len(load.health))]
+    n = len(load.memory)  # a few on a busy machine
+    grown = [max(part) >> 20 for i in range(8) if (part := load.memory[n * i // 8 : n * (i + 1) // 8])]
     print(f"/health: p99 {p99:.3f} s of {len(load.health)}; MiB by eighths of the time: {grown}; {dict(load.seen)}")
     assert load.seen["whole"] > 0 and load.seen["oversized 400"] > 0 and load.seen["leaving"] > 0
     assert not {outcome for outcome in load.seen if outcome.startswith(("5", "oversized 5"))}
-    assert max(grown[4:]) < max(grown[:4]) * 1.05 + (16 if seconds > 60 else 64), "MiB; it does not grow with time"
+    half = (len(grown) + 1) // 2
+    assert max(grown[-half:]) < max(grown[:half]) * 1.05 + (16 if seconds > 60 else 64), "MiB; it does not grow with time"
     assert p99 < 5, "seconds; on a machine that does nothing else it is far less"
     assert len(process.said) < 20, "nothing of a single request, of clients that leave or that are not let in"
