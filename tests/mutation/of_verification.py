@@ -1,7 +1,7 @@
 """Mutants of verification/: name, file, text, what takes its place, the tests that must fail, the bug."""
 
 V = "verification/"
-RECORDER, CHECK, SIDES = "verification/test_recorder.py::", "verification/test_check.py::", "verification/test_sides.py::"
+RECORDER, CHECK, SIDES = "verification/test_recorder.py::", "verification/test_trace_check.py::", "verification/test_sides.py::"
 
 MUTANTS = (
     ("trace-first-row-of-a-position", V + "recording.py", "            latest = {p: (i, j) for i, (positions, _) in enumerate(parts)",
@@ -23,16 +23,12 @@ MUTANTS = (
      RECORDER + "test_memory_is_bounded", "finished requests count against the bound"),
     ("trace-backend-left-behind", V + "recorder.py", "        for undo in reversed(self._undo):\n            undo()\n", "",
      RECORDER + "test_every_point_is_there", "a model is recorded for ever"),
-    ("trace-virtual-ranks-twice", V + "recording_ops.py", "        if recorder.running and not self._shard:  # before",
-     "        if recorder.running:  # before", RECORDER + "test_virtual_ranks", "a latent is recorded once for each virtual rank"),
     ("trace-layers-may-differ", V + "trace_reading.py", "    _require_every_layer(files[0], points)\n", "",
      "verification/test_trace.py::test_what_is_wrong_is_said", "a dump that lost a layer's point is taken as it is"),
     ("trace-config-uncompared", V + "trace_reading.py", "and name not in UNCOMPARED and said != value:", "and False:",
      "verification/test_trace.py::test_what_is_wrong_is_said", "a run of another model is judged by this one's weights"),
     ("check-halves-as-they-are", V + "expected.py", '        if self.halves and name.endswith(("q_rope", "k_rope")):', "        if False:",
      SIDES + "test_transformers_passes", "rotary channels in halves are compared with interleaved ones"),
-    ("check-accumulates", V + "expected.py", "        return self.compute(name, at) if found is None else found", "        return self.compute(name, at)",
-     SIDES + "test_faults_of_this_engine", "an op is judged by right inputs, not by its own"),
     ("check-no-ties", V + "check.py", "        if regret(choice, ids, args) <= close:", "        if False:",
      CHECK + "test_near_ties", "a near tie is a divergence"),
     ("check-ties-without-groups", V + "check.py", "            gap = max(0.0, max(closed) - min(float(worth[g]) for g in open_groups)) / 2",

@@ -131,6 +131,22 @@ def test_near_ties(models: dict[str, Weights]) -> None:
     closed = [e for e in range(32) if e // per not in kept]
     ids[7, -1] = closed[0]
     assert judged() > 0  # of a fourth group
+    assert regret(choice[7], points[name][7], weights.args) == 0
+    ids, wanted = points[name].clone(), points[name][7]
+    logits, name_of_logits = points["layers.1.ffn.router_logits"].clone(), "layers.1.ffn.router_logits"
+    least, bias = wanted[choice[7, wanted].argmin()], weights.exact("layers.1.ffn.gate.bias")
+    for other in others:  # has this expert's logit make it a tie with the least of the chosen
+        score = choice[7, least] - bias[other] - 1e-7
+        if 0.01 < score < 0.99:
+            points[name_of_logits] = logits.clone()
+            points[name_of_logits][7, other] = torch.logit(score)
+            ids[7] = torch.where(wanted == least, other, wanted)
+            assert judged() == 0
+            points[name_of_logits][7, other] = torch.logit(score - 0.005)
+            assert judged() > 0
+            break
+    else:
+        pytest.fail("no expert can be made a tie")
     best = torch.zeros(32)
     best[[0, 1, 4, 5, 8, 9]] = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
     best[[12, 13]] = best[[8, 9]] - 1e-9
