@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "benchmarks" / "results" / "server.json"
+RESULTS = HERE.parent / "benchmarks" / "results" / "online_serving.json"
 COLOURS = {"server.py": "#3457d5", "transformers serve": "#c39a5b"}
 PANELS = (
     ("answers, tokens/s", lambda side: {"": side["tokens_per_second"]}, "linear"),
