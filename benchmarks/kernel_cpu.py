@@ -5,7 +5,7 @@
 Every result is held to float64 first. Weights, in bfloat16, take turns, a gigabyte of them, so that none is still in a
 cache when it comes up again. The sides take turns; a figure is the best of a side's turns, a ratio is the median of the
 turns' ratios. GB/s are those of the weights, or latents, alone. How fast memory can be read is torch's sum over as many
-bytes.
+bytes. The processor's peak is torch's product of two matrices that stay in its caches.
 
     python benchmarks/kernel_cpu.py --clang --output benchmarks/results/kernel_cpu_clang.json
 
@@ -81,6 +81,13 @@ def compare(
     )  # fmt: skip
     print(f"{name:28} {text}", flush=True)
     return row
+
+
+def peak(turns: int, n: int = 1024) -> float:
+    """GFLOP/s of torch's product of two bfloat16 matrices of n x n, which stay in a cache; the best turn's."""
+    a, b = torch.randn(n, n).bfloat16(), torch.randn(n, n).bfloat16()
+    seconds, _ = take_turns({"torch": timed(lambda: [a @ b for _ in range(8)][:0])}, turns)
+    return 8 * 2 * n**3 / min(seconds["torch"]) / 1e9
 
 
 def swapped(ours: Callable[[int], torch.Tensor]) -> Callable[[int], torch.Tensor]:
@@ -291,7 +298,9 @@ def main() -> int:
         by_clang = kernel_cpu.load(kernel_cpu.build(command, kernel_cpu.FLAGS))
     torch.manual_seed(0)
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "read_gb_s": memory_read(args.turns, BYTES)}
-    print(f"memory is read at {found['read_gb_s']:.1f} GB/s, {found['threads']} threads", flush=True)
+    found["peak_gflops"] = peak(args.turns)
+    print(f"memory is read at {found['read_gb_s']:.1f} GB/s, torch multiplies at {found['peak_gflops']:.0f} GFLOPS, "
+          f"{found['threads']} threads", flush=True)  # fmt: skip
     found["rows"] = []
     for n, k in SHAPES:
         found["rows"] += products(n, k, args.turns)

@@ -255,7 +255,7 @@ def test_the_cpu_kernels_bench(run: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(kernel_cpu, "PROMPTS", [(40, 100)])
     results, printed, code = run(kernel_cpu, "--turns", "2")
     assert code == 0 and len(results["rows"]) == len(kernel_cpu.ROWS) + len(kernel_cpu.FORM_ROWS) + 7
-    assert len(printed.splitlines()) == len(results["rows"]) + 1
+    assert len(printed.splitlines()) == len(results["rows"]) + 1 and results["peak_gflops"] > 0
     for row in results["rows"]:
         ours = row.get("ours") or row["bfloat16"]
         assert ours["ratio"] == 1 and ours["us"] > 0
