@@ -209,6 +209,15 @@ class Expected:
             heads.append(p @ (c_kv @ w_uv[h].T))
         return torch.stack(heads, dim=1)
 
+    def attention_weights(self, layer: str, at: torch.Tensor, head: int) -> torch.Tensor:
+        """How much each position's value counts for a head's output at positions (n,): (n, L), rows that sum to 1. For
+        pictures. Raises NotRecorded as `attend` does."""
+        keys = self.earlier(at)
+        c_kv, k_rope = (self.latents(f"{layer}.attn.{name}", keys) for name in ("c_kv", "k_rope"))
+        q_nope, q_rope = (self.value(f"{layer}.attn.{name}", at)[:, head] for name in ("q_nope", "q_rope"))
+        scores = q_nope @ (c_kv @ self.kv_weights(layer)[0][head].T).T + q_rope @ k_rope.T
+        return (scores * self.args.softmax_scale).masked_fill(keys[None] > at[:, None], float("-inf")).softmax(-1)
+
     def latents(self, name: str, keys: torch.Tensor) -> torch.Tensor:
         """Recorded for all keys, or recomputed where they were recorded for none. Raises NotRecorded."""
         if name in self.request.points and self.recorded(name, keys) is None:

@@ -156,6 +156,19 @@ def test_near_ties(models: dict[str, Weights]) -> None:
     assert regret(best, torch.tensor([0, 1, 4, 5, 8, 10]), weights.args) == pytest.approx(0.4)
 
 
+def test_attention_weights(models: dict[str, Weights]) -> None:
+    """Of each head they sum to 1, look at nothing later, and weigh the values to the recorded output."""
+    weights = models["v3"]
+    request = foreign_run(weights, TOKENS).requests[0]
+    expected, at = Expected(request, weights), torch.tensor([0, 5, 39])
+    for head in range(weights.args.n_heads):
+        p = expected.attention_weights("layers.1", at, head)
+        assert p.shape == (3, 40) and torch.allclose(p.sum(-1), torch.ones(3, dtype=p.dtype))
+        assert not p[1, 6:].any() and p[0, 0] == 1
+        values = request.points["layers.1.attn.c_kv"].double() @ expected.kv_weights("layers.1")[1][head].T
+        torch.testing.assert_close(p @ values, request.points["layers.1.attn.o"][at, head].double(), atol=1e-5, rtol=1e-4)
+
+
 def test_nans_diverge(models: dict[str, Weights]) -> None:
     trace = foreign_run(models["v3"], TOKENS[:12])
     trace.requests[0].points["layers.1.attn.out"][3, 5] = torch.nan  # type: ignore[index]
