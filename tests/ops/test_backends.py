@@ -59,6 +59,14 @@ def wide(x: torch.Tensor | Quantised) -> Results:
 
 
 @case
+def use_huge_pages(ops: ReferenceBackend, device: torch.device) -> Results:
+    """What is in them stays, also of memory that begins and ends within a page."""
+    memory = normal(device, 1 << 12, H)[3:]
+    ops.use_huge_pages(memory)
+    return [memory]
+
+
+@case
 def pack_weight(ops: ReferenceBackend, device: torch.device) -> Results:
     """Plain, stacked and FP8: what is packed multiplies as before."""
     stack = ops.pack_weight(Weight(normal(device, 3, 70, H)))
