@@ -263,7 +263,7 @@ def test_transformers_refuses_quantised_weights(fp8_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept, fault, where, cause", [
-    (("layers.*.hidden", "logits"), with_rule(normalise=False), "layers.1.hidden", "weights-unnormalised"),
+    pytest.param(("layers.*.hidden", "logits"), with_rule(normalise=False), "layers.1.hidden", "weights-unnormalised", marks=pytest.mark.trust),
     (("embed", "layers.*.attn.out", "layers.*.hidden"), with_rule(route_scale=1.0), "layers.1.hidden", "weights-unscaled"),
     pytest.param(("logits",), with_rule(n_groups=1), "logits", "groups-ignored", marks=pytest.mark.trust),
 ], ids=str)  # fmt: skip
