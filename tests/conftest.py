@@ -87,6 +87,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Record(path))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Names must be the same in every process, or pytest-xdist refuses to run any test."""
+    if unstable := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"{unstable[0]} is named by an address; give it an id")
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """The table that `make gpu` ends with: a line to a file, with its tests by outcome and the seconds they took."""
     if not config.getoption("--table"):

@@ -263,10 +263,10 @@ def test_transformers_refuses_quantised_weights(fp8_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept, fault, where, cause", [
-    pytest.param(("layers.*.hidden", "logits"), with_rule(normalise=False), "layers.1.hidden", "weights-unnormalised", marks=pytest.mark.trust),
-    (("embed", "layers.*.attn.out", "layers.*.hidden"), with_rule(route_scale=1.0), "layers.1.hidden", "weights-unscaled"),
-    pytest.param(("logits",), with_rule(n_groups=1), "logits", "groups-ignored", marks=pytest.mark.trust),
-], ids=str)  # fmt: skip
+    pytest.param(("layers.*.hidden", "logits"), with_rule(normalise=False), "layers.1.hidden", "weights-unnormalised", marks=pytest.mark.trust, id="hidden states"),
+    pytest.param(("embed", "layers.*.attn.out", "layers.*.hidden"), with_rule(route_scale=1.0), "layers.1.hidden", "weights-unscaled", id="and attention"),
+    pytest.param(("logits",), with_rule(n_groups=1), "logits", "groups-ignored", marks=pytest.mark.trust, id="logits"),
+])  # fmt: skip
 def test_few_points(path: Path, kept: tuple[str, ...], fault: Any, where: str, cause: str) -> None:
     """A program that gives the layers' outputs alone, or the logits: what is between is recomputed, and the mistakes of
     ops in between are tried."""
