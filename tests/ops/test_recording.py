@@ -7,7 +7,7 @@ import torch
 
 from core.batch import Batch, BatchBounds
 from core.run_config import PAGE_SIZE
-from ops.cpu import kernels
+from ops.cpu import kernels, recording
 from ops.cpu.recording import Recording, Scratch, UnrecordableError
 
 needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="there is no C compiler")
@@ -37,12 +37,12 @@ COMPUTED = {
 def test_what_torch_computes(name):
     """Three times over, since what a replay leaves must not be in the way of the next."""
     x = torch.randn(4, 6)
-    with Recording(Scratch()).active() as recording:
+    with Recording(Scratch()).active() as calls:
         out = COMPUTED[name](x)
     for _ in range(3):
         x.copy_(torch.randn(4, 6))
         with torch.inference_mode():
-            recording.replay()
+            calls.replay()
         assert torch.equal(out, COMPUTED[name](x))
 
 
@@ -58,13 +58,13 @@ def test_what_c_computes():
         return kernels.linear(kernels.silu_mul(product, 20).repeat(1, 4)[:, :64], w, torch.float32)
 
     scratch = Scratch()
-    with Recording(scratch).active() as recording:
+    with Recording(scratch).active() as calls:
         out = compute()
     for _ in range(3):
         x.copy_(torch.randn(3, 64))
         with torch.inference_mode():
             scratch.take(1).zero_()  # nobody may count on it
-            recording.replay()
+            calls.replay()
         assert torch.equal(out, compute())
 
 
@@ -88,6 +88,17 @@ def test_what_depends_on_values_is_refused(reads):
     """Another value would make another shape or another branch."""
     with pytest.raises(UnrecordableError), Recording(Scratch()).active():
         reads(torch.randn(4, 6))
+
+
+def test_a_weight_that_is_dequantised_each_time_is_refused(monkeypatch):
+    """It would be kept for each shape; a view of it is not."""
+    weight = torch.randn(64, 64)
+    monkeypatch.setattr(recording, "LARGEST", weight.nbytes - 1)
+    with Recording(Scratch()).active() as calls:
+        weight.T.unflatten(0, (8, 8))
+        calls.scratch.take(2 * weight.nbytes)
+    with pytest.raises(UnrecordableError, match="16384 bytes"), Recording(Scratch()).active():
+        weight * 2
 
 
 @needs_compiler

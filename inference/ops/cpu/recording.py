@@ -23,11 +23,12 @@ aten = torch.ops.aten
 ALLOCATIONS = (aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.new_empty_strided)
 # Tensor.tolist calls the first two, then reads without an op; the others are made of ops that inference mode hides.
 READS = (aten.resolve_conj, aten.resolve_neg, aten.repeat_interleave, aten.where.default, aten.argwhere)
+LARGEST = 32 << 20  # bytes of a result; one that is larger is a weight that each forward dequantises
 BY_VALUE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 class UnrecordableError(Exception):
-    """A forward reads a tensor's values, so that another one may make other calls."""
+    """A forward reads a tensor's values, so that another one may make other calls, or makes too much to keep."""
 
 
 class Scratch:
@@ -84,6 +85,8 @@ class Recording(TorchDispatchMode):
         if func._schema.is_mutable:
             self._calls.append(partial(func, *args, **kwargs))
         elif func.overloadpacket not in ALLOCATIONS and not _are_views(results, (args, kwargs)):
+            if (most := max(t.nbytes for t in results)) > LARGEST:
+                raise UnrecordableError(f"{func} makes {most} bytes, which would be kept")
             self._calls.append(partial(_compute_into, results, func, args, kwargs))
         return out
 
