@@ -22,6 +22,7 @@ LENGTHS = (512, 1024, 1536, 2048, 2560, 3072, 3584, 4032)  # tokens of the promp
 DEPTHS = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100)  # per cent
 HAYSTACKS = {"other codes and sentences": 0.6, "sentences alone": 0.0}  # the part of their tokens that are codes
 HAYS = 3  # of each kind and length; the needle is put into each at every depth
+SEED = 30_000
 TRAINED = 2300  # tokens of the longest prompts in training (demo/README.md)
 NEW = 48  # tokens of an answer at most; a right one has 19
 
@@ -66,9 +67,10 @@ def compute() -> dict[str, Any]:
     from tasks import Questions
 
     engine = Engine.from_pretrained(drawing.DEMO, device="cpu", dtype="bfloat16", max_num_seqs=8)
-    params, draw = SamplingParams(temperature=0.0, max_new_tokens=NEW), Questions(30_000, held_out=True)
+    params = SamplingParams(temperature=0.0, max_new_tokens=NEW)
     haystacks = []
-    for name, codes in HAYSTACKS.items():
+    for seed, (name, codes) in enumerate(HAYSTACKS.items(), SEED):
+        draw = Questions(seed, held_out=True)
         right = [[0] * len(LENGTHS) for _ in DEPTHS]
         for x, length in enumerate(LENGTHS):
             hays = [Haystack(draw, engine.tokenizer, length, codes) for _ in range(HAYS)]
