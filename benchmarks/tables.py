@@ -311,6 +311,15 @@ def numerics(record: dict[str, Any]) -> str:
     return report.table(header, lines)
 
 
+def error_by_layer(record: dict[str, Any]) -> str:
+    """What figures/error_by_layer.py draws, at the end of the network."""
+    results = record["results"]
+    middle, last, logits = results["quantiles"].index(50), -3, -1
+    rows = [[found["format"], *(f"{100 * found['errors'][at][middle]:.2f} %" for at in (last, logits)),
+             f"{found['other_tokens']} of {results['tokens']:,}"] for found in results["formats"]]  # fmt: skip
+    return report.table(["format", "error after the last layer", "of the logits", "other most likely next token"], rows)
+
+
 def results(record: dict[str, Any]) -> str:
     """What the README shows of everything that has been measured."""
     lines = []
@@ -504,6 +513,7 @@ BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "step_model": (step_model, "step_model"), "step_losses": (step_losses, "step_model"),
     "step_assumptions": (step_assumptions, "step_model"),
     "traps": (traps, "conformance"), "conformance": (conformance, "conformance"),
+    "error_by_layer": (error_by_layer, "error_by_layer"),
 }  # fmt: skip
 
 

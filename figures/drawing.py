@@ -62,7 +62,7 @@ def finish(figure: Any, target: Path, about: str, source: str) -> None:
     plt.close(figure)
     told = PngImagePlugin.PngInfo()
     told.add_text("Source", source)
-    picture = Image.open(pixels).convert("RGB").quantize(96, dither=Image.Dither.NONE)
+    picture = Image.open(pixels).convert("RGB").quantize(255, dither=Image.Dither.NONE)
     picture.save(target, "PNG", optimize=True, pnginfo=told)
 
 
