@@ -6,17 +6,26 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 from PIL import Image
 
 import concurrency
 import drawing
+import error_by_layer
+import expert_load
 import needle
+import needle_attention
 import roofline
 import server_load
+import tables
+from core.config import load_config
+from text.tokenizer import Tokenizer
+from verification import RequestTrace, Trace
+from verification.points import names_of
 
-SCRIPTS = [concurrency, roofline]
+SCRIPTS = [concurrency, error_by_layer, expert_load, needle_attention, roofline]
 MOST_BYTES = 120 << 10  # of a picture
 MACHINE = {"cpu": "Intel(R) Xeon(R)", "cores": 2}
 
@@ -47,8 +56,15 @@ KERNELS = {"read_gb_s": 20.0, "rows": [
 ]}  # fmt: skip
 HAYSTACKS = {"checkpoint": "a model", "lengths": [10, 20, 30], "depths": [0, 100], "questions": 2, "trained": 25,
              "haystacks": [{"haystack": name, "right": [[2, 1, 0], [2, 2, 1]]} for name in ("a", "b")]}  # fmt: skip
+ERRORS = {"checkpoint": "a model", "tokens": 7, "points": error_by_layer.points(1), "quantiles": [10, 50, 90], "formats": [
+    {"format": name, "errors": [[0.0, 0.02 * n, 0.05 * n]] * 4, "other_tokens": n} for n, name in enumerate("ab", 1)]}  # fmt: skip
+LOADS = {"checkpoint": "a model", "per_token": 1, "groups": 2, "tokens": {"sums": 3, "long_lookup": 4},
+         "counts": {f"layers.{i}": {"sums": [3, 0, 0, 0], "long_lookup": [1, 1, 1, 1]} for i in (1, 2)}}  # fmt: skip
+WEIGHTS = {"checkpoint": "a model", "prompt_tokens": 5, "position": 5, "needle": [1, 4], "code": [2, 4], "layer": 0, "head": 1,
+           "on_code": [[0.1, 0.9]], "tokens": list("abcdef"), "weights": [0.0, 0.05, 0.8, 0.1, 0.05, 0.0]}  # fmt: skip
 SMALL: dict[ModuleType, list[Any]] = {
-    concurrency: [LANES, DRAFTS, FORMS], roofline: [KERNELS], needle: [HAYSTACKS],
+    concurrency: [LANES, DRAFTS, FORMS], roofline: [KERNELS], needle: [HAYSTACKS], error_by_layer: [ERRORS],
+    expert_load: [LOADS], needle_attention: [WEIGHTS],
 }  # fmt: skip
 
 
@@ -122,3 +138,49 @@ def test_what_the_lines_of_concurrency_are() -> None:
 
 def test_the_server_s_picture_has_its_data() -> None:
     assert json.loads(server_load.RESULTS.read_text())["results"]["rows"]
+
+
+def test_errors_are_of_tokens() -> None:
+    exact = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    assert error_by_layer.errors(exact + torch.tensor([[0.0, 0.5], [1.0, 0.0]]), exact) == pytest.approx([0.1, 0.5])
+    assert error_by_layer.quantiles([float(i) for i in range(101)]) == list(error_by_layer.QUANTILES)
+    known = names_of(load_config(drawing.DEMO / "config.json"))
+    assert set(error_by_layer.points(4)) <= set(known) and [p for p in known if p in error_by_layer.points(4)] == error_by_layer.points(4)
+    assert tables.error_by_layer(record(ERRORS)).splitlines()[2:] == ["| a | 2.00 % | 2.00 % | 1 of 7 |", "| b | 4.00 % | 4.00 % | 2 of 7 |"]
+
+
+def test_choices_are_counted_by_kind() -> None:
+    def request(name: str, *ids: list[int]) -> RequestTrace:
+        return RequestTrace(name, torch.zeros(len(ids)), {"layers.1.ffn.ids": torch.tensor(ids)})
+
+    trace = Trace([request("0", [0, 2], [2, 3]), request("1", [1, 1]), request("2", [3, 0])])
+    assert expert_load.count(trace, ["a", "b", "a"], 4) == {"layers.1": {"a": [2, 0, 2, 2], "b": [0, 2, 0, 0]}}
+    with pytest.raises(ValueError):
+        expert_load.count(trace, ["a", "b"], 4)
+
+
+def test_tokens_are_found_in_others() -> None:
+    assert needle_attention.find([1, 2, 3, 2, 3], [2, 3]) == 1 and needle_attention.find([1, 2, 3, 2, 3], [2, 3], 2) == 3
+    with pytest.raises(ValueError):
+        needle_attention.find([1, 2], [2, 3])
+
+
+@pytest.mark.parametrize("codes", [0.6, 0.0])
+def test_a_needle_is_where_it_should_be(codes: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt has its length, the needle is there once and at its depth, and the question is a held-out one."""
+    monkeypatch.syspath_prepend(str(drawing.ROOT / "demo"))
+    import tasks
+
+    tokenizer = Tokenizer(drawing.DEMO, load_config(drawing.DEMO / "config.json").vocab_size)
+    for length in (300, 4032):
+        hay = needle.Haystack(tasks.Questions(1, held_out=True), tokenizer, length, codes)
+        n_facts = 1 + sum(text.startswith("The code of") for text in hay.sentences)
+        assert (n_facts == 1) == (codes == 0) and tasks.is_held_out(hay.needle + str(n_facts))
+        for depth in (0, 30, 100):
+            conversation = hay.with_needle(depth)
+            text = conversation.last.question
+            assert text.count(hay.needle) == 1 and conversation.last.answer in hay.needle and text.endswith(hay.turn.question)
+            assert 0 <= length - len(tokenizer.encode_chat(conversation.messages())) <= 11
+            before, after = (len(tokenizer.encode_text(part, alone=True))
+                             for part in text.removesuffix(hay.turn.question).split(hay.needle))  # fmt: skip
+            assert before / (before + after) == pytest.approx(depth / 100, abs=12 / length + 0.01)
