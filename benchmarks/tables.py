@@ -311,6 +311,24 @@ def numerics(record: dict[str, Any]) -> str:
     return report.table(header, lines)
 
 
+def needle(record: dict[str, Any]) -> str:
+    """Right answers of prompts as long as in training and of longer ones, in halves of the depth."""
+    results = record["results"]
+    lengths, depths, most = results["lengths"], results["depths"], results["trained"]
+
+    def right(cells: list[list[int]], longer: bool, half: int) -> str:
+        """Of the first or second half of the haystack; the middle is of the second."""
+        part = [n for depth, row in zip(depths, cells, strict=True) if (depth >= 50) == half
+                for length, n in zip(lengths, row, strict=True) if (length > most) == longer]  # fmt: skip
+        return f"{sum(part)} of {results['questions'] * len(part)}"
+
+    header = ["needle among", *(f"{size} {most:,} tokens, {half} half" for size in ("up to", "over")
+                                for half in ("first", "second"))]  # fmt: skip
+    rows = [[found["haystack"], *(right(found["right"], longer, half) for longer in (False, True) for half in (0, 1))]
+            for found in results["haystacks"]]  # fmt: skip
+    return report.table(header, rows)
+
+
 def error_by_layer(record: dict[str, Any]) -> str:
     """What figures/error_by_layer.py draws, at the end of the network."""
     results = record["results"]
@@ -513,7 +531,7 @@ BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "step_model": (step_model, "step_model"), "step_losses": (step_losses, "step_model"),
     "step_assumptions": (step_assumptions, "step_model"),
     "traps": (traps, "conformance"), "conformance": (conformance, "conformance"),
-    "error_by_layer": (error_by_layer, "error_by_layer"),
+    "error_by_layer": (error_by_layer, "error_by_layer"), "needle": (needle, "needle"),
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from text.tokenizer import Tokenizer
 from verification import RequestTrace, Trace
 from verification.points import names_of
 
-SCRIPTS = [concurrency, error_by_layer, expert_load, needle_attention, roofline]
+SCRIPTS = [concurrency, error_by_layer, expert_load, needle, needle_attention, roofline]
 MOST_BYTES = 120 << 10  # of a picture
 MACHINE = {"cpu": "Intel(R) Xeon(R)", "cores": 2}
 
@@ -138,6 +138,13 @@ def test_what_the_lines_of_concurrency_are() -> None:
 
 def test_the_server_s_picture_has_its_data() -> None:
     assert json.loads(server_load.RESULTS.read_text())["results"]["rows"]
+
+
+def test_the_table_of_needles() -> None:
+    """Up to the length of training and over it, each in two halves of depth."""
+    header, _, a, _ = tables.needle(record(HAYSTACKS)).splitlines()
+    assert header.startswith("| needle among | up to 25 tokens, first half | up to 25 tokens, second half | over 25")
+    assert a == "| a | 3 of 4 | 4 of 4 | 0 of 2 | 1 of 2 |"
 
 
 def test_errors_are_of_tokens() -> None:
