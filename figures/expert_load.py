@@ -11,8 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from matplotlib.colors import LogNorm
-
 import drawing
 
 NAMES = ("expert_load.json",)
@@ -69,7 +67,7 @@ def draw(record: dict[str, Any], target: Path, source: str = "") -> None:
         n = len(rows[0])
         loads = [[n * choices / sum(row) for choices in row] for row in rows]
         clipped = [[max(load, 1 / MOST) for load in row] for row in loads]
-        image = panel.imshow(clipped, cmap="PuOr_r", norm=LogNorm(1 / MOST, MOST), aspect="auto")
+        image = panel.imshow(clipped, cmap="PuOr_r", norm="log", vmin=1 / MOST, vmax=MOST, aspect="auto")
         for edge in range(n // results["groups"], n, n // results["groups"]):
             panel.axvline(edge - 0.5, color="#20242c", linewidth=0.8)
         panel.axhline(len(kinds) - 0.5, color="#20242c", linewidth=1.6)
