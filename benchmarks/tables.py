@@ -473,6 +473,15 @@ def step_model(record: dict[str, Any]) -> str:
     return step_model.table(record["results"])
 
 
+def host_step(record: dict[str, Any]) -> str:
+    """Milliseconds of Python, the median, by sequences; a column for each way to sample, with and without drafts."""
+    rows = record["results"]["rows"]
+    ways = list(dict.fromkeys((row["sampling"], row["mtp"]) for row in rows))
+    found = {(row["b"], row["sampling"], row["mtp"]): row["ms"] for row in rows}
+    lines = [[str(b), *(f"{found[b, *way]:.2f}" for way in ways)] for b in dict.fromkeys(row["b"] for row in rows)]
+    return report.table(["sequences", *(f"{how}{', `--mtp 1`' if mtp else ''}, ms" for how, mtp in ways)], lines)
+
+
 def step_losses(record: dict[str, Any]) -> str:
     import step_model
 
@@ -528,6 +537,7 @@ BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "scale_out": (scale_out, "scale_out"), "overlap": (overlap, "overlap"),
     "attention_counts": (attention_counts, "attention_counts"),
     "attention_balance": (attention_balance, "attention_counts"),
+    "host_step": (host_step, "host_step"),
     "step_model": (step_model, "step_model"), "step_losses": (step_losses, "step_model"),
     "step_assumptions": (step_assumptions, "step_model"),
     "traps": (traps, "conformance"), "conformance": (conformance, "conformance"),
