@@ -146,6 +146,9 @@ def test_stages(capsys):
     assert fits["tokens"] == least // 2 * 2 * 64 and fits["sequences"] == 2 * (least // 2 // 65)
     assert [other["ranks"] for other in found["ranks"] if "problem" not in other] == [2, 4, 8, 16, 32]
     reads = [rank_memory.decode_reads(r, 4, 4096, 1) for r in ranks]
+    no_experts = sum(n for (_, part), n in rank_memory.weight_bytes(ranks[0]).items() if part not in (rank_memory.ROUTED, rank_memory.EMBEDDING))
+    few = rank_memory.decode_reads(ranks[0], 0, 4096, 1)  # no tokens, no routed experts
+    assert few.weights == no_experts, "the embedding is no head to a stage that has none"
     eight = found["decode"][1]
     most = max(reads, key=lambda r: r.weights + r.latents)
     assert (eight["weights"], eight["latents"]) == (most.weights, most.latents)

@@ -111,6 +111,8 @@ def test_logprobs_are_the_contents_and_apart_from_them_the_reasonings(model: Scr
     assert spelled(found["content"]) == (message["content"] or "")
     assert spelled(found.get("reasoning_content", [])) == message.get("reasoning_content", "")
     assert all(len(entry["top_logprobs"]) == 1 for entry in found["content"])
+    listed = [entry["token"] for entries in (found["content"], found.get("reasoning_content", [])) for entry in entries]
+    assert not set(listed) & {THINK_END, CALL_BEGIN, EOS}, "a marker is no part of either"
     content: list[Any] = []
     reasoning: list[Any] = []
     for chunk in model.ask(said, stream=True, **fields):
