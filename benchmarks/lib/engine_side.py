@@ -26,7 +26,7 @@ from engine import rank_memory, recorded_steps, setup
 from engine.choose_numerics import choose_numerics
 from engine.runner import ModelRunner
 from model import Transformer
-from ops.cpu.recording import Scratch
+from ops.cpu.captured_calls import Scratch
 
 
 class Side:

@@ -33,7 +33,7 @@ from engine.scheduler import Chunk, Scheduler, Sequence
 from engine.stats import Stats
 from engine.step_rows import StepRows
 from model import Transformer
-from ops.cpu.recording import Scratch
+from ops.cpu.captured_calls import Scratch
 from parallel.group import SOLO, Group
 from text.chat_format import ChatFormat
 from text.grammar import Grammar

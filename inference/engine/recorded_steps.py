@@ -1,4 +1,4 @@
-"""Decode steps on a CPU, recorded as lists of calls (ops/cpu/recording.py), each shape when it first comes.
+"""Decode steps on a CPU, recorded as lists of calls (ops/cpu/captured_calls.py), each shape when it first comes.
 
 Unlike a graph's (graphs.py) a shape has no padding, which would read experts of its own, and takes no time at start.
 Few rows are recorded: of many the Python is a small part, and each shape keeps all its tensors.
@@ -16,7 +16,7 @@ from engine.graphs import Forward, Replayed
 from engine.rank_memory import RankSpec, in_blocks
 from engine.sampling import greedy
 from engine.step_memory import step_bytes
-from ops.cpu.recording import Recording, Scratch, UnrecordableError
+from ops.cpu.captured_calls import CapturedCalls, Scratch, UncapturableError
 
 ROWS = 8  # tokens of a step, up to which it is recorded
 
@@ -56,7 +56,7 @@ def kept_bytes(rank: RankSpec, run: RunConfig) -> int:
 class Recorded(NamedTuple):
     """One shape's calls, the tensors that they read of a step, and what they leave."""
 
-    calls: Recording
+    calls: CapturedCalls
     batch: Batch
     hidden: torch.Tensor | None  # (T, H)
     result: Replayed
@@ -72,13 +72,13 @@ class RecordedSteps:
         self.forward, self.n_pages, self.widths = forward, run.pages_per_sequence, widths(run)
         self.scratch, self.head = scratch, head
         self._shapes: dict[tuple[int, int], Recorded] = {}
-        self.recordable = True
+        self.capturable = True
 
     def fit(self, slices: Sequence[SequenceSlice]) -> bool:
         """Whether a step of these sequences is recorded, or can be."""
         width = len(slices[0][0]) if slices else 0
         return (
-            self.recordable
+            self.capturable
             and width in self.widths
             and len(slices) * width <= ROWS
             and all(len(tokens) == width and len(pages) <= self.n_pages for tokens, _, pages in slices)
@@ -92,14 +92,15 @@ class RecordedSteps:
     def run(self, slices: list[SequenceSlice], hidden: torch.Tensor | None = None, n: int = 0) -> Replayed:
         """The forward on a step's sequences, which must fit; hidden (T, H): input hidden states, one for each token."""
         step, shape = Batch.pack(slices), (len(slices), len(slices[0][0]))
-        if shape not in self._shapes:
+        recorded = self._shapes.get(shape)
+        if recorded is None:
             try:
                 self._shapes[shape] = self._record(step, hidden)
-            except UnrecordableError:
-                self.recordable = False
+                return self._shapes[shape].result
+            except UncapturableError:
+                self.capturable = False
                 out = self.forward(step, hidden)
                 return Replayed(out, None, None, list(range(len(out))))
-        recorded = self._shapes[shape]
         _copy_into(recorded.batch, step)
         if recorded.hidden is not None:
             assert hidden is not None
@@ -111,19 +112,19 @@ class RecordedSteps:
         """Frees what was recorded."""
         self._shapes.clear()
 
-    def _record(self, step: Batch, hidden: torch.Tensor | None) -> "Recorded":
-        """A forward on tensors of its own."""
+    def _record(self, step: Batch, hidden: torch.Tensor | None) -> Recorded:
+        """This step's forward, on tensors of its own."""
         pages = step.pages.new_zeros(len(step.pages), self.n_pages)
         longest, whole = self.n_pages * PAGE_SIZE, step.whole
         bounds = BatchBounds(whole.n, whole.tokens, whole.longest_q, longest, whole.n * longest)
         batch = replace(step, pages=pages, decode=bounds)
         _copy_into(batch, step)
         states = None if hidden is None else hidden.clone()
-        with Recording(self.scratch).active() as recording:
+        with CapturedCalls(self.scratch).active() as calls:
             out = self.forward(batch, states)
             logits = self.head(out)
             choice = greedy(logits)
-        return Recorded(recording, batch, states, Replayed(out, logits, choice, list(range(len(out)))))
+        return Recorded(calls, batch, states, Replayed(out, logits, choice, list(range(len(out)))))
 
 
 def _copy_into(batch: Batch, step: Batch) -> None:

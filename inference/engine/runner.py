@@ -16,7 +16,7 @@ from engine.sampling import Scores
 from engine.scheduler import Chunk, Sequence
 from engine.step_rows import StepRows
 from model import Transformer
-from ops.cpu.recording import Scratch
+from ops.cpu.captured_calls import Scratch
 
 Recorder = Graphs | RecordedSteps  # of one forward
 # From sequences and what the MTP module says of their next tokens to their next drafts.

@@ -14,7 +14,7 @@ from engine.rank_memory import RankSpec
 from engine.recorded_steps import ROWS, kept_bytes, records, widths
 from ops.cpu import kernels
 from ops.cpu.backend import CompiledCpuBackend
-from ops.cpu.recording import _tensors
+from ops.cpu.captured_calls import _tensors
 from support.engine_runs import questions
 from support.families import FAMILIES
 from support.model_pairs import ours, random_checkpoint
@@ -52,7 +52,7 @@ def test_answers_are_the_same(models, family, mtp):
     assert recorded == plain and accepted == wanted
     [steps], other_steps = engine.runner.step_graphs, other.runner.step_graphs
     shapes = set(steps._shapes)
-    assert steps.recordable and not other_steps
+    assert steps.capturable and not other_steps
     assert shapes and all(n * width <= ROWS and width in (1, 1 + mtp) for n, width in shapes)
     assert mtp == 0 or set(engine.runner.draft_graphs[0]._shapes)
     engine.close()
@@ -84,7 +84,7 @@ def test_what_cannot_be_recorded_runs_unrecorded(models, monkeypatch):
 
     monkeypatch.setattr(CompiledCpuBackend, "norm", reading)
     said, _, engine = answers(model, run, params, questions(3))
-    assert said == plain and not engine.runner.step_graphs[0].recordable
+    assert said == plain and not engine.runner.step_graphs[0].capturable
 
 
 def test_what_is_recorded(models):

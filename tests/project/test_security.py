@@ -47,7 +47,7 @@ ALLOWED = {  # file and finding: why
     ("inference/parallel/network_facts.py", "import socket"): "names the host, its interfaces and their addresses",
     ("inference/parallel/startup.py", "import socket"): "names the host and its loopback; without torchrun, the ranks' meeting point",
     ("inference/ops/cpu/kernels.py", "import ctypes"): "calls what it compiled from kernels.c",
-    ("inference/ops/cpu/recording.py", "import ctypes"): "keeps arguments of these calls as C takes them",
+    ("inference/ops/cpu/captured_calls.py", "import ctypes"): "keeps arguments of these calls as C takes them",
     ("inference/ops/cpu/kernels.py", "import subprocess"): "starts the C compiler on kernels.c, which is its own",
     ("inference/ops/cpu/kernels.py", "import importlib"): "looks whether the package ziglang, a C compiler, is installed",
     ("inference/ops/backend.py", "import importlib"): "looks whether Triton is installed",

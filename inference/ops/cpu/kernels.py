@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from core.batch import Batch
 from core.numerics import Form
 from ops.cpu.attention import lengths_of
-from ops.cpu.recording import active_recording
+from ops.cpu.captured_calls import active_capture
 from ops.formats import Routing, Weight
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -63,10 +63,10 @@ def serve(dtype: torch.dtype) -> bool:
 
 
 def _kernels() -> Any:
-    """The compiled kernels, which must exist. While a forward is recorded their calls are."""
+    """The compiled kernels, which must exist. While a forward is captured so are their calls."""
     found = library()
     assert found is not None, why_not()
-    return found if active_recording() is None else found.recorded
+    return found if active_capture() is None else found.captured
 
 
 def why_not() -> str:
@@ -116,7 +116,7 @@ def _mapped() -> str:
 def load(made: Path) -> Any:
     """Opens a library that `build` made and gives each function the types that the source declares."""
     found: Any = ctypes.CDLL(str(made))
-    found.recorded = SimpleNamespace()  # the same functions, whose calls are added to the active recording
+    found.captured = SimpleNamespace()  # the same functions, whose calls the active capture takes
     for result, name, arguments in re.findall(r"^(void|int64_t) (\w+)\(([^)]*)\) \{", _source(), re.MULTILINE):
         function = getattr(found, name)
         function.restype = {"void": None, "int64_t": ctypes.c_int64}[result]
@@ -124,23 +124,23 @@ def load(made: Path) -> Any:
         if result == "void":
             unchecked = found[name]  # takes arguments that are converted
             unchecked.restype = None
-            setattr(found.recorded, name, partial(_record, unchecked, function.argtypes))
+            setattr(found.captured, name, partial(_capture, unchecked, function.argtypes))
         else:
-            setattr(found.recorded, name, function)
+            setattr(found.captured, name, function)
     return found
 
 
-def _record(function: Any, argtypes: list[Any], *args: Any) -> None:
-    recording = active_recording()
-    assert recording is not None
-    recording.call(function, argtypes, args)
+def _capture(function: Any, argtypes: list[Any], *args: Any) -> None:
+    capture = active_capture()
+    assert capture is not None
+    capture.call(function, argtypes, args)
 
 
 def _scratch(floats: int, numbers: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """So many float32 and int64 for one call to work in."""
     first = -(-floats // 16) * 16  # whole cache lines
-    nbytes, recording = 4 * first + 8 * numbers, active_recording()
-    held = torch.empty(nbytes, dtype=torch.uint8) if recording is None else recording.scratch.take(nbytes)
+    nbytes, capture = 4 * first + 8 * numbers, active_capture()
+    held = torch.empty(nbytes, dtype=torch.uint8) if capture is None else capture.scratch.take(nbytes)
     return held[: 4 * floats].view(torch.float32), held[4 * first :].view(torch.int64)
 
 
@@ -585,7 +585,7 @@ def mla(
     shape = "mla", most, n, c, r, threads, len(out)
     if shape not in batch.memo:  # all layers' are the same
         numbers = torch.empty(found.mla_numbers(len(batch.kv_lens), len(out)), dtype=torch.int64)
-        ends = batch.kv_lens if active_recording() is None else torch.full_like(batch.kv_lens, batch.whole.longest_kv)
+        ends = batch.kv_lens if active_capture() is None else torch.full_like(batch.kv_lens, batch.whole.longest_kv)
         size = found.mla_floats(lengths[0], ends, len(batch.kv_lens), most, n, c, r, threads, numbers)
         batch.memo[shape] = size, len(numbers)
     scratch, numbers = _scratch(*batch.memo[shape])

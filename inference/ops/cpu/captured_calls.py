@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# The recording that the calls of this thread are added to; None: they are only made.
-_active: ContextVar["Recording | None"] = ContextVar("recording", default=None)
+# What takes the calls of this thread; None: they are only made.
+_active: ContextVar["CapturedCalls | None"] = ContextVar("captured_calls", default=None)
 
 aten = torch.ops.aten
 ALLOCATIONS = (aten.empty, aten.new_empty, aten.empty_like, aten.empty_strided, aten.new_empty_strided)
@@ -27,12 +27,12 @@ LARGEST = 32 << 20  # bytes of a result; one that is larger is a weight that eac
 BY_VALUE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
-class UnrecordableError(Exception):
+class UncapturableError(Exception):
     """A forward reads a tensor's values, so that another one may make other calls, or makes too much to keep."""
 
 
 class Scratch:
-    """Memory that each call may use until it returns, shared by all recordings, which never run at the same time. It is
+    """Memory that each call may use until it returns, shared by all captures, which never run at the same time. It is
     mapped when it is first written."""
 
     def __init__(self, nbytes: int = 0):
@@ -45,7 +45,7 @@ class Scratch:
         return self._held[:nbytes]
 
 
-class Recording(TorchDispatchMode):
+class CapturedCalls(TorchDispatchMode):
     """Calls in order. All tensors that they read and write are kept."""
 
     def __init__(self, scratch: Scratch):
@@ -55,8 +55,8 @@ class Recording(TorchDispatchMode):
         self._kept: list[Any] = []  # what addresses in _calls point to
 
     @contextlib.contextmanager
-    def active(self) -> Iterator["Recording"]:
-        """Adds the calls made meanwhile. Raises UnrecordableError where values are read."""
+    def active(self) -> Iterator["CapturedCalls"]:
+        """Adds the calls made meanwhile. Raises UncapturableError where values are read."""
         token = _active.set(self)
         try:
             with torch.inference_mode(), self:  # inference mode shows all ops, tolist's too
@@ -77,16 +77,16 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _depends_on_values(func, args):
-            raise UnrecordableError(str(func))
+            raise UncapturableError(str(func))
         out = func(*args, **kwargs)
         results = [t for t in (out if isinstance(out, tuple | list) else [out]) if t is not None]
         if not all(isinstance(t, torch.Tensor) for t in results):
-            raise UnrecordableError(str(func))
+            raise UncapturableError(str(func))
         if func._schema.is_mutable:
             self._calls.append(partial(func, *args, **kwargs))
         elif func.overloadpacket not in ALLOCATIONS and not _are_views(results, (args, kwargs)):
             if (most := max(t.nbytes for t in results)) > LARGEST:
-                raise UnrecordableError(f"{func} makes {most} bytes, which would be kept")
+                raise UncapturableError(f"{func} makes {most} bytes, which would be kept")
             self._calls.append(partial(_compute_into, results, func, args, kwargs))
         return out
 
@@ -98,7 +98,7 @@ class Recording(TorchDispatchMode):
         self._kept.append(args)
 
 
-def active_recording() -> Recording | None:
+def active_capture() -> CapturedCalls | None:
     return _active.get()
 
 

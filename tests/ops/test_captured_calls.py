@@ -1,4 +1,4 @@
-"""A recorded forward computes on other values what it would have computed unrecorded, or is refused."""
+"""A captured forward computes on other values what it would have computed unrecorded, or is refused."""
 
 from dataclasses import replace
 
@@ -7,8 +7,8 @@ import torch
 
 from core.batch import Batch, BatchBounds
 from core.run_config import PAGE_SIZE
-from ops.cpu import kernels, recording
-from ops.cpu.recording import Recording, Scratch, UnrecordableError
+from ops.cpu import captured_calls, kernels
+from ops.cpu.captured_calls import CapturedCalls, Scratch, UncapturableError
 
 needs_compiler = pytest.mark.skipif(kernels.library() is None, reason="there is no C compiler")
 
@@ -37,7 +37,7 @@ COMPUTED = {
 def test_what_torch_computes(name):
     """Three times over, since what a replay leaves must not be in the way of the next."""
     x = torch.randn(4, 6)
-    with Recording(Scratch()).active() as calls:
+    with CapturedCalls(Scratch()).active() as calls:
         out = COMPUTED[name](x)
     for _ in range(3):
         x.copy_(torch.randn(4, 6))
@@ -58,7 +58,7 @@ def test_what_c_computes():
         return kernels.linear(kernels.silu_mul(product, 20).repeat(1, 4)[:, :64], w, torch.float32)
 
     scratch = Scratch()
-    with Recording(scratch).active() as calls:
+    with CapturedCalls(scratch).active() as calls:
         out = compute()
     for _ in range(3):
         x.copy_(torch.randn(3, 64))
@@ -86,27 +86,27 @@ def test_what_c_computes():
 )
 def test_what_depends_on_values_is_refused(reads):
     """Another value would make another shape or another branch."""
-    with pytest.raises(UnrecordableError), Recording(Scratch()).active():
+    with pytest.raises(UncapturableError), CapturedCalls(Scratch()).active():
         reads(torch.randn(4, 6))
 
 
 def test_a_weight_that_is_dequantised_each_time_is_refused(monkeypatch):
     """It would be kept for each shape; a view of it is not."""
     weight = torch.randn(64, 64)
-    monkeypatch.setattr(recording, "LARGEST", weight.nbytes - 1)
-    with Recording(Scratch()).active() as calls:
+    monkeypatch.setattr(captured_calls, "LARGEST", weight.nbytes - 1)
+    with CapturedCalls(Scratch()).active() as calls:
         weight.T.unflatten(0, (8, 8))
         calls.scratch.take(2 * weight.nbytes)
-    with pytest.raises(UnrecordableError, match="16384 bytes"), Recording(Scratch()).active():
+    with pytest.raises(UncapturableError, match="16384 bytes"), CapturedCalls(Scratch()).active():
         weight * 2
 
 
 @needs_compiler
 def test_nothing_is_recorded_outside():
-    """Neither before, nor after, nor when it fails; in another recording only its own."""
+    """Neither before, nor after, nor when it fails; in another capture only its own."""
     x, norm = torch.randn(1, 64).bfloat16(), torch.rand(64)
-    outer = Recording(Scratch())
-    with pytest.raises(UnrecordableError), outer.active():
+    outer = CapturedCalls(Scratch())
+    with pytest.raises(UncapturableError), outer.active():
         x.tolist()
     kernels.norm(x, norm, 1e-6)
     x + 1
@@ -142,7 +142,7 @@ def test_attention_has_room_for_the_longest():
         step = Batch.pack([([0], length - 1, list(range(pages)))])
         batch = replace(step, decode=BatchBounds(1, 1, 1, longest, longest))
         out = torch.empty(1, n, dv, dtype=torch.bfloat16)
-        with Recording(Measured()).active():
+        with CapturedCalls(Measured()).active():
             kernels.mla(
                 torch.randn(1, n, dn).bfloat16(), torch.randn(1, n, r).bfloat16(), latents, batch, w_uk, w_uv, 0.1, 8, out
             )
