@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -180,9 +180,15 @@ def text(report: Report) -> str:
     return "\n".join(lines)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Ends with one line and status 2, without the usage."""
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[2],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog=__doc__.split("\n\n")[2],
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--command", required=True, help="with {checkpoint}, {input} and {output}, or these are added")
     parser.add_argument(
         "--format", choices=FORMATS, default="float32", help="what the port computes in (default: float32)"

@@ -356,6 +356,18 @@ def test_a_broken_command_gives_one_line(checkpoints, command, says, monkeypatch
     assert err.startswith("error: ") and says in err and err.count("\n") == 1 and not out
 
 
+@pytest.mark.parametrize("flags, says", [
+    ([], "the following arguments are required: --command"), (["--command", "x", "--timeout", "soon"], "--timeout"),
+    (["--command", "x", "--families", "v9"], "invalid choice: 'v9'"),
+])  # fmt: skip
+def test_wrong_flags_are_one_line(flags, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check_port.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        check_port.main()
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.startswith("error: ") and says in err and err.count("\n") == 1
+
+
 def test_an_answer_that_is_barely_wrong_is_nobodys(checkpoints):
     """Farther than the tolerance from the right values, and as near to those of mistakes that do not show there."""
 
