@@ -1,7 +1,8 @@
 """Decode steps on a CPU, recorded as lists of calls (ops/cpu/captured_calls.py), each shape when it first comes.
 
-Unlike a graph's (graphs.py) a shape has no padding, which would read experts of its own, and takes no time at start.
-Few rows are recorded: of many the Python is a small part, and each shape keeps all its tensors.
+Shapes are exact, unlike those of graphs.py: padding tokens would read experts of their own. Recording costs nothing at
+start. Only steps of few tokens are recorded: with many, Python takes a small part of a step, and a recording keeps all
+its tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,19 +30,19 @@ def records(rank: RankSpec, run: RunConfig) -> bool:
 
 
 def widths(run: RunConfig) -> list[int]:
-    """Tokens that a sequence brings to a recorded forward: one, or one and its drafts."""
+    """The numbers of tokens per sequence that are recorded: one, or one and its drafts."""
     return sorted({1, 1 + run.mtp})
 
 
 def scratch_bytes(rank: RankSpec, run: RunConfig) -> int:
-    """At least what one call of a recorded step works in."""
+    """An upper bound, in bytes, of the scratch memory of one call in a recorded step."""
     few = min(run.max_num_seqs, max(ROWS // (1 + run.mtp), 1))
     return step_bytes(rank, replace(run, max_num_seqs=few), decode=True)
 
 
 def kept_bytes(rank: RankSpec, run: RunConfig) -> int:
-    """The most that the tensors of all recorded shapes take. Each token keeps its activations in all layers, and its
-    logits."""
+    """An upper bound, in bytes, of the tensors that all recorded shapes keep: each token's activations in all layers, and
+    its logits."""
     args, b, n = rank.args, rank.num.dtype.itemsize, rank.args.n_heads
     inner = max(args.inter_dim, args.n_shared_experts * args.moe_inter_dim)
     queries = n * (args.qk_head_dim + 2 * args.qk_rope_head_dim + args.v_head_dim) + 2 * args.q_lora_rank
@@ -85,7 +86,7 @@ class RecordedSteps:
         )
 
     def fitting(self, slices: Sequence[SequenceSlice]) -> int:
-        """0: a step is recorded whole, as each forward reads the weights."""
+        """Always 0: a step that is replayed in part would read the weights twice."""
         return 0
 
     @torch.inference_mode()

@@ -32,21 +32,20 @@ class UncapturableError(Exception):
 
 
 class Scratch:
-    """Memory that each call may use until it returns, shared by all captures, which never run at the same time. It is
-    mapped when it is first written."""
+    """Working memory for one call at a time, shared by all captures, which never run at the same time."""
 
     def __init__(self, nbytes: int = 0):
         self._held = torch.empty(nbytes, dtype=torch.uint8)
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """At least so many bytes, uint8, whose values nobody keeps."""
+        """An uninitialised uint8 tensor (nbytes,). The next call may overwrite it."""
         if len(self._held) < nbytes:
             self._held = torch.empty(nbytes, dtype=torch.uint8)
         return self._held[:nbytes]
 
 
 class CapturedCalls(TorchDispatchMode):
-    """Calls in order. All tensors that they read and write are kept."""
+    """The calls of one forward, in order. Keeps all tensors that they read and write."""
 
     def __init__(self, scratch: Scratch):
         super().__init__()
@@ -56,7 +55,7 @@ class CapturedCalls(TorchDispatchMode):
 
     @contextlib.contextmanager
     def active(self) -> Iterator["CapturedCalls"]:
-        """Adds the calls made meanwhile. Raises UncapturableError where values are read."""
+        """Captures the calls made within. Raises UncapturableError where the forward reads values."""
         token = _active.set(self)
         try:
             with torch.inference_mode(), self:  # inference mode shows all ops, tolist's too
@@ -91,7 +90,7 @@ class CapturedCalls(TorchDispatchMode):
         return out
 
     def call(self, function: Any, argtypes: list[Any], args: tuple[Any, ...]) -> None:
-        """Makes a call of a C function that returns nothing, and adds it."""
+        """Calls a C function that returns nothing, and appends the call with its converted arguments."""
         converted = [_converted(kind, value) for kind, value in zip(argtypes, args, strict=True)]
         function(*converted)
         self._calls.append(partial(function, *converted))
@@ -122,7 +121,7 @@ def _depends_on_values(func: Any, args: Any) -> bool:
 
 
 def _are_views(results: list[torch.Tensor], given: Any) -> bool:
-    """Whether results lie in the memory of what was given: what fills that fills them."""
+    """Whether all results share memory with the arguments, so that a replay has nothing to compute for them."""
     held = {t.untyped_storage().data_ptr() for t in _tensors(given)}
     return all(t.untyped_storage().data_ptr() in held for t in results)
 
