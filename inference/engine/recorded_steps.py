@@ -41,8 +41,7 @@ def scratch_bytes(rank: RankSpec, run: RunConfig) -> int:
 
 
 def kept_bytes(rank: RankSpec, run: RunConfig) -> int:
-    """An upper bound, in bytes, of the tensors that all recorded shapes keep: each token's activations in all layers, and
-    its logits."""
+    """An upper bound, in bytes, of the tensors that all recorded shapes keep: activations in all layers, and logits."""
     args, b, n = rank.args, rank.num.dtype.itemsize, rank.args.n_heads
     inner = max(args.inter_dim, args.n_shared_experts * args.moe_inter_dim)
     queries = n * (args.qk_head_dim + 2 * args.qk_rope_head_dim + args.v_head_dim) + 2 * args.q_lora_rank
