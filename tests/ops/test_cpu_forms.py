@@ -247,6 +247,71 @@ def test_experts_in_pairs(form, rows):
     assert torch.equal(kernels.experts(x[last], weights[last], ids[last], 0, w13, w2, 128, shared[last], True), y[last])
 
 
+# ---------------------------------------------------------------- the matrix unit
+
+needs_tiles = pytest.mark.skipif(not kernels.may_use_tiles(), reason="this processor has no matrix unit")
+
+
+@needs_tiles
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n, k", [(1, 128), (70, 640), (300, 256)])
+@pytest.mark.parametrize("rows", [16, 31, 32, 33, 48, 255, 257, 300])
+def test_linear_in_tiles(form, n, k, rows, vectors, monkeypatch):
+    """Every way a last tile can be short, and more rows than a chunk is widened for; few rows go another way."""
+    w, x = random_weight(FORMS[form], n, k), randn(rows, k + 8, seed=1)[:, 3 : k + 3]
+    values, packed = exact(w), kernels.pack_weight(w)
+    y, plain = (kernels.linear(x, packed, torch.float32, units) for units in (True, False))
+    assert ((y - x.double() @ values.T).abs() <= 1e-6 * (x.double().abs() @ values.abs().T)).all()
+    assert torch.equal(kernels.linear(x, packed, torch.bfloat16, units=True), y.bfloat16())
+    assert torch.equal(kernels.linear(x[:15], packed, torch.float32, units=True), plain[:15])
+    tiny = torch.full((rows, k), 2.0**-130).bfloat16()  # a zero for the matrix unit
+    assert not kernels.linear(tiny, packed, torch.float32, units=True).any() or vectors == "shorter vectors"
+    monkeypatch.setattr(kernels, "TILE_CHUNK_BYTES", 1)
+    assert torch.equal(kernels.linear(x, packed, torch.float32, units=True), y)
+
+
+@needs_tiles
+@pytest.mark.parametrize(
+    "kind, group, k", [("int8", 96, 192), ("int8", 256, 512), ("int8", 48, 192), ("int4", 32, 96), ("int4", 36, 72)]
+)
+def test_groups_that_fill_no_tile_go_another_way(kind, group, k, vectors):
+    w, x = random_weight(Form(kind, (1, group), zeros=kind == "int4"), 50, k), randn(40, k)
+    tiny = torch.full((40, k), 2.0**-130).bfloat16()  # a zero for the matrix unit
+    y, zero = (kernels.linear(inputs, kernels.pack_weight(w), torch.float32, units=True) for inputs in (x, tiny))
+    assert ((y - x.double() @ exact(w).T).abs() <= 1e-6 * (x.double().abs() @ exact(w).abs().T)).all()
+    assert bool(zero.any()) == (group % 32 > 0 or vectors == "shorter vectors")
+
+
+@needs_tiles
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_in_its_row_of_a_tile(form, bad):
+    w, x = random_weight(FORMS[form], 70, 256), randn(40, 256)
+    x[18, 7] = bad
+    y = kernels.linear(x, kernels.pack_weight(w), torch.float32, units=True)
+    assert not y[18].isfinite().any() and y[[*range(18), *range(19, 40)]].isfinite().all()
+
+
+@needs_tiles
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows, h, inter", [(200, 256, 128), (60, 256, 128), (200, 256, 144)])
+def test_experts_in_tiles(form, rows, h, inter, monkeypatch):
+    """As without, but for a rounding of what SwiGLU makes; experts with few rows, or whose second product fills no
+    tile, go another way."""
+    if inter % FORMS[form].block[1] and FORMS[form].dtype == torch.uint8:
+        pytest.skip("INT4 is of whole groups")
+    w13, w2 = (kernels.pack_weight(w) for w in experts_of(FORMS[form], 8, h, inter))
+    ids = torch.rand(rows, 8, generator=torch.Generator().manual_seed(rows)).topk(3).indices
+    weights, shared = torch.rand(rows, 3, generator=torch.Generator().manual_seed(1)), randn(rows, h, seed=2)
+    inputs = randn(rows, h), weights, ids, 0, w13, w2, inter, shared
+    plain, y = (kernels.experts(*inputs, units) for units in (False, True))
+    assert relative_error(y, plain.double()) < 4e-3
+    if inter % 32:
+        assert torch.equal(y, plain)
+    monkeypatch.setattr(kernels, "BUNDLE_ROWS", 1)
+    assert torch.equal(kernels.experts(*inputs, units=True), y)
+
+
 # ---------------------------------------------------------------- mixture of experts
 
 

@@ -795,7 +795,7 @@ static void shape_tiles(int64_t r) {
     _tile_loadconfig(&shapes);
 }
 
-/* A block of r rows of x by a panel: sums (r, WIDTH). `fresh`: the panel comes from memory, and is fetched ahead. */
+/* A block of r rows of x by k lines of a panel: sums (r, WIDTH). `fresh`: they come from memory, and are fetched ahead. */
 INLINE void product_in_tiles(const bf16 *x, int64_t r, const bf16 *w, int64_t k, int fresh, float *out) {
     _tile_zero(0);
     _tile_zero(1);
@@ -823,24 +823,49 @@ INLINE void product_in_tiles(const bf16 *x, int64_t r, const bf16 *w, int64_t k,
     }
 }
 
-/* As multiply, of rows in tiles. */
-static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *m, Target to) {
-    const bf16 *w = m->data;
-    const int64_t n = m->n, k = m->k;
+/* As multiply, of rows in tiles. A panel of 8 or 4 bits is widened a chunk at a time, for ROWS_WIDENED rows. */
+static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, Target to) {
+    enum { ROWS_WIDENED = 8 * 2 * TILE };
+    const int64_t k = w->k, of_k = panel_bytes(w->form, 1), blocks = w->form == BF16 ? 1 : in_wholes(k, w->block);
     int64_t begin, end, shaped = 0;
-    my_share(in_wholes(n, WIDTH), &begin, &end);
+    my_share(in_wholes(w->n, WIDTH), &begin, &end);
     for (; begin < end; begin++)
-        for (int64_t first = 0; first < rows; first += 2 * TILE) {
-            float out[2 * TILE * WIDTH] __attribute__((aligned(64)));
-            const int64_t r = least(2 * TILE, rows - first), column = begin * WIDTH;
-            if (r != shaped) shape_tiles(shaped = r);
-            product_in_tiles(x + first * k, r, w + begin * k * WIDTH, k, first == 0, out);
-            store_rows(out, first, r, least(WIDTH, n - column), WIDTH, column, to);
+        for (int64_t row = 0; row < rows; row += ROWS_WIDENED) {
+            bf16 widened[CHUNK * WIDTH] __attribute__((aligned(64)));
+            float sums[ROWS_WIDENED * WIDTH] __attribute__((aligned(64))), part[2 * TILE * WIDTH] __attribute__((aligned(64)));
+            const int64_t count = least(ROWS_WIDENED, rows - row), column = begin * WIDTH;
+            const uint8_t *own = (const uint8_t *)w->data + begin * k * of_k;
+            for (int64_t k0 = 0, n; k0 < k; k0 += n) {
+                const int64_t at = w->form == BF16 ? 0 : k0 / w->block;
+                const bf16 *lines = widened;
+                vf scales[2] = {{0}, {0}};
+                n = w->form == BF16 ? k : least(least(CHUNK, w->block - k0 % w->block), k - k0);
+                if (w->form == BF16) lines = (const bf16 *)own;
+                else {
+                    Zeros zeros;
+                    if (w->zeros) zeros_of(w->zeros + (begin * blocks + at) * WIDTH, &zeros);
+                    widen_panel(with_zeros(w), own + k0 * of_k, n, &zeros, widened);
+                    for (int i = 0; i < 2; i++) scales[i] = scales_v(w, begin, at, blocks, i);
+                }
+                for (int64_t first = row; first < row + count; first += 2 * TILE) {
+                    const int64_t r = least(2 * TILE, rows - first);
+                    float *sum = sums + (first - row) * WIDTH;
+                    if (r != shaped) shape_tiles(shaped = r);
+                    product_in_tiles(x + first * k + k0 * 2 * TILE, r, lines, n, w->form == BF16 && first == 0,
+                                     w->form == BF16 ? sum : part);
+                    for (int64_t i = 0; i < r * WIDTH && w->form != BF16; i += LANES) {
+                        const vf before = k0 ? *(vf *)(sum + i) : (vf){0};
+                        *(vf *)(sum + i) = before + *(vf *)(part + i) * scales[i / LANES % 2];
+                    }
+                }
+            }
+            store_rows(sums, row, count, least(WIDTH, w->n - column), WIDTH, column, to);
         }
     if (shaped) _tile_release();
 }
 INLINE int fills_tiles(int64_t rows, const Matrix *w) {
-    return granted && w->form == BF16 && rows >= TILE_ROWS && w->k % TILE_K == 0;
+    const int whole = w->k % TILE_K == 0 && (w->form == BF16 || w->block % TILE_K == 0);
+    return granted && rows >= TILE_ROWS && whole;
 }
 #else
 int64_t may_use_tiles(void) { return 0; }
@@ -949,7 +974,7 @@ static void sort_by_expert(const int64_t *ids, int64_t n, int64_t first, int64_t
 /* Both of its products go one way. */
 INLINE Way way_of_expert(int64_t rows, const Matrix *w13, const Matrix *w2) {
     const Way way = way_of(rows, w13);
-    return way == TILES && (w2->form != BF16 || w2->k % TILE_K) ? FLOATS : way;
+    return way == TILES && way_of(rows, w2) != TILES ? FLOATS : way;
 }
 
 /* x (t, h) through the experts [first, first + n_experts) that ids (t, top) name, weighted and summed, with
