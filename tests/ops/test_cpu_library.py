@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,19 @@ def test_tiles_are_not_touched_before_the_process_has_asked():
     code = "import torch\nw = kernels.pack(torch.eye(64).bfloat16())\n"
     done = run(code + "print(kernels.linear(torch.ones(32, 64).bfloat16(), w, torch.float32, units=True).sum().item())")
     assert (done.returncode, done.stdout) == (0, "2048.0\n"), done.stderr
+
+
+PROCESSORS = ["x86-64", "x86-64-v3", "x86-64-v4", "cooperlake", "icelake-server", "sapphirerapids", "znver3"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86's processors")
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_the_source_is_right_for_every_processor(processor):
+    """A compiler that takes no code for this processor is asked for less, so that a mistake would only be slow."""
+    flags = [f"-march={processor}" if flag == kernels.NATIVE[0] else flag for flag in kernels.FLAGS]
+    asked = [*kernels.compilers()[0], *flags, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fsyntax-only"]
+    done = run_within(60, [*asked, str(kernels.SOURCE)])
+    assert done.returncode == 0, done.stderr
 
 
 def test_any_locale(tmp_path):

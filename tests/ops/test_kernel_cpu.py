@@ -54,7 +54,7 @@ needs_tiles = pytest.mark.skipif(not kernels.may_use_tiles(), reason="this proce
 
 @needs_tiles
 @pytest.mark.parametrize("n, k", [(96, 160), (67, 512), (1, 32), (300, 64)])
-@pytest.mark.parametrize("rows", [16, 17, 31, 32, 33, 47, 48, 100, 250])
+@pytest.mark.parametrize("rows", [4, 15, 16, 17, 31, 33, 47, 100, 250])
 def test_linear_in_tiles(n, k, rows, vectors, monkeypatch):
     """Every way a last tile can be short, of rows that lie apart; the sums of fewer rows, or with shorter vectors, are
     added up as without tiles."""
@@ -65,7 +65,7 @@ def test_linear_in_tiles(n, k, rows, vectors, monkeypatch):
     assert y.shape == (rows, n) and ((y - expected).abs() <= 1e-6 * magnitude).all()
     assert torch.equal(kernels.linear(x, packed, torch.bfloat16, units=True), y.bfloat16())
     assert torch.equal(kernels.linear(x.float(), packed, torch.float32, units=True), plain := kernels.linear(x, packed, torch.float32))
-    assert torch.equal(kernels.linear(x[:15], packed, torch.float32, units=True), plain[:15])
+    assert torch.equal(kernels.linear(x[:3], packed, torch.float32, units=True), plain[:3])
     monkeypatch.setattr(kernels, "TILE_CHUNK_BYTES", 1)
     assert kernels.tile_chunk_rows(k) == 96
     assert torch.equal(kernels.linear(x, packed, torch.float32, units=True), y)

@@ -691,11 +691,12 @@ static void store_rows(const float *sums, int64_t first, int64_t r, int64_t widt
     }
 }
 
-/* k lines of a panel to lines of bfloat16. */
-static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *zeros, bf16 *lines) {
+/* k lines of a panel to lines of bfloat16. Memory so far behind is fetched meanwhile. */
+static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *zeros, int64_t ahead, bf16 *lines) {
 #define LINES(form, step)                                                               \
     for (int64_t j = 0; j < k; j += step, from += 2 * WIDTH, lines += step * WIDTH) { \
         vu out[4];                                                                      \
+        __builtin_prefetch(from + ahead);                                               \
         widen_lines(form, from, zeros, out);                                            \
         memcpy(lines, out, step * WIDTH * sizeof(bf16));                                \
     }
@@ -737,7 +738,7 @@ static void multiply(const void *x, int64_t rows, const Matrix *w, Way way, Targ
                 for (int q = 0; q < p; q++) {
                     Zeros zeros;
                     if (w->zeros) zeros_of(w->zeros + ((begin + q) * of_scales + at) * WIDTH, &zeros);
-                    widen_panel(form, own + q * size + k0 * of_k, n, &zeros, widened + q * n * WIDTH);
+                    widen_panel(form, own + q * size + k0 * of_k, n, &zeros, 0, widened + q * n * WIDTH);
                     for (int i = 0; i < 2; i++)
                         *(vf *)(scales + q * WIDTH + i * LANES) = scales_v(w, begin + q, at, of_scales, i);
                 }
@@ -769,10 +770,10 @@ int64_t may_use_pairs(void) {
 }
 
 /* The matrix unit of Intel's servers (AMX) multiplies tiles of 16 rows of x and 16 of w, 32 k at a time. It adds up in
- * float32, takes subnormal numbers for zeros, and gains where there are enough rows to fill its tiles. For it the rows
- * of x lie in blocks of two tiles: (blocks, k / 32, 2 tiles, 16 rows, 32). */
-enum { TILE = 16, TILE_K = 32, TILE_ROWS = 16 /* the least that gain */ };
-enum { TILES_AHEAD = 16 /* steps of the loop that a panel is fetched before it is needed */ };
+ * float32, takes subnormal numbers for zeros, and gains from a few rows on. For it the rows of x lie in blocks of two
+ * tiles, of which the last may be short: (blocks, k / 32, rows, 32). */
+enum { TILE = 16, TILE_K = 32, TILE_ROWS = 4 /* the least that gain */ };
+enum { TILES_AHEAD = 4 /* steps of the loop that a panel is fetched before it is needed */ };
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -801,9 +802,9 @@ INLINE void product_in_tiles(const bf16 *x, int64_t r, const bf16 *w, int64_t k,
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t j = 0; j < k; j += TILE_K, x += 2 * TILE * TILE_K, w += TILE_K * WIDTH) {
+    for (int64_t j = 0; j < k; j += TILE_K, x += r * TILE_K, w += TILE_K * WIDTH) {
         if (fresh)
-            for (int i = 0; i < TILE_K; i++) __builtin_prefetch(w + (TILES_AHEAD * TILE_K + i) * WIDTH);
+            for (int i = 0; i < TILE_K; i++) __builtin_prefetch(w + (TILES_AHEAD * TILE_K + i) * WIDTH, 0, 2);
         _tile_loadd(6, w, 2 * WIDTH * sizeof(bf16));
         _tile_loadd(7, w + WIDTH, 2 * WIDTH * sizeof(bf16));
         _tile_loadd(4, x, TILE_K * sizeof(bf16));
@@ -844,14 +845,14 @@ static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, Targ
                 else {
                     Zeros zeros;
                     if (w->zeros) zeros_of(w->zeros + (begin * blocks + at) * WIDTH, &zeros);
-                    widen_panel(with_zeros(w), own + k0 * of_k, n, &zeros, widened);
+                    widen_panel(with_zeros(w), own + k0 * of_k, n, &zeros, row ? 0 : AHEAD * 2 * WIDTH, widened);
                     for (int i = 0; i < 2; i++) scales[i] = scales_v(w, begin, at, blocks, i);
                 }
                 for (int64_t first = row; first < row + count; first += 2 * TILE) {
                     const int64_t r = least(2 * TILE, rows - first);
                     float *sum = sums + (first - row) * WIDTH;
                     if (r != shaped) shape_tiles(shaped = r);
-                    product_in_tiles(x + first * k + k0 * 2 * TILE, r, lines, n, w->form == BF16 && first == 0,
+                    product_in_tiles(x + first * k + k0 * r, r, lines, n, w->form == BF16 && first == 0,
                                      w->form == BF16 ? sum : part);
                     for (int64_t i = 0; i < r * WIDTH && w->form != BF16; i += LANES) {
                         const vf before = k0 ? *(vf *)(sum + i) : (vf){0};
@@ -883,10 +884,11 @@ INLINE Way way_of(int64_t rows, const Matrix *w) {
     return fills_tiles(rows, w) ? TILES : FLOATS;
 }
 
-/* Copies a row of k numbers to row i of x, which lies in tiles. */
-INLINE void put_in_tiles(const bf16 *row, int64_t k, int64_t i, bf16 *x) {
-    x += i / (2 * TILE) * 2 * TILE * k + i % (2 * TILE) * TILE_K;
-    for (int64_t j = 0; j < k; j += TILE_K) memcpy(x + j * 2 * TILE, row + j, TILE_K * sizeof(bf16));
+/* Copies a row of k numbers to row i of x, whose rows lie in tiles. */
+INLINE void put_in_tiles(const bf16 *row, int64_t k, int64_t i, int64_t rows, bf16 *x) {
+    const int64_t first = i / (2 * TILE) * 2 * TILE, r = least(2 * TILE, rows - first);
+    x += first * k + (i - first) * TILE_K;
+    for (int64_t j = 0; j < k; j += TILE_K) memcpy(x + j * r, row + j, TILE_K * sizeof(bf16));
 }
 
 /* x (t, k) by w (n, k) to y (t, n), either bf16 or float; with `units`, in those of the processor for bfloat16.
@@ -907,7 +909,7 @@ void linear(const void *x, int x_float, int64_t t, int64_t stride, const Matrix 
         if (way == TILES) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < rows; i++)
-                put_in_tiles((const bf16 *)x + (t0 + i) * stride, k, i, (bf16 *)scratch);
+                put_in_tiles((const bf16 *)x + (t0 + i) * stride, k, i, rows, (bf16 *)scratch);
             multiply_in_tiles((const bf16 *)scratch, rows, w, to);
             continue;
         }
@@ -1015,7 +1017,7 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
                     for (int64_t i = 0; i < r; i++) {
                         const int64_t token = own[row + i] / top;
                         float *to = rows + at * size_h;
-                        if (way == TILES) put_in_tiles(x + token * stride, h, row + i - at, (bf16 *)to);
+                        if (way == TILES) put_in_tiles(x + token * stride, h, row + i - at, count, (bf16 *)to);
                         else interleave(x, 0, token, stride, h, i, r, way,
                                         (char *)to + (row - at) * size_h * bytes_of(way));
                     }
@@ -1044,7 +1046,7 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
                         float *to = middle + at * size_i;
                         if (way != FLOATS) /* rounded where it is: the float that is read is never behind */
                             narrow_row(gate, inter, (bf16 *)gate);
-                        if (way == TILES) put_in_tiles((bf16 *)gate, inter, row + i - at, (bf16 *)to);
+                        if (way == TILES) put_in_tiles((bf16 *)gate, inter, row + i - at, count, (bf16 *)to);
                         else interleave(gate, way == FLOATS, 0, 0, inter, i, r, way,
                                         (char *)to + (row - at) * size_i * bytes_of(way));
                     }

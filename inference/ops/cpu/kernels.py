@@ -423,8 +423,8 @@ def may_use_units() -> bool:
 
 def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, units: bool = False) -> torch.Tensor:
     """x (T, K), bfloat16 or float32, by w (N, K), in one of these dtypes: (T, N). `units`: bfloat16 rows go through the
-    processor's units for them, which add up in another order: its matrix unit, if they are enough for it and w is
-    plain, or its instructions for pairs."""
+    processor's units for them, which add up in another order: its matrix unit, if they are enough for it, or its
+    instructions for pairs."""
     x, (t, k) = _rows(x), x.shape
     assert k == w.k and not w.is_stack, (x.shape, w.data.shape)
     assert {x.dtype, dtype} <= {torch.bfloat16, torch.float32}, (x.dtype, dtype)
