@@ -445,6 +445,7 @@ def expand(inputs, most: int = 0, units: bool = False) -> torch.Tensor:
     [
         {}, {"n": 16, "c": 512, "r": 64}, {"n": 3, "c": 7, "r": 2, "dv": 5}, {"n": 1, "dn": 5, "c": 50},
         {"n": 2, "dn": 128, "r": 64, "dv": 192, "c": 64},  # GigaChat3's values
+        {"n": 3, "dn": 64, "r": 32, "dv": 40, "c": 96}, {"n": 2, "dn": 40, "r": 32, "c": 96}, {"n": 2, "dn": 64, "r": 8, "c": 96},
     ],
 )  # fmt: skip
 def test_mla_prefill(lengths, new, sizes, units):
@@ -454,10 +455,11 @@ def test_mla_prefill(lengths, new, sizes, units):
 
 
 @pytest.mark.parametrize("units", [False, True])
-def test_a_prefilled_row_does_not_depend_on_others(units):
+@pytest.mark.parametrize("sizes", [{}, {"n": 3, "dn": 64, "r": 32, "dv": 40, "c": 96}])
+def test_a_prefilled_row_does_not_depend_on_others(units, sizes):
     """To the bit: neither on other sequences nor on later rows; NaN in a sequence stays there."""
     lengths, new = [300, 700], [300, 400]
-    inputs, _ = problem(lengths, new)
+    inputs, _ = problem(lengths, new, **sizes)
     q_nope, q_pe, latents, batch, *rest = inputs
     together = expand(inputs, units=units)
     own = batch.pages[1, :11].tolist()

@@ -389,6 +389,7 @@ INLINE void widen_int4(int form, const uint8_t *from, const Zeros *zeros, vu *li
 /* How rows of x are multiplied, and lie: as floats, interleaved in blocks; as pairs of bfloat16, interleaved too; or in
  * tiles. */
 typedef enum { FLOATS, PAIRS, TILES } Way;
+enum { TILE = 16, TILE_K = 32 }; /* rows and k of a tile */
 INLINE int64_t bytes_of(Way way) { return way == FLOATS ? sizeof(float) : sizeof(bf16); }
 
 /* Lines of 8 bits, two, or of 4, four, as bfloat16. */
@@ -638,11 +639,16 @@ APART stream(const float *x, int r, const Matrix *w, int64_t panel, int n_panels
 INLINE int64_t blocks_of(int64_t n) { return in_wholes(n, ROWS); }
 INLINE int64_t block_start(int64_t n, int64_t b) { return n * b / blocks_of(n); }
 
-/* Row `row` of x (·, k) to row i of r that lie interleaved: (even(k), r) floats, or (even(k) / 2, r) pairs. */
+/* Row `row` of x (·, k) to row i of r that lie interleaved: (even(k), r) floats, (even(k) / 2, r) pairs, or, where k fills
+ * tiles, (k / TILE_K, r, TILE_K) bfloat16. */
 INLINE void interleave(const void *x, int is_float, int64_t row, int64_t stride, int64_t k, int i, int r, Way way,
                        void *out) {
     float *to = (float *)out + i;
     const bf16 *half = (const bf16 *)x + row * stride;
+    if (way == TILES) {
+        for (int64_t j = 0; j < k; j += TILE_K) memcpy((bf16 *)out + j * r + i * TILE_K, half + j, TILE_K * sizeof(bf16));
+        return;
+    }
     if (way == PAIRS) {
         for (int64_t j = 0; j < k / 2; j++) memcpy(to + j * r, half + 2 * j, sizeof(float));
         if (k & 1) memcpy(to + k / 2 * r, (bf16[2]){half[k - 1], 0}, sizeof(float));
@@ -772,8 +778,10 @@ int64_t may_use_pairs(void) {
 /* The matrix unit of Intel's servers (AMX) multiplies tiles of 16 rows of x and 16 of w, 32 k at a time. It adds up in
  * float32, takes subnormal numbers for zeros, and gains from a few rows on. For it the rows of x lie in blocks of two
  * tiles, of which the last may be short: (blocks, k / 32, rows, 32). */
-enum { TILE = 16, TILE_K = 32, TILE_ROWS = 4 /* the least that gain */ };
-enum { TILES_AHEAD = 4 /* steps of the loop that a panel is fetched before it is needed */ };
+enum {
+    TILE_ROWS = 4,  /* the least that gain */
+    TILES_AHEAD = 4 /* steps of the loop that a panel is fetched before it is needed */
+};
 #if defined(__AMX_BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -786,8 +794,12 @@ int64_t may_use_tiles(void) {
     return granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
+static _Thread_local int64_t shaped; /* for blocks of so many rows; 0: for none */
+
 /* Shapes for blocks of r rows, at most two tiles of them: 0 to 3 sums (r, WIDTH), 4 and 5 x, 6 and 7 w. */
 static void shape_tiles(int64_t r) {
+    if (r == shaped) return;
+    shaped = r;
     struct { uint8_t palette, start, none[14]; uint16_t bytes[16]; uint8_t rows[16]; } shapes
         __attribute__((aligned(64))) = {.palette = 1};
     const uint8_t first = least(r, TILE), second = r > TILE ? r - TILE : TILE;
@@ -796,12 +808,27 @@ static void shape_tiles(int64_t r) {
     _tile_loadconfig(&shapes);
 }
 
-/* A block of r rows of x by k lines of a panel: sums (r, WIDTH). `fresh`: they come from memory, and are fetched ahead. */
-INLINE void product_in_tiles(const bf16 *x, int64_t r, const bf16 *w, int64_t k, int fresh, float *out) {
+static void release_tiles(void) {
+    if (shaped) _tile_release();
+    shaped = 0;
+}
+
+/* A block of r rows of x by k lines of a panel: sums (r, WIDTH), or, with `more`, added there. `fresh`: the lines come
+ * from memory, and are fetched ahead. */
+INLINE void product_in_tiles(const bf16 *x, int64_t r, const bf16 *w, int64_t k, int fresh, int more, float *out) {
+    shape_tiles(r);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+    if (more) {
+        _tile_loadd(0, out, WIDTH * sizeof(float));
+        _tile_loadd(1, out + LANES, WIDTH * sizeof(float));
+        if (r > TILE) {
+            _tile_loadd(2, out + TILE * WIDTH, WIDTH * sizeof(float));
+            _tile_loadd(3, out + TILE * WIDTH + LANES, WIDTH * sizeof(float));
+        }
+    }
     for (int64_t j = 0; j < k; j += TILE_K, x += r * TILE_K, w += TILE_K * WIDTH) {
         if (fresh)
             for (int i = 0; i < TILE_K; i++) __builtin_prefetch(w + (TILES_AHEAD * TILE_K + i) * WIDTH, 0, 2);
@@ -828,7 +855,7 @@ INLINE void product_in_tiles(const bf16 *x, int64_t r, const bf16 *w, int64_t k,
 static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, Target to) {
     enum { ROWS_WIDENED = 8 * 2 * TILE };
     const int64_t k = w->k, of_k = panel_bytes(w->form, 1), blocks = w->form == BF16 ? 1 : in_wholes(k, w->block);
-    int64_t begin, end, shaped = 0;
+    int64_t begin, end;
     my_share(in_wholes(w->n, WIDTH), &begin, &end);
     for (; begin < end; begin++)
         for (int64_t row = 0; row < rows; row += ROWS_WIDENED) {
@@ -851,8 +878,7 @@ static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, Targ
                 for (int64_t first = row; first < row + count; first += 2 * TILE) {
                     const int64_t r = least(2 * TILE, rows - first);
                     float *sum = sums + (first - row) * WIDTH;
-                    if (r != shaped) shape_tiles(shaped = r);
-                    product_in_tiles(x + first * k + k0 * r, r, lines, n, w->form == BF16 && first == 0,
+                    product_in_tiles(x + first * k + k0 * r, r, lines, n, w->form == BF16 && first == 0, 0,
                                      w->form == BF16 ? sum : part);
                     for (int64_t i = 0; i < r * WIDTH && w->form != BF16; i += LANES) {
                         const vf before = k0 ? *(vf *)(sum + i) : (vf){0};
@@ -862,33 +888,33 @@ static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, Targ
             }
             store_rows(sums, row, count, least(WIDTH, w->n - column), WIDTH, column, to);
         }
-    if (shaped) _tile_release();
-}
-INLINE int fills_tiles(int64_t rows, const Matrix *w) {
-    const int whole = w->k % TILE_K == 0 && (w->form == BF16 || w->block % TILE_K == 0);
-    return granted && rows >= TILE_ROWS && whole;
+    release_tiles();
 }
 #else
+enum { granted = 0 };
 int64_t may_use_tiles(void) { return 0; }
+static void release_tiles(void) {}
+INLINE void product_in_tiles(const bf16 *x, int64_t r, const bf16 *w, int64_t k, int fresh, int more, float *out) {
+    (void)x, (void)r, (void)w, (void)k, (void)fresh, (void)more, (void)out;
+}
 static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, Target to) {
     (void)x, (void)rows, (void)w, (void)to;
 }
-INLINE int fills_tiles(int64_t rows, const Matrix *w) { return 0 * rows * w->k; }
 #endif
 
-/* How so many rows by w are multiplied where they are bfloat16, and its units may be used. */
+/* How rows with so many k are multiplied where they are bfloat16, and units for it may be used. */
+INLINE Way way_of_k(int64_t k) { return may_use_pairs() ? PAIRS : granted && k % TILE_K == 0 ? TILES : FLOATS; }
+
+/* The same for so many rows by w. */
 INLINE Way way_of(int64_t rows, const Matrix *w) {
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-    return PAIRS;
-#endif
-    return fills_tiles(rows, w) ? TILES : FLOATS;
+    const int fit = rows >= TILE_ROWS && (w->form == BF16 || w->block % TILE_K == 0);
+    return way_of_k(w->k) != TILES || fit ? way_of_k(w->k) : FLOATS;
 }
 
 /* Copies a row of k numbers to row i of x, whose rows lie in tiles. */
 INLINE void put_in_tiles(const bf16 *row, int64_t k, int64_t i, int64_t rows, bf16 *x) {
-    const int64_t first = i / (2 * TILE) * 2 * TILE, r = least(2 * TILE, rows - first);
-    x += first * k + (i - first) * TILE_K;
-    for (int64_t j = 0; j < k; j += TILE_K) memcpy(x + j * r, row + j, TILE_K * sizeof(bf16));
+    const int64_t first = i / (2 * TILE) * 2 * TILE;
+    interleave(row, 0, 0, 0, k, i - first, least(2 * TILE, rows - first), TILES, x + first * k);
 }
 
 /* x (t, k) by w (n, k) to y (t, n), either bf16 or float; with `units`, in those of the processor for bfloat16.
@@ -1528,10 +1554,8 @@ typedef struct {
 static Many many_of(int64_t n, int64_t length, int64_t heads, int64_t dn, int64_t r, int64_t c, int64_t dv, int units,
                     int threads) {
     Many m = {FLOATS, even(c), even(dn) + even(r), in_wholes(dv, WIDTH) * WIDTH, blocks_of(n), 1, 0, 0, 0, 0, 0, 0, 0, 0};
-#ifdef __AVX512BF16__
-    if (units) m.way = PAIRS;
-#endif
-    (void)units;
+    const int fit = way_of_k(c) == way_of_k(dn) && way_of_k(dn) == way_of_k(r);
+    if (units && fit) m.way = way_of_k(c);
     if (heads < threads) m.splits = least(in_wholes(threads, heads), m.blocks);
     const int64_t rows = in_wholes(m.blocks, m.splits) * ROWS, of_x = bytes_of(m.way), line = 64;
     m.latents = in_wholes(length, WIDTH) * WIDTH * (m.c + even(r)) * sizeof(bf16);
@@ -1563,8 +1587,13 @@ static void interleave_blocks(const bf16 *x, int64_t n, int64_t k, int64_t strid
     }
 }
 
-/* x, r <= ROWS rows interleaved, by one panel of k that is near: sums to out (r, WIDTH), or, scaled, added there. */
+/* x, r <= ROWS rows interleaved, by one panel of k that is near: sums to out (r, WIDTH), or, with ones for scales, added
+ * there. */
 INLINE void by_panel(const void *x, int r, const bf16 *panel, int64_t k, const float *scales, Way way, float *out) {
+    if (way == TILES) {
+        product_in_tiles(x, r, panel, k, 0, scales != 0, out);
+        return;
+    }
     const Part part = {(const uint8_t *)panel, 0, k, scales, (const uint8_t *)panel, 0, 0};
     product(x, r, &part, way, 1, out);
 }
@@ -1597,12 +1626,14 @@ INLINE float weigh(float *scores, int64_t panels, int i, int r, int64_t seen, fl
     if (base == -INFINITY) base = 0;
     for (int64_t k = 0; k < panels * WIDTH; k += LANES) {
         vf weight = exp_v(*(vf *)(scores + (k / WIDTH * r + i) * WIDTH + k % WIDTH) - base);
-        if (way == PAIRS) {
+        if (way != FLOATS) {
             bf16 rounded[LANES];
             const vu bits = bits_v(weight);
             *(vh *)rounded = shorter(bits);
             weight = (vf)(bits << 16);
-            for (int l = 0; l < LANES / 2; l++) memcpy(weights + (k / 2 + l) * r + i, rounded + 2 * l, sizeof(float));
+            if (way == TILES) memcpy((bf16 *)weights + (k / TILE_K * r + i) * TILE_K + k % TILE_K, rounded, sizeof(rounded));
+            for (int l = 0; l < LANES / 2 && way == PAIRS; l++)
+                memcpy(weights + (k / 2 + l) * r + i, rounded + 2 * l, sizeof(float));
         } else
             for (int l = 0; l < LANES; l++) weights[(k + l) * r + i] = weight[l];
         sum += weight;
@@ -1617,8 +1648,8 @@ INLINE float weigh(float *scores, int64_t panels, int i, int r, int64_t seen, fl
  * to out (n, heads, dv).
  *
  * The latents are put in panels once; of each head, BLOCK_KEYS of them at a time, keys and values are expanded, rounded
- * to bfloat16 and put in panels too, and all rows that see them are multiplied by them, in blocks. With `units` as pairs,
- * the weights rounded. scratch: prefill_bytes. */
+ * to bfloat16 and put in panels too, and all rows that see them are multiplied by them, in blocks. With `units` in
+ * those of the processor for bfloat16, the weights rounded. scratch: prefill_bytes. */
 void mla_prefill(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, const bf16 *q_pe, const bf16 *latents,
                  int64_t page, const int32_t *pages, int64_t length, const int64_t *positions, int64_t n, int64_t heads,
                  int64_t dn, int64_t r, int64_t c, int64_t dv, const bf16 *w_uk, const bf16 *w_uv, float scale, bf16 *out,
@@ -1715,5 +1746,6 @@ void mla_prefill(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, cons
                     }
             }
         }
+        release_tiles();
     }
 }
