@@ -96,7 +96,7 @@ class Engine:
         dispatcher = Dispatcher(places, run.seqs_per_microbatch) if places > 1 and self.world.rank == 0 else None
         self.registry = RequestRegistry(dispatcher, lanes=self.dp.size)
         followers = self.world if run.pp > 1 else self.tp  # hear what is sampled
-        self.sampler = Sampler(followers, tokenizer, self.registry.live, self._stats, run.mtp, self.cancel)
+        self.sampler = Sampler(followers, tokenizer, self.registry.live, self._stats, run.mtp, self.cancel, model.ops)
         self._leaving: list[int] = []  # cancelled sequences of other microbatches than the next
 
     @classmethod

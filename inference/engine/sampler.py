@@ -12,6 +12,7 @@ from engine.request import FinishReason, Request
 from engine.sampling import SamplingState, Scores, logprob, propose, verify
 from engine.scheduler import Chunk, Sequence
 from engine.stats import Stats
+from ops.backend import ReferenceBackend
 from parallel.group import Group
 from text.tokenizer import Tokenizer
 
@@ -34,12 +35,15 @@ class Sampler:
         stats: Stats,
         n_drafts: int,
         cancel: Callable[[Request], None],
+        ops: ReferenceBackend,
     ):
         """`tp`: the ranks that hear what its first one samples, a lane's or a pipeline's. `requests`: the unfinished
-        ones by their sequence's id, kept up to date by the engine; `cancel` ends one of them with the next step."""
+        ones by their sequence's id, kept up to date by the engine; `cancel` ends one of them with the next step;
+        `ops`: the model's backend."""
         self.tp, self.requests, self.stats = tp, requests, stats
         self.eos_ids = () if tokenizer is None else tokenizer.eos_ids
         self.n_drafts, self.cancel = n_drafts, cancel
+        self.ops = ops
         self.noise = Noise()
 
     def sample(self, sampling: list[Chunk], scores: Scores) -> Sampled:
@@ -83,11 +87,11 @@ class Sampler:
                 del request.draft.tokens[n:], request.draft.q[n:]
             states.append(request.sampling_state or self._sampling_state(chunk.sequence, request))
         try:
-            return verify(scores, states)
+            return verify(scores, states, self.ops)
         except Exception:  # verified one by one, only the request at fault fails
             requests = [self.requests[chunk.sequence.id] for chunk in chunks]
             parts = scores.logits.split([1 + len(chunk.drafts) for chunk in chunks])
-            works = [partial(verify, rows, [state]) for rows, state in zip(parts, states, strict=True)]
+            works = [partial(verify, rows, [state], self.ops) for rows, state in zip(parts, states, strict=True)]
             return [(isolate_request_errors(*one) or [None])[0] for one in zip(requests, works, strict=True)]
         finally:
             for state in states if self.n_drafts else ():
@@ -136,10 +140,10 @@ class Sampler:
             requests = [self.requests[sequence.id] for sequence in sequences]
             states = [self._sampling_state(s, r) for s, r in zip(sequences, requests, strict=True)]
             try:
-                propose(scores, states)
+                propose(scores, states, self.ops)
             except Exception:  # proposed one by one, only the request at fault fails
                 for request, state, row in zip(requests, states, scores.logits.split(1), strict=True):
-                    isolate_request_errors(request, partial(propose, row, [state]))
+                    isolate_request_errors(request, partial(propose, row, [state], self.ops))
                     if request.error:
                         state.draft.tokens.append(0)
                         state.draft.q.append(None)

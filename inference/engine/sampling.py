@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,10 @@ import torch
 from core.devices import select, upload
 from core.sampling_params import SamplingParams
 from engine.constraint import Constraint, Mask
-from engine.distributions import Columns, draw, penalised, probabilities
 from engine.noise import ACCEPT, DRAFT, SAMPLE, Noise, uniform
+from engine.penalties import penalised
+from ops.backend import ReferenceBackend
+from ops.distributions import Draws, Field, fields_of
 
 
 class Scores:
@@ -37,11 +40,18 @@ class Scores:
         found = [select(logits, rows) for logits, _, rows in self.parts]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def read(self, *more: torch.Tensor) -> tuple[list[int], list[int], list[int]]:
-        """For each row whether it is finite, and its likeliest token; and the numbers of `more` tensors, one after
-        another. Waits for the device once."""
+    @cached_property
+    def joined(self) -> Part:
+        """The parts as one."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        choices = [select(choice.T, rows).T for _, choice, rows in self.parts]
+        return self.logits, torch.cat(choices, dim=1), range(len(self))
+
+    def read(self) -> tuple[list[int], list[int]]:
+        """For each row whether it is finite, and its likeliest token. Waits for the device once."""
         choices = [choice.flatten() for _, choice, _ in self.parts]
-        found = torch.cat([*choices, *(t.flatten().long() for t in more)]).tolist()
+        found = (torch.cat(choices) if len(choices) != 1 else choices[0]).tolist()
         finite: list[int] = []
         tokens: list[int] = []
         at = 0
@@ -50,7 +60,7 @@ class Scores:
             finite += [found[at + row] for row in rows]
             tokens += [found[at + n + row] for row in rows]
             at += 2 * n
-        return finite, tokens, found[at:]
+        return finite, tokens
 
     def __len__(self) -> int:
         return sum(len(rows) for _, _, rows in self.parts)
@@ -66,7 +76,7 @@ class Draft:
     """Tokens the MTP module proposes for one request, and the distribution each was drawn from (None: all on it)."""
 
     tokens: list[int] = field(default_factory=list)
-    q: list[torch.Tensor | None] = field(default_factory=list)
+    q: list[Any] = field(default_factory=list)  # as the backend's `sample` keeps it
 
     def clear(self) -> None:
         self.tokens.clear()
@@ -137,43 +147,41 @@ def is_finite(logits: torch.Tensor) -> torch.Tensor:
     return logits.amax(dim=-1).isfinite()  # a NaN in the row makes it NaN
 
 
-_ROWS = 32  # distributions that exist at one time: of 129,280 tokens, 33 MB for each array of them
+REFERENCE = ReferenceBackend()
 
 
-def verify(logits: torch.Tensor | Scores, states: Sequence[SamplingState]) -> list[list[int] | None]:
+def verify(
+    logits: torch.Tensor | Scores, states: Sequence[SamplingState], ops: ReferenceBackend = REFERENCE
+) -> list[list[int] | None]:
     """The tokens that follow each request's: its drafts accepted, in order, and one more. None where a row of the
-    request's logits is not finite.
+    request's logits is not finite. `ops` samples.
 
     logits (sum of 1 + drafts, V), requests in order: row i of a request is the main model's, after its tokens and i
-    drafts. Speculative sampling (arXiv 2302.01318, algorithm 2): draft x, drawn from q, is accepted with probability
-    min(1, p(x) / q(x)); at the first rejection the token comes from max(p - q, 0) instead; if none is rejected the last
-    row gives one token more. The result is distributed as if there had been no drafts, penalties and cuts included;
-    at temperature 0 it is equal. All rows are decided at once; what comes after a rejection is dropped.
+    drafts. At the first draft that is rejected the token comes from what the target has and the proposal lacks; if none
+    is, the last row gives one token more. The result is distributed as if there had been no drafts, penalties and cuts
+    included; at temperature 0 it is equal. All rows are decided at once; what comes after a rejection is dropped.
     """
     scores = logits if isinstance(logits, Scores) else Scores.of(logits)
+    sampled = any([state.params.temperature for state in states])
     rows: list[tuple[SamplingState, int]] = []
-    if any([state.params.temperature or state.changes_logits for state in states]):
+    if sampled or any([state.changes_logits for state in states]):
         rows = [(state, i) for state in states for i in range(len(state.draft.tokens) + 1)]
     if any([state.changes_logits for state in states]):
         scores = Scores.of(adjusted(scores.logits, rows))
-    sampled = [n for n, (state, _) in enumerate(rows) if state.params.temperature]
-    parts = [sampled[at : at + _ROWS] for at in range(0, len(sampled), _ROWS)]
-    drawn = [accept_or_resample(select(scores.logits, part), [rows[n] for n in part]) for part in parts]
-    finite, token_ids, found = scores.read(*(t for pair in drawn for t in pair))  # waits for the device once
-    if len(token_ids) == len(states) and not parts:  # nothing to verify
+    if sampled:
+        drafts = [state.draft.tokens[i] if i < len(state.draft.tokens) else -1 for state, i in rows]
+        found, _ = ops.sample(*_draws(scores, rows, SAMPLE, drafts))
+        finite, accepted, token_ids = found.tolist()  # waits for the device once
+    else:
+        finite, token_ids = scores.read()
+    if len(token_ids) == len(states):  # nothing to verify
         return [[token] if row_finite else None for token, row_finite in zip(token_ids, finite, strict=True)]
-    accepted = [0] * len(token_ids)
-    for part in parts:
-        n = len(part)
-        for row, row_accepted, token in zip(part, found[:n], found[n : 2 * n], strict=True):
-            accepted[row], token_ids[row] = row_accepted, token
-        del found[: 2 * n]
     answers: list[list[int] | None] = []
     at = 0
     for state in states:
         drafts, row = state.draft.tokens, at
         for draft in drafts:
-            if not (accepted[row] if state.params.temperature else token_ids[row] == draft):
+            if not (accepted[row] if sampled else token_ids[row] == draft):
                 break
             row += 1
         stop = at + len(drafts) + 1
@@ -182,60 +190,48 @@ def verify(logits: torch.Tensor | Scores, states: Sequence[SamplingState]) -> li
     return answers
 
 
-def accept_or_resample(
-    logits: torch.Tensor, rows: Sequence[tuple[SamplingState, int]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """For logits (rows, V) of sampled requests, each row after i of its request's drafts: whether the next draft is
-    accepted (rows,), bool; and the token to take if it is not or there is none (rows,), int64."""
-    params, device = [state.params for state, _ in rows], logits.device
-    drafts = [state.draft.tokens[i] if i < len(state.draft.tokens) else -1 for state, i in rows]
-    drawn_from = [state.draft.q[i] if x >= 0 else None for x, (state, i) in zip(drafts, rows, strict=True)]
-    noise = [uniforms(rows, SAMPLE), uniforms(rows, ACCEPT) if max(drafts) >= 0 else [0.0] * len(rows)]
-    columns = Columns.of(params, logits.shape[-1], device, drafts, *noise)
-    x, to_sample, to_accept = columns.more
-    p = rest = probabilities(logits, params, columns)
-    accepted = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    if max(drafts) >= 0:
-        drafted, x = x >= 0, x.long().clamp(min=0)
-        certain = torch.zeros_like(p).scatter_(-1, x, 1.0)  # what a draft that was not drawn is drawn from
-        q = [certain[n] if row is None else row for n, row in enumerate(drawn_from)]
-        of_drafts = torch.where(drafted, torch.stack(q), 0)
-        accepted = (drafted & (to_accept * of_drafts.gather(-1, x) < p.gather(-1, x))).squeeze(-1)
-        rest = (p - of_drafts).clamp(min=0)
-        rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q up to rounding: any draw from p will do
-    return accepted, draw(rest, to_sample)
+def _draws(
+    scores: Scores, rows: Sequence[tuple[SamplingState, int]], use: int, drafts: Sequence[int] = ()
+) -> tuple[torch.Tensor, torch.Tensor, Draws]:
+    """What the op `sample` takes for rows of scores, each after so many of its request's drafts. `drafts`: the next one
+    of each (-1: none)."""
+    logits, choice, numbers = scores.joined
+    params = [state.params for state, _ in rows]
+    table = np.zeros((len(Field), len(rows)))
+    table[Field.ROW] = numbers
+    table[Field.TEMPERATURE : Field.UNIFORM] = np.array([fields_of(row, logits.shape[-1]) for row in params]).T
+    table[Field.UNIFORM], table[Field.DRAFT] = uniforms(rows, use), -1
+    drawn_from = []
+    if drafts and max(drafts) >= 0:
+        table[Field.DRAFT], table[Field.ACCEPT] = drafts, uniforms(rows, ACCEPT)
+        drawn_from = [state.draft.q[i] if x >= 0 else None for x, (state, i) in zip(drafts, rows, strict=True)]
+    return logits, choice, Draws(table, params, drawn_from)
 
 
-def propose(logits: torch.Tensor | Scores, states: Sequence[SamplingState]) -> None:
+def propose(
+    logits: torch.Tensor | Scores, states: Sequence[SamplingState], ops: ReferenceBackend = REFERENCE
+) -> None:
     """Appends to each request's draft the next token the MTP module's logits (requests, V) propose after its tokens and
-    the drafts so far.
+    the drafts so far. `ops` samples.
 
     It is drawn as the main model's token would be, because a proposal like the target is accepted most often.
     """
     scores = logits if isinstance(logits, Scores) else Scores.of(logits)
-    sampled = [n for n, state in enumerate(states) if state.params.temperature]
-    if sampled or any(state.changes_logits for state in states):
-        rows = scores.logits
-        rows = rows.masked_fill(~is_finite(rows).unsqueeze(-1), 0.0)  # a bad draft costs time, never correctness
-        scores = Scores.of(adjusted(rows, [(state, len(state.draft.tokens)) for state in states]))
-    drawn_from: list[torch.Tensor | None] = [None] * len(states)
-    drawn = []
-    for at in range(0, len(sampled), _ROWS):
-        part = sampled[at : at + _ROWS]
-        params = [states[n].params for n in part]
-        noise = uniforms([(states[n], len(states[n].draft.tokens)) for n in part], DRAFT)
-        columns = Columns.of(params, scores.logits.shape[-1], scores.logits.device, noise)
-        q = probabilities(select(scores.logits, part), params, columns)
-        drawn.append(draw(q, columns.more[0]))
-        for n, row in zip(part, q, strict=True):
-            drawn_from[n] = row
-    finite, tokens, found = scores.read(*drawn)
-    token_ids = [token if row_finite else 0 for row_finite, token in zip(finite, tokens, strict=True)]
-    for n, token in zip(sampled, found, strict=True):
-        token_ids[n] = token
-    for state, token, row in zip(states, token_ids, drawn_from, strict=True):
+    rows = [(state, len(state.draft.tokens)) for state in states]
+    if any(state.changes_logits for state in states):
+        x = scores.logits
+        x = x.masked_fill(~is_finite(x).unsqueeze(-1), 0.0)  # a bad draft costs time, never correctness
+        scores = Scores.of(adjusted(x, rows))
+    drawn_from: Sequence[Any] = [None] * len(states)
+    if any(state.params.temperature for state in states):
+        found, drawn_from = ops.sample(*_draws(scores, rows, DRAFT), keep=True)
+        finite, _, tokens = found.tolist()
+    else:
+        finite, tokens = scores.read()
+        tokens = [token if row_finite else 0 for row_finite, token in zip(finite, tokens, strict=True)]
+    for state, token, q in zip(states, tokens, drawn_from, strict=True):
         state.draft.tokens.append(token)
-        state.draft.q.append(row)
+        state.draft.q.append(q)
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,20 @@ def step_bytes(rank: RankSpec, config: RunConfig, decode: bool = False) -> int:
         "dense MLP": _layer(rank, gathered, -(-args.inter_dim // rank.mlp_ranks)) if args.n_dense_layers else 0,
         "experts": _experts(rank, gathered) if args.n_moe_layers or rank.mtp else 0,
         "logits": scored * (row * (3 if rank.tp > 1 else 2) + 8 * args.dim) + head,  # parts of a row, and it joined
-        "sampling": sampled * row + min(sampled, DRAWN_ROWS) * SAMPLER_BYTES * args.vocab_size,
+        "sampling": sampled * row + _sampler(rank, sampled),
     }
-    drafts = 2 * config.max_num_seqs * config.mtp * row  # the distributions they were drawn from, float64
+    # the distributions they were drawn from: in float64, or in float32 and, of several, joined
+    once = rank.gpu and config.mtp < 2
+    drafts = (1 if once else 2) * config.max_num_seqs * config.mtp * row
     return drafts + num.dtype.itemsize * tokens * args.dim + max(peaks.values())
+
+
+def _sampler(rank: RankSpec, sampled: int) -> int:
+    """A GPU samples from logits where they are, unless they were in several places, or changed by penalties and masks;
+    others make distributions of some rows at a time."""
+    if rank.gpu:
+        return 2 * sampled * 4 * rank.args.vocab_size
+    return min(sampled, DRAWN_ROWS) * SAMPLER_BYTES * rank.args.vocab_size
 
 
 def _layer(rank: RankSpec, tokens: int, inner: int, values: int = 0, widest: int = 0) -> int:

@@ -6,14 +6,15 @@ calls nothing else, so that two models in one process can compute in two ways.
 Letters: T tokens, H the model's width, N and K a weight's output and input channels; model.py has the others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from core.batch import Batch
-from ops import reference
+from ops import distributions, reference
+from ops.distributions import Draws
 from ops.formats import PartialSums, Quantised, Routing, Scales, Weight
 
 ROW_BLOCK = 16  # rows of every matrix product of a batch-invariant backend
@@ -238,6 +239,17 @@ class ReferenceBackend:
         if self.batch_invariant:
             return reference.mla_batch_invariant(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, ROW_BLOCK)
         return reference.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Sampling
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def sample(
+        self, logits: torch.Tensor, choice: torch.Tensor, draws: Draws, keep: bool = False
+    ) -> tuple[torch.Tensor, Sequence[Any]]:
+        """Rows of logits (n, V) float32 to what is sampled from them, (3, rows) int64, and with `keep` the
+        distributions that tokens were drawn from, in the backend's own form. See distributions.sample."""
+        return distributions.sample(logits, choice, draws, keep)
 
 
 def in_row_blocks(product: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from engine.engine import Engine
 from engine.rank_memory import RankSpec
 from engine.sampling import SamplingState, verify
 from model import Transformer
-from ops import reference
+from ops import distributions, reference
 from ops.cpu import attention as cpu_attention
 from ops.cpu import kernels
 from ops.gpu import (
@@ -408,7 +408,7 @@ def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> in
         if device == "cpu":
             logits = model.logits(hidden[: len(sequences)])
             asks = [SamplingState(SamplingParams(temperature=1.0, top_p=0.9), i, [1, 2], 1) for i in range(len(sequences))]
-            verify(logits, asks)
+            verify(logits, asks, GpuBackend() if rank.gpu else ReferenceBackend())
         del given, received
     return measured.peak
 
@@ -461,6 +461,7 @@ def test_the_bound_grows_with_what_a_run_is_asked_to_hold(side):
 
 
 def test_constants_are_the_ops():
+    assert step_memory.DRAWN_ROWS == distributions.ROWS
     for name in ("SPLIT_BYTES", "FIXED_SPLIT"):
         assert getattr(step_memory, name) == getattr(decode, name)
     assert step_memory.SLAB_BYTES == prefill.SLAB_BYTES

@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError
 from core.sampling_params import SamplingParams, params_from_generation_config
-from engine.distributions import Columns, draw, penalised, probabilities
 from engine.noise import ACCEPT, DRAFT, SAMPLE, Noise, uniform
+from engine.penalties import penalised
 from engine.sampling import Draft, SamplingState, is_finite, logprob, propose, verify
+from ops.distributions import Columns, draw, probabilities
 
 LIMIT = {1: 6.6, 2: 9.2, 3: 11.3, 4: 13.3, 5: 15.1, 6: 16.8, 7: 18.5, 8: 20.1, 9: 21.7, 10: 23.2, 11: 24.7}  # p = 0.01
 

@@ -1,6 +1,6 @@
 """Mutants of ops/: name, file, text, what takes its place, the tests that must fail, the bug."""
 
-from mutation.tests_named import KERNEL_FORMS, LOGITS, ROUTER, SHARDS, STORED, WEIGHT_QUANT
+from mutation.tests_named import KERNEL_FORMS, LOGITS, ROUTER, SAMPLED, SHARDS, STORED, WEIGHT_QUANT
 
 MUTANTS = (
     ("stored-head-packed", "ops/cpu/backend.py",
@@ -527,6 +527,30 @@ MUTANTS = (
      "tl.div_rn(gate, 1.0 + tl.exp(-gate)) * value",
      "tl.div_rn(value, 1.0 + tl.exp(-value)) * gate",
      "ops/test_kernel_fused.py::test_silu_mul[dtype0-False-3-257-300]", "silu is applied to up instead of gate"),
+    ("kernel-sample-top-k-one-more", "ops/gpu/sample.py", "n_last, n_equal = top_k - likelier,", "n_last, n_equal = top_k + 1 - likelier,",
+     f"{SAMPLED}test_every_combination_is_the_reference", "top-k keeps one token more"),
+    ("kernel-sample-top-p-crossing", "ops/gpu/sample.py", "n_last, n_equal = (target - above + each - 1) // each,", "n_last, n_equal = (target - above) // each,",
+     f"{SAMPLED}test_every_combination_is_the_reference", "top-p leaves out the token that crosses the bound"),
+    ("kernel-sample-top-p-of-all", "ops/gpu/sample.py", "mass, full = above + n_last * each, above + n_equal * each", "full = above + n_equal * each",
+     f"{SAMPLED}test_every_combination_is_the_reference", "top-p of everything instead of what top-k left"),
+    ("kernel-sample-min-p", "ops/gpu/sample.py", " & (weight >= least_weight)", "",
+     f"{SAMPLED}test_every_combination_is_the_reference", "min-p leaves out nothing"),
+    ("kernel-sample-ties", "ops/gpu/sample.py", "(key == last) & (i <= last_at)", "key == last",
+     f"{SAMPLED}test_every_combination_is_the_reference", "tokens as likely as the last one kept stay although they come later"),
+    ("kernel-sample-passed", "ops/gpu/sample.py", "tl.cumsum(weight) > passed, i, V)", "tl.cumsum(weight) >= passed, i, V)",
+     f"{SAMPLED}test_extreme_rows", "the least number draws a first token of probability 0"),
+    ("kernel-sample-greatest", "ops/gpu/sample.py", "tl.minimum((uniform * whole.to(tl.float64)).to(tl.int64), whole - 1)", "(uniform * whole.to(tl.float64)).to(tl.int64)",
+     f"{SAMPLED}test_every_combination_is_the_reference", "the greatest number draws no token"),
+    ("kernel-sample-huge-temperature", "ops/gpu/sample.py", "tl.maximum((1.0 / temperature) * LOG2_E, LEAST_SCALE)", "(1.0 / temperature) * LOG2_E",
+     f"{SAMPLED}test_temperatures_of_any_size", "a token that a mask left out is drawn at a huge temperature"),
+    ("kernel-sample-acceptance", "ops/gpu/sample.py", "tl.load(table_ptr + ACCEPT * rows) * q < p", "tl.load(table_ptr + ACCEPT * rows) < p",
+     f"{SAMPLED}test_drafts_are_verified_as_the_reference_does", "a draft is accepted with probability p(x) instead of p(x) / q(x)"),
+    ("kernel-sample-residual", "ops/gpu/sample.py", "weight = tl.where(rest > 0, beyond, weight)", "weight = tl.where(rest > 1, beyond, weight)",
+     f"{SAMPLED}test_drafts_are_verified_as_the_reference_does", "a rejected draft is drawn again from p"),
+    ("kernel-sample-draft-of-another", "ops/gpu/sample.py", "first[id(one[0])] + one[1] for one", "one[1] for one",
+     f"{SAMPLED}test_drafts_of_several_proposals", "a second draft is held to what the first was drawn from"),
+    ("kernel-sample-row", "ops/gpu/sample.py", "x_ptr = logits_ptr + at_row * stride", "x_ptr = logits_ptr + row * stride",
+     f"{SAMPLED}test_other_rows_change_nothing", "rows are sampled in the order in which they lie"),
     ("kernel-router-ties", "ops/gpu/router.py",
      "beaten = (there > here) | ((there == here) & earlier)",
      "beaten = there > here",

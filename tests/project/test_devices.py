@@ -51,7 +51,7 @@ NAMED = {
     "engine/choose_numerics.py": 4,  # which products of quantised weights there are
     "engine/graphs.py": 8,  # CUDA graphs
     "engine/runner.py": 1,  # sampling, where there is float64
-    "engine/distributions.py": 1,  # CPUs look before they sort
+    "ops/distributions.py": 1,  # CPUs look before they sort
     "model.py": 1,  # where tensors are, unless somebody says
     "plan.py": 6,  # GPUs that are not here
     "checkpoint/cast.py": 1,  # from a device to a file

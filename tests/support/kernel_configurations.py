@@ -30,6 +30,7 @@ from ops.gpu import (
     prefill,
     quantisation,
     router,
+    sample,
     sort,
     tiles,
 )
@@ -415,6 +416,20 @@ def of_moe() -> Iterator[Configuration]:
         yield Configuration(f"combine {target}", moe.combine_kernel, target, types, constant, pdl.options(target))
 
 
+def of_sample() -> Iterator[Configuration]:
+    """Rows without drafts, proposals that are kept, and drafts that are verified, on each architecture."""
+    for target in sample.TILES:
+        for name, drafts, keep in (("", False, False), (" kept", False, True), (" drafts", True, False)):
+            pointers = {
+                "logits_ptr": "*fp32", "choice_ptr": "*i64", "table_ptr": "*fp64",
+                "drawn_from_ptr": "*fp32" if drafts else None, "found_ptr": "*i64", "q_ptr": "*fp32" if keep else None,
+            }  # fmt: skip
+            sizes = dict.fromkeys(("V", "stride", "choice_stride"), "i32")
+            constexprs = {"DRAFTS": drafts, "KEEP": keep}
+            tile, options = sample.sample_tile(target)
+            yield of_target(target, f"sample{name}", sample.sample_kernel, pointers, sizes, (tile, options), constexprs)
+
+
 PREFILL_ROWS = {"k_rows": "DN_PAD", "pe_rows": "R_PAD", "v_rows": "DV_PAD"}  # descriptors and their boxes' widths
 
 
@@ -521,7 +536,7 @@ def of_attention() -> Iterator[Configuration]:
 OF_MODULE = {
     quantisation: of_quantisation, gemm: of_gemm, fused: of_fused,
     norm_latents: of_norm_latents, around_attention: of_around_attention, router: of_router, sort: of_sort, grouped_gemm: of_grouped_gemm,
-    ordered_gemm: of_ordered_gemm, moe: of_moe, attention: of_attention,
+    ordered_gemm: of_ordered_gemm, moe: of_moe, sample: of_sample, attention: of_attention,
 }  # fmt: skip
 
 

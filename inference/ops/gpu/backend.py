@@ -8,7 +8,7 @@ import torch
 from core.batch import Batch
 from ops import reference
 from ops.formats import PartialSums, Quantised, Routing, Scales, Weight
-from ops.gpu import around_attention, attention, decode, fused, gemm, moe, norm_latents, quantisation, router
+from ops.gpu import around_attention, attention, decode, fused, gemm, moe, norm_latents, quantisation, router, sample
 from ops.gpu.device import fp8_dtype
 from ops.reference_backend import ROW_BLOCK, ReferenceBackend, in_row_blocks
 
@@ -22,6 +22,7 @@ class GpuBackend(ReferenceBackend):
     norm = staticmethod(fused.norm)
     silu_mul = staticmethod(fused.silu_mul)
     norm_latents = staticmethod(norm_latents.norm_latents)
+    sample = staticmethod(sample.sample)
 
     def __init__(self, batch_invariant: bool = False):
         super().__init__(batch_invariant)
