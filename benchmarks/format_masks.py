@@ -26,7 +26,8 @@ from core.answer_format import AnswerFormat
 from core.sampling_params import SamplingParams
 from engine.constraint import Constraint, Constraints
 from engine.engine import Engine
-from engine.sampling import SamplingState, adjusted, verify
+from engine.sampling import adjusted, verify
+from engine.sampling_state import SamplingState
 from text.tokenizer import Tokenizer
 
 VOCABULARY = 129_280

@@ -45,7 +45,7 @@ class Noise:
 
     def __init__(self) -> None:
         # by seed, rng_key and use: a position, and the numbers from there on
-        self._known: dict[tuple[int, int, int], tuple[int, list[float]]] = {}
+        self._known: dict[tuple[int, int, int], tuple[int, np.ndarray]] = {}
 
     def of(self, wanted: Sequence[tuple[int, int, int]], use: int) -> list[float]:
         """For each (seed, rng_key, position) its number for this use."""
@@ -62,13 +62,38 @@ class Noise:
         for seed, rng_key, position in wanted:
             first, known = self._known[seed, rng_key, use]
             at = position - first
-            found.append(known[at] if 0 <= at < len(known) else uniform(seed, rng_key, position, use))
+            found.append(float(known[at]) if 0 <= at < len(known) else uniform(seed, rng_key, position, use))
         return found
+
+    def ahead(
+        self, wanted: Sequence[tuple[int, int, int]], counts: Sequence[int], use: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """For each (seed, rng_key, position) a position (n,) and AHEAD numbers from there on (n, AHEAD), among them
+        those of as many positions as `counts` says. Those that end soon are made anew, to be asked less often."""
+        if len(self._known) > self.KEPT:
+            self._known.clear()
+        ends, lacks = [], False
+        for (seed, rng_key, position), n in zip(wanted, counts, strict=True):
+            at = position - self._known.get((seed, rng_key, use), (position + self.AHEAD, ()))[0]
+            lacks = lacks or not 0 <= at <= self.AHEAD - n
+            if not 0 <= at <= self.AHEAD // 2 - n:
+                ends.append((seed, rng_key, position))
+        if lacks:
+            self._make(ends, use)
+        found = []
+        for one, n in zip(wanted, counts, strict=True):
+            first, known = self._known[*one[:2], use]
+            if not 0 <= one[2] - first <= self.AHEAD - n:  # the same request twice, at positions that lie apart
+                self._make([one], use)
+                first, known = self._known[*one[:2], use]
+            found.append((first, known))
+        firsts, rows = zip(*found, strict=True)
+        return np.array(firsts), np.stack(rows)
 
     def _make(self, missing: list[tuple[int, int, int]], use: int) -> None:
         first = {(seed, rng_key): position for seed, rng_key, position in reversed(missing)}
         keys = np.array(list(first), dtype=np.uint64).repeat(self.AHEAD, axis=0)
         positions = np.array(list(first.values()), dtype=np.uint64)[:, None] + np.arange(self.AHEAD, dtype=np.uint64)
-        made = uniforms(keys, positions.ravel(), use).reshape(-1, self.AHEAD).tolist()
+        made = uniforms(keys, positions.ravel(), use).reshape(-1, self.AHEAD)
         for (request, position), row in zip(first.items(), made, strict=True):
             self._known[*request, use] = position, row

@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 from core.errors import UserError
 from core.sampling_params import SamplingParams
 from engine.constraint import Constraint
-from engine.sampling import Draft, Logprob, SamplingState
+from engine.sampling import Logprob
+from engine.sampling_state import Draft, SamplingState
 from text.chat_format import ChatFormat
 from text.detokenizer import Detokenizer
 from text.parser import ChatParser, Content, Reasoning

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 import torch
 
 from core.errors import describe
-from engine.noise import Noise
+from engine.drawing import Drawing
 from engine.request import FinishReason, Request
-from engine.sampling import SamplingState, Scores, logprob, propose, verify
+from engine.sampling import Scores, logprob, propose, verify
+from engine.sampling_state import SamplingState
 from engine.scheduler import Chunk, Sequence
 from engine.stats import Stats
 from ops.backend import ReferenceBackend
@@ -43,8 +44,7 @@ class Sampler:
         self.tp, self.requests, self.stats = tp, requests, stats
         self.eos_ids = () if tokenizer is None else tokenizer.eos_ids
         self.n_drafts, self.cancel = n_drafts, cancel
-        self.ops = ops
-        self.noise = Noise()
+        self.drawing = Drawing(ops)
 
     def sample(self, sampling: list[Chunk], scores: Scores) -> Sampled:
         """Rank 0's new tokens and verdict for each chunk that samples, on every rank.
@@ -87,11 +87,11 @@ class Sampler:
                 del request.draft.tokens[n:], request.draft.q[n:]
             states.append(request.sampling_state or self._sampling_state(chunk.sequence, request))
         try:
-            return verify(scores, states, self.ops)
+            return verify(scores, states, self.drawing)
         except Exception:  # verified one by one, only the request at fault fails
             requests = [self.requests[chunk.sequence.id] for chunk in chunks]
             parts = scores.logits.split([1 + len(chunk.drafts) for chunk in chunks])
-            works = [partial(verify, rows, [state], self.ops) for rows, state in zip(parts, states, strict=True)]
+            works = [partial(verify, rows, [state], self.drawing) for rows, state in zip(parts, states, strict=True)]
             return [(isolate_request_errors(*one) or [None])[0] for one in zip(requests, works, strict=True)]
         finally:
             for state in states if self.n_drafts else ():
@@ -140,10 +140,10 @@ class Sampler:
             requests = [self.requests[sequence.id] for sequence in sequences]
             states = [self._sampling_state(s, r) for s, r in zip(sequences, requests, strict=True)]
             try:
-                propose(scores, states, self.ops)
+                propose(scores, states, self.drawing)
             except Exception:  # proposed one by one, only the request at fault fails
                 for request, state, row in zip(requests, states, scores.logits.split(1), strict=True):
-                    isolate_request_errors(request, partial(propose, row, [state], self.ops))
+                    isolate_request_errors(request, partial(propose, row, [state], self.drawing))
                     if request.error:
                         state.draft.tokens.append(0)
                         state.draft.q.append(None)
@@ -164,7 +164,7 @@ class Sampler:
         """The same at each step: tokens and draft grow in place."""
         if request.sampling_state is None:
             request.sampling_state = SamplingState(
-                request.params, request.rng_key, sequence.tokens, len(request.prompt), request.draft, self.noise,
+                request.params, request.rng_key, sequence.tokens, len(request.prompt), request.draft,
                 request.constraint,
             )  # fmt: skip
         return request.sampling_state

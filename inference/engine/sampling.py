@@ -1,7 +1,7 @@
 """Sampling: from logits to tokens, with drafts verified by speculative sampling."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -9,12 +9,10 @@ import numpy as np
 import torch
 
 from core.devices import select, upload
-from core.sampling_params import SamplingParams
-from engine.constraint import Constraint, Mask
-from engine.noise import ACCEPT, DRAFT, SAMPLE, Noise, uniform
-from engine.penalties import penalised
+from engine.drawing import Drawing, Part
+from engine.noise import DRAFT, SAMPLE
+from engine.sampling_state import SamplingState
 from ops.backend import ReferenceBackend
-from ops.distributions import Draws, Field, fields_of
 
 
 class Scores:
@@ -24,10 +22,7 @@ class Scores:
     are all that is copied.
     """
 
-    Part = tuple[torch.Tensor, torch.Tensor, Sequence[int]]
-
     def __init__(self, parts: Sequence[Part]):
-        """Each part: logits (n, V), what `greedy` said of them (2, n), and the numbers of the rows that count."""
         self.parts = parts
 
     @classmethod
@@ -71,54 +66,6 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
     return torch.stack((is_finite(logits).long(), logits.argmax(dim=-1)))
 
 
-@dataclass
-class Draft:
-    """Tokens the MTP module proposes for one request, and the distribution each was drawn from (None: all on it)."""
-
-    tokens: list[int] = field(default_factory=list)
-    q: list[Any] = field(default_factory=list)  # as the backend's `sample` keeps it
-
-    def clear(self) -> None:
-        self.tokens.clear()
-        self.q.clear()
-
-
-@dataclass
-class SamplingState:
-    """What sampling a request's next tokens depends on, beside the logits."""
-
-    params: SamplingParams
-    rng_key: int  # tells its random numbers from other requests' under one seed
-    tokens: Sequence[int]  # prompt and answer so far
-    n_prompt: int
-    draft: Draft = field(default_factory=Draft)  # of what follows
-    noise: Noise | None = field(default=None, repr=False)  # where numbers made ahead are kept; None: they are not
-    constraint: Constraint | None = None  # of an answer that is held to a format
-    changes_logits: bool = field(init=False)  # it is not the model's logits that are sampled from
-
-    def __post_init__(self) -> None:
-        self.changes_logits = self.params.changes_logits or self.constraint is not None
-
-    def mask(self, n_drafts: int) -> Mask | None:
-        """What may come after `n_drafts` drafts; None for anything."""
-        if self.constraint is None:
-            return None
-        return self.constraint.mask(self.tokens, self.n_prompt, self.draft.tokens[:n_drafts])
-
-    def penalised(self, logits: torch.Tensor, n_drafts: int) -> torch.Tensor:
-        """One row of logits (V,), after `n_drafts` drafts, with penalties and biases."""
-        if not self.params.changes_logits:
-            return logits
-        return penalised(logits, self.params, [*self.tokens, *self.draft.tokens[:n_drafts]], self.n_prompt)
-
-
-def uniforms(rows: Sequence[tuple[SamplingState, int]], use: int) -> list[float]:
-    """For each state the random number in [0, 1) for the token after so many drafts."""
-    wanted = [(state.params.seed, state.rng_key, len(state.tokens) + n_drafts) for state, n_drafts in rows]
-    noise = rows[0][0].noise if rows else None
-    return noise.of(wanted, use) if noise is not None else [uniform(*one, use) for one in wanted]
-
-
 def adjusted(logits: torch.Tensor, rows: Sequence[tuple[SamplingState, int]]) -> torch.Tensor:
     """Logits (rows, V), each row after so many of its request's drafts, as they are sampled from: with penalties and
     biases, and -inf for what a request's format does not allow."""
@@ -147,14 +94,11 @@ def is_finite(logits: torch.Tensor) -> torch.Tensor:
     return logits.amax(dim=-1).isfinite()  # a NaN in the row makes it NaN
 
 
-REFERENCE = ReferenceBackend()
-
-
 def verify(
-    logits: torch.Tensor | Scores, states: Sequence[SamplingState], ops: ReferenceBackend = REFERENCE
+    logits: torch.Tensor | Scores, states: Sequence[SamplingState], drawing: Drawing | None = None
 ) -> list[list[int] | None]:
     """The tokens that follow each request's: its drafts accepted, in order, and one more. None where a row of the
-    request's logits is not finite. `ops` samples.
+    request's logits is not finite. `drawing` samples; None: as the reference does.
 
     logits (sum of 1 + drafts, V), requests in order: row i of a request is the main model's, after its tokens and i
     drafts. At the first draft that is rejected the token comes from what the target has and the proposal lacks; if none
@@ -162,26 +106,25 @@ def verify(
     included; at temperature 0 it is equal. All rows are decided at once; what comes after a rejection is dropped.
     """
     scores = logits if isinstance(logits, Scores) else Scores.of(logits)
-    sampled = any([state.params.temperature for state in states])
-    rows: list[tuple[SamplingState, int]] = []
-    if sampled or any([state.changes_logits for state in states]):
-        rows = [(state, i) for state in states for i in range(len(state.draft.tokens) + 1)]
-    if any([state.changes_logits for state in states]):
-        scores = Scores.of(adjusted(scores.logits, rows))
-    if sampled:
-        drafts = [state.draft.tokens[i] if i < len(state.draft.tokens) else -1 for state, i in rows]
-        found, _ = ops.sample(*_draws(scores, rows, SAMPLE, drafts))
-        finite, accepted, token_ids = found.tolist()  # waits for the device once
+    drawing = drawing or Drawing(ReferenceBackend())
+    counts = [len(state.draft.tokens) + 1 for state in states]
+    batch = drawing.batch(states, counts, [0] * len(states), SAMPLE)
+    if batch.changes_logits:
+        scores = Scores.of(adjusted(scores.logits, batch.rows))
+    n_rows = len(batch.rows)
+    if batch.sampled:
+        following = [x for state in states for x in (*state.draft.tokens, -1)] if n_rows > len(states) else []
+        (finite, accepted, token_ids), _ = drawing.sample(scores.joined, batch, SAMPLE, following)
     else:
         finite, token_ids = scores.read()
-    if len(token_ids) == len(states):  # nothing to verify
+    if n_rows == len(states):  # nothing to verify
         return [[token] if row_finite else None for token, row_finite in zip(token_ids, finite, strict=True)]
     answers: list[list[int] | None] = []
     at = 0
     for state in states:
         drafts, row = state.draft.tokens, at
         for draft in drafts:
-            if not (accepted[row] if sampled else token_ids[row] == draft):
+            if not (accepted[row] if batch.sampled else token_ids[row] == draft):
                 break
             row += 1
         stop = at + len(drafts) + 1
@@ -190,46 +133,28 @@ def verify(
     return answers
 
 
-def _draws(
-    scores: Scores, rows: Sequence[tuple[SamplingState, int]], use: int, drafts: Sequence[int] = ()
-) -> tuple[torch.Tensor, torch.Tensor, Draws]:
-    """What the op `sample` takes for rows of scores, each after so many of its request's drafts. `drafts`: the next one
-    of each (-1: none)."""
-    logits, choice, numbers = scores.joined
-    params = [state.params for state, _ in rows]
-    table = np.zeros((len(Field), len(rows)))
-    table[Field.ROW] = numbers
-    table[Field.TEMPERATURE : Field.UNIFORM] = np.array([fields_of(row, logits.shape[-1]) for row in params]).T
-    table[Field.UNIFORM], table[Field.DRAFT] = uniforms(rows, use), -1
-    drawn_from = []
-    if drafts and max(drafts) >= 0:
-        table[Field.DRAFT], table[Field.ACCEPT] = drafts, uniforms(rows, ACCEPT)
-        drawn_from = [state.draft.q[i] if x >= 0 else None for x, (state, i) in zip(drafts, rows, strict=True)]
-    return logits, choice, Draws(table, params, drawn_from)
-
-
 def propose(
-    logits: torch.Tensor | Scores, states: Sequence[SamplingState], ops: ReferenceBackend = REFERENCE
+    logits: torch.Tensor | Scores, states: Sequence[SamplingState], drawing: Drawing | None = None
 ) -> None:
     """Appends to each request's draft the next token the MTP module's logits (requests, V) propose after its tokens and
-    the drafts so far. `ops` samples.
+    the drafts so far. `drawing` samples; None: as the reference does.
 
     It is drawn as the main model's token would be, because a proposal like the target is accepted most often.
     """
     scores = logits if isinstance(logits, Scores) else Scores.of(logits)
-    rows = [(state, len(state.draft.tokens)) for state in states]
-    if any(state.changes_logits for state in states):
+    drawing = drawing or Drawing(ReferenceBackend())
+    batch = drawing.batch(states, [1] * len(states), [len(state.draft.tokens) for state in states], DRAFT)
+    if batch.changes_logits:
         x = scores.logits
         x = x.masked_fill(~is_finite(x).unsqueeze(-1), 0.0)  # a bad draft costs time, never correctness
-        scores = Scores.of(adjusted(x, rows))
-    drawn_from: Sequence[Any] = [None] * len(states)
-    if any(state.params.temperature for state in states):
-        found, drawn_from = ops.sample(*_draws(scores, rows, DRAFT), keep=True)
-        finite, _, tokens = found.tolist()
+        scores = Scores.of(adjusted(x, batch.rows))
+    kept: Sequence[Any] = [None] * len(states)
+    if batch.sampled:
+        (_, _, tokens), kept = drawing.sample(scores.joined, batch, DRAFT, keep=True)
     else:
         finite, tokens = scores.read()
         tokens = [token if row_finite else 0 for row_finite, token in zip(finite, tokens, strict=True)]
-    for state, token, q in zip(states, tokens, drawn_from, strict=True):
+    for state, token, q in zip(states, tokens, kept, strict=True):
         state.draft.tokens.append(token)
         state.draft.q.append(q)
 

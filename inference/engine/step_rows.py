@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from core.devices import select
+from engine.drawing import Part
 from engine.graphs import Replayed
 from engine.sampling import Scores
 
@@ -29,7 +30,7 @@ class StepRows:
     def scores(self, rows: Sequence[int], head: Callable[[torch.Tensor], torch.Tensor]) -> Scores:
         """What the step's rows with these numbers are sampled from. `head`, hidden states (n, H) to logits (n, V), runs
         for rows of forwards that did not record it."""
-        parts: list[Scores.Part] = []
+        parts: list[Part] = []
         for part, at in self._by_part(rows):
             if part.logits is None or part.choice is None:
                 parts += Scores.of(head(select(part.hidden, at))).parts

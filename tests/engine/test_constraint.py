@@ -16,7 +16,8 @@ from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from engine.request import Request
-from engine.sampling import SamplingState, adjusted, propose, unpack_bits, verify
+from engine.sampling import adjusted, propose, unpack_bits, verify
+from engine.sampling_state import SamplingState
 from model import Transformer
 from support.families import V3
 from support.model_pairs import ours, random_checkpoint

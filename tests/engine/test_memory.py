@@ -28,7 +28,8 @@ from core.stages import divide
 from engine import memory, rank_memory, recorded_steps, setup, step_memory
 from engine.engine import Engine
 from engine.rank_memory import RankSpec
-from engine.sampling import SamplingState, verify
+from engine.sampling import verify
+from engine.sampling_state import SamplingState
 from model import Transformer
 from ops import distributions, reference
 from ops.cpu import attention as cpu_attention

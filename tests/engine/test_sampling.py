@@ -10,7 +10,8 @@ from core.errors import UserError
 from core.sampling_params import SamplingParams, params_from_generation_config
 from engine.noise import ACCEPT, DRAFT, SAMPLE, Noise, uniform
 from engine.penalties import penalised
-from engine.sampling import Draft, SamplingState, is_finite, logprob, propose, verify
+from engine.sampling import is_finite, logprob, propose, verify
+from engine.sampling_state import Draft, SamplingState
 from ops.distributions import Columns, draw, probabilities
 
 LIMIT = {1: 6.6, 2: 9.2, 3: 11.3, 4: 13.3, 5: 15.1, 6: 16.8, 7: 18.5, 8: 20.1, 9: 21.7, 10: 23.2, 11: 24.7}  # p = 0.01
@@ -350,6 +351,22 @@ def test_noise_made_ahead_is_the_same_noise():
         for use in (SAMPLE, DRAFT, ACCEPT):
             assert noise.of(wanted, use) == [uniform(*one, use) for one in wanted]
     assert len(noise._known) < 3 * 60
+
+
+def test_noise_made_for_many_steps_is_the_same_noise():
+    """Of requests that come and go, and of one to three positions at a time."""
+    draw, noise = random.Random(1), Noise()
+    requests = {(draw.getrandbits(64), draw.getrandbits(50)): draw.getrandbits(20) for _ in range(30)}
+    for _ in range(60):
+        chosen = draw.sample(list(requests), draw.randint(1, 20))
+        counts = [draw.randint(1, 3) for _ in [*chosen, 0]]
+        wanted = [*((*request, requests[request]) for request in chosen), (*chosen[0], 7)]  # one twice
+        first, known = noise.ahead(wanted, counts, DRAFT)
+        for (*request, position), n, at, row in zip(wanted, counts, first.tolist(), known, strict=True):
+            begin = position - at
+            assert row[begin : begin + n].tolist() == [uniform(*request, position + i, DRAFT) for i in range(n)]
+        for request, n in zip(chosen, counts, strict=False):
+            requests[request] += draw.choice([1, n, 20])
 
 
 def test_noise_is_a_function_of_its_numbers():

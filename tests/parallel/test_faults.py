@@ -20,7 +20,7 @@ from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import sampler, sampling
 from engine.engine import Engine
-from engine.sampling import SamplingState
+from engine.sampling_state import SamplingState
 from support import processes as launch
 from text.detokenizer import Detokenizer
 from text.tokenizer import Tokenizer
