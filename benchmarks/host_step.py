@@ -5,20 +5,22 @@
 
 The engine schedules, packs, replays, samples and commits as on a GPU, for a small model with tables for contexts
 of --context tokens. A replay returns at once, as a graph's launch does; what it would have computed is what its buffers
-hold. Tensors are the CPU's, which computes what a GPU would be given: the vocabulary is cut to 256, to keep that small.
+hold. Sampling launches its kernel by Triton's own path, up to a driver that does nothing (the tests' stub_driver.py);
+with temperature all tokens are 1, and every draft is accepted. Tensors are the CPU's, with a vocabulary of 256, and
+their copies stand for those to and from a GPU. What CUDA itself takes for a launch or a copy is left out.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from lib import CONFIGS, report
+from lib import CONFIGS, ROOT, report
 from lib.weights import fill
 
 from core.config import load_config
@@ -27,8 +29,24 @@ from core.run_config import PAGE_SIZE, RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from model import Transformer
+from ops.distributions import Draws
+from ops.gpu import sample
+from ops.reference_backend import ReferenceBackend
+
+sys.path.append(str(ROOT / "tests"))
+from support import stub_driver  # type: ignore[import-not-found]
 
 WAYS = {"greedy": {"temperature": 0.0}, "temperature, top-p": {"temperature": 0.7, "top_p": 0.95}}
+
+
+class Launching(ReferenceBackend):
+    """Sampling as on a GPU, but for the kernel."""
+
+    def sample(
+        self, logits: torch.Tensor, choice: torch.Tensor, draws: Draws, keep: bool = False
+    ) -> tuple[torch.Tensor, Sequence[Any]]:
+        found, kept = sample.sample(logits, choice, draws, keep)
+        return found.fill_(1), kept  # finite, accepted, token 1
 
 
 def no_gpu(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
@@ -40,7 +58,7 @@ def no_gpu(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
 def engine_of(b: int, context: int, mtp: int) -> Engine:
     args = replace(load_config(CONFIGS / "config_demo.json"), max_seq_len=context, vocab_size=256)
     torch.manual_seed(0)
-    model = Transformer(args, Numerics(torch.float32))
+    model = Transformer(args, Numerics(torch.float32), backend=Launching())
     fill(model)
     n_pages = -(-context // PAGE_SIZE) + 1 + b * 8
     run = RunConfig(
@@ -51,7 +69,8 @@ def engine_of(b: int, context: int, mtp: int) -> Engine:
 
 def timed_steps(engine: Engine, b: int, steps: int, sampling: dict[str, float]) -> list[float]:
     """Milliseconds of each step in which b sequences decode."""
-    params = SamplingParams(max_new_tokens=steps + 8, ignore_eos=True, seed=1, **sampling)  # type: ignore[arg-type]
+    most = (steps + 4) * (1 + engine.mtp)
+    params = SamplingParams(max_new_tokens=most, ignore_eos=True, seed=1, **sampling)  # type: ignore[arg-type]
     requests = [engine.add([1 + i % 200] * (30 + i % 30), params) for i in range(b)]
     while not all(request.tokens for request in requests):
         engine.step()
@@ -80,7 +99,8 @@ def main() -> int:
         for mtp in options.mtp:
             for name, sampling in WAYS.items():
                 engine = engine_of(b, options.context, mtp)
-                times = timed_steps(engine, b, 5 if options.smoke else options.steps, sampling)
+                with stub_driver.installed(notes=False):
+                    times = timed_steps(engine, b, 5 if options.smoke else options.steps, sampling)
                 rows.append({
                     "b": b, "mtp": mtp, "sampling": name, "ms": statistics.median(times), "best_ms": min(times),
                     "worst_ms": max(times), "steps": len(times),

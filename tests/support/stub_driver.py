@@ -80,8 +80,8 @@ class Launch:
 class StubGpu:
     """What was launched, compiled and found in the cache."""
 
-    def __init__(self, compiles: bool) -> None:
-        self.compiles = compiles
+    def __init__(self, compiles: bool, notes: bool) -> None:
+        self.compiles, self.notes = compiles, notes
         self.launches: list[Launch] = []
         self.compilations: dict[str, str] = {}  # by key in Triton's cache: the kernel's name
         self.sources: dict[str, tuple[Any, Any, Any]] = {}  # of those not compiled: what triton.compile would be given
@@ -155,6 +155,8 @@ class Launcher:
         self.types = list(src.signature.values())
 
     def __call__(self, x: int, y: int, z: int, stream: int, *rest: Any) -> None:
+        if not self.gpu.notes:
+            return
         arguments = rest[5:]  # after the function, its metadata and hooks
         grid = (x, y, z)
         if not all(isinstance(n, int) and n <= most for n, most in zip(grid, MAX_GRID, strict=True)):
@@ -276,9 +278,10 @@ def _kernels() -> list[JITFunction]:
 
 
 @contextmanager
-def installed(compiles: bool = False) -> Iterator[StubGpu]:
-    """Has Triton launch on the GPU, and torch and our code believe in it, as long as this lasts."""
-    gpu = StubGpu(compiles)
+def installed(compiles: bool = False, notes: bool = True) -> Iterator[StubGpu]:
+    """Has Triton launch on the GPU, and torch and our code believe in it, as long as this lasts. Without `notes` a launch
+    ends at the driver, unchecked, and torch's operations are left alone: what is over is the host's time."""
+    gpu = StubGpu(compiles, notes)
 
     def listen(src: Any, metadata: dict[str, Any], cache_hit: bool, **_: Any) -> None:
         gpu.compilations[metadata["hash"]] = src.fn.fn.__name__
@@ -303,5 +306,6 @@ def installed(compiles: bool = False) -> Iterator[StubGpu]:
         forget()
         drivers.set_active(StubDriver(gpu))
         knobs.compilation.listener = listen
-        stack.enter_context(TorchLaunches(gpu))
+        if notes:
+            stack.enter_context(TorchLaunches(gpu))
         yield gpu
