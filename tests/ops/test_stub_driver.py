@@ -83,6 +83,18 @@ def test_what_was_compiled_beforehand_is_found(tmp_path: Path) -> None:
     assert all(text in said for text, said in zip(refused, found["refused"], strict=True)), found["refused"]
 
 
+def test_sampling_is_one_launch_and_one_wait(tmp_path: Path) -> None:
+    """And one copy to the device, with temperature and top-p, of 32 requests with drafts or without, and of proposals.
+    Where logits lie in two places they are brought together first."""
+    found = run_program("--sample", cache=tmp_path)
+    assert all(step["waits"] == ["tolist"] for step in found.values()), found
+    apart = found.pop("in two places")["launches"]
+    assert {name: step["launches"] for name, step in found.items()} == dict.fromkeys(
+        ("tokens", "proposals", "drafts"), ["aten::_to_copy", "sample_kernel"]
+    )
+    assert apart.count("sample_kernel") == 1 and len(apart) <= 8
+
+
 def test_the_model_of_a_step_has_these_launches(counted: dict[str, Any]) -> None:
     """After a change of the launches: python benchmarks/bench.py step-model, then benchmarks/tables.py."""
     record = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "step_model.json").read_text())

@@ -2,6 +2,7 @@
 interpreter, in which the other tests run, takes the place of the compiler.
 
     python tests/support/step_launches.py                 counts by kernel, those of a layer in order, the compilations
+    python tests/support/step_launches.py --sample        what sampling launches, and has the host wait for
     python tests/support/step_launches.py --compile       compiles some configurations, and launches them twice
 
 The rank is one of eight of configs/config_671B.json, W8A8, on tensors without memory; a collective counts as one launch.
@@ -23,15 +24,20 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from core import devices
 from core.batch import Batch
 from core.config import ModelArgs, load_config
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE
+from core.sampling_params import SamplingParams
+from engine.drawing import Drawing
+from engine.sampling import Scores, propose, verify
+from engine.sampling_state import SamplingState
 from model import Transformer
 from ops.gpu import gemm, moe, tiles
 from ops.gpu.backend import GpuBackend
 from parallel.group import Group
-from support import compile_kernels, stub_driver
+from support import compile_kernels, standin_device, stub_driver
 from support.kernel_configurations import configurations, gemm_configuration
 from support.stub_driver import Launch, StubGpu
 
@@ -174,7 +180,37 @@ def launch_combine(width: int) -> None:
     moe.combine(y, torch.empty(1, 8, device="meta"), ids, 0, 256, y[:1])
 
 
+def sampled() -> dict[str, Any]:
+    """With temperature and top-p: launches of tokens after drafts or without, and of proposals, and what waited."""
+    vocab, params = 256, SamplingParams(temperature=0.7, top_p=0.95)
+    devices.copies_later = lambda device: torch.device(device).type == "standin"
+    torch.Tensor.pin_memory = lambda x: standin_device.pinned.pin(x)  # type: ignore[method-assign, assignment]
+    found: dict[str, Any] = {}
+    with standin_device.registered() as device:
+        parts = [(torch.zeros(n, vocab, device=device), torch.zeros(2, n, dtype=torch.int64, device=device)) for n in (64, 8)]
+        with stub_driver.installed() as gpu:
+            states = [SamplingState(params, n, [1, 2, 3], 1) for n in range(32)]
+            drawing = Drawing(GpuBackend())
+            rows = Scores([(*parts[0], range(32))])
+            apart = Scores([(*parts[0], range(0, 64, 2)), (*parts[1], range(8))])  # of a graph's buffers, and eager
+            others = [SamplingState(params, 100 + n, [1, 2, 3], 1) for n in range(40)]
+            for name, work in {
+                "tokens": lambda: verify(rows, states, drawing),
+                "proposals": lambda: propose(rows, states, drawing),
+                "drafts": lambda: verify(Scores([(*parts[0], range(64))]), states, drawing),
+                "in two places": lambda: verify(apart, others, drawing),
+            }.items():
+                gpu.launches.clear()
+                standin_device.waits.clear()
+                work()
+                found[name] = {"launches": [launch.name for launch in gpu.launches], "waits": list(standin_device.waits)}
+    return found
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--sample"]:
+        json.dump(sampled(), sys.stdout)
+        return
     if sys.argv[1:] == ["--compile"]:
         json.dump(compiled_beforehand(), sys.stdout)
         return
