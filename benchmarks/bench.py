@@ -8,8 +8,8 @@
                                                      # format-masks;
                                                      # on a GPU
                                                      # kernel-dense, kernel-moe, kernel-fused, kernel-router,
-                                                     # kernel-decode, kernel-prefill, rank-step, model-v2-lite,
-                                                     # model-moonlight
+                                                     # kernel-decode, kernel-prefill, kernel-sample, rank-step,
+                                                     # model-v2-lite, model-moonlight
 
 `python benchmarks/tables.py` then brings the figures into the documents.
 """
@@ -44,7 +44,7 @@ COMMANDS: dict[str, list[Path | str]] = {
 }
 ON_A_GPU: dict[str, list[Path | str]] = {
     **{f"kernel-{name}": [HERE / "kernel_gpu.py", name, "--output", RESULTS / f"kernel_{name}.json"]
-       for name in ("dense", "moe", "fused", "router", "decode", "prefill")},
+       for name in ("dense", "moe", "fused", "router", "decode", "prefill", "sample")},
     "rank-step": [HERE / "rank_step.py", "--profile", "--output", RESULTS / "rank_step.json"],
     "model-v2-lite": [HERE / "model_gpu.py", "v2-lite", "--output", RESULTS / "model_v2_lite.json"],
     "model-moonlight": [HERE / "model_gpu.py", "moonlight", "--output", RESULTS / "model_moonlight.json"],

@@ -41,7 +41,7 @@ def steps(folder: Path, jobs: int) -> list[Step]:
     here = str(Path(__file__).resolve())
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "40"]
     parallel = [*tests, "-n", str(jobs)]
-    kernels = [f"tests/ops/test_kernel{name}.py" for name in ("", "_fused", "_moe", "_attention")]
+    kernels = [f"tests/ops/test_kernel{name}.py" for name in ("", "_fused", "_moe", "_attention", "_sample")]
     kernels += ["tests/ops/test_casts.py"]
     warm = [sys.executable, "tests/support/compile_kernels.py", "--warm", str(jobs + 2), "sm_90"]
 
@@ -56,12 +56,13 @@ def steps(folder: Path, jobs: int) -> list[Step]:
         Step("kernels", 90, [*parallel, "-k", "not persistent", *kernels], collected),
         Step("persistent", 25, [*tests, "-k", "persistent", "tests/ops/test_kernel.py"], collected),
         Step("engine", 40, [*tests, "tests/engine/test_on_gpu.py"], collected),
-        Step("slice", 130, bench("rank_step", "slice", "--budget", "110", *slice_), smoke),
+        Step("slice", 120, bench("rank_step", "slice", "--budget", "100", *slice_), smoke),
         Step("decode", 45, bench("kernel_gpu", "decode", "decode", "--budget", "35", "--quick"), smoke, True),
         Step("dense", 40, bench("kernel_gpu", "dense", "dense", "--budget", "30", "--quick"), smoke, True),
         Step("moe", 30, bench("kernel_gpu", "moe", "moe", "--budget", "22", "--quick"), smoke, True),
         Step("prefill", 25, bench("kernel_gpu", "prefill", "prefill", "--budget", "18", "--quick"), smoke, True),
-        Step("v3", 50, bench("rank_step", "v3", "--budget", "5", "--contexts", "4096", "--batches", "1",
+        Step("sample", 15, bench("kernel_gpu", "sample", "sample", "--budget", "10", "--quick"), smoke, True),
+        Step("v3", 45, bench("rank_step", "v3", "--budget", "5", "--contexts", "4096", "--batches", "1",
                              "--prefill", "4096", "--rounds", "3", "--v3-gemm", "bf16"), smoke, True),
     ]  # fmt: skip
 

@@ -6,6 +6,7 @@
 dense    the nine products of the model at full width and at one rank of eight      moe      routed experts of a rank
 fused    norm + quantise, SiLU·mul + quantise, the latent's way into the cache      router   scores and top-k
 decode   MLA over cached latents, one query a sequence                              prefill  MLA over a whole prompt
+sample   tokens from logits by temperature, top-k and top-p
 
 How it is timed and checked: lib/timing.py and lib/race.py. Peers, each left out or refused where it is not there:
 torch's own kernels (cuBLASLt, grouped_mm, FlexAttention, SDPA); DeepGEMM and FlashMLA, if they are installed; and the
@@ -38,6 +39,7 @@ from lib.timing import NO_TIMING, Clock, DeviceLost, Run, clock_for, cold_sets
 
 from core.config import BLOCK_SIZE
 from core.numerics import Gemm
+from core.sampling_params import SamplingParams
 from ops import formats, reference
 from ops.formats import Routing, Weight
 
@@ -62,7 +64,7 @@ def sizes(
 
 OURS = {"GpuBackend": "ops.gpu.backend", "ReferenceBackend": "ops.reference_backend",
         "kernel": "ops.gpu.gemm", "kernel_fused": "ops.gpu.fused", "decode": "ops.gpu.decode",
-        "attention_tiles": "ops.gpu.attention_tiles",
+        "attention_tiles": "ops.gpu.attention_tiles", "distributions": "ops.distributions", "sample": "ops.gpu.sample",
         "reference": "ops.reference", "model": "core.batch"}  # fmt: skip
 
 
@@ -757,8 +759,50 @@ def prefill_case(heads: int, length: int, clock: Clock) -> Case:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# sample
+# --------------------------------------------------------------------------------------------------------------------
+
+CUTS: dict[str, dict[str, Any]] = {"top-p": {"top_p": 0.95}, "top-k, top-p": {"top_k": 50, "top_p": 0.95}, "none": {}}
+
+
+def sample(options: argparse.Namespace, clock: Clock) -> Iterator[Iterable[Case]]:
+    rows = sizes(options, options.tokens, [1, 5], [1, 128], [1, 8, 32, 128, 256])
+    vocab = 300 if options.smoke else 129_280
+    for cut in list(CUTS)[:1] if options.quick else CUTS:
+        yield (sample_case(m, vocab, cut, clock) for m in rows)
+
+
+def sample_case(m: int, vocab: int, cut: str, clock: Clock) -> Case:
+    distributions, draw = ours_by_name("distributions"), random(clock.device, m)
+    params = [SamplingParams(temperature=0.7, **CUTS[cut])] * m
+    sets = cold_sets(4 * m * vocab, clock)
+    xs = [2.5 * normal(draw, m, vocab, dtype=torch.float32) for _ in range(sets)]
+    choices = [torch.stack((torch.ones_like(best), best)) for best in (x.argmax(-1) for x in xs)]
+    columns = distributions.Columns.of(params, vocab, clock.device, torch.rand(m).tolist())
+    table = torch.zeros(len(distributions.Field), m, dtype=torch.float64, device=clock.device)
+    table[0], table[1:6] = torch.arange(m), torch.cat((*columns[:4], *columns.more), dim=1).T
+
+    def plain() -> Run:
+        return lambda i: distributions.draw(distributions.probabilities(xs[i], params, columns), columns.more[0])
+
+    def ours() -> Run:
+        if clock.device.type == "cpu":
+            draws = distributions.Draws(table.numpy(), params)
+            return lambda i: distributions.sample(xs[i], choices[i], draws)[0][2]
+        kernel = ours_by_name("sample")
+        return lambda i: kernel.launch(xs[i], choices[i], table)[2]
+
+    exact, nbytes = plain()(0).double(), 4.0 * m * vocab
+    return Case({"cut": cut, "m": m}, sets, [
+        Contestant("sample", ours, exact, nbytes, 0.0),
+        Contestant("torch", plain, exact, nbytes, 0.0),
+    ])  # fmt: skip
+
+
 BENCHES: dict[str, Callable[[argparse.Namespace, Clock], Iterator[Iterable[Case]]]] = {
     "dense": dense, "moe": moe, "fused": fused, "router": router, "decode": decode, "prefill": prefill,
+    "sample": sample,
 }  # fmt: skip
 
 
@@ -802,7 +846,7 @@ def run_bench(
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="bench", help=f"default: all ({', '.join(BENCHES)})")
-    parser.add_argument("--tokens", type=int, nargs="+", metavar="M", help="dense, moe, fused, router")
+    parser.add_argument("--tokens", type=int, nargs="+", metavar="M", help="dense, moe, fused, router, sample")
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("N", "K"), help="dense")
     parser.add_argument("--layout", nargs="+", choices=["split", "whole"], help="moe")
     parser.add_argument("--heads", type=int, nargs="+", help="decode, prefill")

@@ -35,6 +35,7 @@ SCRIPTS = {Path(output).stem: Path(script).relative_to(ROOT)
 KEYS = {
     "dense": ["m", "n", "k"], "moe": ["layout", "m"], "fused": ["op", "m", "width"], "router": ["m"],
     "decode": ["heads", "b", "context"], "prefill": ["heads", "length"],
+    "sample": ["cut", "m"],
 }  # fmt: skip
 EXAMPLES = {  # what the demo's model card shows of each kind of question
     "addition": "What is 347 + 285?",

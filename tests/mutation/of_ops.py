@@ -527,7 +527,7 @@ MUTANTS = (
      "tl.div_rn(gate, 1.0 + tl.exp(-gate)) * value",
      "tl.div_rn(value, 1.0 + tl.exp(-value)) * gate",
      "ops/test_kernel_fused.py::test_silu_mul[dtype0-False-3-257-300]", "silu is applied to up instead of gate"),
-    ("sample-copied-in-parts", "ops/gpu/sample.py", "logits, choice, upload(draws.table, torch.float64, device), drawn_from,", "logits.contiguous() + 0, choice, upload(draws.table, torch.float64, device), drawn_from,",
+    ("sample-copied-in-parts", "ops/gpu/sample.py", "found = launch(logits, choice,", "found = launch(logits + 0, choice,",
      "ops/test_stub_driver.py::test_sampling_is_one_launch_and_one_wait", "logits are copied before they are sampled from"),
     ("kernel-sample-top-k-one-more", "ops/gpu/sample.py", "n_last, n_equal = top_k - likelier,", "n_last, n_equal = top_k + 1 - likelier,",
      f"{SAMPLED}test_every_combination_is_the_reference", "top-k keeps one token more"),

@@ -89,9 +89,7 @@ def test_sampling_is_one_launch_and_one_wait(tmp_path: Path) -> None:
     found = run_program("--sample", cache=tmp_path)
     assert all(step["waits"] == ["tolist"] for step in found.values()), found
     apart = found.pop("in two places")["launches"]
-    assert {name: step["launches"] for name, step in found.items()} == dict.fromkeys(
-        ("tokens", "proposals", "drafts"), ["aten::_to_copy", "sample_kernel"]
-    )
+    assert all(step["launches"] == ["aten::_to_copy", "sample_kernel"] for step in found.values()) and len(found) == 3
     assert apart.count("sample_kernel") == 1 and len(apart) <= 8
 
 

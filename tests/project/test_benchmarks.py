@@ -62,7 +62,7 @@ def test_every_kernel_bench_runs_without_a_gpu(run: Any, tmp_path: Path) -> None
     assert not any(row.get("wrong") for row in rows)
     assert all(row["no_timing"] for row in rows if "us" in row)
     ours = {"fp8_gemm", "w8a16_gemm", "w8a16_gemm INT8", "w4a16_gemm", "experts", "experts W8A16", "experts W4A16"}
-    ours |= {"fused", "router", "mla", "mla, FP8 latents", "torch"}
+    ours |= {"fused", "router", "sample", "mla", "mla, FP8 latents", "torch"}
     refused = {(row["bench"], row["contestant"]) for row in rows if "refused" in row and row["contestant"] in ours}
     assert not refused
     assert all(row["refused"] == "needs a GPU" for row in rows if row["contestant"] not in {*ours, "torch bf16"})

@@ -89,7 +89,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
     assert engine.tokenizer is not None
     script: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "verify", lambda logits, asks: [[script[len(a.tokens) - a.n_prompt]] for a in asks])
+        patch.setattr(sampler, "verify", lambda logits, asks, _: [[script[len(a.tokens) - a.n_prompt]] for a in asks])
         with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=GENEROUS) as client:
             submit, plans = running.engine_thread.submit, []
             patch.setattr(running.engine_thread, "submit", lambda plan, at: plans.append(plan) or submit(plan, at))

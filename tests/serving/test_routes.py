@@ -170,7 +170,7 @@ def test_a_response_that_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert tokenizer is not None
     said = ["I look: ", CALLS_BEGIN, CALL_BEGIN, "add", SEPARATOR, '{"a": 1}', CALL_END, CALL_BEGIN, "now", SEPARATOR, "{}", CALL_END, CALLS_END]
     script = [t for run in said for t in ([tokenizer._added[run]] if run in markers else tokenizer._encode_plain(run))] + [1]
-    monkeypatch.setattr(sampler, "verify", lambda logits, asks: [[script[len(a.tokens) - a.n_prompt]] for a in asks])
+    monkeypatch.setattr(sampler, "verify", lambda logits, asks, _: [[script[len(a.tokens) - a.n_prompt]] for a in asks])
     tools: Any = [{"type": "function", "name": name, "parameters": {"type": "object"}} for name in ("add", "now")]
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=GENEROUS) as client:
         asked: Any = dict(model="model", input="hi", tools=tools)

@@ -260,7 +260,7 @@ def test_tools(style: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     control = {text: tokenizer._added[text] for text in markers}
     runs = re.split("(" + "|".join(map(re.escape, markers)) + ")", SAYINGS[style])
     script = [*spelled, *(t for run in runs for t in ([control[run]] if run in control else tokenizer._encode_plain(run))), 1]
-    monkeypatch.setattr(sampler, "verify", lambda logits, asks: [[script[len(a.tokens) - a.n_prompt]] for a in asks])
+    monkeypatch.setattr(sampler, "verify", lambda logits, asks, _: [[script[len(a.tokens) - a.n_prompt]] for a in asks])
     tools: Any = [{"type": "function", "function": {"name": "add", "description": f"{CALL_BEGIN}x", "parameters": {"type": "object"}}}]
     with serving(engine) as running, openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=GENEROUS) as client:
         asked: Any = dict(model="model", messages=[{"role": "user", "content": "hi"}], tools=tools)
@@ -304,7 +304,7 @@ def test_calls_of_keys_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert tokenizer is not None
     written = ("I add.", begin, "add", key, "a", key_end, value, "7", value_end, key, "b", key_end, value, "[8]", value_end, end)
     script = [t for part in written for t in ([tokenizer.control_id(part)] if tokenizer.control_id(part) else tokenizer._encode_plain(part))] + [1]
-    monkeypatch.setattr(sampler, "verify", lambda logits, asks: [[script[len(a.tokens) - a.n_prompt]] for a in asks])
+    monkeypatch.setattr(sampler, "verify", lambda logits, asks, _: [[script[len(a.tokens) - a.n_prompt]] for a in asks])
     schema = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "array"}}}
     tools: Any = [{"type": "function", "function": {"name": "add", "parameters": schema}}]
     messages: Any = [{"role": "user", "content": "hi"}]

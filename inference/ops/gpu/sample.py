@@ -246,18 +246,32 @@ def sample(
 ) -> tuple[torch.Tensor, list[Any]]:
     """As distributions.sample. Kept distributions are float32, each a tensor (rows, V) and a row's number there."""
     (_, vocab), (_, rows), device = logits.shape, draws.table.shape, logits.device
-    assert vocab <= MOST_TOKENS and logits.dtype == torch.float32, (logits.shape, logits.dtype)
-    assert logits.stride(1) == choice.stride(1) == 1, (logits.stride(), choice.stride())
-    found = torch.empty(3, rows, dtype=torch.int64, device=device)
     q = torch.empty(rows, vocab, dtype=torch.float32, device=device) if keep else None
     drawn_from = _joined(draws, logits) if draws.drawn_from else None
-    tile, options = sample_tile(architecture(device))
+    found = launch(logits, choice, upload(draws.table, torch.float64, device), drawn_from, q)
+    return found, [(q, n) for n in range(rows)] if keep else []
+
+
+def launch(
+    logits: torch.Tensor,
+    choice: torch.Tensor,
+    table: torch.Tensor,
+    drawn_from: torch.Tensor | None = None,
+    q: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The kernel alone, for a table (9, rows) on the device: found (3, rows). drawn_from (n, V): what drafts were drawn
+    from, by the table's numbers; q (rows, V): where to keep what tokens are. Both are float32."""
+    (_, vocab), (_, rows) = logits.shape, table.shape
+    assert vocab <= MOST_TOKENS and logits.dtype == torch.float32, (logits.shape, logits.dtype)
+    assert logits.stride(1) == choice.stride(1) == 1, (logits.stride(), choice.stride())
+    found = torch.empty(3, rows, dtype=torch.int64, device=logits.device)
+    tile, options = sample_tile(architecture(logits.device))
     if rows:
         sample_kernel[(rows,)](
-            logits, choice, upload(draws.table, torch.float64, device), drawn_from, found, q, vocab, logits.stride(0),
-            choice.stride(0), DRAFTS=bool(draws.drawn_from), KEEP=keep, **tile, **options,
+            logits, choice, table, drawn_from, found, q, vocab, logits.stride(0), choice.stride(0),
+            DRAFTS=drawn_from is not None, KEEP=q is not None, **tile, **options,
         )  # fmt: skip
-    return found, [(q, n) for n in range(rows)] if keep else []
+    return found
 
 
 def _joined(draws: Draws, none: torch.Tensor) -> torch.Tensor:
