@@ -230,8 +230,7 @@ def sample_kernel(
 
 
 TILES = {  # by architecture: tokens at a time, keys tried at a time, stages of loads, and warps
-    "sm_80": (4096, 8, 2, 16), "sm_89": (4096, 8, 3, 16), "sm_90": (4096, 8, 3, 16), "sm_100": (4096, 8, 3, 16),
-    "gfx942": (2048, 4, 2, 8),
+    **dict.fromkeys(("sm_80", "sm_89", "sm_90", "sm_100"), (2048, 8, 4, 16)), "gfx942": (2048, 4, 2, 8),
 }  # fmt: skip
 
 
