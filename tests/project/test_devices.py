@@ -204,7 +204,7 @@ def test_only_gpus_copy_later(monkeypatch: pytest.MonkeyPatch) -> None:
         def to(self, device: str, non_blocking: bool) -> None:
             copies.append((device, non_blocking, self.pinned))
 
-    monkeypatch.setattr(torch, "tensor", lambda values, dtype: Numbers())
+    monkeypatch.setattr(torch, "as_tensor", lambda values, dtype: Numbers())
     for kind in ("cuda", "mps", "xpu", "cpu"):
         devices.upload([1], torch.int64, kind)
     assert copies == [("cuda", True, True), ("mps", False, False), ("xpu", False, False), ("cpu", False, False)]
