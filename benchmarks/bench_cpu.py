@@ -21,7 +21,10 @@ the last compile C++.
 Instead: that model with its weights in these forms, DIR-fp8 and so on, which quantize.py makes where they are not,
 beside llama.cpp and ik_llama.cpp at equal bits: bf16, Q8_0 and Q4_0. PEERS has, for NAME llama.cpp and ik_llama.cpp,
 NAME/llama-batched-bench and NAME-bf16.gguf, NAME-Q8_0.gguf, NAME-Q4_0.gguf (by each one's convert_hf_to_gguf.py with
-`head_dim` taken out of the config and the vocabulary `no_vocab`, and its llama-quantize). Both are built so:
+`head_dim` taken out of the config and the vocabulary `no_vocab`, and its llama-quantize, the last with --pure), and of
+as many bits as ours Q8_0-bf16-head (--output-tensor-type bf16), Q8_0-experts and Q4_0-experts: ik_llama.cpp's by
+--custom-q 'ffn_(gate|up|down)_exps=q8_0,attn_.*=bf16,ffn_(gate|up|down).weight=bf16,shexp=bf16,token_embd=bf16,
+output.weight=bf16', llama.cpp's by --tensor-type for each of these. Both are built so:
 
   llama.cpp      cmake -B build -DCMAKE_BUILD_TYPE=Release; target llama-batched-bench
   ik_llama.cpp   the same, after letting its examples/batched-bench take random tokens as llama.cpp's does (with one

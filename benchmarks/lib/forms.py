@@ -20,7 +20,7 @@ from lib.llama_side import FLAGS, Case, Llama
 from lib.machine import memory_read
 
 BITS = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4}
-THEIRS = {  # -experts: these alone, as INT8 and INT4 are made here, and the rest in bf16
+THEIRS = {  # at equal bits: FP8's head is bf16 here, and of INT8 and INT4 all but the routed experts
     16: ["bf16"], 8: ["Q8_0", "Q8_0-bf16-head", "Q8_0-experts"], 4: ["Q4_0", "Q4_0-experts"],
 }  # fmt: skip
 ENGINE = Path(__file__).parent / "engine_side.py"
