@@ -29,7 +29,7 @@ class BlockTable:
     def place(self, slices: list[SequenceSlice], n: int) -> list[int]:
         """The row of each sequence, among the first n; brings the device's pages up to date."""
         rows = [self._row_of.get(id(pages), n) for _, _, pages in slices]
-        if any(row >= n for row in rows):
+        if max(rows, default=0) >= n:
             taken = set(rows)
             free = (row for row in range(n) if row not in taken)
             for i, row in enumerate(rows):

@@ -54,9 +54,9 @@ class Sampler:
         sampled: Sampled = {}
         if self.tp.rank == 0:
             first = 0
-            for chunk, verified in zip(sampling, self._verify(sampling, scores), strict=True):
-                request, logits = self.requests[chunk.sequence.id], partial(_row, scores, first)
-                decided = isolate_request_errors(request, self._decide, chunk, verified, logits)
+            for chunk, tokens in zip(sampling, self._verify(sampling, scores), strict=True):
+                request = self.requests[chunk.sequence.id]
+                decided = isolate_request_errors(request, self._decide, request, chunk, tokens, scores, first)
                 sampled[chunk] = decided or ([], "error")
                 first += 1 + len(chunk.drafts)
         if self.tp.size > 1:
@@ -98,12 +98,11 @@ class Sampler:
                 state.draft.clear()
 
     def _decide(
-        self, chunk: Chunk, tokens: list[int] | None, logits: Callable[[int], torch.Tensor]
+        self, request: Request, chunk: Chunk, tokens: list[int] | None, scores: Scores, first: int
     ) -> tuple[list[int], FinishReason | None]:
-        """Rank 0: the tokens a request gets, up to the first that ends it, and whether one does. `logits` of i: (V,),
-        after i drafts."""
-        sequence, request = chunk.sequence, self.requests[chunk.sequence.id]
-        params = request.params
+        """Rank 0: the tokens a request gets, up to the first that ends it, and whether one does. `first`: the number of
+        its first row of `scores`."""
+        sequence, params = chunk.sequence, request.params
         request.begin_step()
         if not request.tokens:
             request.n_reused = min(sequence.n_reused, len(request.prompt))
@@ -122,7 +121,7 @@ class Sampler:
             if token in params.stop_token_ids or (token in self.eos_ids and not params.ignore_eos):
                 finish = "stop"
             else:
-                score = None if params.logprobs is None else logprob(logits(i), token, params.logprobs)
+                score = None if params.logprobs is None else logprob(scores.logits[first + i], token, params.logprobs)
                 if request.append(token, i + 1 < len(tokens), score):
                     finish = "stop"
                 elif i + 1 >= room:
@@ -168,10 +167,6 @@ class Sampler:
                 request.constraint,
             )  # fmt: skip
         return request.sampling_state
-
-
-def _row(scores: Scores, first: int, i: int) -> torch.Tensor:
-    return scores.logits[first + i]
 
 
 def isolate_request_errors(request: Request, work: Callable[..., T], *args: Any) -> T | None:
