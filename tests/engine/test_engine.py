@@ -741,13 +741,12 @@ def logits_of_mixes(model, mixes, seed):
         engine = Engine(model, None, run)
         decide = engine.sampler._decide
 
-        def record(chunk, verified, logits, engine=engine, decide=decide):
-            request = engine.registry.live[chunk.sequence.id]
+        def record(request, chunk, verified, scores, first, decide=decide):
             at = len(request.tokens)
-            tokens, finish = decide(chunk, verified, logits)
+            tokens, finish = decide(request, chunk, verified, scores, first)
             for i in range(len(tokens)):
                 places = seen.setdefault(request.id, [set() for _ in range(12)])
-                places[at + i].add(logits(i).numpy().tobytes())
+                places[at + i].add(scores.logits[first + i].numpy().tobytes())
             return tokens, finish
 
         engine.sampler._decide = record

@@ -6,16 +6,19 @@ held to the reference here, by name: a method without a case fails. Finer tests 
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from core.batch import Batch
 from core.numerics import Numerics
+from core.sampling_params import SamplingParams
 from ops import backend as backends
 from ops import reference
 from ops.backend import choose_backend
 from ops.cpu import kernels
 from ops.cpu.backend import CompiledCpuBackend, CpuBackend
+from ops.distributions import Draws, Field, fields_of
 from ops.formats import PartialSums, Quantised, Routing, Weight, columns
 from ops.reference_backend import ReferenceBackend
 from support.quantised_weights import FORMS, random_weight
@@ -220,6 +223,19 @@ def mla(ops: ReferenceBackend, device: torch.device) -> Results:
             assert all(torch.equal(a.float(), b.float()) for a, b in zip(quantised[:2], expected, strict=True))
             found.append(y)
     return found
+
+
+@case
+def sample(ops: ReferenceBackend, device: torch.device) -> Results:
+    """A greedy row, and others with each cut."""
+    logits = 4 * normal(device, T, H).float()
+    choice = torch.stack((logits.amax(-1).isfinite().long(), logits.argmax(-1)))
+    params = [SamplingParams(temperature=0.8 * (n > 0), top_k=8 * (n == 1), top_p=1 - 0.2 * (n == 2), min_p=0.1 * (n == 3))
+              for n in range(T)]  # fmt: skip
+    table = np.zeros((len(Field), T))
+    table[Field.TEMPERATURE : Field.UNIFORM] = np.array([fields_of(one, H) for one in params]).T
+    table[Field.ROW], table[Field.UNIFORM], table[Field.DRAFT] = range(T), 0.4, -1
+    return [ops.sample(logits, choice, Draws(table, params))[0]]
 
 
 def gpu_backend() -> type[ReferenceBackend]:

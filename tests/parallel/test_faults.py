@@ -19,6 +19,7 @@ import torch
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import sampler, sampling
+from engine.drawing import Batch, Drawing
 from engine.engine import Engine
 from engine.sampling_state import SamplingState
 from support import processes as launch
@@ -201,11 +202,10 @@ def answers(loaded: Engine, failing: str | None, mtp: int = 0) -> tuple[dict[str
     bits: dict[str, set[bytes]] = {}
     decide = engine.sampler._decide
 
-    def record(chunk: Any, verified: Any, logits: Any) -> Any:
-        request = engine.registry.live[chunk.sequence.id]
-        rows = [logits(i) for i in range(1 + len(chunk.drafts))]
-        bits.setdefault(str(request.id), set()).add(torch.stack(rows).numpy().tobytes())
-        return decide(chunk, verified, logits)
+    def record(request: Any, chunk: Any, tokens: Any, scores: Any, first: int) -> Any:
+        rows = scores.logits[first : first + 1 + len(chunk.drafts)]
+        bits.setdefault(str(request.id), set()).add(rows.numpy().tobytes())
+        return decide(request, chunk, tokens, scores, first)
 
     engine.sampler._decide = record  # type: ignore[method-assign]
     params = SamplingParams(temperature=0.7, max_new_tokens=25, repetition_penalty=1.1, logprobs=3, prompt_logprobs=3)
@@ -230,29 +230,30 @@ def trap(
     """Calls of a function that are the failing request's raise from the one number `at` on."""
     plain, calls = getattr(where, name), 0
 
-    def trapped(*args: Any) -> Any:
+    def trapped(*args: Any, **more: Any) -> Any:
         nonlocal calls
         if whose(*args):
             calls += 1
             if calls > at:
                 raise error
-        return plain(*args)
+        return plain(*args, **more)
 
     monkeypatch.setattr(where, name, trapped)
+
+
+def draws_bad(batch: Batch) -> bool:
+    return any(state.rng_key == BAD for state in batch.states)
 
 
 PLACES: dict[str, tuple[Any, str, int, Callable[..., bool]]] = {
     "prompt": (Tokenizer, "encode_text", 0, lambda tokenizer, text: text == "failing"),
     "judged, its penalties": (SamplingState, "penalised", 5, lambda ask, *_: ask.rng_key == BAD),
-    "judged, its noise": (sampling, "uniforms", 5, lambda rows, use: any(ask.rng_key == BAD for ask, _ in rows)),
+    "judged, its draw": (Drawing, "sample", 5, lambda self, scores, batch, *_: draws_bad(batch)),
     "log-probabilities": (sampler, "logprob", 12, lambda logits, token, top: top == BAD),
     "log-probabilities of the prompt": (sampler, "logprob", 1, lambda logits, token, top: top == BAD),
     "text": (Detokenizer, "push", 5, lambda stream, *_: hasattr(stream, "bad")),
     "the text's end": (Detokenizer, "finish", 0, lambda stream: hasattr(stream, "bad")),
-    "drafts": (
-        sampling, "uniforms", 5,
-        lambda rows, use: any(ask.rng_key == BAD for ask, _ in rows) and use == sampling.DRAFT,
-    ),
+    "drafts": (Drawing, "sample", 5, lambda self, scores, batch, use, *_: draws_bad(batch) and use == sampling.DRAFT),
 }  # fmt: skip
 
 
