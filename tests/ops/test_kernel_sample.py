@@ -197,9 +197,12 @@ def test_a_proposal_like_the_target_is_always_accepted() -> None:
 
 
 def test_drafts_of_several_proposals() -> None:
-    """As two drafts of each request have, in whatever order."""
+    """As two drafts of each request have, in whatever order; the second is a token that the first was surer of."""
     logits, params = torch.randn(2, 5, 150) * 2, SOME
-    first, second = proposed(logits[0], params), proposed(logits[1], params)
+    logits[1, :, 3] = logits[1].amax(-1) + 0.1
+    logits[0, :, 3] = 40
+    first = proposed(logits[0], params)
+    second = [(3, q) for _, q in proposed(logits[1], params)]
     drafts = [draft for pair in zip(first, second, strict=True) for draft in pair]
     rows = logits.transpose(0, 1).flatten(0, 1).contiguous()
     (_, accepted, _), _ = run(rows, draws_of([p for p in params for _ in range(2)], 150, 0.5, drafts, GREATEST))
