@@ -119,8 +119,9 @@ def test_tokens_are_ranked_by_logits() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-308, 1e-30, 1e30, 1e300])
 def test_temperatures_of_any_size(temperature: float) -> None:
-    logits = torch.tensor([[1.0, 2.0, -torch.inf, 2.0, 0.0]])
-    assert_drawn(logits.repeat(5, 1), [SamplingParams(temperature=temperature)] * 5, np.linspace(0, 0.99, 5))
+    for values in ([1.0, 2.0, -torch.inf, 2.0, 0.0], [1.0, 2.0, -torch.inf, 2.0, 0.0, 1.0]):
+        logits = torch.tensor([values]).repeat(5, 1)
+        assert_drawn(logits, [SamplingParams(temperature=temperature)] * 5, np.linspace(0, 0.99, 5))
 
 
 def test_rows_that_are_not_finite_end() -> None:
