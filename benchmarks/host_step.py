@@ -29,7 +29,7 @@ from core.run_config import PAGE_SIZE, RunConfig
 from core.sampling_params import SamplingParams
 from engine.engine import Engine
 from model import Transformer
-from ops.distributions import Draws
+from ops.distributions import SamplingMetadata
 from ops.gpu import sample
 from ops.reference_backend import ReferenceBackend
 
@@ -43,9 +43,9 @@ class Launching(ReferenceBackend):
     """Sampling as on a GPU, but for the kernel."""
 
     def sample(
-        self, logits: torch.Tensor, choice: torch.Tensor, draws: Draws, keep: bool = False
+        self, logits: torch.Tensor, choice: torch.Tensor, metadata: SamplingMetadata, keep: bool = False
     ) -> tuple[torch.Tensor, Sequence[Any]]:
-        found, kept = sample.sample(logits, choice, draws, keep)
+        found, kept = sample.sample(logits, choice, metadata, keep)
         return found.fill_(1), kept  # finite, accepted, token 1
 
 

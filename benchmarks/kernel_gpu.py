@@ -757,9 +757,6 @@ def prefill_case(heads: int, length: int, clock: Clock) -> Case:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # sample
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -788,8 +785,8 @@ def sample_case(m: int, vocab: int, cut: str, clock: Clock) -> Case:
 
     def ours() -> Run:
         if clock.device.type == "cpu":
-            draws = distributions.Draws(table.numpy(), params)
-            return lambda i: distributions.sample(xs[i], choices[i], draws)[0][2]
+            metadata = distributions.SamplingMetadata(table.numpy(), params)
+            return lambda i: distributions.sample(xs[i], choices[i], metadata)[0][2]
         kernel = ours_by_name("sample")
         return lambda i: kernel.launch(xs[i], choices[i], table)[2]
 
@@ -798,6 +795,9 @@ def sample_case(m: int, vocab: int, cut: str, clock: Clock) -> Case:
         Contestant("sample", ours, exact, nbytes, 0.0),
         Contestant("torch", plain, exact, nbytes, 0.0),
     ])  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
 
 
 BENCHES: dict[str, Callable[[argparse.Namespace, Clock], Iterator[Iterable[Case]]]] = {

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import torch
 
 from core.errors import describe
-from engine.drawing import Drawing
 from engine.request import FinishReason, Request
+from engine.row_sampler import RowSampler
 from engine.sampling import Scores, logprob, propose, verify
 from engine.sampling_state import SamplingState
 from engine.scheduler import Chunk, Sequence
@@ -44,7 +44,7 @@ class Sampler:
         self.tp, self.requests, self.stats = tp, requests, stats
         self.eos_ids = () if tokenizer is None else tokenizer.eos_ids
         self.n_drafts, self.cancel = n_drafts, cancel
-        self.drawing = Drawing(ops)
+        self.row_sampler = RowSampler(ops)
 
     def sample(self, sampling: list[Chunk], scores: Scores) -> Sampled:
         """Rank 0's new tokens and verdict for each chunk that samples, on every rank.
@@ -87,11 +87,12 @@ class Sampler:
                 del request.draft.tokens[n:], request.draft.q[n:]
             states.append(request.sampling_state or self._sampling_state(chunk.sequence, request))
         try:
-            return verify(scores, states, self.drawing)
+            return verify(scores, states, self.row_sampler)
         except Exception:  # verified one by one, only the request at fault fails
             requests = [self.requests[chunk.sequence.id] for chunk in chunks]
             parts = scores.logits.split([1 + len(chunk.drafts) for chunk in chunks])
-            works = [partial(verify, rows, [state], self.drawing) for rows, state in zip(parts, states, strict=True)]
+            pairs = zip(parts, states, strict=True)
+            works = [partial(verify, rows, [state], self.row_sampler) for rows, state in pairs]
             return [(isolate_request_errors(*one) or [None])[0] for one in zip(requests, works, strict=True)]
         finally:
             for state in states if self.n_drafts else ():
@@ -139,10 +140,10 @@ class Sampler:
             requests = [self.requests[sequence.id] for sequence in sequences]
             states = [self._sampling_state(s, r) for s, r in zip(sequences, requests, strict=True)]
             try:
-                propose(scores, states, self.drawing)
+                propose(scores, states, self.row_sampler)
             except Exception:  # proposed one by one, only the request at fault fails
                 for request, state, row in zip(requests, states, scores.logits.split(1), strict=True):
-                    isolate_request_errors(request, partial(propose, row, [state], self.drawing))
+                    isolate_request_errors(request, partial(propose, row, [state], self.row_sampler))
                     if request.error:
                         state.draft.tokens.append(0)
                         state.draft.q.append(None)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from core.devices import select, upload
-from engine.drawing import Drawing, Part
 from engine.noise import DRAFT, SAMPLE
+from engine.row_sampler import Part, RowSampler
 from engine.sampling_state import SamplingState
 from ops.backend import ReferenceBackend
 
@@ -95,10 +95,10 @@ def is_finite(logits: torch.Tensor) -> torch.Tensor:
 
 
 def verify(
-    logits: torch.Tensor | Scores, states: Sequence[SamplingState], drawing: Drawing | None = None
+    logits: torch.Tensor | Scores, states: Sequence[SamplingState], row_sampler: RowSampler | None = None
 ) -> list[list[int] | None]:
     """The tokens that follow each request's: its drafts accepted, in order, and one more. None where a row of the
-    request's logits is not finite. `drawing` samples; None: as the reference does.
+    request's logits is not finite. `row_sampler` samples; None: as the reference does.
 
     logits (sum of 1 + drafts, V), requests in order: row i of a request is the main model's, after its tokens and i
     drafts. At the first draft that is rejected the token comes from what the target has and the proposal lacks; if none
@@ -106,15 +106,15 @@ def verify(
     included; at temperature 0 it is equal. All rows are decided at once; what comes after a rejection is dropped.
     """
     scores = logits if isinstance(logits, Scores) else Scores.of(logits)
-    drawing = drawing or Drawing(ReferenceBackend())
+    row_sampler = row_sampler or RowSampler(ReferenceBackend())
     counts = [len(state.draft.tokens) + 1 for state in states]
-    batch = drawing.batch(states, counts, [0] * len(states), SAMPLE)
+    batch = row_sampler.batch(states, counts, [0] * len(states), SAMPLE)
     if batch.changes_logits:
         scores = Scores.of(adjusted(scores.logits, batch.rows))
     n_rows = len(batch.rows)
     if batch.sampled:
         following = [x for state in states for x in (*state.draft.tokens, -1)] if n_rows > len(states) else []
-        (finite, accepted, token_ids), _ = drawing.sample(scores.joined, batch, SAMPLE, following)
+        (finite, accepted, token_ids), _ = row_sampler.sample(scores.joined, batch, SAMPLE, following)
     else:
         finite, token_ids = scores.read()
     if n_rows == len(states):  # nothing to verify
@@ -134,23 +134,23 @@ def verify(
 
 
 def propose(
-    logits: torch.Tensor | Scores, states: Sequence[SamplingState], drawing: Drawing | None = None
+    logits: torch.Tensor | Scores, states: Sequence[SamplingState], row_sampler: RowSampler | None = None
 ) -> None:
     """Appends to each request's draft the next token the MTP module's logits (requests, V) propose after its tokens and
-    the drafts so far. `drawing` samples; None: as the reference does.
+    the drafts so far. `row_sampler` samples; None: as the reference does.
 
     It is drawn as the main model's token would be, because a proposal like the target is accepted most often.
     """
     scores = logits if isinstance(logits, Scores) else Scores.of(logits)
-    drawing = drawing or Drawing(ReferenceBackend())
-    batch = drawing.batch(states, [1] * len(states), [len(state.draft.tokens) for state in states], DRAFT)
+    row_sampler = row_sampler or RowSampler(ReferenceBackend())
+    batch = row_sampler.batch(states, [1] * len(states), [len(state.draft.tokens) for state in states], DRAFT)
     if batch.changes_logits:
         x = scores.logits
         x = x.masked_fill(~is_finite(x).unsqueeze(-1), 0.0)  # a bad draft costs time, never correctness
         scores = Scores.of(adjusted(x, batch.rows))
     kept: Sequence[Any] = [None] * len(states)
     if batch.sampled:
-        (_, _, tokens), kept = drawing.sample(scores.joined, batch, DRAFT, keep=True)
+        (_, _, tokens), kept = row_sampler.sample(scores.joined, batch, DRAFT, keep=True)
     else:
         finite, tokens = scores.read()
         tokens = [token if row_finite else 0 for row_finite, token in zip(finite, tokens, strict=True)]

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from core.devices import select
-from engine.drawing import Part
 from engine.graphs import Replayed
+from engine.row_sampler import Part
 from engine.sampling import Scores
 
 

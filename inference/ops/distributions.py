@@ -15,7 +15,7 @@ from core.sampling_params import SamplingParams
 
 
 class Field(IntEnum):
-    """What the table of Draws has of each row."""
+    """What the table of SamplingMetadata has of each row."""
 
     ROW = 0  # its number among the logits
     TEMPERATURE = 1
@@ -28,8 +28,8 @@ class Field(IntEnum):
     DRAWN_FROM = 8  # for the backend
 
 
-class Draws(NamedTuple):
-    """How rows of logits are sampled, as the host knows it."""
+class SamplingMetadata(NamedTuple):
+    """How rows of logits are sampled: parameters, random numbers and drafts. On the host."""
 
     table: np.ndarray  # (9, rows), float64: by Field
     params: Sequence[SamplingParams]  # of each row
@@ -70,20 +70,20 @@ ROWS = 32  # distributions that exist at one time: of 129,280 tokens, 33 MB for 
 
 
 def sample(
-    logits: torch.Tensor, choice: torch.Tensor, draws: Draws, keep: bool = False
+    logits: torch.Tensor, choice: torch.Tensor, metadata: SamplingMetadata, keep: bool = False
 ) -> tuple[torch.Tensor, list[Any]]:
-    """For each row of draws, found (3, rows) int64 on the device: whether its logits are finite, whether its draft is
-    accepted, and its token, which means nothing where the draft is. With `keep` also the distribution that each token
-    was drawn from, for when it is a draft; a row that is not finite is then drawn from as if all its logits were equal.
+    """For each row of the table, found (3, rows) int64 on the device: whether its logits are finite, whether its draft
+    is accepted, and its token, which means nothing where the draft is. With `keep` also the distribution that each
+    token was drawn from, for when it is a draft; one of logits that are not finite is as if they were all equal.
 
     logits (n, V), float32; choice (2, n), int64: of each whether it is finite, and the likeliest token, the first of
     equals, which is a row's token at temperature 0. Speculative sampling (arXiv 2302.01318, algorithm 2): draft x,
     drawn from q, is accepted with probability min(1, p(x) / q(x)); otherwise the token comes from max(p - q, 0).
     """
-    table, params, device = draws.table, draws.params, logits.device
+    table, params, device = metadata.table, metadata.params, logits.device
     rows = table[Field.ROW].astype(np.int64).tolist()
     finite, tokens = select(choice.T, rows).T
-    drafts = upload(table[Field.DRAFT], torch.int64, device) if draws.drawn_from else torch.full_like(tokens, -1)
+    drafts = upload(table[Field.DRAFT], torch.int64, device) if metadata.drawn_from else torch.full_like(tokens, -1)
     tokens = torch.where(finite > 0, tokens, 0)
     accepted = (tokens == drafts).long()
     kept: list[Any] = [None] * len(rows)
@@ -94,7 +94,7 @@ def sample(
         x = select(logits, [rows[n] for n in part])
         if keep:
             x = x.masked_fill(select(finite, part).unsqueeze(-1) == 0, 0.0)
-        drawn_from = [draws.drawn_from[n] for n in part] if draws.drawn_from else []
+        drawn_from = [metadata.drawn_from[n] for n in part] if metadata.drawn_from else []
         columns = Columns.sent(table[Field.TEMPERATURE : Field.DRAWN_FROM, part], device)
         p = probabilities(x, [params[n] for n in part], columns)
         drawn.append(_accept_or_resample(p, drawn_from, *columns.more))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from core.batch import Batch
 from ops import distributions, reference
-from ops.distributions import Draws
+from ops.distributions import SamplingMetadata
 from ops.formats import PartialSums, Quantised, Routing, Scales, Weight
 
 ROW_BLOCK = 16  # rows of every matrix product of a batch-invariant backend
@@ -245,11 +245,11 @@ class ReferenceBackend:
     # ----------------------------------------------------------------------------------------------------------------
 
     def sample(
-        self, logits: torch.Tensor, choice: torch.Tensor, draws: Draws, keep: bool = False
+        self, logits: torch.Tensor, choice: torch.Tensor, metadata: SamplingMetadata, keep: bool = False
     ) -> tuple[torch.Tensor, Sequence[Any]]:
         """Rows of logits (n, V) float32 to what is sampled from them, (3, rows) int64, and with `keep` the
         distributions that tokens were drawn from, in the backend's own form. See distributions.sample."""
-        return distributions.sample(logits, choice, draws, keep)
+        return distributions.sample(logits, choice, metadata, keep)
 
 
 def in_row_blocks(product: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:

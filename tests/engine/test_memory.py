@@ -26,9 +26,9 @@ from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from core.stages import divide
 from engine import memory, rank_memory, recorded_steps, setup, step_memory
-from engine.drawing import Drawing
 from engine.engine import Engine
 from engine.rank_memory import RankSpec
+from engine.row_sampler import RowSampler
 from engine.sampling import verify
 from engine.sampling_state import SamplingState
 from model import Transformer
@@ -410,7 +410,7 @@ def peak_of(rank: RankSpec, sequences: list[tuple[int, int]], drafts: int) -> in
         if device == "cpu":
             logits = model.logits(hidden[: len(sequences)])
             asks = [SamplingState(SamplingParams(temperature=1.0, top_p=0.9), i, [1, 2], 1) for i in range(len(sequences))]
-            verify(logits, asks, Drawing(GpuBackend() if rank.gpu else ReferenceBackend()))
+            verify(logits, asks, RowSampler(GpuBackend() if rank.gpu else ReferenceBackend()))
         del given, received
     return measured.peak
 

@@ -18,7 +18,7 @@ from ops import reference
 from ops.backend import choose_backend
 from ops.cpu import kernels
 from ops.cpu.backend import CompiledCpuBackend, CpuBackend
-from ops.distributions import Draws, Field, fields_of
+from ops.distributions import Field, SamplingMetadata, fields_of
 from ops.formats import PartialSums, Quantised, Routing, Weight, columns
 from ops.reference_backend import ReferenceBackend
 from support.quantised_weights import FORMS, random_weight
@@ -235,7 +235,7 @@ def sample(ops: ReferenceBackend, device: torch.device) -> Results:
     table = np.zeros((len(Field), T))
     table[Field.TEMPERATURE : Field.UNIFORM] = np.array([fields_of(one, H) for one in params]).T
     table[Field.ROW], table[Field.UNIFORM], table[Field.DRAFT] = range(T), 0.4, -1
-    return [ops.sample(logits, choice, Draws(table, params))[0]]
+    return [ops.sample(logits, choice, SamplingMetadata(table, params))[0]]
 
 
 def gpu_backend() -> type[ReferenceBackend]:

@@ -14,7 +14,7 @@ import torch
 
 from core.sampling_params import SamplingParams
 from ops import distributions
-from ops.distributions import Draws, Field, fields_of, probabilities
+from ops.distributions import Field, SamplingMetadata, fields_of, probabilities
 from support.kernel_launches import only_listed_launches
 
 pytest.importorskip("triton")
@@ -39,21 +39,23 @@ def choice_of(logits: torch.Tensor) -> torch.Tensor:
     return torch.stack((logits.amax(-1).isfinite().long(), logits.argmax(-1)))
 
 
-def draws_of(params: list[SamplingParams], vocab: int, uniforms: Any, drafts: Drafts = (), accept: Any = 0.0) -> Draws:
+def metadata_of(
+    params: list[SamplingParams], vocab: int, uniforms: Any, drafts: Drafts = (), accept: Any = 0.0
+) -> SamplingMetadata:
     table = np.zeros((len(Field), len(params)))
     table[Field.ROW] = np.arange(len(params))
     table[Field.TEMPERATURE : Field.UNIFORM] = np.array([fields_of(one, vocab) for one in params]).T
     table[Field.UNIFORM], table[Field.ACCEPT] = uniforms, accept
     table[Field.DRAFT] = [x for x, _ in drafts] if drafts else -1
-    return Draws(table, params, [q for _, q in drafts])
+    return SamplingMetadata(table, params, [q for _, q in drafts])
 
 
-def run(logits: torch.Tensor, draws: Draws, keep: bool = False) -> tuple[torch.Tensor, Any]:
+def run(logits: torch.Tensor, metadata: SamplingMetadata, keep: bool = False) -> tuple[torch.Tensor, Any]:
     """The kernel's, on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         if logits.shape[1] < 1000:
             patch.setattr(sample, "TILES", SMALL)
-        found, kept = GpuBackend().sample(guarded(logits), choice_of(logits).to(DEVICE), draws, keep)
+        found, kept = GpuBackend().sample(guarded(logits), choice_of(logits).to(DEVICE), metadata, keep)
     return found.cpu(), kept
 
 
@@ -64,11 +66,11 @@ def in_its_part(p: torch.Tensor, uniform: float, token: int) -> bool:
 
 
 def assert_drawn(logits: torch.Tensor, params: list[SamplingParams], uniforms: Any) -> None:
-    draws = draws_of(params, logits.shape[1], uniforms)
-    (finite, accepted, tokens), _ = run(logits, draws)
+    metadata = metadata_of(params, logits.shape[1], uniforms)
+    (finite, accepted, tokens), _ = run(logits, metadata)
     assert finite.all() and not accepted.any()
     for n, (p, token) in enumerate(zip(probabilities(logits, params), tokens.tolist(), strict=True)):
-        assert in_its_part(p, draws.table[Field.UNIFORM, n], token), (n, params[n], token)
+        assert in_its_part(p, metadata.table[Field.UNIFORM, n], token), (n, params[n], token)
 
 
 KINDS = [
@@ -113,7 +115,8 @@ def test_tokens_are_ranked_by_logits() -> None:
     """Also where logits are of all sizes, and their probabilities, to float64, the same."""
     logits = torch.logspace(-38, 0, 100) * torch.tensor([1.0, -1.0]).repeat(50)
     for params in (SamplingParams(temperature=30.0, top_k=60), SamplingParams(temperature=30.0, top_p=0.595)):
-        (_, _, tokens), _ = run(logits.expand(61, -1).contiguous(), draws_of([params] * 61, 100, np.linspace(0, 1, 62)[:61]))
+        metadata = metadata_of([params] * 61, 100, np.linspace(0, 1, 62)[:61])
+        (_, _, tokens), _ = run(logits.expand(61, -1).contiguous(), metadata)
         assert sorted(set(tokens.tolist())) == sorted(logits.topk(60).indices.tolist())
 
 
@@ -128,9 +131,9 @@ def test_rows_that_are_not_finite_end() -> None:
     """And are said to be; where they are kept, they are drawn from as if all their logits were equal."""
     bad = torch.tensor([[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3, [math.nan] * 3, [0.0, 1.0, 2.0]])
     params = [SamplingParams(temperature=0.7, top_k=2, top_p=0.8, min_p=0.1)] * 5
-    (finite, _, tokens), _ = run(bad, draws_of(params, 3, 0.5))
+    (finite, _, tokens), _ = run(bad, metadata_of(params, 3, 0.5))
     assert finite.tolist() == [0, 0, 0, 0, 1] and (tokens >= 0).all() and (tokens < 3).all()
-    (_, _, tokens), kept = run(bad, draws_of(params, 3, GREATEST), keep=True)
+    (_, _, tokens), kept = run(bad, metadata_of(params, 3, GREATEST), keep=True)
     assert tokens.tolist() == [1, 1, 1, 1, 2]
     assert all(q[n].cpu().tolist() == [0.5, 0.5, 0] for q, n in kept[:4])
 
@@ -138,8 +141,8 @@ def test_rows_that_are_not_finite_end() -> None:
 def test_uniform_numbers_side_by_side_draw_by_the_distribution() -> None:
     """Of 200 of them each token gets its share, to a draw: exact, where chi-square would allow much."""
     logits, params = torch.randn(9) * 1.5, SamplingParams(temperature=0.8, top_k=7, top_p=0.97)
-    draws = draws_of([params] * 200, 9, (np.arange(200) + 0.5) / 200)
-    (_, _, tokens), _ = run(logits.expand(200, -1).contiguous(), draws)
+    metadata = metadata_of([params] * 200, 9, (np.arange(200) + 0.5) / 200)
+    (_, _, tokens), _ = run(logits.expand(200, -1).contiguous(), metadata)
     expected = 200 * probabilities(logits[None], [params])[0]
     assert (expected > 0).sum() > 4
     assert ((torch.bincount(tokens, minlength=9) - expected).abs() <= 1 + 1e-3).all()
@@ -155,7 +158,7 @@ SOME = [
 
 def proposed(logits: torch.Tensor, params: list[SamplingParams]) -> Drafts:
     """The kernel's drafts, each with what it keeps."""
-    (_, _, tokens), kept = run(logits, draws_of(params, logits.shape[1], torch.rand(len(params)).numpy()), keep=True)
+    (_, _, tokens), kept = run(logits, metadata_of(params, logits.shape[1], torch.rand(len(params)).numpy()), keep=True)
     return list(zip(tokens.tolist(), kept, strict=True))
 
 
@@ -179,9 +182,10 @@ def test_drafts_are_verified_as_the_reference_does() -> None:
     drafts = [(-1, None) if i % 11 == 5 else draft for i, draft in enumerate(drafts)]
     target[0, drafts[0][0]] = -torch.inf
     uniforms, accept = torch.rand(2, n, dtype=torch.float64).numpy()
-    (_, accepted, tokens), _ = run(target, draws_of(params, 150, uniforms, drafts, accept))
+    (_, accepted, tokens), _ = run(target, metadata_of(params, 150, uniforms, drafts, accept))
     told = [(x, None if one is None else one[0][one[1]].cpu().double()) for x, one in drafts]
-    (_, expected, _), _ = distributions.sample(target, choice_of(target), draws_of(params, 150, uniforms, told, accept))
+    metadata = metadata_of(params, 150, uniforms, told, accept)
+    (_, expected, _), _ = distributions.sample(target, choice_of(target), metadata)
     assert torch.equal(accepted, expected) and 12 < accepted.sum() < n - 12 and not accepted[0]
     for i, p in enumerate(probabilities(target, params)):
         x, q = told[i]
@@ -193,7 +197,7 @@ def test_drafts_are_verified_as_the_reference_does() -> None:
 def test_a_proposal_like_the_target_is_always_accepted() -> None:
     logits, params = torch.randn(25, 150) * 2, SOME * 5
     drafts = proposed(logits, params)
-    (_, accepted, _), _ = run(logits, draws_of(params, 150, 0.5, drafts, GREATEST))
+    (_, accepted, _), _ = run(logits, metadata_of(params, 150, 0.5, drafts, GREATEST))
     assert accepted.all()
 
 
@@ -206,7 +210,7 @@ def test_drafts_of_several_proposals() -> None:
     second = [(3, q) for _, q in proposed(logits[1], params)]
     drafts = [draft for pair in zip(first, second, strict=True) for draft in pair]
     rows = logits.transpose(0, 1).flatten(0, 1).contiguous()
-    (_, accepted, _), _ = run(rows, draws_of([p for p in params for _ in range(2)], 150, 0.5, drafts, GREATEST))
+    (_, accepted, _), _ = run(rows, metadata_of([p for p in params for _ in range(2)], 150, 0.5, drafts, GREATEST))
     assert accepted.all()
 
 
@@ -216,8 +220,8 @@ def test_what_is_drawn_after_a_rejection_is_what_the_proposal_lacks() -> None:
     p = probabilities(target[None], [params])[0]
     q = torch.full((1, 9), 1 / 9)
     drafts: Drafts = [(int(p.argmin()), (guarded(q), 0))] * 200
-    draws = draws_of([params] * 200, 9, (np.arange(200) + 0.5) / 200, drafts, GREATEST)
-    (_, accepted, tokens), _ = run(target.expand(200, -1).contiguous(), draws)
+    metadata = metadata_of([params] * 200, 9, (np.arange(200) + 0.5) / 200, drafts, GREATEST)
+    (_, accepted, tokens), _ = run(target.expand(200, -1).contiguous(), metadata)
     rest = (p - q[0]).clamp(min=0)
     assert not accepted.any()
     assert ((torch.bincount(tokens, minlength=9) - 200 * rest / rest.sum()).abs() <= 1 + 1e-3).all()
@@ -233,10 +237,11 @@ def test_other_rows_change_nothing() -> None:
     uniforms = torch.rand(20).numpy()
     choice = choice_of(wide[:, :150]).to(DEVICE)
     order = torch.randperm(30)[:20]
-    draws = draws_of(params, 150, uniforms)
-    draws.table[Field.ROW] = order.numpy()
-    together, _ = GpuBackend().sample(guarded(wide)[:, :150], choice, draws)
-    alone = [run(wide[row, :150][None], draws_of([params[n]], 150, uniforms[n]))[0] for n, row in enumerate(order.tolist())]
+    metadata = metadata_of(params, 150, uniforms)
+    metadata.table[Field.ROW] = order.numpy()
+    together, _ = GpuBackend().sample(guarded(wide)[:, :150], choice, metadata)
+    rows = enumerate(order.tolist())
+    alone = [run(wide[row, :150][None], metadata_of([params[n]], 150, uniforms[n]))[0] for n, row in rows]
     assert torch.equal(together.cpu(), torch.cat(alone, dim=1))
 
 
@@ -248,7 +253,7 @@ def test_vocabularies_of_released_models(vocab: int) -> None:
 
 
 def test_no_rows() -> None:
-    found, _ = run(torch.randn(2, 20), draws_of([], 20, 0.0)._replace(table=np.zeros((len(Field), 0))))
+    found, _ = run(torch.randn(2, 20), metadata_of([], 20, 0.0)._replace(table=np.zeros((len(Field), 0))))
     assert found.shape == (3, 0)
 
 
@@ -256,5 +261,5 @@ def test_what_is_launched_is_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -
     logits, params = torch.randn(2, 1600), SOME[:2]
     with only_listed_launches(sample, monkeypatch):
         for keep in (False, True):
-            run(logits, draws_of(params, 1600, 0.5), keep)
-        run(logits, draws_of(params, 1600, 0.5, [(1, None), (-1, None)]))
+            run(logits, metadata_of(params, 1600, 0.5), keep)
+        run(logits, metadata_of(params, 1600, 0.5, [(1, None), (-1, None)]))

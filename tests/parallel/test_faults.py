@@ -19,8 +19,8 @@ import torch
 from core.run_config import RunConfig
 from core.sampling_params import SamplingParams
 from engine import sampler, sampling
-from engine.drawing import Batch, Drawing
 from engine.engine import Engine
+from engine.row_sampler import RowSampler, SampledRows
 from engine.sampling_state import SamplingState
 from support import processes as launch
 from text.detokenizer import Detokenizer
@@ -241,19 +241,19 @@ def trap(
     monkeypatch.setattr(where, name, trapped)
 
 
-def draws_bad(batch: Batch) -> bool:
+def draws_bad(batch: SampledRows) -> bool:
     return any(state.rng_key == BAD for state in batch.states)
 
 
 PLACES: dict[str, tuple[Any, str, int, Callable[..., bool]]] = {
     "prompt": (Tokenizer, "encode_text", 0, lambda tokenizer, text: text == "failing"),
     "judged, its penalties": (SamplingState, "penalised", 5, lambda ask, *_: ask.rng_key == BAD),
-    "judged, its draw": (Drawing, "sample", 5, lambda self, scores, batch, *_: draws_bad(batch)),
+    "judged, its draw": (RowSampler, "sample", 5, lambda self, scores, batch, *_: draws_bad(batch)),
     "log-probabilities": (sampler, "logprob", 12, lambda logits, token, top: top == BAD),
     "log-probabilities of the prompt": (sampler, "logprob", 1, lambda logits, token, top: top == BAD),
     "text": (Detokenizer, "push", 5, lambda stream, *_: hasattr(stream, "bad")),
     "the text's end": (Detokenizer, "finish", 0, lambda stream: hasattr(stream, "bad")),
-    "drafts": (Drawing, "sample", 5, lambda self, scores, batch, use, *_: draws_bad(batch) and use == sampling.DRAFT),
+    "drafts": (RowSampler, "sample", 5, lambda self, scores, batch, use, *_: draws_bad(batch) and use == sampling.DRAFT),
 }  # fmt: skip
 
 

@@ -393,7 +393,7 @@ def test_fuzzed_fields(model: Scripted, monkeypatch: pytest.MonkeyPatch, n: int)
     def script(seed: int) -> list[int]:
         return [token for snippet in random.Random(seed).choices(snippets, k=100) for token in snippet]
 
-    def verify(logits: Any, asks: Any, drawing: Any) -> list[list[int]]:
+    def verify(logits: Any, asks: Any, row_sampler: Any) -> list[list[int]]:
         scripts = (script(sum(a.tokens[: a.n_prompt])) for a in asks)
         return [[said[len(a.tokens) - a.n_prompt]] for said, a in zip(scripts, asks, strict=True)]
 

@@ -30,7 +30,7 @@ from core.config import ModelArgs, load_config
 from core.numerics import Numerics
 from core.run_config import PAGE_SIZE
 from core.sampling_params import SamplingParams
-from engine.drawing import Drawing
+from engine.row_sampler import RowSampler
 from engine.sampling import Scores, propose, verify
 from engine.sampling_state import SamplingState
 from model import Transformer
@@ -190,15 +190,15 @@ def sampled() -> dict[str, Any]:
         parts = [(torch.zeros(n, vocab, device=device), torch.zeros(2, n, dtype=torch.int64, device=device)) for n in (64, 8)]
         with stub_driver.installed() as gpu:
             states = [SamplingState(params, n, [1, 2, 3], 1) for n in range(32)]
-            drawing = Drawing(GpuBackend())
+            row_sampler = RowSampler(GpuBackend())
             rows = Scores([(*parts[0], range(32))])
             apart = Scores([(*parts[0], range(0, 64, 2)), (*parts[1], range(8))])  # of a graph's buffers, and eager
             others = [SamplingState(params, 100 + n, [1, 2, 3], 1) for n in range(40)]
             for name, work in {
-                "tokens": lambda: verify(rows, states, drawing),
-                "proposals": lambda: propose(rows, states, drawing),
-                "drafts": lambda: verify(Scores([(*parts[0], range(64))]), states, drawing),
-                "in two places": lambda: verify(apart, others, drawing),
+                "tokens": lambda: verify(rows, states, row_sampler),
+                "proposals": lambda: propose(rows, states, row_sampler),
+                "drafts": lambda: verify(Scores([(*parts[0], range(64))]), states, row_sampler),
+                "in two places": lambda: verify(apart, others, row_sampler),
             }.items():
                 gpu.launches.clear()
                 standin_device.waits.clear()

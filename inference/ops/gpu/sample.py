@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from core.devices import upload
-from ops.distributions import Draws, Field
+from ops.distributions import Field, SamplingMetadata
 from ops.gpu import pdl
 from ops.gpu.device import architecture
 from ops.gpu.pdl import wait_for_previous
@@ -241,13 +241,13 @@ def sample_tile(arch: str) -> tuple[dict[str, int], dict[str, Any]]:
 
 
 def sample(
-    logits: torch.Tensor, choice: torch.Tensor, draws: Draws, keep: bool = False
+    logits: torch.Tensor, choice: torch.Tensor, metadata: SamplingMetadata, keep: bool = False
 ) -> tuple[torch.Tensor, list[Any]]:
     """As distributions.sample. Kept distributions are float32, each a tensor (rows, V) and a row's number there."""
-    (_, vocab), (_, rows), device = logits.shape, draws.table.shape, logits.device
+    (_, vocab), (_, rows), device = logits.shape, metadata.table.shape, logits.device
     q = torch.empty(rows, vocab, dtype=torch.float32, device=device) if keep else None
-    drawn_from = _joined(draws, logits) if draws.drawn_from else None
-    found = launch(logits, choice, upload(draws.table, torch.float64, device), drawn_from, q)
+    drawn_from = _joined(metadata, logits) if metadata.drawn_from else None
+    found = launch(logits, choice, upload(metadata.table, torch.float64, device), drawn_from, q)
     return found, [(q, n) for n in range(rows)] if keep else []
 
 
@@ -273,14 +273,15 @@ def launch(
     return found
 
 
-def _joined(draws: Draws, none: torch.Tensor) -> torch.Tensor:
+def _joined(metadata: SamplingMetadata, none: torch.Tensor) -> torch.Tensor:
     """The tensors with the distributions of drafts as one; writes into the table in which rows they are. `none` where
     no draft was drawn."""
     first: dict[int, int] = {}
     tensors: list[torch.Tensor] = []
-    for one in draws.drawn_from:
+    for one in metadata.drawn_from:
         if one is not None and id(one[0]) not in first:
             first[id(one[0])] = sum(map(len, tensors))
             tensors.append(one[0])
-    draws.table[Field.DRAWN_FROM] = [-1 if one is None else first[id(one[0])] + one[1] for one in draws.drawn_from]
+    at = (-1 if one is None else first[id(one[0])] + one[1] for one in metadata.drawn_from)
+    metadata.table[Field.DRAWN_FROM] = list(at)
     return torch.cat(tensors) if len(tensors) > 1 else (tensors or [none])[0]

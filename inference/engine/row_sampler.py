@@ -1,4 +1,4 @@
-"""What rows of logits are sampled with, in the form that backends take; what does not change is kept between steps."""
+"""Samples rows of logits by a backend. Parameters and random numbers of the rows are kept from step to step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +9,14 @@ import torch
 from engine.noise import ACCEPT, Noise
 from engine.sampling_state import SamplingState
 from ops.backend import ReferenceBackend
-from ops.distributions import Draws, Field, fields_of
+from ops.distributions import Field, SamplingMetadata, fields_of
 
 # Logits (n, V), what `greedy` said of them (2, n), and the numbers of the rows that count.
 Part = tuple[torch.Tensor, torch.Tensor, Sequence[int]]
 
 
-class Batch:
-    """Rows that are sampled together: of each state as many as `counts` says, the first after `first` drafts."""
+class SampledRows:
+    """Rows that are sampled together: `counts[i]` of state i, the first of them after `first[i]` drafts."""
 
     def __init__(self, states: Sequence[SamplingState], counts: list[int], first: list[int]):
         self.states, self.counts, self.first = list(states), counts, first
@@ -53,27 +53,27 @@ class Batch:
         return known[self._state, (lengths - first)[self._state] + self._after]
 
 
-class Drawing:
-    """Has rows of logits sampled by a backend."""
+class RowSampler:
+    """Samples rows of logits by a backend's op `sample`."""
 
     KEPT = 32
 
     def __init__(self, ops: ReferenceBackend):
         self.ops, self.noise = ops, Noise()
-        self._batches: dict[tuple[int, int, int], Batch] = {}
+        self._batches: dict[tuple[int, int, int], SampledRows] = {}
 
-    def batch(self, states: Sequence[SamplingState], counts: list[int], first: list[int], use: int) -> Batch:
-        """The rows of these states, of which those that go on unchanged are known."""
+    def batch(self, states: Sequence[SamplingState], counts: list[int], first: list[int], use: int) -> SampledRows:
+        """The rows of these states; those of the step before, if nothing but their tokens has changed."""
         key = (use, first[0], states[0].rng_key) if states else (use, 0, 0)
         found = self._batches.get(key)
         if found is None or found.states != states or found.counts != counts or found.first != first:
             if len(self._batches) > self.KEPT:
                 self._batches.clear()
-            found = self._batches[key] = Batch(states, counts, first)
+            found = self._batches[key] = SampledRows(states, counts, first)
         return found
 
     def sample(
-        self, scores: Part, batch: Batch, use: int, drafts: Sequence[int] = (), keep: bool = False
+        self, scores: Part, batch: SampledRows, use: int, drafts: Sequence[int] = (), keep: bool = False
     ) -> tuple[list[list[int]], Sequence[Any]]:
         """Of each row whether it is finite, whether its draft is accepted, and its token; and what is kept of them: see
         distributions.sample. `drafts`: of each row the one that is verified, -1 for none. Waits for the device once."""
@@ -83,5 +83,5 @@ class Drawing:
         if drafts:
             table[Field.DRAFT], table[Field.ACCEPT] = drafts, batch.uniforms(self.noise, ACCEPT)
             drawn_from = [s.draft.q[i] if x >= 0 else None for x, (s, i) in zip(drafts, batch.rows, strict=True)]
-        found, kept = self.ops.sample(logits, choice, Draws(table, batch.params, drawn_from), keep)
+        found, kept = self.ops.sample(logits, choice, SamplingMetadata(table, batch.params, drawn_from), keep)
         return found.tolist(), kept
