@@ -47,29 +47,12 @@ class Noise:
         # by seed, rng_key and use: a position, and the numbers from there on
         self._known: dict[tuple[int, int, int], tuple[int, np.ndarray]] = {}
 
-    def of(self, wanted: Sequence[tuple[int, int, int]], use: int) -> list[float]:
-        """For each (seed, rng_key, position) its number for this use."""
-        if len(self._known) > self.KEPT:
-            self._known.clear()
-        missing = []
-        for seed, rng_key, position in wanted:
-            first, known = self._known.get((seed, rng_key, use), (0, ()))
-            if not 0 <= position - first < len(known):
-                missing.append((seed, rng_key, position))
-        if missing:
-            self._make(missing, use)
-        found = []
-        for seed, rng_key, position in wanted:
-            first, known = self._known[seed, rng_key, use]
-            at = position - first
-            found.append(float(known[at]) if 0 <= at < len(known) else uniform(seed, rng_key, position, use))
-        return found
-
     def ahead(
         self, wanted: Sequence[tuple[int, int, int]], counts: Sequence[int], use: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """For each (seed, rng_key, position) a position (n,) and AHEAD numbers from there on (n, AHEAD), among them
-        those of as many positions as `counts` says. Those that end soon are made anew, to be asked less often."""
+        """For each (seed, rng_key, position) a first position (n,), and the numbers of AHEAD positions from it on
+        (n, AHEAD), among them those of `counts` positions from the wanted one on. Numbers that end soon are made anew
+        with the others, to be asked for less often."""
         if len(self._known) > self.KEPT:
             self._known.clear()
         ends, lacks = [], False

@@ -338,35 +338,22 @@ def test_logprobs():
 
 
 def test_noise_made_ahead_is_the_same_noise():
-    """In any order, at positions that go on, go back and leap, for more requests than are kept."""
+    """In any order, of one to three positions at a time that go on, go back and leap, for more requests than are kept."""
     draw, noise = random.Random(0), Noise()
     noise.KEPT = 50
-    requests = [(draw.getrandbits(64), draw.getrandbits(50)) for _ in range(60)]
-    places = {request: draw.getrandbits(20) for request in requests}
+    requests = {(draw.getrandbits(64), draw.getrandbits(50)): draw.getrandbits(20) for _ in range(60)}
     for _ in range(40):
-        chosen = draw.sample(requests, draw.randint(1, 40))
+        chosen = draw.sample(list(requests), draw.randint(1, 40))
         for request in chosen:
-            places[request] = max(0, places[request] + draw.choice([1, 1, 1, 3, -2, 200]))
-        wanted = [(*request, places[request] + i) for request in chosen for i in range(draw.randint(1, 3))]
-        for use in (SAMPLE, DRAFT, ACCEPT):
-            assert noise.of(wanted, use) == [uniform(*one, use) for one in wanted]
-    assert len(noise._known) < 3 * 60
-
-
-def test_noise_made_for_many_steps_is_the_same_noise():
-    """Of requests that come and go, and of one to three positions at a time."""
-    draw, noise = random.Random(1), Noise()
-    requests = {(draw.getrandbits(64), draw.getrandbits(50)): draw.getrandbits(20) for _ in range(30)}
-    for _ in range(60):
-        chosen = draw.sample(list(requests), draw.randint(1, 20))
+            requests[request] = max(0, requests[request] + draw.choice([1, 1, 1, 3, 20, -2, 200]))
         counts = [draw.randint(1, 3) for _ in [*chosen, 0]]
         wanted = [*((*request, requests[request]) for request in chosen), (*chosen[0], 7)]  # one twice
-        first, known = noise.ahead(wanted, counts, DRAFT)
-        for (*request, position), n, at, row in zip(wanted, counts, first.tolist(), known, strict=True):
-            begin = position - at
-            assert row[begin : begin + n].tolist() == [uniform(*request, position + i, DRAFT) for i in range(n)]
-        for request, n in zip(chosen, counts, strict=False):
-            requests[request] += draw.choice([1, n, 20])
+        for use in (SAMPLE, DRAFT, ACCEPT):
+            first, known = noise.ahead(wanted, counts, use)
+            for (*request, position), n, at, row in zip(wanted, counts, first.tolist(), known, strict=True):
+                begin = position - at
+                assert row[begin : begin + n].tolist() == [uniform(*request, position + i, use) for i in range(n)]
+    assert len(noise._known) < 3 * 60
 
 
 def test_noise_is_a_function_of_its_numbers():
