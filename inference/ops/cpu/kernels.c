@@ -713,11 +713,25 @@ static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *z
 #undef LINES
 }
 
+/* How many k from k0 on are widened together: a chunk, of one block of scales. */
+INLINE int64_t chunk_from(const Matrix *w, int64_t k0) {
+    return least(least(CHUNK, w->block - k0 % w->block), even(w->k) - k0);
+}
+
+/* n k of panel p from k0 on, a chunk, as lines of bfloat16, and their scales (WIDTH). */
+INLINE void widen_chunk(const Matrix *w, int64_t p, int64_t k0, int64_t n, int64_t ahead, bf16 *lines, float *scales) {
+    const int64_t blocks = in_wholes(w->k, w->block), at = k0 / w->block;
+    const uint8_t *from = (const uint8_t *)w->data + p * panel_bytes(w->form, even(w->k)) + k0 * panel_bytes(w->form, 1);
+    Zeros zeros;
+    if (w->zeros) zeros_of(w->zeros + (p * blocks + at) * WIDTH, &zeros);
+    widen_panel(with_zeros(w), from, n, &zeros, ahead, lines);
+    for (int i = 0; i < 2; i++) *(vf *)(scales + i * LANES) = scales_v(w, p, at, blocks, i);
+}
+
 /* Rows of x, interleaved in blocks, by w: this thread's share of the columns. */
 static void multiply(const void *x, int64_t rows, const Matrix *w, Way way, Target to) {
     const int64_t k = even(w->k), blocks = blocks_of(rows), of_k = panel_bytes(w->form, 1), size = panel_bytes(w->form, k);
-    const int64_t of_scales = w->form == BF16 ? 1 : in_wholes(w->k, w->block);
-    const int is_plain = w->form == BF16, streams = !is_plain && rows <= STREAMED, form = with_zeros(w);
+    const int is_plain = w->form == BF16, streams = !is_plain && rows <= STREAMED;
     int64_t begin, end, p;
     my_share(in_wholes(w->n, WIDTH), &begin, &end);
     for (; rows && begin < end; begin += p) {
@@ -739,15 +753,9 @@ static void multiply(const void *x, int64_t rows, const Matrix *w, Way way, Targ
                 product(from, r, &part, way, p, sums + (first - row) * line);
             }
             for (int64_t k0 = 0, n; k0 < k && !is_plain && !streams; k0 += n) {
-                const int64_t at = k0 / w->block;
-                n = least(least(CHUNK, w->block - k0 % w->block), k - k0);
-                for (int q = 0; q < p; q++) {
-                    Zeros zeros;
-                    if (w->zeros) zeros_of(w->zeros + ((begin + q) * of_scales + at) * WIDTH, &zeros);
-                    widen_panel(form, own + q * size + k0 * of_k, n, &zeros, 0, widened + q * n * WIDTH);
-                    for (int i = 0; i < 2; i++)
-                        *(vf *)(scales + q * WIDTH + i * LANES) = scales_v(w, begin + q, at, of_scales, i);
-                }
+                n = chunk_from(w, k0);
+                for (int q = 0; q < p; q++)
+                    widen_chunk(w, begin + q, k0, n, 0, widened + q * n * WIDTH, scales + q * WIDTH);
                 for (int64_t b = b0; b < b1; b++) {
                     const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
                     const int64_t soon = b1 - b0 > 1 ? 0 : AHEAD * 2 * WIDTH; /* one block takes less than memory */
@@ -854,39 +862,31 @@ INLINE void product_in_tiles(const bf16 *x, int64_t r, const bf16 *w, int64_t k,
 /* As multiply, of rows in tiles. A panel of 8 or 4 bits is widened a chunk at a time, for ROWS_WIDENED rows. */
 static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, Target to) {
     enum { ROWS_WIDENED = 8 * 2 * TILE };
-    const int64_t k = w->k, of_k = panel_bytes(w->form, 1), blocks = w->form == BF16 ? 1 : in_wholes(k, w->block);
+    const int is_plain = w->form == BF16;
+    const int64_t k = w->k;
     int64_t begin, end;
     my_share(in_wholes(w->n, WIDTH), &begin, &end);
     for (; begin < end; begin++)
         for (int64_t row = 0; row < rows; row += ROWS_WIDENED) {
             bf16 widened[CHUNK * WIDTH] __attribute__((aligned(64)));
-            float sums[ROWS_WIDENED * WIDTH] __attribute__((aligned(64))), part[2 * TILE * WIDTH] __attribute__((aligned(64)));
-            const int64_t count = least(ROWS_WIDENED, rows - row), column = begin * WIDTH;
-            const uint8_t *own = (const uint8_t *)w->data + begin * k * of_k;
+            float scales[WIDTH], part[2 * TILE * WIDTH] __attribute__((aligned(64)));
+            float sums[ROWS_WIDENED * WIDTH] __attribute__((aligned(64)));
+            const int64_t last = least(row + ROWS_WIDENED, rows), column = begin * WIDTH;
             for (int64_t k0 = 0, n; k0 < k; k0 += n) {
-                const int64_t at = w->form == BF16 ? 0 : k0 / w->block;
-                const bf16 *lines = widened;
-                vf scales[2] = {{0}, {0}};
-                n = w->form == BF16 ? k : least(least(CHUNK, w->block - k0 % w->block), k - k0);
-                if (w->form == BF16) lines = (const bf16 *)own;
-                else {
-                    Zeros zeros;
-                    if (w->zeros) zeros_of(w->zeros + (begin * blocks + at) * WIDTH, &zeros);
-                    widen_panel(with_zeros(w), own + k0 * of_k, n, &zeros, row ? 0 : AHEAD * 2 * WIDTH, widened);
-                    for (int i = 0; i < 2; i++) scales[i] = scales_v(w, begin, at, blocks, i);
-                }
-                for (int64_t first = row; first < row + count; first += 2 * TILE) {
+                const bf16 *lines = is_plain ? (const bf16 *)w->data + begin * k * WIDTH : widened;
+                n = is_plain ? k : chunk_from(w, k0);
+                if (!is_plain) widen_chunk(w, begin, k0, n, row ? 0 : AHEAD * 2 * WIDTH, widened, scales);
+                for (int64_t first = row; first < last; first += 2 * TILE) {
                     const int64_t r = least(2 * TILE, rows - first);
                     float *sum = sums + (first - row) * WIDTH;
-                    product_in_tiles(x + first * k + k0 * r, r, lines, n, w->form == BF16 && first == 0, 0,
-                                     w->form == BF16 ? sum : part);
-                    for (int64_t i = 0; i < r * WIDTH && w->form != BF16; i += LANES) {
+                    product_in_tiles(x + first * k + k0 * r, r, lines, n, is_plain && first == 0, 0, is_plain ? sum : part);
+                    for (int64_t i = 0; i < r * WIDTH && !is_plain; i += LANES) {
                         const vf before = k0 ? *(vf *)(sum + i) : (vf){0};
-                        *(vf *)(sum + i) = before + *(vf *)(part + i) * scales[i / LANES % 2];
+                        *(vf *)(sum + i) = before + *(vf *)(part + i) * *(vf *)(scales + i % WIDTH);
                     }
                 }
             }
-            store_rows(sums, row, count, least(WIDTH, w->n - column), WIDTH, column, to);
+            store_rows(sums, row, last - row, least(WIDTH, w->n - column), WIDTH, column, to);
         }
     release_tiles();
 }
@@ -907,8 +907,9 @@ INLINE Way way_of_k(int64_t k) { return may_use_pairs() ? PAIRS : granted && k %
 
 /* The same for so many rows by w. */
 INLINE Way way_of(int64_t rows, const Matrix *w) {
-    const int fit = rows >= TILE_ROWS && (w->form == BF16 || w->block % TILE_K == 0);
-    return way_of_k(w->k) != TILES || fit ? way_of_k(w->k) : FLOATS;
+    const int fits_tiles = rows >= TILE_ROWS && (w->form == BF16 || w->block % TILE_K == 0);
+    const Way way = way_of_k(w->k);
+    return way == TILES && !fits_tiles ? FLOATS : way;
 }
 
 /* Copies a row of k numbers to row i of x, whose rows lie in tiles. */
@@ -1587,14 +1588,14 @@ static void interleave_blocks(const bf16 *x, int64_t n, int64_t k, int64_t strid
     }
 }
 
-/* x, r <= ROWS rows interleaved, by one panel of k that is near: sums to out (r, WIDTH), or, with ones for scales, added
- * there. */
-INLINE void by_panel(const void *x, int r, const bf16 *panel, int64_t k, const float *scales, Way way, float *out) {
+/* x, r <= ROWS rows interleaved, by one panel of k that is near: sums to out (r, WIDTH), or, with `more`, added there. */
+INLINE void by_panel(const void *x, int r, const bf16 *panel, int64_t k, int more, Way way, float *out) {
+    static const float ones[WIDTH] = {[0 ... WIDTH - 1] = 1};
     if (way == TILES) {
-        product_in_tiles(x, r, panel, k, 0, scales != 0, out);
+        product_in_tiles(x, r, panel, k, 0, more, out);
         return;
     }
-    const Part part = {(const uint8_t *)panel, 0, k, scales, (const uint8_t *)panel, 0, 0};
+    const Part part = {(const uint8_t *)panel, 0, k, more ? ones : 0, (const uint8_t *)panel, 0, 0};
     product(x, r, &part, way, 1, out);
 }
 
@@ -1666,8 +1667,7 @@ void mla_prefill(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, cons
         float *summed = (float *)((char *)keys + m.keys);
         char *queries = (char *)summed + m.summed;
         float *sums = (float *)(queries + m.queries), *scores = (float *)((char *)sums + m.sums);
-        float *chosen = scores + ROWS * BLOCK_KEYS, ones[WIDTH];
-        for (int i = 0; i < WIDTH; i++) ones[i] = 1;
+        float *chosen = scores + ROWS * BLOCK_KEYS;
         memset(values, 0, BLOCK_KEYS * m.values * sizeof(bf16)); /* what fills them up is no NaN */
 #pragma omp for schedule(static)
         for (int64_t p = 0; p < in_wholes(length, WIDTH); p++) {
@@ -1733,7 +1733,7 @@ void mla_prefill(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, cons
                             *(vf *)(acc + (v / WIDTH * count + i) * WIDTH + v % WIDTH) *= kept;
                     }
                     for (int64_t v = 0; v < m.values; v += WIDTH)
-                        by_panel(chosen, count, values + v * BLOCK_KEYS, used * WIDTH, ones, way, acc + v * count);
+                        by_panel(chosen, count, values + v * BLOCK_KEYS, used * WIDTH, 1, way, acc + v * count);
                 }
             }
             for (int64_t b = b0; b < b1; b++) {
