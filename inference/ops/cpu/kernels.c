@@ -399,12 +399,12 @@ INLINE void widen_lines(int form, const uint8_t *from, const Zeros *zeros, vu *l
     else widen_int4(form, from, zeros, lines);
 }
 
-/* Part of a weight, k of some panels, as lines of bfloat16, `stride` bytes from a panel to the next; scales (panels,
- * WIDTH), or none; and from where on memory is fetched meanwhile, so many bytes a k, and to the next panel. */
+/* k of some panels of bfloat16, `stride` bytes from a panel to the next; whether their product is added to what there is;
+ * and from where on memory is fetched meanwhile, so many bytes a k, and to the next panel. */
 typedef struct {
     const uint8_t *lines;
     int64_t stride, k;
-    const float *scales;
+    int more;
     const uint8_t *ahead;
     int64_t ahead_step, ahead_stride;
 } Part;
@@ -450,14 +450,17 @@ INLINE void multiply_int8(const float *x, const uint8_t *from, int r, int p, vf 
     multiply_floats(x + r, float_of_int8(from + LANES), float_of_int8(from + 3 * LANES), r, p, low, high);
 }
 
-/* r rows of x, interleaved, by p panels: sums to out (r, p * WIDTH), or, with scales, these times the sums added there.
- * way, r and p are constants where it is used. */
+/* r rows of x, interleaved, by p panels: sums to out (r, p * WIDTH), or added there. way, r and p are constants where it
+ * is used. */
 INLINE void product_of(const float *x, const Part *w, Way way, int r, int p, float *out) {
     vf low[ROWS], high[ROWS];
     const int pair = way == PAIRS ? r : 2 * r; /* numbers of x */
     const int64_t k = w->k, stride = w->stride, of_panel = w->ahead_stride, of_step = w->ahead_step * 2;
     const uint8_t *from = w->lines, *ahead = w->ahead;
-    for (int i = 0; i < r * p; i++) low[i] = high[i] = (vf){0};
+    for (int i = 0; i < r * p; i++) {
+        low[i] = w->more ? *(vf *)(out + i * WIDTH) : (vf){0};
+        high[i] = w->more ? *(vf *)(out + i * WIDTH + LANES) : (vf){0};
+    }
     for (int64_t j = 0; j < k; j += 2, x += pair, from += panel_bytes(BF16, 2), ahead += of_step)
 #pragma GCC unroll 4
         for (int q = 0; q < p; q++) {
@@ -466,14 +469,7 @@ INLINE void product_of(const float *x, const Part *w, Way way, int r, int p, flo
             if (LANES == 16 && p > 1) __builtin_prefetch(ahead + q * of_panel + 64);
             multiply_lines(x, *(const vu *)lines, *(const vu *)(lines + 2 * WIDTH), way, r, p, low + q, high + q);
         }
-    for (int i = 0; i < r * p; i++, out += WIDTH) {
-        if (w->scales) {
-            low[i] = *(vf *)out + low[i] * *(const vf *)(w->scales + i % p * WIDTH);
-            high[i] = *(vf *)(out + LANES) + high[i] * *(const vf *)(w->scales + i % p * WIDTH + LANES);
-        }
-        *(vf *)out = low[i];
-        *(vf *)(out + LANES) = high[i];
-    }
+    for (int i = 0; i < r * p; i++, out += WIDTH) *(vf *)out = low[i], *(vf *)(out + LANES) = high[i];
 }
 
 /* Panels that r rows take at once: few rows need several, or a sum waits for the one before and memory for both. */
@@ -509,9 +505,68 @@ APART product(const float *x, int r, const Part *w, Way way, int p, float *out) 
 #undef CASE
 }
 
+/* k of a panel as lines of floats, or of bfloat16 for PAIRS, that blocks of rows take from a cache; each `block` k have
+ * their scales (blocks, WIDTH). Memory is fetched meanwhile, so many bytes a k. */
+typedef struct {
+    const void *lines;
+    int64_t k, block;
+    const float *scales;
+    const uint8_t *ahead;
+    int64_t ahead_step;
+} Chunk;
+
+/* r rows of x, interleaved, by a chunk: each block's sums times its scales, added to out (r, WIDTH). way and r are constants
+ * where it is used. */
+INLINE void chunk_of(const float *x, const Chunk *w, Way way, int r, float *out) {
+    const int pair = way == PAIRS ? r : 2 * r; /* numbers of x */
+    const int64_t of_step = w->ahead_step * 2;
+    const float *scales = w->scales;
+    const vf *lines = (const vf *)w->lines;
+    const uint8_t *ahead = w->ahead;
+    for (int64_t at = 0; at < w->k; at += w->block, scales += WIDTH) {
+        vf low[ROWS], high[ROWS];
+        for (int i = 0; i < r; i++) low[i] = high[i] = (vf){0};
+        for (int64_t j = 0; j < least(w->block, w->k - at); j += 2, x += pair, ahead += of_step) {
+            __builtin_prefetch(ahead);
+            if (way == PAIRS) {
+                multiply_lines(x, (vu)lines[0], (vu)lines[1], way, r, 1, low, high);
+                lines += 2;
+                continue;
+            }
+            multiply_floats(x, lines[0], lines[1], r, 1, low, high);
+            multiply_floats(x + r, lines[2], lines[3], r, 1, low, high);
+            lines += 4;
+        }
+        for (int i = 0; i < r; i++) {
+            *(vf *)(out + i * WIDTH) += low[i] * *(const vf *)scales;
+            *(vf *)(out + i * WIDTH + LANES) += high[i] * *(const vf *)(scales + LANES);
+        }
+    }
+}
+
+/* The same of any way and number of rows. */
+APART multiply_chunk(const float *x, int r, const Chunk *w, Way way, float *out) {
+    (void)way;
+#define CASE(r, way) case r: chunk_of(x, w, way, r, out); return;
+#define CASES(way) CASE(1, way) CASE(2, way) CASE(3, way) CASE(4, way) CASE(5, way) CASE(6, way)
+#define MORE(way) CASE(7, way) CASE(8, way) CASE(9, way) CASE(10, way) CASE(11, way) CASE(12, way)
+#ifdef __AVX512BF16__
+    if (way == PAIRS) switch (r) { CASES(PAIRS) MORE(PAIRS) }
+#endif
+#ifdef __AVX512F__
+    switch (r) { CASES(FLOATS) MORE(FLOATS) }
+#else
+    switch (r) { CASES(FLOATS) }
+#endif
+#undef MORE
+#undef CASES
+#undef CASE
+}
+
 enum {
-    CHUNK = 128, /* k of a panel that are multiplied, or widened, together, at most */
-    BLOCKS = 8,  /* of rows, that what a chunk was widened to serves */
+    CHUNK = 4096 / WIDTH, /* k of a panel that are multiplied, or widened, together, at most: 16 KiB as floats */
+    CHUNK_BLOCKS = CHUNK / 32, /* of scales, that a chunk may have, at most */
+    BLOCKS = 16, /* of rows, that what a chunk was widened to serves */
     STREAMED = LANES == 16 ? 3 : 4, /* rows that take panels of 8 or 4 bits as they lie, at most: more widen them first */
 };
 
@@ -669,6 +724,20 @@ INLINE void my_share(int64_t n, int64_t *begin, int64_t *end) {
     *end = n * (me + 1) / all;
 }
 
+enum { TAKEN = 2 /* panels that a thread takes at a time where rows are many */ };
+
+/* Whether there are panels of n that this thread has to multiply so many rows by: [*begin, *end), both 0 at first. Of few
+ * rows, which wait for memory, it is the same share each time, and near where a thread has its own; else the next ones,
+ * so that none waits for a slower one. */
+INLINE int take_panels(int64_t n, int64_t rows, int64_t *next, int64_t *begin, int64_t *end) {
+    if (rows > 2 * ROWS) {
+        *begin = __atomic_fetch_add(next, TAKEN, __ATOMIC_RELAXED);
+        *end = least(*begin + TAKEN, n);
+    } else if (*end == 0) my_share(n, begin, end);
+    else return 0;
+    return *begin < *end;
+}
+
 INLINE void narrow_row(const float *x, int64_t n, bf16 *y) {
     int64_t j = 0;
     for (; j + LANES <= n; j += LANES) narrow_v(*(const vf *)(x + j), y + j);
@@ -697,14 +766,19 @@ static void store_rows(const float *sums, int64_t first, int64_t r, int64_t widt
     }
 }
 
-/* k lines of a panel to lines of bfloat16. Memory so far behind is fetched meanwhile. */
-static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *zeros, int64_t ahead, bf16 *lines) {
-#define LINES(form, step)                                                               \
-    for (int64_t j = 0; j < k; j += step, from += 2 * WIDTH, lines += step * WIDTH) { \
-        vu out[4];                                                                      \
-        __builtin_prefetch(from + ahead);                                               \
-        widen_lines(form, from, zeros, out);                                            \
-        memcpy(lines, out, step * WIDTH * sizeof(bf16));                                \
+/* k lines of a panel to lines of floats, or of bfloat16 for another way. Memory so far behind is fetched meanwhile. */
+static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *zeros, int64_t ahead, Way way, vu *lines) {
+#define LINES(form, step)                                                          \
+    for (int64_t j = 0; j < k; j += step, from += 2 * WIDTH) {                     \
+        vu out[4];                                                                 \
+        __builtin_prefetch(from + ahead);                                          \
+        widen_lines(form, from, zeros, out);                                       \
+        for (int i = 0; i < step; i++)                                             \
+            if (way != FLOATS) *lines++ = out[i];                                  \
+        for (int i = 0; i < step && way == FLOATS; i += 2) {                       \
+            *lines++ = out[i] << 16, *lines++ = out[i + 1] << 16;                  \
+            *lines++ = out[i] & 0xffff0000u, *lines++ = out[i + 1] & 0xffff0000u;  \
+        }                                                                          \
     }
     if (form == FP8) LINES(FP8, 2)
     else if (form == INT8) LINES(INT8, 2)
@@ -713,38 +787,40 @@ static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *z
 #undef LINES
 }
 
-/* How many k from k0 on are widened together: a chunk, of one block of scales. */
-INLINE int64_t chunk_from(const Matrix *w, int64_t k0) {
-    return least(least(CHUNK, w->block - k0 % w->block), even(w->k) - k0);
+/* A chunk of panel p from k0 on, the start of a block or of a part of one: its lines, and the scales of its blocks. */
+INLINE Chunk widen_chunk(const Matrix *w, int64_t p, int64_t k0, int64_t ahead, Way way, void *lines, float *scales) {
+    const int64_t k = even(w->k), blocks = in_wholes(w->k, w->block), several = least(CHUNK / w->block, CHUNK_BLOCKS);
+    const int64_t n = least(several > 1 ? several * w->block : least(CHUNK, w->block - k0 % w->block), k - k0);
+    const int64_t line = WIDTH * (way == FLOATS ? sizeof(float) : sizeof(bf16));
+    const uint8_t *from = (const uint8_t *)w->data + p * panel_bytes(w->form, k) + k0 * panel_bytes(w->form, 1);
+    for (int64_t j = 0; j < n; j += w->block) {
+        const int64_t at = (k0 + j) / w->block;
+        float *own = scales + j / w->block * WIDTH;
+        Zeros zeros;
+        if (w->zeros) zeros_of(w->zeros + (p * blocks + at) * WIDTH, &zeros);
+        widen_panel(with_zeros(w), from + panel_bytes(w->form, j), least(w->block, n - j), &zeros, ahead, way,
+                    (vu *)((char *)lines + j * line));
+        for (int i = 0; i < 2; i++) *(vf *)(own + i * LANES) = scales_v(w, p, at, blocks, i);
+    }
+    return (Chunk){lines, n, w->block, scales, 0, 0};
 }
 
-/* n k of panel p from k0 on, a chunk, as lines of bfloat16, and their scales (WIDTH). */
-INLINE void widen_chunk(const Matrix *w, int64_t p, int64_t k0, int64_t n, int64_t ahead, bf16 *lines, float *scales) {
-    const int64_t blocks = in_wholes(w->k, w->block), at = k0 / w->block;
-    const uint8_t *from = (const uint8_t *)w->data + p * panel_bytes(w->form, even(w->k)) + k0 * panel_bytes(w->form, 1);
-    Zeros zeros;
-    if (w->zeros) zeros_of(w->zeros + (p * blocks + at) * WIDTH, &zeros);
-    widen_panel(with_zeros(w), from, n, &zeros, ahead, lines);
-    for (int i = 0; i < 2; i++) *(vf *)(scales + i * LANES) = scales_v(w, p, at, blocks, i);
-}
-
-/* Rows of x, interleaved in blocks, by w: this thread's share of the columns. */
-static void multiply(const void *x, int64_t rows, const Matrix *w, Way way, Target to) {
+/* Rows of x, interleaved in blocks, by the panels [begin, end) of w. */
+static void multiply(const void *x, int64_t rows, const Matrix *w, int64_t begin, int64_t end, Way way, Target to) {
     const int64_t k = even(w->k), blocks = blocks_of(rows), of_k = panel_bytes(w->form, 1), size = panel_bytes(w->form, k);
-    const int is_plain = w->form == BF16, streams = !is_plain && rows <= STREAMED;
-    int64_t begin, end, p;
-    my_share(in_wholes(w->n, WIDTH), &begin, &end);
-    for (; rows && begin < end; begin += p) {
-        p = streams ? least(panels_streamed(rows), end - begin) : panels_at_once(in_wholes(rows, blocks), end - begin);
+    const int is_plain = w->form == BF16, streams = !is_plain && rows <= STREAMED, widens = !is_plain && !streams;
+    for (int64_t p; rows && begin < end; begin += p) {
+        p = streams    ? least(panels_streamed(rows), end - begin)
+            : is_plain ? panels_at_once(in_wholes(rows, blocks), end - begin)
+                       : 1;
         const int64_t column = begin * WIDTH, width = least(p * WIDTH, w->n - column);
         const int64_t line = (streams ? panels_streamed(rows) : p) * WIDTH; /* of sums */
         const uint8_t *own = (const uint8_t *)w->data + begin * size;
         for (int64_t b0 = 0; b0 < blocks; b0 += BLOCKS) {
-            bf16 widened[2 * CHUNK * WIDTH] __attribute__((aligned(64)));
-            float scales[2 * WIDTH], sums[BLOCKS * ROWS * WIDTH] __attribute__((aligned(64)));
+            float lines[CHUNK * WIDTH] __attribute__((aligned(64))), scales[CHUNK_BLOCKS * WIDTH];
+            float sums[BLOCKS * ROWS * WIDTH] __attribute__((aligned(64)));
             const int64_t b1 = least(b0 + BLOCKS, blocks), row = block_start(rows, b0);
             if (streams) stream(x, rows, w, begin, p, way, sums);
-            else if (!is_plain) memset(sums, 0, (block_start(rows, b1) - row) * line * sizeof(float));
             for (int64_t b = b0; b < b1 && is_plain; b++) {
                 const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
                 const float *from = (const float *)((const char *)x + first * k * bytes_of(way));
@@ -752,18 +828,17 @@ static void multiply(const void *x, int64_t rows, const Matrix *w, Way way, Targ
                 const Part part = {own, size, k, 0, blocks > 1 ? next : own + AHEAD * 2 * WIDTH, in_wholes(of_k, blocks), size};
                 product(from, r, &part, way, p, sums + (first - row) * line);
             }
-            for (int64_t k0 = 0, n; k0 < k && !is_plain && !streams; k0 += n) {
-                n = chunk_from(w, k0);
-                for (int q = 0; q < p; q++)
-                    widen_chunk(w, begin + q, k0, n, 0, widened + q * n * WIDTH, scales + q * WIDTH);
+            if (widens) memset(sums, 0, (block_start(rows, b1) - row) * line * sizeof(float));
+            for (int64_t k0 = 0, n; k0 < k && widens; k0 += n) {
+                Chunk chunk = widen_chunk(w, begin, k0, 0, way, lines, scales);
+                n = chunk.k;
+                chunk.ahead_step = in_wholes(of_k, b1 - b0);
                 for (int64_t b = b0; b < b1; b++) {
                     const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
                     const int64_t soon = b1 - b0 > 1 ? 0 : AHEAD * 2 * WIDTH; /* one block takes less than memory */
-                    const uint8_t *next = own + (k0 + n) * of_k + (b - b0) * (n * of_k / (b1 - b0)) + soon;
-                    const Part part = {(const uint8_t *)widened, n * WIDTH * sizeof(bf16), n, scales, next,
-                                       in_wholes(of_k, b1 - b0), size};
                     const char *from = (const char *)x + (first * k + k0 * r) * bytes_of(way);
-                    product((const float *)from, r, &part, way, p, sums + (first - row) * line);
+                    chunk.ahead = own + (k0 + n) * of_k + (b - b0) * (n * of_k / (b1 - b0)) + soon;
+                    multiply_chunk((const float *)from, r, &chunk, way, sums + (first - row) * line);
                 }
             }
             for (int64_t b = b0; b < b1; b++) {
@@ -860,35 +935,37 @@ INLINE void product_in_tiles(const bf16 *x, int64_t r, const bf16 *w, int64_t k,
 }
 
 /* As multiply, of rows in tiles. A panel of 8 or 4 bits is widened a chunk at a time, for ROWS_WIDENED rows. */
-static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, Target to) {
+static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, int64_t begin, int64_t end, Target to) {
     enum { ROWS_WIDENED = 8 * 2 * TILE };
     const int is_plain = w->form == BF16;
     const int64_t k = w->k;
-    int64_t begin, end;
-    my_share(in_wholes(w->n, WIDTH), &begin, &end);
     for (; begin < end; begin++)
         for (int64_t row = 0; row < rows; row += ROWS_WIDENED) {
             bf16 widened[CHUNK * WIDTH] __attribute__((aligned(64)));
-            float scales[WIDTH], part[2 * TILE * WIDTH] __attribute__((aligned(64)));
+            float scales[CHUNK_BLOCKS * WIDTH], part[2 * TILE * WIDTH] __attribute__((aligned(64)));
             float sums[ROWS_WIDENED * WIDTH] __attribute__((aligned(64)));
             const int64_t last = least(row + ROWS_WIDENED, rows), column = begin * WIDTH;
             for (int64_t k0 = 0, n; k0 < k; k0 += n) {
                 const bf16 *lines = is_plain ? (const bf16 *)w->data + begin * k * WIDTH : widened;
-                n = is_plain ? k : chunk_from(w, k0);
-                if (!is_plain) widen_chunk(w, begin, k0, n, row ? 0 : AHEAD * 2 * WIDTH, widened, scales);
-                for (int64_t first = row; first < last; first += 2 * TILE) {
-                    const int64_t r = least(2 * TILE, rows - first);
-                    float *sum = sums + (first - row) * WIDTH;
-                    product_in_tiles(x + first * k + k0 * r, r, lines, n, is_plain && first == 0, 0, is_plain ? sum : part);
-                    for (int64_t i = 0; i < r * WIDTH && !is_plain; i += LANES) {
-                        const vf before = k0 ? *(vf *)(sum + i) : (vf){0};
-                        *(vf *)(sum + i) = before + *(vf *)(part + i) * *(vf *)(scales + i % WIDTH);
+                Chunk chunk = {.k = k, .block = k};
+                if (!is_plain)
+                    chunk = widen_chunk(w, begin, k0, row ? 0 : AHEAD * 2 * WIDTH, TILES, widened, scales);
+                n = chunk.k;
+                for (int64_t first = row; first < last; first += 2 * TILE)
+                    for (int64_t at = 0; at < n; at += chunk.block) {
+                        const int64_t r = least(2 * TILE, rows - first), of_block = least(chunk.block, n - at);
+                        float *sum = sums + (first - row) * WIDTH;
+                        product_in_tiles(x + first * k + (k0 + at) * r, r, lines + at * WIDTH, of_block,
+                                         is_plain && first == 0, 0, is_plain ? sum : part);
+                        for (int64_t i = 0; i < r * WIDTH && !is_plain; i += LANES) {
+                            const vf before = k0 + at ? *(vf *)(sum + i) : (vf){0};
+                            const float *own = scales + at / chunk.block * WIDTH;
+                            *(vf *)(sum + i) = before + *(vf *)(part + i) * *(vf *)(own + i % WIDTH);
+                        }
                     }
-                }
             }
             store_rows(sums, row, last - row, least(WIDTH, w->n - column), WIDTH, column, to);
         }
-    release_tiles();
 }
 #else
 enum { granted = 0 };
@@ -897,8 +974,8 @@ static void release_tiles(void) {}
 INLINE void product_in_tiles(const bf16 *x, int64_t r, const bf16 *w, int64_t k, int fresh, int more, float *out) {
     (void)x, (void)r, (void)w, (void)k, (void)fresh, (void)more, (void)out;
 }
-static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, Target to) {
-    (void)x, (void)rows, (void)w, (void)to;
+static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, int64_t begin, int64_t end, Target to) {
+    (void)x, (void)rows, (void)w, (void)begin, (void)end, (void)to;
 }
 #endif
 
@@ -925,33 +1002,37 @@ void linear(const void *x, int x_float, int64_t t, int64_t stride, const Matrix 
             float *scratch, int64_t chunk, int units, int threads) {
     const int64_t n = w->n, k = w->k, size = even(k);
     const Way way = units && !x_float ? way_of(t, w) : FLOATS;
+    int64_t next[2] = {0, 0}; /* panel, of this chunk and of the one after it */
 #pragma omp parallel num_threads(threads)
-    for (int64_t t0 = 0; t0 < t; t0 += chunk) {
+    for (int64_t t0 = 0, turn = 0; t0 < t; t0 += chunk, turn = !turn) {
         const int64_t rows = least(chunk, t - t0);
+        const int is_ready = way == PAIRS && rows == 1 && k == size; /* one row's pairs lie so already */
+        const void *from = is_ready ? (const bf16 *)x + t0 * stride : (const void *)scratch;
         char *at = (char *)y + t0 * n * (y_float ? sizeof(float) : sizeof(bf16));
         const Target to = {y_float ? STORED : ROUNDED, at, n, 0, 0};
+        int64_t begin = 0, end = 0;
         if (t0) {
 #pragma omp barrier
         }
-        if (way == TILES) {
+        if (!is_ready) {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < rows; i++)
-                put_in_tiles((const bf16 *)x + (t0 + i) * stride, k, i, rows, (bf16 *)scratch);
-            multiply_in_tiles((const bf16 *)scratch, rows, w, to);
-            continue;
+            for (int64_t i = 0; i < rows; i++) {
+                if (way == TILES) {
+                    put_in_tiles((const bf16 *)x + (t0 + i) * stride, k, i, rows, (bf16 *)scratch);
+                    continue;
+                }
+                int64_t b = i * blocks_of(rows) / rows;
+                while (block_start(rows, b + 1) <= i) b++;
+                const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
+                interleave(x, x_float, t0 + i, stride, k, i - first, r, way, (char *)scratch + first * size * bytes_of(way));
+            }
         }
-        if (way == PAIRS && rows == 1 && k == size) { /* one row's pairs lie so already */
-            multiply((const bf16 *)x + t0 * stride, 1, w, way, to);
-            continue;
+        if (omp_get_thread_num() == 0) next[!turn] = 0;
+        while (take_panels(in_wholes(n, WIDTH), rows, next + turn, &begin, &end)) {
+            if (way == TILES) multiply_in_tiles((const bf16 *)from, rows, w, begin, end, to);
+            else multiply(from, rows, w, begin, end, way, to);
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i++) {
-            int64_t b = i * blocks_of(rows) / rows;
-            while (block_start(rows, b + 1) <= i) b++;
-            const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
-            interleave(x, x_float, t0 + i, stride, k, i - first, r, way, (char *)scratch + first * size * bytes_of(way));
-        }
-        multiply(scratch, rows, w, way, to);
+        release_tiles();
     }
 }
 
@@ -1011,7 +1092,7 @@ INLINE Way way_of_expert(int64_t rows, const Matrix *w13, const Matrix *w2) {
  * count, and w2 (n_experts, h, inter), each expert's rows from a panel on.
  *
  * Experts go in bundles of at most `bundle` rows, or one alone that has more: rows of x, interleaved, by w13; SwiGLU,
- * times the router's weight; by w2, added up. A thread has the same columns of every expert: nobody else adds to them.
+ * times the router's weight; by w2, added up. Panels are taken for all experts of a bundle: nobody else adds to their columns.
  * With `units` an expert's rows go through those of the processor for bfloat16, with SwiGLU's result rounded.
  * scratch: (rows, even(h) + 2 half + even(inter)) floats, rows the most of a bundle, and sums (t, h) floats; numbers:
  * t * top + n_experts + 1. */
@@ -1021,6 +1102,7 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
     const int64_t inter = w2->k, two_halves = w13->n, half = two_halves / 2;
     int64_t *starts = numbers, *order = numbers + n_experts + 1;
     const int64_t size_h = even(h), size_i = even(inter);
+    int64_t next13 = 0, next2 = 0; /* panels */
     sort_by_expert(ids, t * top, first, n_experts, order, starts);
 #pragma omp parallel num_threads(threads)
     {
@@ -1051,15 +1133,18 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
                 }
             }
 #pragma omp barrier
-            for (int64_t e = e0; e < e1; e++) {
-                const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
-                const Target to = {STORED, gate_up + at * two_halves, two_halves, 0, 0};
-                const float *from = rows + at * size_h;
-                const Matrix own13 = of_stack(w13, e);
-                const Way way = units ? way_of_expert(count, w13, w2) : FLOATS;
-                if (way == TILES) multiply_in_tiles((const bf16 *)from, count, &own13, to);
-                else multiply(from, count, &own13, way, to);
-            }
+            if (omp_get_thread_num() == 0) next2 = 0;
+            for (begin = end = 0; take_panels(in_wholes(two_halves, WIDTH), t, &next13, &begin, &end);)
+                for (int64_t e = e0; e < e1; e++) {
+                    const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
+                    const Target to = {STORED, gate_up + at * two_halves, two_halves, 0, 0};
+                    const float *from = rows + at * size_h;
+                    const Matrix own13 = of_stack(w13, e);
+                    const Way way = units ? way_of_expert(count, w13, w2) : FLOATS;
+                    if (way == TILES) multiply_in_tiles((const bf16 *)from, count, &own13, begin, end, to);
+                    else multiply(from, count, &own13, begin, end, way, to);
+                }
+            release_tiles();
 #pragma omp barrier
             for (int64_t e = e0; e < e1; e++) {
                 const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
@@ -1080,15 +1165,18 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
                 }
             }
 #pragma omp barrier
-            for (int64_t e = e0; e < e1; e++) {
-                const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
-                const Target to = {ADDED, sums, h, own + at, top};
-                const float *from = middle + at * size_i;
-                const Matrix own2 = of_stack(w2, e);
-                const Way way = units ? way_of_expert(count, w13, w2) : FLOATS;
-                if (way == TILES) multiply_in_tiles((const bf16 *)from, count, &own2, to);
-                else multiply(from, count, &own2, way, to);
-            }
+            if (omp_get_thread_num() == 0) next13 = 0;
+            for (begin = end = 0; take_panels(in_wholes(h, WIDTH), t, &next2, &begin, &end);)
+                for (int64_t e = e0; e < e1; e++) {
+                    const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
+                    const Target to = {ADDED, sums, h, own + at, top};
+                    const float *from = middle + at * size_i;
+                    const Matrix own2 = of_stack(w2, e);
+                    const Way way = units ? way_of_expert(count, w13, w2) : FLOATS;
+                    if (way == TILES) multiply_in_tiles((const bf16 *)from, count, &own2, begin, end, to);
+                    else multiply(from, count, &own2, begin, end, way, to);
+                }
+            release_tiles();
         }
 #pragma omp barrier
         my_share(t, &begin, &end);
@@ -1590,12 +1678,11 @@ static void interleave_blocks(const bf16 *x, int64_t n, int64_t k, int64_t strid
 
 /* x, r <= ROWS rows interleaved, by one panel of k that is near: sums to out (r, WIDTH), or, with `more`, added there. */
 INLINE void by_panel(const void *x, int r, const bf16 *panel, int64_t k, int more, Way way, float *out) {
-    static const float ones[WIDTH] = {[0 ... WIDTH - 1] = 1};
     if (way == TILES) {
         product_in_tiles(x, r, panel, k, 0, more, out);
         return;
     }
-    const Part part = {(const uint8_t *)panel, 0, k, more ? ones : 0, (const uint8_t *)panel, 0, 0};
+    const Part part = {(const uint8_t *)panel, 0, k, more, (const uint8_t *)panel, 0, 0};
     product(x, r, &part, way, 1, out);
 }
 
