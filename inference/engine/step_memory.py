@@ -150,7 +150,7 @@ def _in_c(rank: RankSpec, tokens: int, rows: int, sequences: int, context: int, 
     parts = min(absorbed * -(-context // SPLIT), max(absorbed, PART_ROWS) + PART_ROWS * (sequences - 1))
     wide = -(-c // COLUMNS) * COLUMNS
     by_mla = b * absorbed * (4 * args.latent_dim + dv) + 4 * parts * (wide + 2)
-    return max(by_mla, _expanded_in_c(rows, context, n, dn, r, c, dv) if rows > few else 0)
+    return max(by_mla, _expanded_in_c(rows, context, n, dn, r, c, dv) if rows > kernels.ABSORBED_ROWS else 0)
 
 
 def _expanded_in_c(rows: int, context: int, n: int, dn: int, r: int, c: int, dv: int) -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from core.batch import Batch
+from engine import recorded_steps
 from ops import reference
 from ops.cpu import kernels
 from ops.cpu.backend import CompiledCpuBackend
@@ -24,6 +25,7 @@ pytestmark = [
 
 if kernels.library() is None:
     pytest.skip("no C compiler, or other threads than GNU OpenMP's", allow_module_level=True)
+
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
@@ -64,7 +66,9 @@ def test_linear_in_tiles(n, k, rows, vectors, monkeypatch):
     y = kernels.linear(x, packed, torch.float32, units=True)
     assert y.shape == (rows, n) and ((y - expected).abs() <= 1e-6 * magnitude).all()
     assert torch.equal(kernels.linear(x, packed, torch.bfloat16, units=True), y.bfloat16())
-    assert torch.equal(kernels.linear(x.float(), packed, torch.float32, units=True), plain := kernels.linear(x, packed, torch.float32))
+    assert torch.equal(
+        kernels.linear(x.float(), packed, torch.float32, units=True), plain := kernels.linear(x, packed, torch.float32)
+    )
     assert torch.equal(kernels.linear(x[:3], packed, torch.float32, units=True), plain[:3])
     monkeypatch.setattr(kernels, "TILE_CHUNK_BYTES", 1)
     assert kernels.tile_chunk_rows(k) == 96
@@ -452,6 +456,24 @@ def test_mla_prefill(lengths, new, sizes, units):
     """Less than a panel of keys, some and several blocks of them, with keys before the rows and without."""
     inputs, expected = problem(lengths, new, **sizes)
     assert relative_error(expand(inputs, units=units), expected) < 4.5e-3  # keys and values are rounded as well
+
+
+@pytest.mark.parametrize(
+    "rows, keys, absorbed", [(46, 64, True), (47, 64, False), (64, 64, False), (64, 512, True), (16, 16, True)]
+)
+def test_the_form_that_multiplies_less(rows, keys, absorbed):
+    """Counted for DeepSeek-V3's sizes: what is done for each row, for each key, and for each of both."""
+    assert (rows <= kernels.absorbed_rows(170, keys)) == absorbed
+    c, r, dn, dv = 512, 64, 128, 128
+    products = {
+        True: rows * c * (dn + dv) + rows * keys * (2 * c + r),
+        False: keys * c * (dn + dv) + rows * keys * (dn + r + dv),
+    }
+    assert rows <= kernels.ABSORBED_ROWS or (products[True] <= products[False]) == absorbed
+
+
+def test_steps_that_are_recorded_are_absorbed():
+    assert all(kernels.absorbed_rows(170, keys) >= recorded_steps.ROWS for keys in (1, 2, 8, 100000))
 
 
 @pytest.mark.parametrize("units", [False, True])

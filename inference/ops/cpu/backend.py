@@ -158,7 +158,7 @@ class CompiledCpuBackend(CpuBackend):
         if self.batch_invariant or latents.dtype == torch.uint8:
             return super()._attend(q_nope, q_pe, latents, batch, w_uk, w_uv, scale)
         out = q_nope.new_empty(*q_nope.shape[:2], w_uv.shape[1])
-        most = reference.absorbed_rows(w_uk, w_uv, q_pe.shape[-1])
+        most = kernels.absorbed_rows(reference.absorbed_rows(w_uk, w_uv, q_pe.shape[-1]), batch.whole.longest_kv)
         kernels.mla(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, most, out)
         kernels.mla_prefill(q_nope, q_pe, latents, batch, w_uk, w_uv, scale, most, out, self.units)
         return out

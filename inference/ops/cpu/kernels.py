@@ -43,6 +43,7 @@ NATIVE = ("-march=native", "-mcpu=native", "")  # some compilers for ARM know th
 CHUNK_BYTES = 3 << 18  # of a product's float32 input, which stays in a core's cache with a panel of weights
 TILE_CHUNK_BYTES = 1 << 20  # of it in bfloat16, where the matrix unit multiplies
 BUNDLE_ROWS = 256  # rows of the experts that are computed together
+ABSORBED_ROWS = 16  # of a sequence, which attend in the latent space whatever its length: a recorded step has no more
 UNDEFINED = ("-Wl,-z,undefs",)  # OpenMP's functions, which torch has brought into the process
 COMPILER_SECONDS = 120.0  # after which a compiler, which takes two, is given up
 INSTALL = "pip install ziglang==0.17.1, apt install gcc libc6-dev, dnf install gcc or apk add gcc musl-dev brings one"
@@ -564,6 +565,12 @@ def rotary(q_pe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
 # --------------------------------------------------------------------------------------------------------------------
 # Attention
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def absorbed_rows(most: int, keys: int) -> int:
+    """Query rows up to which mla takes less time than mla_prefill, over so many keys. `most`: reference.absorbed_rows,
+    which counts what is done for each key. A row's query and result are absorbed too, as much work as expanding a key."""
+    return max(most * keys // (most + keys), ABSORBED_ROWS)
 
 
 def mla(
