@@ -819,30 +819,32 @@ static void multiply(const void *x, int64_t rows, const Matrix *w, int64_t begin
         for (int64_t b0 = 0; b0 < blocks; b0 += BLOCKS) {
             float lines[CHUNK * WIDTH] __attribute__((aligned(64))), scales[CHUNK_BLOCKS * WIDTH];
             float sums[BLOCKS * ROWS * WIDTH] __attribute__((aligned(64)));
-            const int64_t b1 = least(b0 + BLOCKS, blocks), row = block_start(rows, b0);
+            const int64_t n_blocks = least(BLOCKS, blocks - b0);
+            int64_t starts[BLOCKS + 1]; /* of these blocks: rows */
+            for (int64_t b = 0; b <= n_blocks; b++) starts[b] = block_start(rows, b0 + b);
+            const int64_t row = starts[0];
             if (streams) stream(x, rows, w, begin, p, way, sums);
-            for (int64_t b = b0; b < b1 && is_plain; b++) {
-                const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
+            for (int64_t b = 0; b < n_blocks && is_plain; b++) {
+                const int64_t first = starts[b], r = starts[b + 1] - first;
                 const float *from = (const float *)((const char *)x + first * k * bytes_of(way));
-                const uint8_t *next = own + size + b * (size / blocks); /* all blocks together fetch the next panel */
+                const uint8_t *next = own + size + (b0 + b) * (size / blocks); /* all blocks together fetch the next panel */
                 const Part part = {own, size, k, 0, blocks > 1 ? next : own + AHEAD * 2 * WIDTH, in_wholes(of_k, blocks), size};
                 product(from, r, &part, way, p, sums + (first - row) * line);
             }
-            if (widens) memset(sums, 0, (block_start(rows, b1) - row) * line * sizeof(float));
+            if (widens) memset(sums, 0, (starts[n_blocks] - row) * line * sizeof(float));
             for (int64_t k0 = 0, n; k0 < k && widens; k0 += n) {
                 Chunk chunk = widen_chunk(w, begin, k0, 0, way, lines, scales);
                 n = chunk.k;
-                chunk.ahead_step = in_wholes(of_k, b1 - b0);
-                for (int64_t b = b0; b < b1; b++) {
-                    const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
-                    const int64_t soon = b1 - b0 > 1 ? 0 : AHEAD * 2 * WIDTH; /* one block takes less than memory */
+                chunk.ahead_step = in_wholes(of_k, n_blocks);
+                chunk.ahead = own + (k0 + n) * of_k + (n_blocks > 1 ? 0 : AHEAD * 2 * WIDTH); /* one takes less than memory */
+                for (int64_t b = 0, share = n * of_k / n_blocks; b < n_blocks; b++, chunk.ahead += share) {
+                    const int64_t first = starts[b], r = starts[b + 1] - first;
                     const char *from = (const char *)x + (first * k + k0 * r) * bytes_of(way);
-                    chunk.ahead = own + (k0 + n) * of_k + (b - b0) * (n * of_k / (b1 - b0)) + soon;
                     multiply_chunk((const float *)from, r, &chunk, way, sums + (first - row) * line);
                 }
             }
-            for (int64_t b = b0; b < b1; b++) {
-                const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
+            for (int64_t b = 0; b < n_blocks; b++) {
+                const int64_t first = starts[b], r = starts[b + 1] - first;
                 store_rows(sums + (first - row) * line, first, r, width, line, column, to);
             }
         }
