@@ -217,6 +217,9 @@ def main() -> None:
         parser.error("--llama-bench and --gguf go together")
     if args.threads:
         torch.set_num_threads(args.threads)
+    places = {args.checkpoint: "DIR", str(args.peers): "PEERS", args.llama_bench: "llama-bench", args.gguf: "DIR.gguf"}
+    words = [places.get(word, word) for word in sys.argv[1:]]  # for others, who have these elsewhere
+    command = shlex.join(["python", "benchmarks/bench_cpu.py", *words])
     if args.compiled:
         from torch import _dynamo, _inductor
 
@@ -233,8 +236,6 @@ def main() -> None:
         paths = {form: find_form(Path(args.checkpoint), form) for form in args.forms}
         kernels.library()  # compiled now, and not while somebody is timed
         threads = torch.get_num_threads()
-        words = [{args.checkpoint: "DIR", str(args.peers): "PEERS"}.get(word, word) for word in sys.argv[1:]]
-        command = shlex.join(["python", "benchmarks/bench_cpu.py", *words])
         forms.measure(
             paths, args.peers, args.turns, threads, save=lambda found: report.save(args.output, found, command)
         )
@@ -287,7 +288,7 @@ def main() -> None:
             (f"decode at {LONG} context", 4, 3, deep),
         ):
             rows.append(compare(name, tokens, turns, sides))
-            report.save(args.output, {"parameters": ours.parameters, **settings, "rows": rows})
+            report.save(args.output, {"parameters": ours.parameters, **settings, "rows": rows}, command)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,11 @@ from lib.machine import machine
 Kind = Literal["measured", "counted", "compiled", "simulated", "predicted"]
 
 
+def _from_here(word: str) -> str:
+    """A path below the current directory, as others have it; anything else as it is."""
+    return os.path.relpath(word) if os.path.isabs(word) and Path(word).is_relative_to(Path.cwd()) else word
+
+
 def save(path: str | None, results: Any, command: str | None = None, kind: Kind = "measured") -> None:
     """Writes the results as JSON with machine, date, kind and command (this process's, if none is given); nothing when
     no path is given."""
@@ -20,7 +25,7 @@ def save(path: str | None, results: Any, command: str | None = None, kind: Kind 
         return
     record = {
         "date": datetime.date.today().isoformat(),
-        "command": command or shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": command or shlex.join(["python", *(_from_here(word) for word in sys.argv)]),
         "kind": kind,
         "machine": machine(),
         "results": results,

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import runpy
+import shlex
 import statistics
 from argparse import Namespace
 from pathlib import Path
@@ -50,6 +51,18 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return json.loads(path.read_text())["results"] if path.exists() else None, capsys.readouterr().out, code
 
     return call
+
+
+def test_commands_are_those_of_any_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path of this project is given as from its root; no record has another machine's."""
+    made, out = tmp_path / "made.json", str(tables.ROOT / "out.json")
+    monkeypatch.chdir(tables.ROOT)
+    monkeypatch.setattr("sys.argv", [str(tables.ROOT / "benchmarks/bench.py"), "--turns", "2", "--output", out])
+    report.save(str(made), {})
+    assert json.loads(made.read_text())["command"] == "python benchmarks/bench.py --turns 2 --output out.json"
+    for path in sorted((tables.ROOT / "benchmarks/results").glob("*.json")):
+        words = shlex.split(json.loads(path.read_text())["command"])
+        assert not [word for word in words if word.startswith("/")], path.name
 
 
 def test_every_kernel_bench_runs_without_a_gpu(run: Any, tmp_path: Path) -> None:
