@@ -298,7 +298,7 @@ def main() -> int:
         by_clang = kernel_cpu.load(kernel_cpu.build(command, kernel_cpu.FLAGS))
     torch.manual_seed(0)
     found: dict[str, Any] = {"threads": torch.get_num_threads(), "read_gb_s": memory_read(args.turns, BYTES)}
-    found["peak_gflops"] = peak(args.turns)
+    found["peak_gflops"] = peak(args.turns)  # both again at the end: a machine that others use has slow moments
     print(f"memory is read at {found['read_gb_s']:.1f} GB/s, torch multiplies at {found['peak_gflops']:.0f} GFLOPS, "
           f"{found['threads']} threads", flush=True)  # fmt: skip
     found["rows"] = []
@@ -307,6 +307,8 @@ def main() -> int:
     if not args.clang:
         found["rows"] += forms(*FORM_SHAPE, args.turns)
     found["rows"] += experts(args.turns) + attention(args.turns) + prompts(args.turns)
+    found["read_gb_s"] = max(found["read_gb_s"], memory_read(args.turns, BYTES))
+    found["peak_gflops"] = max(found["peak_gflops"], peak(args.turns))
     report.save(args.output, found)
     return 0
 

@@ -4,8 +4,8 @@
 
 A point is a case of kernel_cpu.py: operations a byte of weights (or latents) that the case reads, and operations a
 second. The lines are what memory and processor give: the speed at which torch sums memory times operations a byte, and
-the record's `peak_gflops`. A record without it has the fastest product in it, by any side, instead, and the picture
-says so. Cases in several forms of weights are not drawn.
+the fastest product of the record, be it torch's in cache (`peak_gflops`) or any side's of a case; the picture says
+whose. Cases in several forms of weights are not drawn.
 """
 
 from pathlib import Path
@@ -27,12 +27,10 @@ def kind_of(name: str) -> str:
 
 def peak(results: dict[str, Any]) -> tuple[float, str]:
     """GFLOP/s that the processor gives, and how that is known."""
-    if "peak_gflops" in results:
-        return results["peak_gflops"], "peak, torch's product in cache"
-    fastest = {side: max(row[side]["gflops"] for row in results["rows"] if side in row) for side in ("ours", *OTHERS)
-               if any(side in row for row in results["rows"])}  # fmt: skip
-    side = max(fastest, key=lambda name: fastest[name])
-    return fastest[side], f"the fastest product of all, {'this engine' if side == 'ours' else side}"
+    names = {side: "this engine" if side == "ours" else side for side in ("ours", *OTHERS)}
+    of_cases = [(row[side]["gflops"], name) for row in results["rows"] for side, name in names.items() if side in row]
+    most, who = max([*of_cases, (results.get("peak_gflops", 0), "torch in cache")])
+    return most, f"the fastest product of all, {who}"
 
 
 def draw(record: dict[str, Any], target: Path, source: str = "") -> None:
