@@ -9,8 +9,9 @@
  * the other rows, except where tiles multiply.
  *
  * A weight of 8 or 4 bits lies in the same panels, and becomes lines of bfloat16, which hold every value of it: for few
- * rows in registers, otherwise a chunk of a panel at a time, in the nearest cache, for all rows that are multiplied. The
- * sums of a chunk are scaled and added up, as reference.w8a16_gemm and w4a16_gemm have it.
+ * rows in registers, otherwise a chunk of a panel at a time, in the nearest cache, for all rows that are multiplied; as
+ * floats there, unless pairs or tiles multiply. The sums of a group, or of a chunk of it, are scaled and added up, as
+ * reference.w8a16_gemm and w4a16_gemm have it.
  *
  * Shapes as in model.py. `threads` are those of torch, whose OpenMP library this one shares.
  */
