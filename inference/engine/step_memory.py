@@ -144,7 +144,7 @@ def _in_c(rank: RankSpec, tokens: int, rows: int, sequences: int, context: int, 
     """ops/cpu/kernels.c, which reads latents in their pages: what mla takes for few rows of a sequence, or mla_prefill
     for many. mla joins the results of parts of SPLIT keys or more, PART_ROWS of a sequence or one of each row; a thread
     has THREAD_ROWS."""
-    args, b, few = rank.args, rank.num.dtype.itemsize, _absorbed_rows(rank.args)
+    args, b, few = rank.args, rank.num.dtype.itemsize, max(_absorbed_rows(rank.args), kernels.ABSORBED_ROWS)
     dn, r, c, dv = args.qk_nope_head_dim, args.qk_rope_head_dim, args.kv_lora_rank, args.v_head_dim
     absorbed = n * min(tokens, few * sequences) + LANES * sequences + THREAD_ROWS * torch.get_num_threads()
     parts = min(absorbed * -(-context // SPLIT), max(absorbed, PART_ROWS) + PART_ROWS * (sequences - 1))

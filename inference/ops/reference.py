@@ -365,6 +365,7 @@ def combine(
 # Multi-head latent attention (V2 report, section 2.1; V3 report, section 2.1.1)
 # --------------------------------------------------------------------------------------------------------------------
 
+ALWAYS = 1 << 30  # query rows: more than any sequence has
 KEY_TILE = 512  # keys whose scores exist at one time; bounds memory at any context length
 SCORE_TILE = 1 << 24  # scores in flight, so query rows x heads x keys
 
@@ -437,7 +438,7 @@ def absorbed_rows(w_uk: torch.Tensor, w_uv: torch.Tensor, rope: int) -> int:
     multiplications a row against dn + R + dv, but saves expanding the key and value, C(dn + dv)."""
     dn, dv, c = w_uk.shape[1], w_uv.shape[1], w_uk.shape[2]
     saved = (2 * c + rope) - (dn + rope + dv)
-    return c * (dn + dv) // saved if saved > 0 else 1 << 30
+    return c * (dn + dv) // saved if saved > 0 else ALWAYS
 
 
 def gather(

@@ -280,6 +280,7 @@ SIZES = {
 }  # fmt: skip
 FLOAT32, PACKED = Numerics(torch.float32), Numerics(fp8_latents=True)
 THIN = {"n_heads": 128, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+SHORT = {"n_heads": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 ROUTED = {"n_heads": 1, "inter_dim": 512, "moe_inter_dim": 2048, "n_shared_experts": 0}
 STEPS = {  # what differs from SIZES; numerics, sequences, new tokens of each, context, drafts, ranks, and lanes
     "attention expanded": ({}, Numerics(), 1, 512, 512, 0, 1),
@@ -294,6 +295,7 @@ STEPS = {  # what differs from SIZES; numerics, sequences, new tokens of each, c
     "logits": ({"vocab_size": 65536}, FLOAT32, 1, 256, 256, 0, 1),
     "logits over ranks": ({"vocab_size": 65536}, FLOAT32, 1, 256, 256, 0, 4),
     "several absorbed": ({}, Numerics(), 8, 31, 2048, 0, 1),
+    "short heads absorbed": (SHORT, Numerics(), 8, 16, 2048, 0, 1),
     "decoding": ({}, FLOAT32, 8, 1, 4096, 0, 1),
     "decoding FP8 latents": ({}, PACKED, 8, 1, 4096, 0, 1),
     "sampling": ({"vocab_size": 65536}, FLOAT32, 8, 1, 64, 0, 1),
@@ -323,7 +325,8 @@ def test_a_step_never_takes_more_than_its_bound(step, side):
     args = ModelArgs(**SIZES | changes)
     rank = RankSpec(args, numerics, ranks, side == "GPU", drafts > 0, side == "another device", lanes)
     w_uk, w_uv = (torch.empty(1, n, args.kv_lora_rank) for n in (args.qk_nope_head_dim, args.v_head_dim))
-    fewer = (DECODE_ROWS, reference.absorbed_rows(w_uk, w_uv, args.qk_rope_head_dim))
+    absorbed = reference.absorbed_rows(w_uk, w_uv, args.qk_rope_head_dim)
+    fewer = (DECODE_ROWS, absorbed, kernels.absorbed_rows(absorbed, context))
     counts = {new, *(n for n in fewer if n < new)}  # the worst may be the most rows that take the absorbed form
     peak = max(peak_of(rank, [(n, context)] * sequences, drafts) for n in counts)
     bound = step_memory.step_bytes(rank, limits_of(context, sequences, new * sequences, drafts), decode=new == 1)

@@ -438,7 +438,7 @@ MUTANTS = (
      "engine/test_memory.py::test_what_c_takes_for_a_prompt_is_bounded", "the bound forgets the latents that C puts in panels"),
     ("bound-threads-in-c", "engine/step_memory.py", "    return 2 * (context + PANEL) * (c + r + 2) + threads * thread", "    return 2 * (context + PANEL) * (c + r + 2)",
      "engine/test_memory.py::test_what_c_takes_for_a_prompt_is_bounded", "the bound forgets what each thread expands in C"),
-    ("bound-prompt-in-c", "engine/step_memory.py", "_expanded_in_c(rows, context, n, dn, r, c, dv) if rows > few else 0)", "0)",
+    ("bound-prompt-in-c", "engine/step_memory.py", "_expanded_in_c(rows, context, n, dn, r, c, dv) if rows > kernels.ABSORBED_ROWS else 0)", "0)",
      "engine/test_memory.py::test_a_step_of_long_prompts_counts_what_c_takes", "the bound of a step forgets what C takes for a prompt"),
     ("bound-parts-of-one", "engine/step_memory.py", "PART_ROWS) + PART_ROWS * (sequences - 1)", "PART_ROWS)",
      "engine/test_memory.py::test_a_step_never_takes_more_than_its_bound", "the bound has one sequence's parts of split keys"),

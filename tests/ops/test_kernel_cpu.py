@@ -472,6 +472,11 @@ def test_the_form_that_multiplies_less(rows, keys, absorbed):
     assert rows <= kernels.ABSORBED_ROWS or (products[True] <= products[False]) == absorbed
 
 
+def test_what_never_multiplies_more_is_always_absorbed():
+    always = reference.absorbed_rows(torch.empty(1, 64, 32), torch.empty(1, 64, 32), 64)
+    assert kernels.absorbed_rows(always, 100) >= 100
+
+
 def test_steps_that_are_recorded_are_absorbed():
     assert all(kernels.absorbed_rows(170, keys) >= recorded_steps.ROWS for keys in (1, 2, 8, 100000))
 

@@ -506,7 +506,7 @@ APART product(const float *x, int r, const Part *w, Way way, int p, float *out) 
 #undef CASE
 }
 
-/* k of a panel as lines of floats, or of bfloat16 for PAIRS, that blocks of rows take from a cache; each `block` k have
+/* k of a panel as lines of floats, or of bfloat16 for another way, that blocks of rows take from a cache; each `block` k have
  * their scales (blocks, WIDTH). Memory is fetched meanwhile, so many bytes a k. */
 typedef struct {
     const void *lines;
@@ -725,15 +725,16 @@ INLINE void my_share(int64_t n, int64_t *begin, int64_t *end) {
     *end = n * (me + 1) / all;
 }
 
-enum { TAKEN = 2 /* panels that a thread takes at a time where rows are many */ };
+enum { TAKEN = 4 /* panels that a thread takes at a time, at most: as many as few rows of an expert take together */ };
 
 /* Whether there are panels of n that this thread has to multiply so many rows by: [*begin, *end), both 0 at first. Of few
  * rows, which wait for memory, it is the same share each time, and near where a thread has its own; else the next ones,
  * so that none waits for a slower one. */
 INLINE int take_panels(int64_t n, int64_t rows, int64_t *next, int64_t *begin, int64_t *end) {
     if (rows > 2 * ROWS) {
-        *begin = __atomic_fetch_add(next, TAKEN, __ATOMIC_RELAXED);
-        *end = least(*begin + TAKEN, n);
+        const int64_t share = n / omp_get_num_threads(), some = share < 1 ? 1 : least(share, TAKEN);
+        *begin = __atomic_fetch_add(next, some, __ATOMIC_RELAXED);
+        *end = least(*begin + some, n);
     } else if (*end == 0) my_share(n, begin, end);
     else return 0;
     return *begin < *end;
@@ -1107,6 +1108,7 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
     const int64_t size_h = even(h), size_i = even(inter);
     int64_t next13 = 0, next2 = 0; /* panels */
     sort_by_expert(ids, t * top, first, n_experts, order, starts);
+    const int64_t mean = starts[n_experts] / n_experts; /* rows of an expert */
 #pragma omp parallel num_threads(threads)
     {
         int64_t begin, end, e1;
@@ -1137,7 +1139,7 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
             }
 #pragma omp barrier
             if (omp_get_thread_num() == 0) next2 = 0;
-            for (begin = end = 0; take_panels(in_wholes(two_halves, WIDTH), t, &next13, &begin, &end);)
+            for (begin = end = 0; take_panels(in_wholes(two_halves, WIDTH), mean, &next13, &begin, &end);)
                 for (int64_t e = e0; e < e1; e++) {
                     const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
                     const Target to = {STORED, gate_up + at * two_halves, two_halves, 0, 0};
@@ -1169,7 +1171,7 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
             }
 #pragma omp barrier
             if (omp_get_thread_num() == 0) next13 = 0;
-            for (begin = end = 0; take_panels(in_wholes(h, WIDTH), t, &next2, &begin, &end);)
+            for (begin = end = 0; take_panels(in_wholes(h, WIDTH), mean, &next2, &begin, &end);)
                 for (int64_t e = e0; e < e1; e++) {
                     const int64_t at = starts[e] - starts[e0], count = starts[e + 1] - starts[e];
                     const Target to = {ADDED, sums, h, own + at, top};

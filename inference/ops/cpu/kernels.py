@@ -33,6 +33,7 @@ import torch.nn.functional as F
 
 from core.batch import Batch
 from core.numerics import Form
+from ops import reference
 from ops.cpu.attention import lengths_of
 from ops.cpu.captured_calls import active_capture
 from ops.formats import Routing, Weight
@@ -568,9 +569,10 @@ def rotary(q_pe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
 
 
 def absorbed_rows(most: int, keys: int) -> int:
-    """Query rows up to which mla takes less time than mla_prefill, over so many keys. `most`: reference.absorbed_rows,
-    which counts what is done for each key. A row's query and result are absorbed too, as much work as expanding a key."""
-    return max(most * keys // (most + keys), ABSORBED_ROWS)
+    """Query rows of a sequence up to which mla takes less time than mla_prefill, over so many keys, the batch's longest.
+    `most`: reference.absorbed_rows, which counts what is done for each key, and is ALWAYS where that never takes more.
+    A row's query and result are absorbed too, as much work as expanding a key."""
+    return most if most >= reference.ALWAYS else max(most * keys // (most + keys), ABSORBED_ROWS)
 
 
 def mla(
