@@ -569,7 +569,7 @@ def rotary(q_pe: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
 
 
 def absorbed_rows(most: int, keys: int) -> int:
-    """Query rows of a sequence up to which mla takes less time than mla_prefill, over so many keys, the batch's longest.
+    """Query rows of a sequence up to which mla is faster than mla_prefill, over so many keys, the most in a batch.
     `most`: reference.absorbed_rows, which counts what is done for each key, and is ALWAYS where that never takes more.
     A row's query and result are absorbed too, as much work as expanding a key."""
     return most if most >= reference.ALWAYS else max(most * keys // (most + keys), ABSORBED_ROWS)
