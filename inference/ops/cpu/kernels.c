@@ -483,6 +483,20 @@ INLINE int panels_at_once(int r, int64_t left) {
 /* A compiler may not make one function of these and their callers: registers would not be enough. */
 #define APART static __attribute__((noinline, noclone)) void
 
+/* CASE(r, way) for every way and number of rows that a block may have, where both become constants. */
+#define UP_TO_6(CASE, way) CASE(1, way) CASE(2, way) CASE(3, way) CASE(4, way) CASE(5, way) CASE(6, way)
+#define UP_TO_12(CASE, way) \
+    UP_TO_6(CASE, way) CASE(7, way) CASE(8, way) CASE(9, way) CASE(10, way) CASE(11, way) CASE(12, way)
+#if defined(__AVX512BF16__)
+#define BY_ROWS(r, way, CASE)                           \
+    if (way == PAIRS) switch (r) { UP_TO_12(CASE, PAIRS) } \
+    else switch (r) { UP_TO_12(CASE, FLOATS) }
+#elif defined(__AVX512F__)
+#define BY_ROWS(r, way, CASE) switch (r) { UP_TO_12(CASE, FLOATS) }
+#else
+#define BY_ROWS(r, way, CASE) switch (r) { UP_TO_6(CASE, FLOATS) }
+#endif
+
 APART product(const float *x, int r, const Part *w, Way way, int p, float *out) {
     (void)way;
 #define CASE(r, way)                                                          \
@@ -491,18 +505,7 @@ APART product(const float *x, int r, const Part *w, Way way, int p, float *out) 
         else if (r * 2 <= ROWS && p == 2) product_of(x, w, way, r, 2, out);   \
         else product_of(x, w, way, r, 1, out);                                \
         return;
-#define CASES(way) CASE(1, way) CASE(2, way) CASE(3, way) CASE(4, way) CASE(5, way) CASE(6, way)
-#define MORE(way) CASE(7, way) CASE(8, way) CASE(9, way) CASE(10, way) CASE(11, way) CASE(12, way)
-#ifdef __AVX512BF16__
-    if (way == PAIRS) switch (r) { CASES(PAIRS) MORE(PAIRS) }
-#endif
-#ifdef __AVX512F__
-    switch (r) { CASES(FLOATS) MORE(FLOATS) }
-#else
-    switch (r) { CASES(FLOATS) }
-#endif
-#undef MORE
-#undef CASES
+    BY_ROWS(r, way, CASE)
 #undef CASE
 }
 
@@ -549,18 +552,7 @@ INLINE void chunk_of(const float *x, const Chunk *w, Way way, int r, float *out)
 APART multiply_chunk(const float *x, int r, const Chunk *w, Way way, float *out) {
     (void)way;
 #define CASE(r, way) case r: chunk_of(x, w, way, r, out); return;
-#define CASES(way) CASE(1, way) CASE(2, way) CASE(3, way) CASE(4, way) CASE(5, way) CASE(6, way)
-#define MORE(way) CASE(7, way) CASE(8, way) CASE(9, way) CASE(10, way) CASE(11, way) CASE(12, way)
-#ifdef __AVX512BF16__
-    if (way == PAIRS) switch (r) { CASES(PAIRS) MORE(PAIRS) }
-#endif
-#ifdef __AVX512F__
-    switch (r) { CASES(FLOATS) MORE(FLOATS) }
-#else
-    switch (r) { CASES(FLOATS) }
-#endif
-#undef MORE
-#undef CASES
+    BY_ROWS(r, way, CASE)
 #undef CASE
 }
 
