@@ -68,6 +68,7 @@ class Numerics:
     # them: the same bits on any number of ranks (a power of two, see model.VirtualRanks); 1: each rank's as a whole
     virtual_ranks: int = 1
     projections: Form = FP8  # the form of projections that stay as they are stored
+    fixed_point: bool = False  # a CPU may round what it multiplies by quantised weights: see reference.fixed_point
     exceptions: tuple[tuple[str, Form], ...] = ()
 
     def inside(self, module: str) -> "Numerics":

@@ -30,10 +30,11 @@ def choose_numerics(
     gemm: str,
     has_fp8: bool | None = None,
     specs: Mapping[str, Spec] | None = None,
+    deterministic: bool = False,
 ) -> tuple[Numerics, str]:
-    """What to compute in, and a line that says so. `dtype` and `gemm` are RunConfig's; `has_fp8` answers for a GPU that
-    is not here; `specs` are a checkpoint's tensors as they are stored (None: as `args` says). Raises UserError for what
-    the device cannot compute."""
+    """What to compute in, and a line that says so. `dtype`, `gemm` and `deterministic` are RunConfig's; `has_fp8`
+    answers for a GPU that is not here; `specs` are a checkpoint's tensors as they are stored (None: as `args` says).
+    Raises UserError for what the device cannot compute."""
     specs = expected_tensors(args, args.is_quantised) if specs is None else specs
     wide = args.dtype in ("fp32", "fp16")  # bfloat16 does not hold them
     plain = torch.float32 if dtype == "float32" or (dtype == "auto" and wide) else torch.bfloat16
@@ -60,6 +61,7 @@ def choose_numerics(
             name = torch.cuda.get_device_name(device)
             raise UserError(f"--gemm fp8 needs FP8 tensor cores, and {name} has none; use bf16")
         gemm = "fp8" if has_fp8 else "bf16"
+    fixed_point = gemm == "auto" and kernels and device.type == "cpu" and not deterministic
     if gemm == "auto":
         gemm = "bf16" if kernels else "dequantised"
     if gemm == "dequantised":
@@ -75,7 +77,9 @@ def choose_numerics(
         says = f"W{4 if args.dtype == 'int4' else 8}A16 ({kind} weights widened in the product)"
         if not kernels:
             says += ", computed by the reference (slow, for comparison),"
-    num = Numerics(plain, "fp8" if gemm == "fp8" else "bf16", args.scale_fmt)
+        if fixed_point and kernel_cpu.may_use_fixed():
+            says += ", prompts in 13-bit fixed point (--gemm bf16: in bfloat16),"
+    num = Numerics(plain, "fp8" if gemm == "fp8" else "bf16", args.scale_fmt, fixed_point=fixed_point)
     if args.dtype != "fp8":  # of weights in groups, those of the routed experts are, and so few modules
         num = replace(num, projections=PLAIN_FORM if args.group_size else quantised_form(args))
     return _numerics(num, specs, f"{says} {on}")

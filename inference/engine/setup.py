@@ -86,7 +86,7 @@ def _choose(
     checkpoint = Checkpoint(ckpt_path)
     args = choose_args(checkpoint, config)
     specs = checkpoint.expected(args)
-    num, says = choose_numerics(args, device, run.dtype, run.gemm, specs=specs)
+    num, says = choose_numerics(args, device, run.dtype, run.gemm, specs=specs, deterministic=run.deterministic)
     ranks = world.size // run.pp  # of a stage, if there are several
     partition = checkpoint.partition(args, ranks, run.experts, quantised_rows(specs, num), run.dp, run.pp)
     fp8_latents = run.kv_cache_dtype == "fp8"

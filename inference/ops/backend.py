@@ -24,7 +24,9 @@ def choose_backend(device: torch.device, num: Numerics) -> ReferenceBackend:
         from ops.gpu.backend import GpuBackend  # imports Triton, which a machine without a GPU may lack
 
         return GpuBackend(num.batch_invariant)
-    return (CompiledCpuBackend if kernels.serve(num.dtype) else CpuBackend)(num.batch_invariant)
+    if kernels.serve(num.dtype):
+        return CompiledCpuBackend(num.batch_invariant, num.fixed_point)
+    return CpuBackend(num.batch_invariant)
 
 
 def why_reference(device: torch.device) -> str:

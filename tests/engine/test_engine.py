@@ -275,7 +275,8 @@ def test_choice_of_numerics(model):
     assert choose_numerics(dataclasses.replace(bf16, dtype="fp32"), cpu, "auto", "auto")[0] == Numerics(torch.float32)
     assert choose_numerics(fp8, cpu, "auto", "dequantised")[0] == Numerics(torch.bfloat16)
     kept = Numerics(torch.bfloat16, "bf16", "ue8m0")
-    assert choose_numerics(fp8, cpu, "auto", "auto")[0] == (kept if kernels.serve(torch.bfloat16) else Numerics())
+    fast = dataclasses.replace(kept, fixed_point=True) if kernels.serve(torch.bfloat16) else Numerics()
+    assert choose_numerics(fp8, cpu, "auto", "auto")[0] == fast
     numerics, says = choose_numerics(fp8, cpu, "auto", "bf16")
     assert numerics == kept and says.startswith("numerics: W8A16 (FP8 weights widened in the product)")
     assert choose_numerics(fp8, cpu, "float32", "auto")[0] == Numerics(torch.float32)
@@ -290,6 +291,7 @@ def test_choice_of_numerics(model):
 def test_numerics_of_integers(model, monkeypatch):
     """Weights in groups are those of routed experts, as exceptions; blocks are the form of all projections."""
     monkeypatch.setattr(kernels, "serve", lambda dtype: True)
+    monkeypatch.setattr(kernels, "may_use_fixed", lambda: False)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     int4 = dataclasses.replace(model.args, dtype="int4", group_size=32)
     for device, has_fp8 in ((cpu, None), (gpu, True), (gpu, False)):
@@ -301,11 +303,31 @@ def test_numerics_of_integers(model, monkeypatch):
         assert says.startswith(f"numerics: W4A16 (INT4 weights widened in the product) on {device.type}; ")
         assert "projections in bfloat16, as they are stored" in says
     numerics, says = choose_numerics(dataclasses.replace(model.args, dtype="int8"), cpu, "auto", "auto")
-    assert numerics == Numerics(gemm="bf16", projections=Form("int8")) and "W8A16 (INT8" in says
+    expected = Numerics(gemm="bf16", projections=Form("int8"), fixed_point=True)
+    assert numerics == expected and "W8A16 (INT8" in says
     monkeypatch.setattr(kernels, "serve", lambda dtype: False)
     assert choose_numerics(int4, cpu, "auto", "auto")[0] == Numerics()
     numerics, says = choose_numerics(int4, cpu, "auto", "bf16")
     assert numerics.exceptions and "computed by the reference (slow, for comparison), on cpu" in says
+
+
+def test_fixed_point_is_said_and_can_be_left_out(model, monkeypatch):
+    """By --gemm bf16, --deterministic, or a processor that has faster units or no kernels; all ranks agree about it,
+    whatever theirs has."""
+    monkeypatch.setattr(kernels, "serve", lambda dtype: True)
+    monkeypatch.setattr(kernels, "may_use_fixed", lambda: True)
+    cpu, fp8 = torch.device("cpu"), dataclasses.replace(model.args, dtype="fp8")
+    said = "prompts in 13-bit fixed point (--gemm bf16: in bfloat16), on cpu"
+    numerics, says = choose_numerics(fp8, cpu, "auto", "auto")
+    assert numerics.fixed_point and said in says
+    for gemm, deterministic in (("bf16", False), ("auto", True), ("dequantised", False), ("fp8", False)):
+        numerics, says = choose_numerics(fp8, cpu, "auto", gemm, deterministic=deterministic)
+        assert not numerics.fixed_point and "fixed point" not in says
+    numerics, says = choose_numerics(fp8, torch.device("cuda"), "auto", "auto", False)
+    assert not numerics.fixed_point and "fixed point" not in says
+    monkeypatch.setattr(kernels, "may_use_fixed", lambda: False)
+    numerics, says = choose_numerics(fp8, cpu, "auto", "auto")
+    assert numerics.fixed_point and "fixed point" not in says
 
 
 def test_contradicting_numerics(model):

@@ -97,7 +97,7 @@ def test_what_is_not_finite_stays_in_its_row_of_a_tile(bad):
 
 
 def test_only_a_backend_that_need_not_be_batch_invariant_uses_units(monkeypatch):
-    monkeypatch.setattr(kernels, "may_use_units", lambda: True)
+    monkeypatch.setattr(kernels, "may_use_units", lambda fixed_point: True)
     assert CompiledCpuBackend().units and not CompiledCpuBackend(batch_invariant=True).units
 
 

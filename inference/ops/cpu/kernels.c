@@ -9,9 +9,9 @@
  * the other rows, except where tiles multiply.
  *
  * A weight of 8 or 4 bits lies in the same panels, and becomes lines of bfloat16, which hold every value of it: for few
- * rows in registers, otherwise a chunk of a panel at a time, in the nearest cache, for all rows that are multiplied; as
- * floats there, unless pairs or tiles multiply. The sums of a group, or of a chunk of it, are scaled and added up, as
- * reference.w8a16_gemm and w4a16_gemm have it.
+ * rows in registers, otherwise a chunk of a panel at a time, in the nearest cache, for all rows that are multiplied; there
+ * as floats, or as pairs, tiles or fixed point take it. The sums of a group, or of a chunk of it, are scaled and added up,
+ * as reference.w8a16_gemm and w4a16_gemm have it.
  *
  * Shapes as in model.py. `threads` are those of torch, whose OpenMP library this one shares.
  */
@@ -97,6 +97,8 @@ INLINE vu bits_v(vf x) { /* of x as bfloat16, in the low halves */
     vi nan = x != x;
     return (vu)((nan & 0x7fc0) | (~nan & (vi)bits));
 }
+
+INLINE vu whole_v(vf x) { return (vu)(x + 12582912.f); } /* the nearest whole number, in 16 bits: 1.5 * 2^23 rounds */
 
 INLINE void narrow_v(vf x, bf16 *out) { *(vh *)out = shorter(bits_v(x)); }
 
@@ -294,15 +296,15 @@ INLINE void widen_fp8(const uint8_t *from, vu *lines) {
 /* A line of bfloat16 of values for the first k and for the second, which it can hold. */
 INLINE vu join_v(vf first, vf second) { return (vu)first >> 16 | (vu)second; }
 
-INLINE vf float_of_int8(const uint8_t *x) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
+#if defined(__AVX512F__) /* one instruction each, which GCC makes many of */
+INLINE vi longer_int8(const uint8_t *x) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)); }
 #elif defined(__AVX2__)
-    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
+INLINE vi longer_int8(const uint8_t *x) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)); }
 #else
-    return __builtin_convertvector(*(const vc *)x, vf);
+INLINE vi longer_int8(const uint8_t *x) { return __builtin_convertvector(*(const vc *)x, vi); }
 #endif
-}
+
+INLINE vf float_of_int8(const uint8_t *x) { return __builtin_convertvector(longer_int8(x), vf); }
 
 INLINE void widen_int8(const uint8_t *from, vu *lines) {
     lines[0] = join_v(float_of_int8(from), float_of_int8(from + LANES));
@@ -387,11 +389,36 @@ INLINE void widen_int4(int form, const uint8_t *from, const Zeros *zeros, vu *li
 }
 #endif
 
-/* How rows of x are multiplied, and lie: as floats, interleaved in blocks; as pairs of bfloat16, interleaved too; or in
- * tiles. */
-typedef enum { FLOATS, PAIRS, TILES } Way;
+/* How rows of x are multiplied, and lie: as floats, interleaved in blocks; as pairs of bfloat16, interleaved too; in fixed
+ * point, which weights of 8 or 4 bits are multiplied in; or in tiles. */
+typedef enum { FLOATS, PAIRS, FIXED, TILES } Way;
 enum { TILE = 16, TILE_K = 32 }; /* rows and k of a tile */
-INLINE int64_t bytes_of(Way way) { return way == FLOATS ? sizeof(float) : sizeof(bf16); }
+
+/* Fixed point, as reference.fixed_point has it: FIXED_K numbers of a row are whole ones of FIXED_BITS bits and a sign, times
+ * a power of two that the largest of them gives. Weights are whole numbers too, e4m3 in FIXED_FP8 parts of one. Pairs of
+ * 16 bits are multiplied and added up in 32 bits, which hold all sums: 2^13 * 448 * 16 * 32 < 2^31, and so is nothing
+ * rounded; of pairs an instruction takes twice as many numbers as of floats. Rows lie interleaved, FIXED_PAIRS pairs and
+ * the power of two in turn. A NaN or an infinity makes its row's results NaN, and numbers below 2^-114 count as zeros. */
+enum { FIXED_K = 32, FIXED_PAIRS = FIXED_K / 2, FIXED_BITS = 13, FIXED_FP8 = 16 };
+
+/* Bytes of so many numbers of x. */
+INLINE int64_t bytes_of(Way way, int64_t n) {
+    return way == FLOATS ? n * 4 : way == FIXED ? n / FIXED_K * (FIXED_PAIRS + 1) * 4 : n * 2;
+}
+
+#if defined(__AVX512VBMI__)
+enum { MAY_ENLARGE = 0 }; /* its table has any number */
+#else
+enum { MAY_ENLARGE = 1 };
+#endif
+
+/* Two lines of e4m3 as bfloat16 2^-120 times as large, of any byte but NaN, as they lie without VBMI. A shift brings
+ * sign, exponent and mantissa into place, and those of a subnormal number are one of a float's. */
+INLINE void small_fp8(const uint8_t *from, vu *lines) {
+    const vs bytes = *(const vs *)from, mask = (vs){0} + (int16_t)0x87f0;
+    lines[0] = (vu)(bytes >> 4 & mask);
+    lines[1] = (vu)(bytes << 8 >> 4 & mask);
+}
 
 /* Lines of 8 bits, two, or of 4, four, as bfloat16. */
 INLINE void widen_lines(int form, const uint8_t *from, const Zeros *zeros, vu *lines) {
@@ -399,6 +426,59 @@ INLINE void widen_lines(int form, const uint8_t *from, const Zeros *zeros, vu *l
     else if (form == INT8) widen_int8(from, lines);
     else widen_int4(form, from, zeros, lines);
 }
+
+#if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
+#define HAS_FIXED
+/* Sums with the products of two pairs each of 16 bits. */
+INLINE vi add_pairs(vi sums, vi a, vi b) {
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__)
+    return (vi)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)a, (__m256i)b);
+#else
+    return sums + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+
+/* A line of whole numbers of those for the first k and for the second. */
+INLINE vu join_whole(vu first, vu second) { return (first & 0xffff) | second << 16; }
+
+/* Lines of 8 bits, two, or of 4, four, as whole numbers of 16. */
+INLINE void whole_lines(int form, const uint8_t *from, const Zeros *zeros, vu *lines) {
+    if (form == FP8) {
+        const float times = MAY_ENLARGE ? FIXED_FP8 * 0x1p120f : FIXED_FP8;
+        if (MAY_ENLARGE) small_fp8(from, lines);
+        else widen_fp8(from, lines);
+        for (int i = 0; i < 2; i++) {
+            const vf first = (vf)(lines[i] << 16), second = (vf)(lines[i] & 0xffff0000u);
+            lines[i] = join_whole(whole_v(first * times), whole_v(second * times));
+        }
+    } else if (form == INT8)
+        for (int i = 0; i < 2; i++, from += 2 * LANES)
+            lines[i] = join_whole((vu)longer_int8(from), (vu)longer_int8(from + LANES));
+    else
+#if defined(__AVX512F__)
+        for (int l = 0; l < 4; l++) {
+            const vs nibble = *(const vs *)from >> 4 * l & 15;
+            if (form == INT4) lines[l] = (vu)(nibble - 8);
+            else lines[l] = (vu)(nibble - *(const vs *)(zeros->bytes + l % 2 * 2 * WIDTH));
+        }
+#else
+        for (int l = 0; l < 2; l++) {
+            const __m256i x = _mm256_loadu_si256((const __m256i *)from), none = _mm256_setzero_si256();
+            const __m256i zero = form == INT4 ? _mm256_set1_epi8(8) : _mm256_load_si256((const __m256i *)zeros->bytes);
+            const __m256i nibble = _mm256_and_si256(l ? _mm256_srli_epi16(x, 4) : x, _mm256_set1_epi8(15));
+            const __m256i number = _mm256_sub_epi8(nibble, zero);
+            lines[2 * l] = (vu)_mm256_srai_epi16(_mm256_unpacklo_epi8(none, number), 8);
+            lines[2 * l + 1] = (vu)_mm256_srai_epi16(_mm256_unpackhi_epi8(none, number), 8);
+        }
+#endif
+}
+#else
+INLINE void whole_lines(int form, const uint8_t *from, const Zeros *zeros, vu *lines) {
+    (void)form, (void)from, (void)zeros, (void)lines;
+}
+#endif
 
 /* k of some panels of bfloat16, `stride` bytes from a panel to the next; whether their product is added to what there is;
  * and from where on memory is fetched meanwhile, so many bytes a k, and to the next panel. */
@@ -437,12 +517,11 @@ INLINE void multiply_lines(const float *x, vu a, vu b, Way way, int r, int p, vf
     multiply_floats(x + r, (vf)(a & 0xffff0000u), (vf)(b & 0xffff0000u), r, p, low, high);
 }
 
-/* Two lines of e4m3 as floats 2^-120 times as large, of any byte but NaN; multiplied and added as multiply_lines does. A
- * shift brings sign, exponent and mantissa into place, and those of a subnormal number are one of a float's. */
+/* Two lines of e4m3 as floats 2^-120 times as large, of any byte but NaN; multiplied and added as multiply_lines does. */
 INLINE void multiply_small(const float *x, const uint8_t *from, int r, int p, vf *low, vf *high) {
-    const vs bytes = *(const vs *)from, mask = (vs){0} + (int16_t)0x87f0;
-    const vu a = (vu)(bytes >> 4 & mask), b = (vu)(bytes << 8 >> 4 & mask);
-    multiply_lines(x, a, b, FLOATS, r, p, low, high);
+    vu small[2];
+    small_fp8(from, small);
+    multiply_lines(x, small[0], small[1], FLOATS, r, p, low, high);
 }
 
 /* Two lines of int8 that need not become bfloat16. */
@@ -487,14 +566,17 @@ INLINE int panels_at_once(int r, int64_t left) {
 #define UP_TO_6(CASE, way) CASE(1, way) CASE(2, way) CASE(3, way) CASE(4, way) CASE(5, way) CASE(6, way)
 #define UP_TO_12(CASE, way) \
     UP_TO_6(CASE, way) CASE(7, way) CASE(8, way) CASE(9, way) CASE(10, way) CASE(11, way) CASE(12, way)
+#ifdef __AVX512F__
+#define UP_TO_ROWS UP_TO_12
+#else
+#define UP_TO_ROWS UP_TO_6
+#endif
 #if defined(__AVX512BF16__)
 #define BY_ROWS(r, way, CASE)                           \
-    if (way == PAIRS) switch (r) { UP_TO_12(CASE, PAIRS) } \
-    else switch (r) { UP_TO_12(CASE, FLOATS) }
-#elif defined(__AVX512F__)
-#define BY_ROWS(r, way, CASE) switch (r) { UP_TO_12(CASE, FLOATS) }
+    if (way == PAIRS) switch (r) { UP_TO_ROWS(CASE, PAIRS) } \
+    else switch (r) { UP_TO_ROWS(CASE, FLOATS) }
 #else
-#define BY_ROWS(r, way, CASE) switch (r) { UP_TO_6(CASE, FLOATS) }
+#define BY_ROWS(r, way, CASE) switch (r) { UP_TO_ROWS(CASE, FLOATS) }
 #endif
 
 APART product(const float *x, int r, const Part *w, Way way, int p, float *out) {
@@ -509,8 +591,8 @@ APART product(const float *x, int r, const Part *w, Way way, int p, float *out) 
 #undef CASE
 }
 
-/* k of a panel as lines of floats, or of bfloat16 for another way, that blocks of rows take from a cache; each `block` k have
- * their scales (blocks, WIDTH). Memory is fetched meanwhile, so many bytes a k. */
+/* k of a panel as lines of floats, of bfloat16 or of whole numbers, as the way is, that blocks of rows take from a cache;
+ * each `block` k have their scales (blocks, WIDTH). Memory is fetched meanwhile, so many bytes a k. */
 typedef struct {
     const void *lines;
     int64_t k, block;
@@ -548,9 +630,44 @@ INLINE void chunk_of(const float *x, const Chunk *w, Way way, int r, float *out)
     }
 }
 
+#ifdef HAS_FIXED
+/* The same in fixed point. */
+INLINE void fixed_chunk_of(const float *x, const Chunk *w, int r, float *out) {
+    const vi *lines = (const vi *)w->lines;
+    const uint8_t *ahead = w->ahead;
+    for (int64_t at = 0; at < w->k; at += FIXED_K, x += r) {
+        const float *scales = w->scales + at / w->block * WIDTH;
+        vi low[ROWS], high[ROWS];
+        for (int i = 0; i < r; i++) low[i] = high[i] = (vi){0};
+        for (int j = 0; j < FIXED_PAIRS; j++, x += r, lines += 2, ahead += 2 * w->ahead_step) {
+            const vi first = lines[0], second = lines[1];
+            __builtin_prefetch(ahead);
+#pragma GCC unroll 12
+            for (int i = 0; i < r; i++) {
+                const vi pair = (vi){0} + ((const int32_t *)x)[i];
+                low[i] = add_pairs(low[i], first, pair);
+                high[i] = add_pairs(high[i], second, pair);
+            }
+        }
+        const vf first = *(const vf *)scales, second = *(const vf *)(scales + LANES);
+        for (int i = 0; i < r; i++) {
+            *(vf *)(out + i * WIDTH) += __builtin_convertvector(low[i], vf) * (first * x[i]);
+            *(vf *)(out + i * WIDTH + LANES) += __builtin_convertvector(high[i], vf) * (second * x[i]);
+        }
+    }
+}
+#endif
+
 /* The same of any way and number of rows. */
 APART multiply_chunk(const float *x, int r, const Chunk *w, Way way, float *out) {
     (void)way;
+#ifdef HAS_FIXED
+    if (way == FIXED) {
+#define CASE(r, way) case r: fixed_chunk_of(x, w, r, out); return;
+        switch (r) { UP_TO_ROWS(CASE, FIXED) }
+#undef CASE
+    }
+#endif
 #define CASE(r, way) case r: chunk_of(x, w, way, r, out); return;
     BY_ROWS(r, way, CASE)
 #undef CASE
@@ -559,7 +676,7 @@ APART multiply_chunk(const float *x, int r, const Chunk *w, Way way, float *out)
 enum {
     CHUNK = 4096 / WIDTH, /* k of a panel that are multiplied, or widened, together, at most: 16 KiB as floats */
     CHUNK_BLOCKS = CHUNK / 32, /* of scales, that a chunk may have, at most */
-    BLOCKS = 16, /* of rows, that what a chunk was widened to serves */
+    BLOCKS = 32, /* of rows, that what a chunk was widened to serves */
     STREAMED = LANES == 16 ? 3 : 4, /* rows that take panels of 8 or 4 bits as they lie, at most: more widen them first */
 };
 
@@ -571,12 +688,6 @@ INLINE vf scales_v(const Matrix *w, int64_t p, int64_t at, int64_t blocks, int l
     if (w->rows > 1) return (vf){0} + (w->bf16_scales ? widen(*half) : *whole);
     return w->bf16_scales ? widen_v(half) : *(const vf *)whole;
 }
-
-#if defined(__AVX512VBMI__)
-enum { MAY_ENLARGE = 0 }; /* its table has any number */
-#else
-enum { MAY_ENLARGE = 1 };
-#endif
 
 /* Whether this thread computes with subnormal floats: some libraries let it take zeros for them. */
 INLINE int keeps_subnormal(void) {
@@ -687,12 +798,39 @@ APART stream(const float *x, int r, const Matrix *w, int64_t panel, int n_panels
 INLINE int64_t blocks_of(int64_t n) { return in_wholes(n, ROWS); }
 INLINE int64_t block_start(int64_t n, int64_t b) { return n * b / blocks_of(n); }
 
-/* Row `row` of x (·, k) to row i of r that lie interleaved: (even(k), r) floats, (even(k) / 2, r) pairs, or, where k fills
- * tiles, (k / TILE_K, r, TILE_K) bfloat16. */
+/* A row of x (k) to row i of r in fixed point: (k / FIXED_K, FIXED_PAIRS + 1, r). */
+static void interleave_fixed(const void *x, int is_float, int64_t k, int i, int r, float *out) {
+    for (int64_t j = 0; j < k; j += FIXED_K, out += (FIXED_PAIRS + 1) * r) {
+        vf numbers[FIXED_K / LANES];
+        vi most = {0};
+        for (int l = 0; l < FIXED_K / LANES; l++) {
+            const int64_t at = j + l * LANES;
+            numbers[l] = is_float ? *(const vf *)((const float *)x + at) : widen_v((const bf16 *)x + at);
+            const vi size = (vi)numbers[l] & 0x7fffffff;
+            most = (vi)select_v(size > most, (vf)size, (vf)most);
+        }
+        int32_t largest = 0;
+        for (int l = 0; l < LANES; l++) largest = most[l] > largest ? most[l] : largest;
+        const int32_t exponent = largest >> 23, counts = exponent >= FIXED_BITS;
+        const union { int32_t u; float f; } up = {counts ? (253 + FIXED_BITS - exponent) << 23 : 0};
+        const union { int32_t u; float f; } down = {counts ? (exponent - FIXED_BITS + 1) << 23 : 0};
+        uint16_t whole[FIXED_K];
+        for (int l = 0; l < FIXED_K / LANES; l++) *(vh *)(whole + l * LANES) = shorter(whole_v(numbers[l] * up.f) & 0xffff);
+        for (int l = 0; l < FIXED_PAIRS; l++) memcpy(out + l * r + i, whole + 2 * l, sizeof(float));
+        out[FIXED_PAIRS * r + i] = exponent == 255 ? NAN : down.f;
+    }
+}
+
+/* Row `row` of x (·, k) to row i of r that lie interleaved: (even(k), r) floats, (even(k) / 2, r) pairs, in fixed point, or,
+ * where k fills tiles, (k / TILE_K, r, TILE_K) bfloat16. */
 INLINE void interleave(const void *x, int is_float, int64_t row, int64_t stride, int64_t k, int i, int r, Way way,
                        void *out) {
     float *to = (float *)out + i;
     const bf16 *half = (const bf16 *)x + row * stride;
+    if (way == FIXED) {
+        interleave_fixed(is_float ? (const void *)((const float *)x + row * stride) : half, is_float, k, i, r, out);
+        return;
+    }
     if (way == TILES) {
         for (int64_t j = 0; j < k; j += TILE_K) memcpy((bf16 *)out + j * r + i * TILE_K, half + j, TILE_K * sizeof(bf16));
         return;
@@ -760,15 +898,16 @@ static void store_rows(const float *sums, int64_t first, int64_t r, int64_t widt
     }
 }
 
-/* k lines of a panel to lines of floats, or of bfloat16 for another way. Memory so far behind is fetched meanwhile. */
+/* k lines of a panel to lines of floats, or for another way of bfloat16 or whole numbers. Memory so far behind is fetched
+ * meanwhile. */
 static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *zeros, int64_t ahead, Way way, vu *lines) {
 #define LINES(form, step)                                                          \
     for (int64_t j = 0; j < k; j += step, from += 2 * WIDTH) {                     \
         vu out[4];                                                                 \
         __builtin_prefetch(from + ahead);                                          \
-        widen_lines(form, from, zeros, out);                                       \
-        for (int i = 0; i < step; i++)                                             \
-            if (way != FLOATS) *lines++ = out[i];                                  \
+        if (way == FIXED) whole_lines(form, from, zeros, out);                     \
+        else widen_lines(form, from, zeros, out);                                  \
+        for (int i = 0; i < step && way != FLOATS; i++) *lines++ = out[i];         \
         for (int i = 0; i < step && way == FLOATS; i += 2) {                       \
             *lines++ = out[i] << 16, *lines++ = out[i + 1] << 16;                  \
             *lines++ = out[i] & 0xffff0000u, *lines++ = out[i + 1] & 0xffff0000u;  \
@@ -794,7 +933,8 @@ INLINE Chunk widen_chunk(const Matrix *w, int64_t p, int64_t k0, int64_t ahead, 
         if (w->zeros) zeros_of(w->zeros + (p * blocks + at) * WIDTH, &zeros);
         widen_panel(with_zeros(w), from + panel_bytes(w->form, j), least(w->block, n - j), &zeros, ahead, way,
                     (vu *)((char *)lines + j * line));
-        for (int i = 0; i < 2; i++) *(vf *)(own + i * LANES) = scales_v(w, p, at, blocks, i);
+        const float of_whole = way == FIXED && w->form == FP8 ? 1.f / FIXED_FP8 : 1;
+        for (int i = 0; i < 2; i++) *(vf *)(own + i * LANES) = scales_v(w, p, at, blocks, i) * of_whole;
     }
     return (Chunk){lines, n, w->block, scales, 0, 0};
 }
@@ -820,7 +960,7 @@ static void multiply(const void *x, int64_t rows, const Matrix *w, int64_t begin
             if (streams) stream(x, rows, w, begin, p, way, sums);
             for (int64_t b = 0; b < n_blocks && is_plain; b++) {
                 const int64_t first = starts[b], r = starts[b + 1] - first;
-                const float *from = (const float *)((const char *)x + first * k * bytes_of(way));
+                const float *from = (const float *)((const char *)x + bytes_of(way, first * k));
                 const uint8_t *next = own + size + (b0 + b) * (size / blocks); /* all blocks together fetch the next panel */
                 const Part part = {own, size, k, 0, blocks > 1 ? next : own + AHEAD * 2 * WIDTH, in_wholes(of_k, blocks), size};
                 product(from, r, &part, way, p, sums + (first - row) * line);
@@ -833,7 +973,7 @@ static void multiply(const void *x, int64_t rows, const Matrix *w, int64_t begin
                 chunk.ahead = own + (k0 + n) * of_k + (n_blocks > 1 ? 0 : AHEAD * 2 * WIDTH); /* one takes less than memory */
                 for (int64_t b = 0, share = n * of_k / n_blocks; b < n_blocks; b++, chunk.ahead += share) {
                     const int64_t first = starts[b], r = starts[b + 1] - first;
-                    const char *from = (const char *)x + (first * k + k0 * r) * bytes_of(way);
+                    const char *from = (const char *)x + bytes_of(way, first * k + k0 * r);
                     multiply_chunk((const float *)from, r, &chunk, way, sums + (first - row) * line);
                 }
             }
@@ -978,10 +1118,20 @@ static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, int6
 /* How rows with so many k are multiplied where they are bfloat16, and units for it may be used. */
 INLINE Way way_of_k(int64_t k) { return may_use_pairs() ? PAIRS : granted && k % TILE_K == 0 ? TILES : FLOATS; }
 
+/* Whether rows are multiplied in fixed point by weights of 8 or 4 bits: where the processor has no unit for bfloat16. */
+int64_t may_use_fixed(void) {
+#if defined(HAS_FIXED) && !defined(__AMX_BF16__)
+    return !may_use_pairs();
+#endif
+    return 0;
+}
+
 /* The same for so many rows by w. */
 INLINE Way way_of(int64_t rows, const Matrix *w) {
     const int fits_tiles = rows >= TILE_ROWS && (w->form == BF16 || w->block % TILE_K == 0);
+    const int fits_fixed = rows > STREAMED && w->form != BF16 && !w->has_nan && w->block % FIXED_K == 0 && w->k % FIXED_K == 0;
     const Way way = way_of_k(w->k);
+    if (may_use_fixed() && fits_fixed) return FIXED;
     return way == TILES && !fits_tiles ? FLOATS : way;
 }
 
@@ -1020,7 +1170,7 @@ void linear(const void *x, int x_float, int64_t t, int64_t stride, const Matrix 
                 int64_t b = i * blocks_of(rows) / rows;
                 while (block_start(rows, b + 1) <= i) b++;
                 const int64_t first = block_start(rows, b), r = block_start(rows, b + 1) - first;
-                interleave(x, x_float, t0 + i, stride, k, i - first, r, way, (char *)scratch + first * size * bytes_of(way));
+                interleave(x, x_float, t0 + i, stride, k, i - first, r, way, (char *)scratch + bytes_of(way, first * size));
             }
         }
         if (omp_get_thread_num() == 0) next[!turn] = 0;
@@ -1080,7 +1230,7 @@ static void sort_by_expert(const int64_t *ids, int64_t n, int64_t first, int64_t
 /* Both of its products go one way. */
 INLINE Way way_of_expert(int64_t rows, const Matrix *w13, const Matrix *w2) {
     const Way way = way_of(rows, w13);
-    return way == TILES && way_of(rows, w2) != TILES ? FLOATS : way;
+    return way_of(rows, w2) == way ? way : FLOATS;
 }
 
 /* x (t, h) through the experts [first, first + n_experts) that ids (t, top) name, weighted and summed, with
@@ -1125,7 +1275,7 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
                         float *to = rows + at * size_h;
                         if (way == TILES) put_in_tiles(x + token * stride, h, row + i - at, count, (bf16 *)to);
                         else interleave(x, 0, token, stride, h, i, r, way,
-                                        (char *)to + (row - at) * size_h * bytes_of(way));
+                                        (char *)to + bytes_of(way, (row - at) * size_h));
                     }
                 }
             }
@@ -1153,11 +1303,11 @@ void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t 
                         float *gate = gate_up + (row + i) * two_halves;
                         swiglu(gate, gate + half, inter, weights[own[row + i]], gate);
                         float *to = middle + at * size_i;
-                        if (way != FLOATS) /* rounded where it is: the float that is read is never behind */
+                        if (way == PAIRS || way == TILES) /* rounded where it is: the float that is read is never behind */
                             narrow_row(gate, inter, (bf16 *)gate);
                         if (way == TILES) put_in_tiles((bf16 *)gate, inter, row + i - at, count, (bf16 *)to);
-                        else interleave(gate, way == FLOATS, 0, 0, inter, i, r, way,
-                                        (char *)to + (row - at) * size_i * bytes_of(way));
+                        else interleave(gate, way == FLOATS || way == FIXED, 0, 0, inter, i, r, way,
+                                        (char *)to + bytes_of(way, (row - at) * size_i));
                     }
                 }
             }
@@ -1643,7 +1793,7 @@ static Many many_of(int64_t n, int64_t length, int64_t heads, int64_t dn, int64_
     const int fit = way_of_k(c) == way_of_k(dn) && way_of_k(dn) == way_of_k(r);
     if (units && fit) m.way = way_of_k(c);
     if (heads < threads) m.splits = least(in_wholes(threads, heads), m.blocks);
-    const int64_t rows = in_wholes(m.blocks, m.splits) * ROWS, of_x = bytes_of(m.way), line = 64;
+    const int64_t rows = in_wholes(m.blocks, m.splits) * ROWS, of_x = bytes_of(m.way, 1), line = 64;
     m.latents = in_wholes(length, WIDTH) * WIDTH * (m.c + even(r)) * sizeof(bf16);
     m.weights = in_wholes((dn + dv) * m.c * of_x, line) * line;
     m.keys = BLOCK_KEYS * (m.d + m.values) * sizeof(bf16);
@@ -1668,7 +1818,7 @@ static void interleave_blocks(const bf16 *x, int64_t n, int64_t k, int64_t strid
     const int64_t row = block_start(n, b0);
     for (int64_t b = b0; b < b1; b++) {
         const int64_t first = block_start(n, b), r = block_start(n, b + 1) - first;
-        char *to = out + ((first - row) * wide + at * r) * bytes_of(way);
+        char *to = out + bytes_of(way, (first - row) * wide + at * r);
         for (int64_t i = 0; i < r; i++) interleave(x, 0, first + i, stride, k, i, r, way, to);
     }
 }
@@ -1687,7 +1837,7 @@ INLINE void by_panel(const void *x, int r, const bf16 *panel, int64_t k, int mor
 static void blocks_by_panel(const char *x, int64_t n, const bf16 *panel, int64_t k, Way way, float *out) {
     for (int64_t b = 0; b < blocks_of(n); b++) {
         const int64_t first = block_start(n, b), r = block_start(n, b + 1) - first;
-        by_panel(x + first * k * bytes_of(way), r, panel, k, 0, way, out + first * WIDTH);
+        by_panel(x + bytes_of(way, first * k), r, panel, k, 0, way, out + first * WIDTH);
     }
 }
 
@@ -1741,7 +1891,7 @@ void mla_prefill(const bf16 *q_nope, int64_t q_stride, int64_t head_stride, cons
                  void *scratch, int units, int threads) {
     const Many m = many_of(n, length, heads, dn, r, c, dv, units, threads);
     const Way way = m.way;
-    const int64_t of_x = bytes_of(way), of_panel = (m.c + even(r)) * WIDTH;
+    const int64_t of_x = bytes_of(way, 1), of_panel = (m.c + even(r)) * WIDTH;
     bf16 *packed = (bf16 *)(((uintptr_t)scratch + 63) & ~(uintptr_t)63);
     int64_t next_task = 0;
 #pragma omp parallel num_threads(threads)

@@ -418,21 +418,29 @@ def may_use_pairs() -> bool:
     return bool(_kernels().may_use_pairs())
 
 
-def may_use_units() -> bool:
-    """Whether the kernels may multiply bfloat16 in units that this processor has for it."""
-    return may_use_tiles() or may_use_pairs()
+def may_use_fixed() -> bool:
+    """Whether rows may be multiplied in fixed point (reference.fixed_point) by weights of 8 or 4 bits: on a processor
+    without those units, which adds up products of whole numbers of 16 bits (AVX2, AVX-VNNI or AVX512_VNNI)."""
+    return library() is not None and bool(_kernels().may_use_fixed())
+
+
+def may_use_units(fixed_point: bool = False) -> bool:
+    """Whether the kernels may multiply bfloat16 in units that this processor has for it, or in fixed point."""
+    return may_use_tiles() or may_use_pairs() or (fixed_point and may_use_fixed())
 
 
 def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, units: bool = False) -> torch.Tensor:
     """x (T, K), bfloat16 or float32, by w (N, K), in one of these dtypes: (T, N). `units`: bfloat16 rows go through the
     processor's units for them, which add up in another order: its matrix unit, if they are enough for it, or its
-    instructions for pairs."""
+    instructions for pairs; or, if it has neither, more than a few by a quantised w in fixed point (may_use_fixed)."""
     x, (t, k) = _rows(x), x.shape
     assert k == w.k and not w.is_stack, (x.shape, w.data.shape)
     assert {x.dtype, dtype} <= {torch.bfloat16, torch.float32}, (x.dtype, dtype)
     out = x.new_empty(t, w.n, dtype=dtype)
-    pairs = units and x.dtype == torch.bfloat16 and may_use_pairs()
-    chunk = tile_chunk_rows(k) if units and not pairs else chunk_rows(k, pairs)
+    units = units and x.dtype == torch.bfloat16
+    pairs = units and may_use_pairs()
+    fixed = units and may_use_fixed() and w.dtype != torch.bfloat16
+    chunk = tile_chunk_rows(k) if units and may_use_tiles() else chunk_rows(k, pairs or fixed)
     size = 0 if pairs and t == 1 and k % 2 == 0 else min(t, chunk) * _even(k) // (2 if pairs else 1)
     scratch = _scratch(size)[0] if size else None
     flags = x.dtype == torch.float32, dtype == torch.float32
@@ -443,7 +451,7 @@ def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, units: bool = False) 
 
 def chunk_rows(k: int, pairs: bool = False) -> int:
     """How many rows of K channels a product takes at a time: a multiple of every processor's row block. Pairs are of
-    bfloat16."""
+    bfloat16, or in fixed point."""
     return max(1, CHUNK_BYTES // ((2 if pairs else 4) * k) // 12) * 12
 
 
