@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,14 @@ def test_a_compiler_that_does_not_know_the_processor(tmp_path):
     done = run(f"{WHERE}\nprint(kernels.panel_width())", XDG_CACHE_HOME=str(tmp_path / "cache"), CC=str(script))
     made, width = done.stdout.split()
     assert Path(made).is_relative_to(tmp_path) and width == "16", done.stderr
+
+
+def test_clang_is_asked_for_no_more_of_openmp_than_there_is():
+    """Every directive and clause is one that clang_openmp.h has the functions for: without them Clang's library does not
+    load, and all is computed by torch."""
+    used = re.findall(r"^ *#pragma omp (.*)$", kernels.SOURCE.read_text(), re.MULTILINE)
+    words = {word for text in used for word in re.findall(r"[a-z_]+(?:\(static\))?", re.sub(r"num_threads\(\w+\)", "num_threads", text))}
+    assert words <= {"parallel", "for", "num_threads", "schedule(static)", "nowait", "barrier"}, words
 
 
 @pytest.mark.trust

@@ -193,7 +193,7 @@ int64_t pack(const void *w, int64_t n, int64_t k, int form, void *out, void *scr
     const int64_t size = panel_bytes(form, even(k));
     int64_t has_nan = 0;
     const uint8_t filling = form == FP8 ? 0x38 : 0; /* 1, as nothing would be unusual */
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : has_nan)
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t p = 0; p < in_wholes(n, WIDTH); p++) {
         uint8_t *panel = (uint8_t *)scratch + omp_get_thread_num() * size;
         for (int i = 0; i < WIDTH; i++) {
@@ -223,7 +223,9 @@ int64_t pack(const void *w, int64_t n, int64_t k, int form, void *out, void *scr
                 }
             }
         }
-        for (int64_t i = 0; i < size && form == FP8; i++) has_nan |= (panel[i] & 0x7f) == 0x7f;
+        int64_t found = 0;
+        for (int64_t i = 0; i < size && form == FP8; i++) found |= (panel[i] & 0x7f) == 0x7f;
+        if (found) __atomic_store_n(&has_nan, 1, __ATOMIC_RELAXED);
         memcpy((char *)out + p * size, panel, size);
     }
     return has_nan;
