@@ -131,7 +131,7 @@ def forms(n: int, k: int, turns: int) -> list[dict[str, Any]]:
     """Weights of 8 and 4 bits beside those of bfloat16; GB/s are each form's own bytes, with its scales."""
     made = {"bfloat16": (Form(), Weight(torch.randn(n, k).bfloat16()))}
     made |= {name: (form, _quantised(form, n, k)) for name, form in FORMS.items()}
-    units, copies = kernel_cpu.may_use_units(), max(2, BYTES // len(made) // (2 * n * k))
+    units, copies = kernel_cpu.may_use_units(fixed_point=True), max(2, BYTES // len(made) // (2 * n * k))
     packed = {name: [kernel_cpu.pack_weight(w) for _ in range(copies)] for name, (_, w) in made.items()}
 
     def by(x: torch.Tensor, w: list[kernel_cpu.Packed], i: int) -> torch.Tensor:

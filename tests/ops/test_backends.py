@@ -296,6 +296,10 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, half, full = torch.device("cpu"), Numerics(), Numerics(torch.float32, batch_invariant=True)
     if kernels.library() is not None:
         assert type(choose_backend(cpu, half)) is CompiledCpuBackend
+        with monkeypatch.context() as patched:
+            patched.setattr(kernels, "may_use_units", lambda fixed_point: fixed_point)
+            assert not choose_backend(cpu, half).units and choose_backend(cpu, Numerics(fixed_point=True)).units
+        assert choose_backend(cpu, Numerics(batch_invariant=True)).batch_invariant
     assert type(choose_backend(cpu, full)) is CpuBackend and choose_backend(cpu, full).batch_invariant
     assert type(choose_backend(torch.device("cuda"), half)) is gpu_backend()
     assert choose_backend(torch.device("cuda"), full).batch_invariant

@@ -60,6 +60,8 @@ def main() -> None:
         kernels.may_use_tiles.cache_clear()
         errors[f"compiled for {march}"] = error(half, CompiledCpuBackend())
         errors[f"FP8 as it is, compiled for {march}"] = error(Numerics(torch.bfloat16, "bf16"), CompiledCpuBackend())
+        fixed = error(Numerics(torch.bfloat16, "bf16", fixed_point=True), CompiledCpuBackend(fixed_point=True))
+        errors[f"FP8 in fixed point, compiled for {march}"] = fixed
         products[march] = max(product_error(form) for form in FORMS.values())
     answers = []
     if asked["questions"]:
