@@ -594,7 +594,7 @@ APART product(const float *x, int r, const Part *w, Way way, int p, float *out) 
 }
 
 /* k of a panel as lines of floats, of bfloat16 or of whole numbers, as the way is, that blocks of rows take from a cache;
- * each `block` k have their scales (blocks, WIDTH). Memory is fetched meanwhile, so many bytes a k. */
+ * each `block` k have their scales (blocks, WIDTH), or there are none. Memory is fetched meanwhile, so many bytes a k. */
 typedef struct {
     const void *lines;
     int64_t k, block;
@@ -603,8 +603,8 @@ typedef struct {
     int64_t ahead_step;
 } Chunk;
 
-/* r rows of x, interleaved, by a chunk: each block's sums times its scales, added to out (r, WIDTH). way and r are constants
- * where it is used. */
+/* r rows of x, interleaved, by a chunk, to out (r, WIDTH): each block's sums times its scales are added there, or without
+ * scales those that are there go on. way and r are constants where it is used. */
 INLINE void chunk_of(const float *x, const Chunk *w, Way way, int r, float *out) {
     const int pair = way == PAIRS ? r : 2 * r; /* numbers of x */
     const int64_t of_step = w->ahead_step * 2;
@@ -613,7 +613,10 @@ INLINE void chunk_of(const float *x, const Chunk *w, Way way, int r, float *out)
     const uint8_t *ahead = w->ahead;
     for (int64_t at = 0; at < w->k; at += w->block, scales += WIDTH) {
         vf low[ROWS], high[ROWS];
-        for (int i = 0; i < r; i++) low[i] = high[i] = (vf){0};
+        for (int i = 0; i < r; i++) {
+            low[i] = scales ? (vf){0} : *(vf *)(out + i * WIDTH);
+            high[i] = scales ? (vf){0} : *(vf *)(out + i * WIDTH + LANES);
+        }
         for (int64_t j = 0; j < least(w->block, w->k - at); j += 2, x += pair, ahead += of_step) {
             __builtin_prefetch(ahead);
             if (way == PAIRS) {
@@ -624,6 +627,10 @@ INLINE void chunk_of(const float *x, const Chunk *w, Way way, int r, float *out)
             multiply_floats(x, lines[0], lines[1], r, 1, low, high);
             multiply_floats(x + r, lines[2], lines[3], r, 1, low, high);
             lines += 4;
+        }
+        if (!scales) {
+            for (int i = 0; i < r; i++) *(vf *)(out + i * WIDTH) = low[i], *(vf *)(out + i * WIDTH + LANES) = high[i];
+            return;
         }
         for (int i = 0; i < r; i++) {
             *(vf *)(out + i * WIDTH) += low[i] * *(const vf *)scales;
@@ -679,6 +686,7 @@ enum {
     CHUNK = 4096 / WIDTH, /* k of a panel that are multiplied, or widened, together, at most: 16 KiB as floats */
     CHUNK_BLOCKS = CHUNK / 32, /* of scales, that a chunk may have, at most */
     BLOCKS = 32, /* of rows, that what a chunk was widened to serves */
+    WIDENED_BLOCKS = 8, /* of rows, from which on bfloat16 is widened for them all, by floats */
     STREAMED = LANES == 16 ? 3 : 4, /* rows that take panels of 8 or 4 bits as they lie, at most: more widen them first */
 };
 
@@ -864,7 +872,8 @@ enum { TAKEN = 4 /* panels that a thread takes at a time, at most: as many as fe
  * so that none waits for a slower one. */
 INLINE int take_panels(int64_t n, int64_t rows, int64_t *next, int64_t *begin, int64_t *end) {
     if (rows > 2 * ROWS) {
-        const int64_t share = n / omp_get_num_threads(), some = share < 1 ? 1 : least(share, TAKEN);
+        const int64_t left = n - __atomic_load_n(next, __ATOMIC_RELAXED), share = left / (2 * omp_get_num_threads());
+        const int64_t some = share < 1 ? 1 : least(share, TAKEN);
         *begin = __atomic_fetch_add(next, some, __ATOMIC_RELAXED);
         *end = least(*begin + some, n);
     } else if (*end == 0) my_share(n, begin, end);
@@ -922,6 +931,19 @@ static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *z
 #undef LINES
 }
 
+/* A chunk of panel p of a plain weight from k0 on, as lines of floats. */
+static Chunk widen_plain(const Matrix *w, int64_t p, int64_t k0, vf *lines) {
+    const int64_t k = even(w->k), n = least(CHUNK, k - k0);
+    const vu *from = (const vu *)((const uint8_t *)w->data + (p * k + k0) * panel_bytes(BF16, 1));
+    vf *to = lines;
+    for (int64_t j = 0; j < n; j += 2, from += 2, to += 4) {
+        const vu first = from[0], second = from[1];
+        to[0] = (vf)(first << 16), to[1] = (vf)(second << 16);
+        to[2] = (vf)(first & 0xffff0000u), to[3] = (vf)(second & 0xffff0000u);
+    }
+    return (Chunk){lines, n, n, 0, 0, 0};
+}
+
 /* A chunk of panel p from k0 on, the start of a block or of a part of one: its lines, and the scales of its blocks. */
 INLINE Chunk widen_chunk(const Matrix *w, int64_t p, int64_t k0, int64_t ahead, Way way, void *lines, float *scales) {
     const int64_t k = even(w->k), blocks = in_wholes(w->k, w->block), several = least(CHUNK / w->block, CHUNK_BLOCKS);
@@ -944,7 +966,8 @@ INLINE Chunk widen_chunk(const Matrix *w, int64_t p, int64_t k0, int64_t ahead, 
 /* Rows of x, interleaved in blocks, by the panels [begin, end) of w. */
 static void multiply(const void *x, int64_t rows, const Matrix *w, int64_t begin, int64_t end, Way way, Target to) {
     const int64_t k = even(w->k), blocks = blocks_of(rows), of_k = panel_bytes(w->form, 1), size = panel_bytes(w->form, k);
-    const int is_plain = w->form == BF16, streams = !is_plain && rows <= STREAMED, widens = !is_plain && !streams;
+    const int is_quantised = w->form != BF16, streams = is_quantised && rows <= STREAMED;
+    const int is_plain = !is_quantised && (way != FLOATS || blocks < WIDENED_BLOCKS), widens = !is_plain && !streams;
     for (int64_t p; rows && begin < end; begin += p) {
         p = streams    ? least(panels_streamed(rows), end - begin)
             : is_plain ? panels_at_once(in_wholes(rows, blocks), end - begin)
@@ -969,7 +992,8 @@ static void multiply(const void *x, int64_t rows, const Matrix *w, int64_t begin
             }
             if (widens) memset(sums, 0, (starts[n_blocks] - row) * line * sizeof(float));
             for (int64_t k0 = 0, n; k0 < k && widens; k0 += n) {
-                Chunk chunk = widen_chunk(w, begin, k0, 0, way, lines, scales);
+                Chunk chunk = is_quantised ? widen_chunk(w, begin, k0, 0, way, lines, scales)
+                                           : widen_plain(w, begin, k0, (vf *)lines);
                 n = chunk.k;
                 chunk.ahead_step = in_wholes(of_k, n_blocks);
                 chunk.ahead = own + (k0 + n) * of_k + (n_blocks > 1 ? 0 : AHEAD * 2 * WIDTH); /* one takes less than memory */
