@@ -188,7 +188,7 @@ def test_a_weight_with_a_nan_is_multiplied_as_floats(nan):
 def test_a_group_of_zeros_or_of_the_smallest_numbers_is_zeros():
     w, x = random_weight(FORMS["fp8"], 70, 256), randn(13, 256)
     y = kernels.linear(x, kernels.pack_weight(w), torch.float32, units=True)
-    for small in (0.0, 2.0**-133, 2.0**-115):
+    for small in (0.0, 2.0**-133, 2.0**-126, 2.0**-120, 2.0**-116, 2.0**-115):
         more = torch.cat((x, torch.full((13, 128), small).bfloat16()), dim=1)
         wider = Weight(torch.cat((w.data, w.data[:, :128]), 1), torch.cat((w.scale, w.scale[:, :1]), 1))
         assert torch.equal(kernels.linear(more, kernels.pack_weight(wider), torch.float32, units=True), y)
