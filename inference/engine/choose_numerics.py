@@ -61,7 +61,7 @@ def choose_numerics(
             name = torch.cuda.get_device_name(device)
             raise UserError(f"--gemm fp8 needs FP8 tensor cores, and {name} has none; use bf16")
         gemm = "fp8" if has_fp8 else "bf16"
-    fixed_point = gemm == "auto" and kernels and device.type == "cpu" and not deterministic
+    fixed_point = gemm == "auto" and kernels and not on_gpu and not deterministic
     if gemm == "auto":
         gemm = "bf16" if kernels else "dequantised"
     if gemm == "dequantised":

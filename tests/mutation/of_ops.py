@@ -524,8 +524,8 @@ MUTANTS = (
      "fixed_point = kernels and",
      "engine/test_engine.py::test_fixed_point_is_said_and_can_be_left_out", "--gemm bf16 rounds activations"),
     ("numerics-fixed-point-in-a-deterministic-run", "engine/choose_numerics.py",
-     'device.type == "cpu" and not deterministic',
-     'device.type == "cpu"',
+     "not on_gpu and not deterministic",
+     "not on_gpu",
      "engine/test_engine.py::test_fixed_point_is_said_and_can_be_left_out", "--deterministic says that it rounds activations"),
     # --- kernels, in Triton's interpreter -----------------------------------------------------------------------------
     ("kernel-fnuz-scale", "ops/gpu/casts.py",
