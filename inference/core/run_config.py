@@ -31,7 +31,7 @@ class RunConfig:
     gemm: Literal["auto", "fp8", "bf16", "dequantised"] = flag(
         "auto",
         "quantised weights as they are, times FP8 (W8A8) or bf16 (W8A16, W4A16) activations, or dequantised at load "
-        "(default: as the device allows)",
+        "(default: as the device allows, see docs/numerics.md)",
     )
     experts: Literal["auto", "whole", "split"] = flag(
         "auto", "a rank has some whole, or a share of each (default: as converted, else split if that fits)"

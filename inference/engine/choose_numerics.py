@@ -78,7 +78,7 @@ def choose_numerics(
         if not kernels:
             says += ", computed by the reference (slow, for comparison),"
         if fixed_point and kernel_cpu.may_use_fixed():
-            says += ", prompts in 13-bit fixed point (--gemm bf16: in bfloat16),"
+            says += ", more than a few tokens at once in 13-bit fixed point (--gemm bf16: in bfloat16),"
     num = Numerics(plain, "fp8" if gemm == "fp8" else "bf16", args.scale_fmt, fixed_point=fixed_point)
     if args.dtype != "fp8":  # of weights in groups, those of the routed experts are, and so few modules
         num = replace(num, projections=PLAIN_FORM if args.group_size else quantised_form(args))

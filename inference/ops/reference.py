@@ -159,8 +159,10 @@ def fixed_point(x: torch.Tensor) -> torch.Tensor:
     of a row to whole ones of 13 bits and a sign, times a power of two, so that the largest just fits.
 
     A bfloat16 number is exact within a factor of 32 of its group's largest; below that its error is at most 2^-13 of
-    that. e4m3 weights are rounded to sixteenths there, of at most 448; int8 and INT4 are exact. The products of 32
-    channels then fit in 32 bits, and are exact.
+    that. e4m3 weights are rounded alike, by the largest of some rows (16 or 32, that a processor takes together) of a
+    scale's channels, and so exact within a factor of 512; int8 and INT4 are exact. The products of 32 channels then fit
+    in 32 bits, and are exact. A NaN or an infinity makes all of its row's results NaN; a group whose largest is below
+    2^-114 counts as zeros.
     """
     groups = x.float().unflatten(-1, (-1, 32))
     largest = groups.abs().amax(dim=-1, keepdim=True)

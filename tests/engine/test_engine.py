@@ -317,7 +317,7 @@ def test_fixed_point_is_said_and_can_be_left_out(model, monkeypatch):
     monkeypatch.setattr(kernels, "serve", lambda dtype: True)
     monkeypatch.setattr(kernels, "may_use_fixed", lambda: True)
     cpu, fp8 = torch.device("cpu"), dataclasses.replace(model.args, dtype="fp8")
-    said = "prompts in 13-bit fixed point (--gemm bf16: in bfloat16), on cpu"
+    said = "more than a few tokens at once in 13-bit fixed point (--gemm bf16: in bfloat16), on cpu"
     numerics, says = choose_numerics(fp8, cpu, "auto", "auto")
     assert numerics.fixed_point and said in says
     for gemm, deterministic in (("bf16", False), ("auto", True), ("dequantised", False), ("fp8", False)):

@@ -6,7 +6,7 @@
  * panel has two lines, each a cache line with AVX-512: of the first LANES rows and of the others, each row's two values
  * side by side, so that a shift and a mask make a float32 vector for either k. That is also how a processor's matrix
  * tiles take it. A product's sum runs over k in order whatever the number of rows, so a row's result does not depend on
- * the other rows, except where tiles multiply.
+ * the other rows, except where tiles multiply, or fixed point, which few rows do not go in.
  *
  * A weight of 8 or 4 bits lies in the same panels, and becomes lines of bfloat16, which hold every value of it: for few
  * rows in registers, otherwise a chunk of a panel at a time, in the nearest cache, for all rows that are multiplied; there
@@ -215,11 +215,11 @@ int64_t pack(const void *w, int64_t n, int64_t k, int form, void *out, void *scr
                     }
                 }
             } else {
-                const uint8_t *from = (const uint8_t *)w + row * k;
+                const uint8_t *from = (const uint8_t *)w + least(row, n - 1) * k; /* no larger than the others */
                 uint8_t *first = panel + place_of(form, i, 0).byte, *second = panel + place_of(form, i, 1).byte;
                 for (int64_t j = 0; j < k; j += 2) {
-                    first[j * WIDTH] = row < n ? from[j] : filling;
-                    second[j * WIDTH] = row < n && j + 1 < k ? from[j + 1] : filling;
+                    first[j * WIDTH] = from[j];
+                    second[j * WIDTH] = j + 1 < k ? from[j + 1] : filling;
                 }
             }
         }
@@ -397,11 +397,12 @@ typedef enum { FLOATS, PAIRS, FIXED, TILES } Way;
 enum { TILE = 16, TILE_K = 32 }; /* rows and k of a tile */
 
 /* Fixed point, as reference.fixed_point has it: FIXED_K numbers of a row are whole ones of FIXED_BITS bits and a sign, times
- * a power of two that the largest of them gives. Weights are whole numbers too, e4m3 in FIXED_FP8 parts of one. Pairs of
- * 16 bits are multiplied and added up in 32 bits, which hold all sums: 2^13 * 448 * 16 * 32 < 2^31, and so is nothing
- * rounded; of pairs an instruction takes twice as many numbers as of floats. Rows lie interleaved, FIXED_PAIRS pairs and
- * the power of two in turn. A NaN or an infinity makes its row's results NaN, and numbers below 2^-114 count as zeros. */
-enum { FIXED_K = 32, FIXED_PAIRS = FIXED_K / 2, FIXED_BITS = 13, FIXED_FP8 = 16 };
+ * a power of two that the largest of them gives. Weights are whole numbers too, e4m3 of as many bits by the largest in a
+ * panel's rows of a block. Pairs of 16 bits are multiplied and added up in 32 bits, which hold all sums, 2^13 * 1.875 * 2^12
+ * * 32 < 2^31, and so is nothing rounded; of pairs an instruction takes twice as many numbers as of floats. Rows lie
+ * interleaved, FIXED_PAIRS pairs and the power of two in turn. A NaN or an infinity makes its row's results NaN, and numbers
+ * in a group whose largest is below 2^-114 are zeros. */
+enum { FIXED_K = 32, FIXED_PAIRS = FIXED_K / 2, FIXED_BITS = 13 };
 
 /* Bytes of so many numbers of x. */
 INLINE int64_t bytes_of(Way way, int64_t n) {
@@ -445,15 +446,16 @@ INLINE vi add_pairs(vi sums, vi a, vi b) {
 /* A line of whole numbers of those for the first k and for the second. */
 INLINE vu join_whole(vu first, vu second) { return (first & 0xffff) | second << 16; }
 
-/* Lines of 8 bits, two, or of 4, four, as whole numbers of 16. */
-INLINE void whole_lines(int form, const uint8_t *from, const Zeros *zeros, vu *lines) {
+/* Lines of 8 bits, two, or of 4, four, as whole numbers of 16; e4m3 so many times as large. */
+INLINE void whole_lines(int form, const uint8_t *from, const Zeros *zeros, float times, vu *lines) {
     if (form == FP8) {
-        const float times = MAY_ENLARGE ? FIXED_FP8 * 0x1p120f : FIXED_FP8;
-        if (MAY_ENLARGE) small_fp8(from, lines);
+        const int small = MAY_ENLARGE && times <= 32; /* subnormal numbers are less than a half then */
+        const float factor = small ? times * 0x1p120f : times;
+        if (small) small_fp8(from, lines);
         else widen_fp8(from, lines);
         for (int i = 0; i < 2; i++) {
             const vf first = (vf)(lines[i] << 16), second = (vf)(lines[i] & 0xffff0000u);
-            lines[i] = join_whole(whole_v(first * times), whole_v(second * times));
+            lines[i] = join_whole(whole_v(first * factor), whole_v(second * factor));
         }
     } else if (form == INT8)
         for (int i = 0; i < 2; i++, from += 2 * LANES)
@@ -477,8 +479,8 @@ INLINE void whole_lines(int form, const uint8_t *from, const Zeros *zeros, vu *l
 #endif
 }
 #else
-INLINE void whole_lines(int form, const uint8_t *from, const Zeros *zeros, vu *lines) {
-    (void)form, (void)from, (void)zeros, (void)lines;
+INLINE void whole_lines(int form, const uint8_t *from, const Zeros *zeros, float times, vu *lines) {
+    (void)form, (void)from, (void)zeros, (void)times, (void)lines;
 }
 #endif
 
@@ -659,9 +661,9 @@ INLINE void fixed_chunk_of(const float *x, const Chunk *w, int r, float *out) {
             }
         }
         const vf first = *(const vf *)scales, second = *(const vf *)(scales + LANES);
-        for (int i = 0; i < r; i++) {
-            *(vf *)(out + i * WIDTH) += __builtin_convertvector(low[i], vf) * (first * x[i]);
-            *(vf *)(out + i * WIDTH + LANES) += __builtin_convertvector(high[i], vf) * (second * x[i]);
+        for (int i = 0; i < r; i++) { /* in this order no product is too small for a float that the sum is not */
+            *(vf *)(out + i * WIDTH) += __builtin_convertvector(low[i], vf) * x[i] * first;
+            *(vf *)(out + i * WIDTH + LANES) += __builtin_convertvector(high[i], vf) * x[i] * second;
         }
     }
 }
@@ -909,14 +911,26 @@ static void store_rows(const float *sums, int64_t first, int64_t r, int64_t widt
     }
 }
 
-/* k lines of a panel to lines of floats, or for another way of bfloat16 or whole numbers. Memory so far behind is fetched
- * meanwhile. */
-static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *zeros, int64_t ahead, Way way, vu *lines) {
+/* What makes e4m3 whole numbers of FIXED_BITS bits, of n bytes none of which is NaN. */
+INLINE float times_of(const uint8_t *from, int64_t n) {
+    uint8_t largest = 8; /* the least normal number: those below it are whole with it */
+    for (int64_t i = 0; i < n; i++) {
+        const uint8_t size = from[i] & 0x7f;
+        largest = size > largest ? size : largest;
+    }
+    const union { uint32_t u; float f; } times = {(127 + 6 + FIXED_BITS - (largest >> 3)) << 23};
+    return times.f;
+}
+
+/* k lines of a panel to lines of floats, or for another way of bfloat16 or whole numbers, e4m3 so many times as large.
+ * Memory so far behind is fetched meanwhile. */
+static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *zeros, int64_t ahead, Way way, float times,
+                        vu *lines) {
 #define LINES(form, step)                                                          \
     for (int64_t j = 0; j < k; j += step, from += 2 * WIDTH) {                     \
         vu out[4];                                                                 \
         __builtin_prefetch(from + ahead);                                          \
-        if (way == FIXED) whole_lines(form, from, zeros, out);                     \
+        if (way == FIXED) whole_lines(form, from, zeros, times, out);              \
         else widen_lines(form, from, zeros, out);                                  \
         for (int i = 0; i < step && way != FLOATS; i++) *lines++ = out[i];         \
         for (int i = 0; i < step && way == FLOATS; i += 2) {                       \
@@ -955,10 +969,11 @@ INLINE Chunk widen_chunk(const Matrix *w, int64_t p, int64_t k0, int64_t ahead, 
         float *own = scales + j / w->block * WIDTH;
         Zeros zeros;
         if (w->zeros) zeros_of(w->zeros + (p * blocks + at) * WIDTH, &zeros);
-        widen_panel(with_zeros(w), from + panel_bytes(w->form, j), least(w->block, n - j), &zeros, ahead, way,
-                    (vu *)((char *)lines + j * line));
-        const float of_whole = way == FIXED && w->form == FP8 ? 1.f / FIXED_FP8 : 1;
-        for (int i = 0; i < 2; i++) *(vf *)(own + i * LANES) = scales_v(w, p, at, blocks, i) * of_whole;
+        const int64_t of_block = least(w->block, n - j);
+        const uint8_t *first = from + panel_bytes(w->form, j);
+        const float times = way == FIXED && w->form == FP8 ? times_of(first, panel_bytes(FP8, of_block)) : 1;
+        widen_panel(with_zeros(w), first, of_block, &zeros, ahead, way, times, (vu *)((char *)lines + j * line));
+        for (int i = 0; i < 2; i++) *(vf *)(own + i * LANES) = scales_v(w, p, at, blocks, i) * (1 / times);
     }
     return (Chunk){lines, n, w->block, scales, 0, 0};
 }
@@ -966,7 +981,7 @@ INLINE Chunk widen_chunk(const Matrix *w, int64_t p, int64_t k0, int64_t ahead, 
 /* Rows of x, interleaved in blocks, by the panels [begin, end) of w. */
 static void multiply(const void *x, int64_t rows, const Matrix *w, int64_t begin, int64_t end, Way way, Target to) {
     const int64_t k = even(w->k), blocks = blocks_of(rows), of_k = panel_bytes(w->form, 1), size = panel_bytes(w->form, k);
-    const int is_quantised = w->form != BF16, streams = is_quantised && rows <= STREAMED;
+    const int is_quantised = w->form != BF16, streams = is_quantised && rows <= STREAMED && way != FIXED;
     const int is_plain = !is_quantised && (way != FLOATS || blocks < WIDENED_BLOCKS), widens = !is_plain && !streams;
     for (int64_t p; rows && begin < end; begin += p) {
         p = streams    ? least(panels_streamed(rows), end - begin)
@@ -1152,7 +1167,7 @@ int64_t may_use_fixed(void) {
     return 0;
 }
 
-/* The same for so many rows by w. */
+/* How so many rows are multiplied by w, if they are bfloat16 and units, or fixed point, may be used. */
 INLINE Way way_of(int64_t rows, const Matrix *w) {
     const int fits_tiles = rows >= TILE_ROWS && (w->form == BF16 || w->block % TILE_K == 0);
     const int fits_fixed = rows > STREAMED && w->form != BF16 && !w->has_nan && w->block % FIXED_K == 0 && w->k % FIXED_K == 0;
@@ -1168,8 +1183,8 @@ INLINE void put_in_tiles(const bf16 *row, int64_t k, int64_t i, int64_t rows, bf
 }
 
 /* x (t, k) by w (n, k) to y (t, n), either bf16 or float; with `units`, in those of the processor for bfloat16.
- * scratch: (min(t, chunk), even(k)) floats, none for one row of pairs, k even; chunk, a multiple of ROWS and of two tiles,
- * is how many rows are multiplied by all of w before the next ones come. */
+ * scratch: (min(t, chunk), even(k)) floats, none for one row of pairs, k even; chunk, a multiple of ROWS, and of two tiles
+ * where those multiply, is how many rows are multiplied by all of w before the next ones come. */
 void linear(const void *x, int x_float, int64_t t, int64_t stride, const Matrix *w, void *y, int y_float,
             float *scratch, int64_t chunk, int units, int threads) {
     const int64_t n = w->n, k = w->k, size = even(k);
@@ -1265,7 +1280,8 @@ INLINE Way way_of_expert(int64_t rows, const Matrix *w13, const Matrix *w2) {
  *
  * Experts go in bundles of at most `bundle` rows, or one alone that has more: rows of x, interleaved, by w13; SwiGLU,
  * times the router's weight; by w2, added up. Panels are taken for all experts of a bundle: nobody else adds to their columns.
- * With `units` an expert's rows go through those of the processor for bfloat16, with SwiGLU's result rounded.
+ * With `units` an expert's rows go through those of the processor for bfloat16, with SwiGLU's result rounded, or in fixed
+ * point.
  * scratch: (rows, even(h) + 2 half + even(inter)) floats, rows the most of a bundle, and sums (t, h) floats; numbers:
  * t * top + n_experts + 1. */
 void experts(const bf16 *x, int64_t t, int64_t stride, int64_t h, const int64_t *ids, const float *weights, int64_t top,
