@@ -296,7 +296,8 @@ def numerics(record: dict[str, Any]) -> str:
     modes = {
         "bfloat16, from dequantised weights": record, "bfloat16 over FP8 latents": read("demo_fp8_latents"),
         "float32, from exactly dequantised weights": read("demo_float32"), "W8A8": read("demo_w8a8"),
-        "W8A16": read("demo_w8a16"), "W4A16: routed experts in INT4, groups of 32": read("demo_int4"),
+        "W8A16": read("demo_w8a16"), "W8A16 in fixed point": read("demo_fixed_point"),
+        "W4A16: routed experts in INT4, groups of 32": read("demo_int4"),
         "W8A16: routed experts in INT8, groups of 128": read("demo_int8"),
     }  # fmt: skip
     lines = []
