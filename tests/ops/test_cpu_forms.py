@@ -12,7 +12,7 @@ from ops.formats import Weight
 from ops.reference_backend import ReferenceBackend
 from support.limits import LAST_RESORT
 from support.model_pairs import relative_error
-from support.quantised_weights import FORMS, exact, random_weight
+from support.quantised_weights import FORMS, every_byte, every_nibble, exact, random_weight
 
 pytestmark = [
     pytest.mark.timeout(LAST_RESORT),  # the compiler has a limit of its own, of processor time
@@ -70,21 +70,14 @@ def test_groups_of_any_size(kind, group):
 @pytest.mark.parametrize("form", ["fp8", "int8 blocks"])
 def test_every_byte_in_every_place(form):
     """Rows that are one at one k, and so pick single values, whose scale is a power of two."""
-    place = torch.arange(256)
-    bytes_ = (place[:, None] * 3 + place).to(torch.uint8)
-    if form == "fp8":
-        bytes_[(bytes_ & 0x7F) == 0x7F] = 0x7E  # NaN
-    w = Weight(bytes_.view(FORMS[form].dtype), torch.full((2, 2), 2.0**-3))
+    w = every_byte(FORMS[form])
     y = kernels.linear(torch.eye(256).bfloat16(), kernels.pack_weight(w), torch.float32)
     assert torch.equal(y.T, w.data.float() / 8) and len(y.unique()) == (253 if form == "fp8" else 256)
 
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_every_nibble_with_every_zero_point(zeros):
-    place = torch.arange(256)
-    bytes_ = (place[:, None] * 3 + place).to(torch.uint8)
-    zero = (torch.arange(256)[:, None] + torch.arange(16)).remainder(16).to(torch.uint8) if zeros else None
-    w = Weight(bytes_, torch.full((256, 16), 2.0**-3, dtype=torch.bfloat16), block=(1, 32), zero=zero)
+    w = every_nibble(zeros)
     y = kernels.linear(torch.eye(512).bfloat16(), kernels.pack_weight(w), torch.float32)
     assert torch.equal(y.T, exact(w).float()) and len(y.unique()) == (31 if zeros else 16)
 

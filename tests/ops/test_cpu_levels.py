@@ -19,6 +19,7 @@ from support.families import V3
 from support.limits import LAST_RESORT, run_within
 from support.model_pairs import hidden_states, ours, random_checkpoint, tokens
 from support.processes import environment
+from support.processor import FEATURES
 
 pytestmark = [
     pytest.mark.timeout(LAST_RESORT),  # what compiles has a limit of its own, of processor time
@@ -28,8 +29,6 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "demo" / "checkpoint"
 QUESTIONS = {"What is 347 + 285?": "632", 'Reverse the word "penguin".': "niugnep"}
-INFO = Path("/proc/cpuinfo")
-FEATURES = set(INFO.read_text().partition("\nflags")[2].split("\n")[0].split()) if INFO.exists() else set()
 NEEDS = {  # of what is forced, the feature that tells whether the processor has it
     "default": "sse2", "avx2": "avx2", "avx512": "avx512bw",
     "SSE41": "sse4_1", "AVX": "avx", "AVX2": "avx2", "AVX2_VNNI": "avx_vnni", "AVX512_CORE": "avx512bw",

@@ -67,7 +67,8 @@ def test_tiles_are_not_touched_before_the_process_has_asked():
     assert (done.returncode, done.stdout) == (0, "2048.0\n"), done.stderr
 
 
-PROCESSORS = ["x86-64", "x86-64-v3", "x86-64-v4", "cooperlake", "icelake-server", "sapphirerapids", "znver3"]
+PROCESSORS = ["x86-64", "x86-64-v3", "x86-64-v4", "cascadelake", "cooperlake", "icelake-server", "sapphirerapids",
+              "alderlake", "znver3"]  # fmt: skip
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86's processors")

@@ -33,6 +33,23 @@ def random_weight(form: Form, *shape: int, seed: int = 0) -> Weight:
     return Weight(bytes_.view(form.dtype), scale, "bf16", None, form.block, zero)
 
 
+def every_byte(form: Form) -> Weight:
+    """Of 8 bits, (256, 256): each number but NaN in each row and each place of it. Scales are 1/8."""
+    place = torch.arange(256)
+    bytes_ = (place[:, None] * 3 + place).to(torch.uint8)
+    if form.kind == "fp8":
+        bytes_[(bytes_ & 0x7F) == 0x7F] = 0x7E  # no NaN
+    return Weight(bytes_.view(form.dtype), torch.full((2, 2), 2.0**-3))
+
+
+def every_nibble(zeros: bool) -> Weight:
+    """INT4 (256, 512): each number in each row, and with zero points each of them. Scales are 1/8."""
+    place = torch.arange(256)
+    bytes_ = (place[:, None] * 3 + place).to(torch.uint8)
+    zero = (torch.arange(256)[:, None] + torch.arange(16)).remainder(16).to(torch.uint8) if zeros else None
+    return Weight(bytes_, torch.full((256, 16), 2.0**-3, dtype=torch.bfloat16), block=(1, 32), zero=zero)
+
+
 def exact(w: Weight) -> torch.Tensor:
     """What a quantised weight stands for, float64 (…, N, K), value by value."""
     assert w.scale is not None

@@ -100,6 +100,12 @@ INLINE vu bits_v(vf x) { /* of x as bfloat16, in the low halves */
 
 INLINE vu whole_v(vf x) { return (vu)(x + 12582912.f); } /* the nearest whole number, in 16 bits: 1.5 * 2^23 rounds */
 
+/* Two lines of bfloat16 as four of floats: both lines' first k, and their second. */
+INLINE void split_lines(vu a, vu b, vu *lines) {
+    lines[0] = a << 16, lines[1] = b << 16;
+    lines[2] = a & 0xffff0000u, lines[3] = b & 0xffff0000u;
+}
+
 INLINE void narrow_v(vf x, bf16 *out) { *(vh *)out = shorter(bits_v(x)); }
 
 INLINE vf max_v(vf a, vf b) { return select_v(a > b, a, b); }
@@ -933,10 +939,8 @@ static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *z
         if (way == FIXED) whole_lines(form, from, zeros, times, out);              \
         else widen_lines(form, from, zeros, out);                                  \
         for (int i = 0; i < step && way != FLOATS; i++) *lines++ = out[i];         \
-        for (int i = 0; i < step && way == FLOATS; i += 2) {                       \
-            *lines++ = out[i] << 16, *lines++ = out[i + 1] << 16;                  \
-            *lines++ = out[i] & 0xffff0000u, *lines++ = out[i + 1] & 0xffff0000u;  \
-        }                                                                          \
+        for (int i = 0; i < step && way == FLOATS; i += 2, lines += 4)             \
+            split_lines(out[i], out[i + 1], lines);                                \
     }
     if (form == FP8) LINES(FP8, 2)
     else if (form == INT8) LINES(INT8, 2)
@@ -946,15 +950,10 @@ static void widen_panel(int form, const uint8_t *from, int64_t k, const Zeros *z
 }
 
 /* A chunk of panel p of a plain weight from k0 on, as lines of floats. */
-static Chunk widen_plain(const Matrix *w, int64_t p, int64_t k0, vf *lines) {
+static Chunk widen_plain(const Matrix *w, int64_t p, int64_t k0, vu *lines) {
     const int64_t k = even(w->k), n = least(CHUNK, k - k0);
     const vu *from = (const vu *)((const uint8_t *)w->data + (p * k + k0) * panel_bytes(BF16, 1));
-    vf *to = lines;
-    for (int64_t j = 0; j < n; j += 2, from += 2, to += 4) {
-        const vu first = from[0], second = from[1];
-        to[0] = (vf)(first << 16), to[1] = (vf)(second << 16);
-        to[2] = (vf)(first & 0xffff0000u), to[3] = (vf)(second & 0xffff0000u);
-    }
+    for (int64_t j = 0; j < n; j += 2) split_lines(from[j], from[j + 1], lines + 2 * j);
     return (Chunk){lines, n, n, 0, 0, 0};
 }
 
@@ -982,10 +981,10 @@ INLINE Chunk widen_chunk(const Matrix *w, int64_t p, int64_t k0, int64_t ahead, 
 static void multiply(const void *x, int64_t rows, const Matrix *w, int64_t begin, int64_t end, Way way, Target to) {
     const int64_t k = even(w->k), blocks = blocks_of(rows), of_k = panel_bytes(w->form, 1), size = panel_bytes(w->form, k);
     const int is_quantised = w->form != BF16, streams = is_quantised && rows <= STREAMED && way != FIXED;
-    const int is_plain = !is_quantised && (way != FLOATS || blocks < WIDENED_BLOCKS), widens = !is_plain && !streams;
+    const int direct = !is_quantised && (way != FLOATS || blocks < WIDENED_BLOCKS), widens = !direct && !streams;
     for (int64_t p; rows && begin < end; begin += p) {
         p = streams    ? least(panels_streamed(rows), end - begin)
-            : is_plain ? panels_at_once(in_wholes(rows, blocks), end - begin)
+            : direct   ? panels_at_once(in_wholes(rows, blocks), end - begin)
                        : 1;
         const int64_t column = begin * WIDTH, width = least(p * WIDTH, w->n - column);
         const int64_t line = (streams ? panels_streamed(rows) : p) * WIDTH; /* of sums */
@@ -998,7 +997,7 @@ static void multiply(const void *x, int64_t rows, const Matrix *w, int64_t begin
             for (int64_t b = 0; b <= n_blocks; b++) starts[b] = block_start(rows, b0 + b);
             const int64_t row = starts[0];
             if (streams) stream(x, rows, w, begin, p, way, sums);
-            for (int64_t b = 0; b < n_blocks && is_plain; b++) {
+            for (int64_t b = 0; b < n_blocks && direct; b++) {
                 const int64_t first = starts[b], r = starts[b + 1] - first;
                 const float *from = (const float *)((const char *)x + bytes_of(way, first * k));
                 const uint8_t *next = own + size + (b0 + b) * (size / blocks); /* all blocks together fetch the next panel */
@@ -1008,7 +1007,7 @@ static void multiply(const void *x, int64_t rows, const Matrix *w, int64_t begin
             if (widens) memset(sums, 0, (starts[n_blocks] - row) * line * sizeof(float));
             for (int64_t k0 = 0, n; k0 < k && widens; k0 += n) {
                 Chunk chunk = is_quantised ? widen_chunk(w, begin, k0, 0, way, lines, scales)
-                                           : widen_plain(w, begin, k0, (vf *)lines);
+                                           : widen_plain(w, begin, k0, (vu *)lines);
                 n = chunk.k;
                 chunk.ahead_step = in_wholes(of_k, n_blocks);
                 chunk.ahead = own + (k0 + n) * of_k + (n_blocks > 1 ? 0 : AHEAD * 2 * WIDTH); /* one takes less than memory */
