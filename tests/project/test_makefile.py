@@ -33,3 +33,10 @@ def test_pytest_has_the_options_that_make_gives_it(target: str) -> None:
     known = subprocess.check_output(f"{sys.executable} {command} --help", shell=True, cwd=ROOT, text=True)
     for option in re.findall(r"(?<= )--[a-z-]+", command):
         assert re.search(rf"^  .*{option}\b", known, re.MULTILINE), f"make {target}: {option}"
+
+
+def test_the_suite_runs_in_the_background() -> None:
+    """As `make test &` in a script, whose children ignore SIGINT: tests that interrupt something still do."""
+    command = f"trap '' INT; exec {sys.executable} -m pytest -q -p no:cacheprovider tests/cli/test_main.py::test_exit_statuses"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout
