@@ -19,9 +19,9 @@ from support.quantised_weights import FORMS, every_byte, every_nibble, exact, ra
 
 NEEDS = {
     "x86-64-v3": {"avx2"}, "alderlake": {"avx_vnni"}, "cascadelake": {"avx512_vnni"},
-    "icelake-server": {"avx512_vnni", "avx512vbmi", "avx512_bitalg"},
+    "icelake-server": {"avx512_vnni", "avx512vbmi", "avx512_bitalg"}, "sapphirerapids": {"amx_bf16"},
 }  # fmt: skip
-LONG = ("alderlake", "cascadelake")
+LONG = ("alderlake", "cascadelake", "sapphirerapids")  # the last as a process that Linux grants no tiles to
 FEW = {16: 4, 32: 3}  # by the width of a panel: rows that take weights as they lie
 
 pytestmark = [

@@ -193,23 +193,7 @@ def test_what_the_backend_packs():
 
 # ---------------------------------------------------------------- instructions for pairs of bfloat16
 
-NEEDS_PAIRS = pytest.mark.skipif(
-    not kernels.may_use_pairs(), reason="this processor has no AVX512_BF16, or a matrix unit"
-)
-
-
-@pytest.fixture
-def whole_vectors(vectors: str) -> None:
-    """Not the shorter ones, which go in fixed point instead: test_cpu_fixed_point.py."""
-    if vectors == "shorter vectors":
-        pytest.skip("has no such units")
-
-
-def needs_pairs(test):
-    return NEEDS_PAIRS(pytest.mark.usefixtures("whole_vectors")(test))
-
-
-@needs_pairs
+@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("form", [*FORMS, "plain"])
 @pytest.mark.parametrize("n, k", [(1, 128), (70, 640), (300, 256)])
 def test_linear_in_pairs(form, n, k, monkeypatch):
@@ -230,7 +214,7 @@ def test_linear_in_pairs(form, n, k, monkeypatch):
     assert torch.equal(kernels.linear(x, packed, torch.float32, units=True), y)
 
 
-@needs_pairs
+@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("n, k", [(1, 1), (67, 515), (33, 77)])
 def test_an_odd_number_of_channels_in_pairs(n, k):
     w, x = randn(n, k), randn(30, k, seed=1)
@@ -238,7 +222,7 @@ def test_an_odd_number_of_channels_in_pairs(n, k):
     assert ((y - x.double() @ w.double().T).abs() <= 1e-6 * (x.double().abs() @ w.double().abs().T)).all()
 
 
-@needs_pairs
+@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows", [1, 9, 200])
 def test_experts_in_pairs(form, rows):
@@ -255,14 +239,7 @@ def test_experts_in_pairs(form, rows):
 
 # ---------------------------------------------------------------- the matrix unit
 
-NEEDS_TILES = pytest.mark.skipif(not kernels.may_use_tiles(), reason="this processor has no matrix unit")
-
-
-def needs_tiles(test):
-    return NEEDS_TILES(pytest.mark.usefixtures("whole_vectors")(test))
-
-
-@needs_tiles
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("n, k", [(1, 128), (70, 640), (300, 256)])
 def test_linear_in_tiles(form, n, k, monkeypatch):
@@ -283,7 +260,7 @@ def test_linear_in_tiles(form, n, k, monkeypatch):
     assert torch.equal(kernels.linear(x, packed, torch.float32, units=True), y)
 
 
-@needs_tiles
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize(
     "kind, group, k", [("int8", 96, 192), ("int8", 256, 512), ("int8", 48, 192), ("int4", 32, 96), ("int4", 36, 72)]
 )
@@ -295,7 +272,7 @@ def test_groups_that_fill_no_tile_go_another_way(kind, group, k):
     assert bool(zero.any()) == (group % 32 > 0)
 
 
-@needs_tiles
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_stays_in_its_row_of_a_tile(form, bad):
@@ -305,7 +282,7 @@ def test_what_is_not_finite_stays_in_its_row_of_a_tile(form, bad):
     assert not y[18].isfinite().any() and y[[*range(18), *range(19, 40)]].isfinite().all()
 
 
-@needs_tiles
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows, h, inter", [(200, 256, 128), (60, 256, 128), (200, 256, 144)])
 def test_experts_in_tiles(form, rows, h, inter, monkeypatch):

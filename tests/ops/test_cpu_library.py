@@ -81,6 +81,25 @@ def test_the_source_is_right_for_every_processor(processor):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("vendor, are_slow", [("GenuineIntel", True), ("AuthenticAMD", False)])
+def test_whose_pairs_of_bfloat16_are_slow(vendor, are_slow, tmp_path, monkeypatch):
+    """They are not compiled there, unless the flags ask for them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "_processor", lambda: ["processor\t: 0", f"vendor_id\t: {vendor}", "flags\t\t: fpu"])
+    asked: list[list[str]] = []
+
+    def run(command: list[str], scratch: str) -> str:
+        if "-o" in command:
+            Path(command[command.index("-o") + 1]).touch()
+            asked.append(command)
+        return "cc"
+
+    monkeypatch.setattr(kernels, "_run", run)
+    kernels.build(["cc"], (*kernels.FLAGS, "-USLOW_PAIRS"))
+    [command] = asked
+    assert ("-DSLOW_PAIRS" in command[: command.index("-USLOW_PAIRS")]) == are_slow
+
+
 def test_any_locale(tmp_path):
     found = run(WHERE, alone=True, XDG_CACHE_HOME=str(tmp_path), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert Path(found.stdout.strip()).is_relative_to(tmp_path), found.stderr

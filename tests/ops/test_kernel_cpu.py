@@ -51,15 +51,11 @@ def test_linear(n, k, rows):
     assert torch.equal(kernels.linear(x.T.contiguous().T, packed, torch.float32), y)  # numbers that do
 
 
-needs_tiles = pytest.mark.skipif(not kernels.may_use_tiles(), reason="this processor has no matrix unit")
-
-
-@needs_tiles
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("n, k", [(96, 160), (67, 512), (1, 32), (300, 64)])
 @pytest.mark.parametrize("rows", [4, 15, 16, 17, 31, 33, 47, 100, 250])
-def test_linear_in_tiles(n, k, rows, vectors, monkeypatch):
-    """Every way a last tile can be short, of rows that lie apart; the sums of fewer rows, or with shorter vectors, are
-    added up as without tiles."""
+def test_linear_in_tiles(n, k, rows, monkeypatch):
+    """Every way a last tile can be short, of rows that lie apart; the sums of fewer rows are added up as without."""
     w, x = randn(n, k), randn(rows, k + 8, seed=1)[:, 3 : k + 3]
     expected, magnitude = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
     packed = kernels.pack(w)
@@ -73,20 +69,20 @@ def test_linear_in_tiles(n, k, rows, vectors, monkeypatch):
     monkeypatch.setattr(kernels, "TILE_CHUNK_BYTES", 1)
     assert kernels.tile_chunk_rows(k) == 96
     assert torch.equal(kernels.linear(x, packed, torch.float32, units=True), y)
-    if vectors != "shorter vectors" and n > 1 and k > 100:
+    if n > 1 and k > 100:
         assert not torch.equal(y, plain)  # they were used
     else:
         assert ((plain - expected).abs() <= 1e-6 * magnitude).all()
 
 
-@needs_tiles
+@pytest.mark.usefixtures("tiles")
 def test_channels_that_fill_no_tile_go_another_way():
     w, x = randn(64, 40), randn(50, 40, seed=1)
     y = kernels.linear(x, kernels.pack(w), torch.float32)
     assert torch.equal(kernels.linear(x, kernels.pack(w), torch.float32, units=True), y)
 
 
-@needs_tiles
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_in_its_row_of_a_tile(bad):
     w, x = randn(70, 64), randn(40, 64, seed=1)
@@ -218,7 +214,7 @@ def test_experts(rows, first, n_local, h, inter, monkeypatch):
     assert torch.equal(few, both[last])
 
 
-@needs_tiles
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("rows, first, n_local", [(16, 0, 8), (200, 0, 8), (100, 2, 3), (90, 0, 1)])
 @pytest.mark.parametrize("h, inter", [(96, 64), (72, 32), (64, 40)])
 def test_experts_in_tiles(rows, first, n_local, h, inter, monkeypatch):

@@ -436,6 +436,12 @@ INLINE void widen_lines(int form, const uint8_t *from, const Zeros *zeros, vu *l
     else widen_int4(form, from, zeros, lines);
 }
 
+/* Instructions that add up bfloat16's products in float32, twice as many as those of floats. They take subnormal numbers
+ * for zeros. kernels.py says where they are slow. */
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__) && !defined(SLOW_PAIRS)
+#define HAS_PAIRS
+#endif
+
 #if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
 #define HAS_FIXED
 /* Sums with the products of two pairs each of 16 bits. */
@@ -511,7 +517,7 @@ INLINE void multiply_floats(const float *x, vf first, vf second, int r, int p, v
 
 /* r rows' two k by two lines, added to every p-th of the sums. */
 INLINE void multiply_lines(const float *x, vu a, vu b, Way way, int r, int p, vf *low, vf *high) {
-#ifdef __AVX512BF16__
+#ifdef HAS_PAIRS
     if (way == PAIRS) {
 #pragma GCC unroll 12
         for (int i = 0; i < r; i++) {
@@ -581,7 +587,7 @@ INLINE int panels_at_once(int r, int64_t left) {
 #else
 #define UP_TO_ROWS UP_TO_6
 #endif
-#if defined(__AVX512BF16__)
+#ifdef HAS_PAIRS
 #define BY_ROWS(r, way, CASE)                           \
     if (way == PAIRS) switch (r) { UP_TO_ROWS(CASE, PAIRS) } \
     else switch (r) { UP_TO_ROWS(CASE, FLOATS) }
@@ -801,7 +807,7 @@ APART stream(const float *x, int r, const Matrix *w, int64_t panel, int n_panels
         case INT4: stream_of(x, w, panel, n_panels, INT4, way, r, out); return;      \
         default: stream_of(x, w, panel, n_panels, INT4_ZEROS, way, r, out); return;  \
         }
-#ifdef __AVX512BF16__
+#ifdef HAS_PAIRS
     if (way == PAIRS) switch (r) { CASE(1, PAIRS) CASE(2, PAIRS) CASE(3, PAIRS) }
 #endif
 #ifdef __AVX512F__
@@ -1025,10 +1031,9 @@ static void multiply(const void *x, int64_t rows, const Matrix *w, int64_t begin
     }
 }
 
-/* Whether rows are multiplied as pairs, with instructions that have bfloat16's products added up in float32, twice as many
- * as those of floats. They take subnormal numbers for zeros. */
+/* Whether rows are multiplied as pairs: AVX512_BF16. */
 int64_t may_use_pairs(void) {
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#ifdef HAS_PAIRS
     return 1;
 #endif
     return 0;
@@ -1158,10 +1163,10 @@ static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, int6
 /* How rows with so many k are multiplied where they are bfloat16, and units for it may be used. */
 INLINE Way way_of_k(int64_t k) { return may_use_pairs() ? PAIRS : granted && k % TILE_K == 0 ? TILES : FLOATS; }
 
-/* Whether rows are multiplied in fixed point by weights of 8 or 4 bits: where the processor has no unit for bfloat16. */
+/* Whether rows are multiplied in fixed point by weights of 8 or 4 bits: where there is no unit for bfloat16 to use. */
 int64_t may_use_fixed(void) {
-#if defined(HAS_FIXED) && !defined(__AMX_BF16__)
-    return !may_use_pairs();
+#ifdef HAS_FIXED
+    return !granted && !may_use_pairs();
 #endif
     return 0;
 }
