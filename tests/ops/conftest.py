@@ -33,10 +33,8 @@ CLANG = pytest.param("Clang", marks=pytest.mark.trust)
 @pytest.fixture(params=["native", "shorter vectors", "pairs", "three threads", CLANG])
 def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With which the kernels are compiled, and whether several threads share even the smallest work."""
-    if request.param in ("shorter vectors", "pairs"):
-        if platform.machine() != "x86_64":
-            pytest.skip("x86's")
-        monkeypatch.setattr(kernels, "may_use_tiles", lambda: False)  # which a processor is asked once
+    if request.param in ("shorter vectors", "pairs") and platform.machine() != "x86_64":
+        pytest.skip("x86's")
     if request.param == "shorter vectors":
         monkeypatch.setattr(kernels, "library", lambda: compiled(SHORTER))
         assert kernels.panel_width() == 16
@@ -49,7 +47,7 @@ def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if importlib.util.find_spec("ziglang") is None:
             pytest.skip("the package ziglang is not installed")
         monkeypatch.setattr(kernels, "library", lambda: compiled(kernels.FLAGS, -1))
-    if request.param in ("three threads", "Clang"):
+    if request.param in ("pairs", "three threads", "Clang"):
         monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
         monkeypatch.setattr(kernels, "_threads", lambda work: 3)
     return request.param

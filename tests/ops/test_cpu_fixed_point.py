@@ -19,9 +19,9 @@ from support.quantised_weights import FORMS, every_byte, every_nibble, exact, ra
 
 NEEDS = {
     "x86-64-v3": {"avx2"}, "alderlake": {"avx_vnni"}, "cascadelake": {"avx512_vnni"},
-    "icelake-server": {"avx512_vnni", "avx512vbmi", "avx512_bitalg"}, "sapphirerapids": {"amx_bf16"},
+    "icelake-server": {"avx512_vnni", "avx512vbmi", "avx512_bitalg"},
 }  # fmt: skip
-LONG = ("alderlake", "cascadelake", "sapphirerapids")  # the last as a process that Linux grants no tiles to
+LONG = ("alderlake", "cascadelake")
 FEW = {16: 4, 32: 3}  # by the width of a panel: rows that take weights as they lie
 
 pytestmark = [
@@ -42,7 +42,6 @@ def march(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     flags = tuple(f"-march={request.param}" if flag == "-march=native" else flag for flag in kernels.FLAGS)
     found = kernels.load(kernels.build(limited(120, kernels.compilers()[0]), flags))
     monkeypatch.setattr(kernels, "library", lambda: found)
-    monkeypatch.setattr(kernels, "may_use_tiles", lambda: False)  # which a processor is asked once
     assert kernels.may_use_fixed() and kernels.may_use_units(True) and not kernels.may_use_units()
     return request.param
 

@@ -60,11 +60,37 @@ def test_a_directory_that_others_write_to_is_not_used(tmp_path, mode):
     assert not made.parent.exists()  # it was this process's
 
 
-def test_tiles_are_not_touched_before_the_process_has_asked():
-    """The processor would end it."""
-    code = "import torch\nw = kernels.pack(torch.eye(64).bfloat16())\n"
-    done = run(code + "print(kernels.linear(torch.ones(32, 64).bfloat16(), w, torch.float32, units=True).sum().item())")
-    assert (done.returncode, done.stdout) == (0, "2048.0\n"), done.stderr
+UNITS = "print(kernels.may_use_fixed(), kernels.may_use_tiles(), kernels.may_use_pairs())"
+PRODUCT = (
+    "import torch\nw = kernels.pack(torch.eye(64).bfloat16())\n"
+    "print(kernels.linear(torch.ones(32, 64).bfloat16(), w, torch.float32, units=True).sum().item())"
+)
+
+
+def test_the_process_asks_for_tiles_before_anything_else():
+    """An instruction for them would end it otherwise. Whoever asks first is told what will be used."""
+    done = run(f"{UNITS}\n{PRODUCT}\n{UNITS}")
+    assert done.returncode == 0, done.stderr
+    before, product, after = done.stdout.splitlines()
+    assert before == after and before.count("True") <= 1 and product == "2048.0"
+    assert before.split()[1] == str(kernels.may_use_tiles())
+
+
+@pytest.mark.skipif(not kernels.may_use_tiles(), reason="this processor has no tiles")
+def test_a_process_that_is_refused_tiles():
+    """As by a container's filter of system calls: here of arch_prctl's request for them. Fixed point takes their place."""
+    refuse = """
+import ctypes, struct
+class Filter(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("steps", ctypes.c_char_p)]
+load, equals, end = 0x20, 0x15, 0x06  # of the system call's number and first argument: BPF
+steps = [(load, 0, 0, 0), (equals, 0, 3, 158), (load, 0, 0, 16), (equals, 0, 1, 0x1023), (end, 0, 0, 0x50001), (end, 0, 0, 0x7FFF0000)]
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.byref(Filter(6, b"".join(struct.pack("HBBI", *step) for step in steps)))) == 0
+"""
+    done = run(f"{refuse}{UNITS}\n{PRODUCT}")
+    assert (done.returncode, done.stdout) == (0, "True False False\n2048.0\n"), done.stderr
 
 
 PROCESSORS = ["x86-64", "x86-64-v3", "x86-64-v4", "cascadelake", "cooperlake", "icelake-server", "sapphirerapids",

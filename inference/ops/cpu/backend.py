@@ -52,7 +52,7 @@ class CompiledCpuBackend(CpuBackend):
     """For activations in bfloat16. Products by a packed weight do not depend, to the bit, on the other rows, except
     that outside batch-invariant mode many rows go through the processor's matrix unit, where it has one. There all rows
     go through its instructions for pairs of bfloat16 instead, where it has those alone; and many rows by a quantised
-    weight in fixed point, where it has neither and `fixed_point` allows it."""
+    weight in fixed point, where it uses neither and `fixed_point` allows it."""
 
     def __init__(self, batch_invariant: bool = False, fixed_point: bool = False):
         super().__init__(batch_invariant)

@@ -1050,12 +1050,12 @@ enum {
 #include <sys/syscall.h>
 #include <unistd.h>
 
-static int granted; /* an instruction for tiles ends a process that has not asked */
+static int granted;
 
-/* Whether this process may use tiles: it has to ask for the registers, once. */
-int64_t may_use_tiles(void) {
+/* A process has to ask for the registers, or an instruction for tiles ends it: once, as the library is opened. */
+__attribute__((constructor)) static void ask_for_tiles(void) {
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-    return granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
 static _Thread_local int64_t shaped; /* for blocks of so many rows; 0: for none */
@@ -1150,7 +1150,6 @@ static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, int6
 }
 #else
 enum { granted = 0 };
-int64_t may_use_tiles(void) { return 0; }
 static void release_tiles(void) {}
 INLINE void product_in_tiles(const bf16 *x, int64_t r, const bf16 *w, int64_t k, int fresh, int more, float *out) {
     (void)x, (void)r, (void)w, (void)k, (void)fresh, (void)more, (void)out;
@@ -1159,6 +1158,9 @@ static void multiply_in_tiles(const bf16 *x, int64_t rows, const Matrix *w, int6
     (void)x, (void)rows, (void)w, (void)begin, (void)end, (void)to;
 }
 #endif
+
+/* Whether this process may use tiles. */
+int64_t may_use_tiles(void) { return granted; }
 
 /* How rows with so many k are multiplied where they are bfloat16, and units for it may be used. */
 INLINE Way way_of_k(int64_t k) { return may_use_pairs() ? PAIRS : granted && k % TILE_K == 0 ? TILES : FLOATS; }

@@ -416,7 +416,6 @@ def _in_lines(s: torch.Tensor, in_place: bool) -> torch.Tensor:
     return filled.unflatten(-2, (-1, width)).mT.contiguous()
 
 
-@functools.cache
 def may_use_tiles() -> bool:
     """Whether this processor has a matrix unit (AMX) that the kernels were compiled for and this process may use."""
     return bool(_kernels().may_use_tiles())
@@ -428,8 +427,8 @@ def may_use_pairs() -> bool:
 
 
 def may_use_fixed() -> bool:
-    """Whether rows may be multiplied in fixed point (reference.fixed_point) by weights of 8 or 4 bits: on a processor
-    without those units, which adds up products of whole numbers of 16 bits (AVX2, AVX-VNNI or AVX512_VNNI)."""
+    """Whether rows may be multiplied in fixed point (reference.fixed_point) by weights of 8 or 4 bits: where neither of
+    those may be used, and products of 16-bit whole numbers are added up (AVX2, AVX-VNNI or AVX512_VNNI)."""
     return library() is not None and bool(_kernels().may_use_fixed())
 
 
@@ -441,7 +440,7 @@ def may_use_units(fixed_point: bool = False) -> bool:
 def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, units: bool = False) -> torch.Tensor:
     """x (T, K), bfloat16 or float32, by w (N, K), in one of these dtypes: (T, N). `units`: bfloat16 rows go through the
     processor's units for them, which add up in another order: its matrix unit, if they are enough for it, or its
-    instructions for pairs; or, if it has neither, more than a few by a quantised w in fixed point (may_use_fixed)."""
+    instructions for pairs; or, if it uses neither, more than a few by a quantised w in fixed point (may_use_fixed)."""
     x, (t, k) = _rows(x), x.shape
     assert k == w.k and not w.is_stack, (x.shape, w.data.shape)
     assert {x.dtype, dtype} <= {torch.bfloat16, torch.float32}, (x.dtype, dtype)
