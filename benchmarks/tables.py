@@ -524,7 +524,8 @@ def conformance(record: dict[str, Any]) -> str:
 # A table's function and the file it reads.
 BY_NAME: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "cpu": (cpu, "cpu"), "cpu_forms": (cpu_forms, "cpu_forms"), "cpu_limits": (cpu_limits, "cpu_forms"),
-    "cpu_forms_avx2": (cpu_forms, "cpu_forms_avx2"), "cpu_forms_amd": (cpu_forms, "cpu_forms_amd"),
+    "cpu_forms_avx2": (cpu_forms, "cpu_forms_avx2"), "cpu_forms_avx512": (cpu_forms, "cpu_forms_avx512"),
+    "cpu_forms_amd": (cpu_forms, "cpu_forms_amd"),
     "kernel_cpu": (kernel_cpu, "kernel_cpu"), "convert_memory": (convert_memory, "convert_memory"),
     "quantised_memory": (quantised_memory, "quantised_memory"),
     "demo": (demo, "demo"), "numerics": (numerics, "demo"), "online_serving": (online_serving, "online_serving"),

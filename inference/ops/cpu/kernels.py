@@ -163,7 +163,7 @@ def build(command: list[str], flags: tuple[str, ...]) -> Path:
     """The library's file. Compiles the source unless the cache has it for this processor, compiler and these flags.
 
     Intel's instruction for pairs of bfloat16 takes four times as long as that for pairs of whole numbers, and twice as
-    long as the same products of floats. AMD's takes as long as whole numbers.
+    long as the same products of floats. AMD's takes as long as whole numbers (iree-org/iree#15089).
 
     Raises OSError, subprocess.SubprocessError or, for a command that is none, ValueError if it cannot be made.
     """
