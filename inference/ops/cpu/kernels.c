@@ -1189,7 +1189,7 @@ INLINE void put_in_tiles(const bf16 *row, int64_t k, int64_t i, int64_t rows, bf
 }
 
 /* x (t, k) by w (n, k) to y (t, n), either bf16 or float; with `units`, in those of the processor for bfloat16.
- * scratch: (min(t, chunk), even(k)) floats, none for one row of pairs, k even; chunk, a multiple of ROWS, and of two tiles
+ * scratch: (min(t, chunk), even(k)) floats, half as many for pairs; chunk, a multiple of ROWS, and of two tiles
  * where those multiply, is how many rows are multiplied by all of w before the next ones come. */
 void linear(const void *x, int x_float, int64_t t, int64_t stride, const Matrix *w, void *y, int y_float,
             float *scratch, int64_t chunk, int units, int threads) {
@@ -1199,8 +1199,9 @@ void linear(const void *x, int x_float, int64_t t, int64_t stride, const Matrix 
 #pragma omp parallel num_threads(threads)
     for (int64_t t0 = 0, turn = 0; t0 < t; t0 += chunk, turn = !turn) {
         const int64_t rows = least(chunk, t - t0);
-        const int is_ready = way == PAIRS && rows == 1 && k == size; /* one row's pairs lie so already */
-        const void *from = is_ready ? (const bf16 *)x + t0 * stride : (const void *)scratch;
+        const bf16 *row = (const bf16 *)x + t0 * stride; /* of pairs, if it is one, lies so already */
+        const int is_ready = way == PAIRS && rows == 1 && k == size && (uintptr_t)row % sizeof(float) == 0;
+        const void *from = is_ready ? (const void *)row : (const void *)scratch;
         char *at = (char *)y + t0 * n * (y_float ? sizeof(float) : sizeof(bf16));
         const Target to = {y_float ? STORED : ROUNDED, at, n, 0, 0};
         int64_t begin = 0, end = 0;

@@ -449,8 +449,7 @@ def linear(x: torch.Tensor, w: Packed, dtype: torch.dtype, units: bool = False) 
     pairs = units and may_use_pairs()
     fixed = units and may_use_fixed() and w.dtype != torch.bfloat16
     chunk = tile_chunk_rows(k) if units and may_use_tiles() else chunk_rows(k, pairs or fixed)
-    size = 0 if pairs and t == 1 and k % 2 == 0 else min(t, chunk) * _even(k) // (2 if pairs else 1)
-    scratch = _scratch(size)[0] if size else None
+    scratch = _scratch(min(t, chunk) * _even(k) // (2 if pairs else 1))[0]
     flags = x.dtype == torch.float32, dtype == torch.float32
     threads = _threads(w.n * k)
     _kernels().linear(x, flags[0], t, x.stride(0), w.matrix, out, flags[1], scratch, chunk, units, threads)
