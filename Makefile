@@ -1,4 +1,4 @@
-# make demo    two ranks answer demo/prompts.txt       make test    the test suite (CPU, under 15 minutes on two cores)
+# make demo    two ranks answer demo/prompts.txt       make test    the test suite (CPU; 13 to 20 minutes on two cores)
 # make chat    talk to the demo                        make check   lint, types and tests
 # make serve   the demo over HTTP, on port 8000        make trust   tests in their long form as well, an hour
 # make bench   benchmarks, into README and docs/       make gpu     on a GPU: every test that computes on it

@@ -33,8 +33,9 @@ output.weight=bf16', llama.cpp's by --tensor-type for each of these. Both are bu
 
 For a processor's AVX2 alone: CC a script that adds -march=znver3 to what cc is given, ATEN_CPU_CAPABILITY=avx2,
 ONEDNN_MAX_CPU_ISA=AVX2, and peers built with -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON.
-For AVX-512 without bfloat16 and a matrix unit: -march=icelake-server, avx512, AVX512_CORE_VNNI, and peers built with
--DGGML_NATIVE=OFF -DCMAKE_C_FLAGS="-march=native -mno-avx512bf16", CMAKE_CXX_FLAGS alike.
+For AVX-512 alone, without bfloat16 and a matrix unit: the same with -march=icelake-server, ATEN_CPU_CAPABILITY=avx512,
+ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI, and peers built with -DGGML_NATIVE=OFF, and -march=native -mno-avx512bf16 as both
+CMAKE_C_FLAGS and CMAKE_CXX_FLAGS.
 """
 
 import argparse

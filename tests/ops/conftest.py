@@ -9,12 +9,7 @@ import torch
 
 from ops.cpu import kernels
 from support.limits import limited
-from support.processor import FEATURES
-
-
-def flags_for(*march: str) -> tuple[str, ...]:
-    return tuple(flag for given in kernels.FLAGS for flag in (march if given == "-march=native" else [given]))
-
+from support.processor import FEATURES, flags_for
 
 SHORTER = flags_for("-march=x86-64-v3")  # AVX2
 # As AMD's Zen 4 and 5 are compiled for; Intel's go another way, but have the instructions.

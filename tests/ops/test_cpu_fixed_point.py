@@ -14,7 +14,7 @@ from ops.cpu.backend import CompiledCpuBackend
 from ops.formats import Weight
 from support.limits import LAST_RESORT, limited
 from support.model_pairs import relative_error
-from support.processor import FEATURES
+from support.processor import FEATURES, flags_for
 from support.quantised_weights import FORMS, every_byte, every_nibble, exact, random_weight
 
 NEEDS = {
@@ -39,8 +39,7 @@ def march(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     """What the kernels are compiled for."""
     if not NEEDS[request.param] <= FEATURES:
         pytest.skip(f"this processor lacks what {request.param} has")
-    flags = tuple(f"-march={request.param}" if flag == "-march=native" else flag for flag in kernels.FLAGS)
-    found = kernels.load(kernels.build(limited(120, kernels.compilers()[0]), flags))
+    found = kernels.load(kernels.build(limited(120, kernels.compilers()[0]), flags_for(f"-march={request.param}")))
     monkeypatch.setattr(kernels, "library", lambda: found)
     assert kernels.may_use_fixed() and kernels.may_use_units(True) and not kernels.may_use_units()
     return request.param

@@ -15,6 +15,7 @@ from support import fork_server
 from support import processes as launch
 from support.limits import LAST_RESORT, run_within
 from support.processes import environment
+from support.processor import flags_for
 
 pytestmark = pytest.mark.timeout(LAST_RESORT)  # what compiles has a limit of its own, of processor time
 
@@ -61,18 +62,20 @@ def test_a_directory_that_others_write_to_is_not_used(tmp_path, mode):
 
 
 UNITS = "print(kernels.may_use_fixed(), kernels.may_use_tiles(), kernels.may_use_pairs())"
-PRODUCT = (
-    "import torch\nw = kernels.pack(torch.eye(64).bfloat16())\n"
-    "print(kernels.linear(torch.ones(32, 64).bfloat16(), w, torch.float32, units=True).sum().item())"
-)
+PRODUCTS = """
+import torch
+from ops.formats import Weight
+for w in (Weight(torch.eye(64).bfloat16()), Weight(torch.eye(64).char(), torch.ones(64, 1), block=(1, 64))):
+    print(kernels.linear(torch.ones(32, 64).bfloat16(), kernels.pack_weight(w), torch.float32, units=True).sum().item())
+"""
 
 
 def test_the_process_asks_for_tiles_before_anything_else():
     """An instruction for them would end it otherwise. Whoever asks first is told what will be used."""
-    done = run(f"{UNITS}\n{PRODUCT}\n{UNITS}")
+    done = run(UNITS + PRODUCTS + UNITS)
     assert done.returncode == 0, done.stderr
-    before, product, after = done.stdout.splitlines()
-    assert before == after and before.count("True") <= 1 and product == "2048.0"
+    before, *products, after = done.stdout.splitlines()
+    assert before == after and before.count("True") <= 1 and products == ["2048.0"] * 2
     assert before.split()[1] == str(kernels.may_use_tiles())
 
 
@@ -89,8 +92,8 @@ libc = ctypes.CDLL(None)
 assert libc.prctl(38, 1, 0, 0, 0) == 0
 assert libc.prctl(22, 2, ctypes.byref(Filter(6, b"".join(struct.pack("HBBI", *step) for step in steps)))) == 0
 """
-    done = run(f"{refuse}{UNITS}\n{PRODUCT}")
-    assert (done.returncode, done.stdout) == (0, "True False False\n2048.0\n"), done.stderr
+    done = run(refuse + UNITS + PRODUCTS)
+    assert (done.returncode, done.stdout) == (0, "True False False\n2048.0\n2048.0\n"), done.stderr
 
 
 PROCESSORS = ["x86-64", "x86-64-v3", "x86-64-v4", "cascadelake", "cooperlake", "icelake-server", "sapphirerapids",
@@ -101,8 +104,7 @@ PROCESSORS = ["x86-64", "x86-64-v3", "x86-64-v4", "cascadelake", "cooperlake", "
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_the_source_is_right_for_every_processor(processor):
     """A compiler that takes no code for this processor is asked for less, so that a mistake would only be slow."""
-    flags = [f"-march={processor}" if flag == kernels.NATIVE[0] else flag for flag in kernels.FLAGS]
-    asked = [*kernels.compilers()[0], *flags, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fsyntax-only"]
+    asked = [*kernels.compilers()[0], *flags_for(f"-march={processor}"), "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fsyntax-only"]
     done = run_within(60, [*asked, str(kernels.SOURCE)])
     assert done.returncode == 0, done.stderr
 

@@ -50,7 +50,7 @@ def test_a_scratch_that_is_too_small_is_seen(run):
 @pytest.mark.parametrize(
     "files",
     [
-        ["tests/ops/test_cpu_forms.py", "-k", "native and (test_linear or test_experts)"],
+        pytest.param(["tests/ops/test_cpu_forms.py", "-k", "native and (test_linear or test_experts)"], id="some"),
         *(pytest.param([f"tests/ops/{name}.py"], marks=pytest.mark.trust, id=name)
           for name in ("test_kernel_cpu", "test_cpu_forms", "test_cpu_fixed_point")),
     ],

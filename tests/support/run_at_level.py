@@ -18,6 +18,7 @@ from ops.cpu import kernels
 from ops.cpu.backend import CompiledCpuBackend, CpuBackend
 from ops.reference_backend import ReferenceBackend
 from support.model_pairs import hidden_states, ours, relative_error
+from support.processor import flags_for
 from support.quantised_weights import FORMS, exact, random_weight
 
 
@@ -54,8 +55,8 @@ def main() -> None:
     }
     products = {}
     for march in asked["marches"]:
-        flags = tuple(f"-march={march}" if flag == kernels.NATIVE[0] else flag for flag in kernels.FLAGS)
-        found = kernels.load(kernels.build(kernels.compilers()[0], (*flags, "-USLOW_PAIRS")))
+        flags = (*flags_for(f"-march={march}"), "-USLOW_PAIRS")
+        found = kernels.load(kernels.build(kernels.compilers()[0], flags))
         kernels.library = lambda found=found: found
         errors[f"compiled for {march}"] = error(half, CompiledCpuBackend())
         errors[f"FP8 as it is, compiled for {march}"] = error(Numerics(torch.bfloat16, "bf16"), CompiledCpuBackend())

@@ -1199,7 +1199,7 @@ void linear(const void *x, int x_float, int64_t t, int64_t stride, const Matrix 
 #pragma omp parallel num_threads(threads)
     for (int64_t t0 = 0, turn = 0; t0 < t; t0 += chunk, turn = !turn) {
         const int64_t rows = least(chunk, t - t0);
-        const bf16 *row = (const bf16 *)x + t0 * stride; /* of pairs, if it is one, lies so already */
+        const bf16 *row = (const bf16 *)x + t0 * stride; /* if it is one, its pairs need not be laid out */
         const int is_ready = way == PAIRS && rows == 1 && k == size && (uintptr_t)row % sizeof(float) == 0;
         const void *from = is_ready ? (const void *)row : (const void *)scratch;
         char *at = (char *)y + t0 * n * (y_float ? sizeof(float) : sizeof(bf16));

@@ -422,13 +422,13 @@ def may_use_tiles() -> bool:
 
 
 def may_use_pairs() -> bool:
-    """Whether the kernels were compiled for instructions that add up products of bfloat16 (AVX512_BF16)."""
+    """Whether the kernels were compiled for instructions that add up products of bfloat16 (AVX512_BF16, where fast)."""
     return bool(_kernels().may_use_pairs())
 
 
 def may_use_fixed() -> bool:
-    """Whether rows may be multiplied in fixed point (reference.fixed_point) by weights of 8 or 4 bits: where neither of
-    those may be used, and products of 16-bit whole numbers are added up (AVX2, AVX-VNNI or AVX512_VNNI)."""
+    """Whether rows may be multiplied in fixed point (reference.fixed_point) by weights of 8 or 4 bits: where neither
+    tiles nor pairs may be used, and there are products of 16-bit whole numbers (AVX2, AVX-VNNI or AVX512_VNNI)."""
     return library() is not None and bool(_kernels().may_use_fixed())
 
 
